@@ -1,0 +1,52 @@
+"""halovae runs the encode and the decode of any diffusers VAE on N devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from halovae.errors import (
+    DisagreementError,
+    HalovaeError,
+    InputError,
+    NotExactError,
+    RankFailedError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from halovae.config import CallReport
+    from halovae.parallel import Handle, parallelize
+    from halovae.context import Sharded, sharded
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CallReport",
+    "DisagreementError",
+    "Handle",
+    "HalovaeError",
+    "InputError",
+    "NotExactError",
+    "RankFailedError",
+    "Sharded",
+    "VerificationError",
+    "parallelize",
+    "sharded",
+]
+
+_HOMES = {
+    "CallReport": "config",
+    "Handle": "parallel",
+    "Sharded": "context",
+    "parallelize": "parallel",
+    "sharded": "context",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when it is needed: `halovae --help` answers at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halovae' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"halovae.{_HOMES[name]}"), name)

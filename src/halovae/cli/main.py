@@ -1,0 +1,76 @@
+"""The `halovae` program: its commands, its errors and its exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from halovae import launch
+from halovae.cli.decode import decode
+from halovae.cli.doctor import doctor
+from halovae.cli.encode import encode
+from halovae.cli.roundtrip import roundtrip
+from halovae.watch import Interrupted, failure_of, report
+
+app = typer.Typer(
+    name="halovae",
+    help="Encode and decode videos with any diffusers VAE, on several devices, exactly as on one.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+for command in (roundtrip, encode, decode, doctor):
+    app.command(no_args_is_help=command is not doctor)(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; those of this process by default.
+
+    Returns:
+        The exit code: 0; 1 a failure; 2 bad input; 128 + the signal's number after a signal.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = typer.main.get_command(app).main(words, prog_name="halovae", standalone_mode=False, obj=words)
+        return result if isinstance(result, int) else 0
+    except typer.TyperException as error:  # Wrong flags.
+        return _complain(" ".join(error.format_message().split()), error.exit_code)
+    except KeyboardInterrupt as error:
+        if launch.place() is None:  # A rank's launcher says it, once for all.
+            sys.stderr.write("halovae: interrupted\n")
+        return error.exit_code if isinstance(error, Interrupted) else 130
+    except BrokenPipeError:  # The reader of our output (head, less) has gone.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more at the end.
+        return 1
+    except Exception as error:
+        failure = failure_of(error)
+        if report(failure):
+            return failure.exit_code
+        if not failure.expected:
+            sys.stderr.write(failure.details)
+        return _complain(failure.message, failure.exit_code)
+
+
+def entry() -> NoReturn:
+    """Run the command line and end the process."""
+    code = main()
+    here = launch.place()
+    if code and here is not None and here.world_size > 1:
+        # A communication library may wait for the other ranks in its destructors: they would wait too.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"halovae: error: {message}\n")
+    return code

@@ -1,0 +1,54 @@
+"""From a command's options to its ranks: this process, processes started for it, or those of torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import typer
+
+from halovae import launch
+from halovae.cli.options import RunOptions
+from halovae.errors import InputError
+from halovae.watch import guarded
+
+if TYPE_CHECKING:
+    from halovae.cli.session import Session
+
+
+def run(context: typer.Context, options: RunOptions, body: Callable[[Session], None]) -> int:
+    """Run `body` on every rank.
+
+    Args:
+        context: of the command; holds the arguments that further ranks are started with.
+        options: of the command, checked.
+        body: the work of one rank.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        HalovaeError: on a rank, or before there are any.
+    """
+    here = launch.place()
+    ranks = here.world_size if here is not None else options.ranks or 1 if options.ranks != 0 else 0
+    if options.ranks not in (None, ranks):
+        raise InputError(f"--ranks {options.ranks}: torchrun has started {ranks}; leave --ranks out")
+    if here is None:
+        launch.check_ranks(ranks)
+    _check_axis(options.axis, ranks)
+    if here is None and ranks > 1:
+        return launch.run_ranks(context.obj, ranks)
+    with guarded():
+        # Not before the signals are taken care of: importing torch and diffusers takes seconds.
+        from halovae.cli.session import session
+
+        with session(options, here or launch.Place()) as opened:
+            body(opened)
+    return 0
+
+
+def _check_axis(axis: str | tuple[int, int], ranks: int) -> None:
+    if isinstance(axis, tuple) and axis[0] * axis[1] != ranks:
+        rows, columns = axis
+        raise InputError(f"--axis {rows}x{columns} needs {rows * columns} ranks, but there are {ranks}")

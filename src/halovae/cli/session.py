@@ -1,0 +1,192 @@
+"""One rank at work: its device, its group, its VAE, and the seconds that each stage took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from halovae import comm, fit, launch, models
+from halovae.cli.options import RunOptions
+from halovae.cli.progress import Stages
+from halovae.errors import HalovaeError, InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A VAE, ready to be used."""
+
+    source: models.Source
+    vae: Any
+    limits: fit.Limits
+
+
+@dataclass(kw_only=True)
+class Half:
+    """What encoding or decoding one clip took on this rank, over all the VAE's calls for it."""
+
+    seconds: float = 0.0
+    """Without the probe that the first parallel call makes."""
+    calls: int = 0
+    shards: tuple[int, int] = (1, 1)
+    messages: int = 0
+    bytes: int = 0
+    wait_seconds: float = 0.0
+    peak_memory: int | None = None
+
+    def add(self, report: Any) -> None:
+        """Take in the report of one parallel call."""
+        self.seconds -= report.phases.get("probe", 0.0)
+        self.shards = report.shape
+        self.messages += report.messages
+        self.bytes += report.bytes
+        self.wait_seconds += report.wait_seconds
+        if report.peak_memory is not None:
+            self.peak_memory = max(self.peak_memory or 0, report.peak_memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "shards": list(self.shards)}
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One rank of a run."""
+
+    options: RunOptions
+    place: launch.Place
+    group: comm.Comm
+    device: torch.device
+    dtype: torch.dtype
+    stages: Stages
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def is_first(self) -> bool:
+        return self.group.rank == 0
+
+    def together(self, name: str, step: Callable[[Callable[[], None]], T], steps: int | None = None) -> T:
+        """Do a stage on every rank. If it fails on one, it fails on all, so that none is left waiting.
+
+        Args:
+            name: of the stage.
+            step: gets what to call after each of `steps`.
+            steps: of the progress bar.
+
+        Raises:
+            HalovaeError: of this rank, or else the first one of another rank.
+        """
+        result, own = None, None
+        started = time.perf_counter()
+        with self.stages.stage(name, steps) as advance:
+            try:
+                result = step(advance)
+            except HalovaeError as error:
+                own = error
+        self.seconds[name] = time.perf_counter() - started
+        messages = self.group.all_gather_object(None if own is None else str(own))
+        if own is not None:
+            raise own
+        for message in messages:
+            if message is not None:
+                raise InputError(message)
+        return result  # type: ignore[return-value]  # It is T when `own` is None.
+
+    def load(self) -> Loaded:
+        """Load the VAE that `--model` names, and learn what it takes."""
+
+        def step(advance: Callable[[], None]) -> Loaded:
+            source = models.find(self.options.model)
+            vae = models.load(source, dtype=self.dtype, device=self.device)
+            return Loaded(source=source, vae=vae, limits=fit.limits_of(vae))
+
+        return self.together("load", step)
+
+    @contextmanager
+    def parallel(self, vae: Any) -> Iterator[Any]:
+        """Within it, `vae` runs on all ranks. Yields the handle, or None in a world of one."""
+        if self.group.size == 1:
+            yield None
+            return
+        from halovae.parallel import parallelize
+
+        with parallelize(vae, axis=self.options.axis) as handle:
+            yield handle
+
+    def measured(
+        self, name: str, call: Callable[[Callable[[], None]], torch.Tensor], handle: Any, steps: int
+    ) -> tuple[torch.Tensor, Half]:
+        """Encode or decode a clip.
+
+        Args:
+            name: of the stage.
+            call: gets what to call after each call of the VAE.
+            handle: of the parallel VAE, or None.
+            steps: how many calls of the VAE there will be.
+        """
+        half = Half()
+        self._synchronize()
+        started = time.perf_counter()
+        with self.stages.stage(name, steps) as advance, torch.inference_mode():
+
+            def after() -> None:
+                advance()
+                half.calls += 1
+                if handle is not None:
+                    half.add(handle.last)
+
+            result = call(after)
+        self._synchronize()
+        half.seconds += time.perf_counter() - started
+        self.seconds[name] = half.seconds
+        return result, half
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+@contextmanager
+def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
+    """Join the group and leave it.
+
+    Raises:
+        InputError: the device is not there, or there are fewer of them than ranks.
+    """
+    torch.set_num_threads(max(1, launch.cores() // place.local_world_size))
+    device = _device(options.device, place)
+    comm.init_from_env(device.type)
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    opened = Session(
+        options=options,
+        place=place,
+        group=comm.world(device),
+        device=device,
+        dtype=getattr(torch, dtype),
+        stages=Stages(speaks=place.rank == 0),
+    )
+    if device.type == "cpu" and place.local_world_size > launch.cores():
+        opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one rank per core")
+    yield opened
+    # Not after an exception: leaving may wait for ranks that are gone.
+    comm.shutdown()
+
+
+def _device(kind: str | None, place: launch.Place) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    kind = kind or there[-1]
+    if kind not in there:
+        raise InputError(f"--device {kind}: this machine has {' and '.join(there)} (give the kind only, without a number)")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if place.local_world_size > count:
+        raise InputError(f"{place.local_world_size} ranks, but this machine has {count} {kind} devices: use --ranks {count}")
+    torch.accelerator.set_device_index(place.local_rank)
+    return torch.device(kind, place.local_rank)

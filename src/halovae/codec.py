@@ -1,0 +1,75 @@
+"""Frames through a VAE: 8-bit RGB to latents and back, for VAEs of images and of clips alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from halovae.fit import Limits, decode_arguments, latent_of, sample_of
+
+
+def to_tensor(frames: NDArray[np.uint8], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(frames, height, width, 3) of 0 to 255 to (3, frames, height, width) of -1 to 1."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
+    # Through float32 in any case: bfloat16 has too few bits to subtract 1 from these exactly.
+    return (pixels.permute(3, 0, 1, 2).to(torch.float32) / 127.5 - 1).to(dtype)
+
+
+def to_frames(clip: Tensor) -> NDArray[np.uint8]:
+    """(3, frames, height, width) of -1 to 1, clamped, to (frames, height, width, 3) of 0 to 255."""
+    levels = ((clip.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round()
+    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:
+    """Encode one clip.
+
+    Args:
+        vae: its `encode` is called once, or once per frame when it is a VAE of images.
+        limits: of this VAE.
+        clip: (3, frames, height, width), of sizes that the VAE takes.
+        after: called after each call of the VAE.
+
+    Returns:
+        (1, channels, latent frames, latent height, latent width), or for a VAE of images the frames as the batch.
+    """
+    if limits.channels > clip.shape[0]:
+        clip = torch.cat([clip, torch.ones_like(clip[:1])])  # Alpha: opaque.
+    latents: list[Tensor] = []
+    # One by one, where it is possible: a batch of all frames would hold all their activations at once.
+    for part in clip.split(1, dim=1) if limits.per_frame else (clip,):
+        batch = part.unsqueeze(0)
+        latents.append(latent_of(vae.encode(batch if limits.has_frame_dim else batch.squeeze(2))))
+        after()
+    return torch.cat(latents)
+
+
+def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:
+    """Decode what `encode` returned, to (3, frames, height, width).
+
+    Args:
+        vae: its `decode` is called `decode_calls` times.
+        limits: of this VAE.
+        latents: as `encode` returns them.
+        after: called after each call of the VAE.
+    """
+    samples: list[Tensor] = []
+    for part in latents.split(latents.shape[0] // decode_calls(vae, limits, latents)):
+        samples.append(sample_of(vae.decode(part, **decode_arguments(vae, part))))
+        after()
+    sample = torch.cat(samples)
+    if sample.ndim == 4:  # The frames are the batch.
+        return sample.transpose(0, 1)[:3]
+    # As above with a frame dimension of one, or else a batch of one.
+    return sample.transpose(0, 1).flatten(1, 2)[:3]
+
+
+def decode_calls(vae: Any, limits: Limits, latents: Tensor) -> int:
+    """How often `decode` will call the VAE."""
+    takes_clip = "num_frames" in decode_arguments(vae, latents)
+    return latents.shape[0] if limits.per_frame and not takes_clip else 1

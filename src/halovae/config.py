@@ -1,0 +1,101 @@
+"""What a caller may choose, checked once, and what a call reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from halovae.errors import InputError
+from halovae.geometry import Extent
+
+Axis = str | tuple[int, int]
+Gather = Literal["all", "first", "shard"]
+
+MODES = ("exact",)
+AXES = ("auto", "height", "width")
+GATHERS = ("all", "first", "shard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a VAE is run on the ranks of a group."""
+
+    mode: str = "exact"
+    """"exact": spatial shards with halo exchange; the un-tiled result."""
+    axis: Axis = "auto"
+    """"auto", "height", "width", or (rows, columns) of the grid of shards."""
+    size: int | None = None
+    """Use the first `size` ranks only; the others wait and share the result. None: all."""
+    gather: str = "all"
+    """Who holds the whole output: "all" ranks, the "first", or none ("shard": each rank its own part)."""
+    verify: bool = True
+    """Compare a small probe with the un-parallel VAE at the first use of each half."""
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, MODES)
+        _one_of("gather", self.gather, GATHERS)
+        if isinstance(self.axis, str):
+            _one_of("axis", self.axis, AXES, "a (rows, columns) pair")
+        elif len(self.axis) != 2 or any(type(n) is not int or n < 1 for n in self.axis):
+            raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
+        if self.size is not None and (type(self.size) is not int or self.size < 1):
+            raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
+
+    def check_ranks(self, ranks: int) -> None:
+        """Check the choices against the number of ranks in the group.
+
+        Raises:
+            InputError: more ranks are asked for than there are.
+        """
+        if self.size is not None and self.size > ranks:
+            raise InputError(f"size is {self.size} but the group has {ranks} ranks: use at most {ranks}")
+        usable = self.size or ranks
+        if not isinstance(self.axis, str) and self.axis[0] * self.axis[1] > usable:
+            rows, cols = self.axis
+            raise InputError(
+                f"axis asks for {rows} x {cols} = {rows * cols} shards but {usable} ranks are in use: "
+                f"choose rows * columns up to {usable}, or 'auto'"
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...], also: str = "") -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise InputError(f"{name} is {value!r}: allowed are {choices}{' or ' + also if also else ''}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallReport:
+    """What one encode or decode did on this rank."""
+
+    half: str
+    """"encode" or "decode"."""
+    mode: str
+    shape: tuple[int, int]
+    """Rows and columns of the grid of shards."""
+    bounds: tuple[tuple[int, ...], tuple[int, ...]]
+    """Where the rows and the columns of the input were cut."""
+    seconds: float
+    phases: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds of agreement, probe (first call only), network and gather."""
+    messages: int = 0
+    """Messages this rank sent."""
+    bytes: int = 0
+    """Bytes this rank sent."""
+    wait_seconds: float = 0.0
+    """Seconds this rank spent in exchanges."""
+    peak_memory: int | None = None
+    """Most bytes in use during the call: of the accelerator's memory, or of the process on a CPU. None: unknown."""
+    extents: dict[str, Extent] = field(default_factory=dict[str, Extent])
+    """Rows and columns of the output that this rank computed, as {"height": (low, high), "width": (low, high)}."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows, cols = self.shape
+        memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
+        return (
+            f"{self.half} {self.mode} on {rows} x {cols} shards: {self.seconds:.3f} s, {self.messages} messages, "
+            f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}"
+        )

@@ -1,0 +1,40 @@
+"""Every error halovae raises, as one tree.
+
+All of them carry one line: what is wrong, which value, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+
+class HalovaeError(Exception):
+    """Base of all errors that halovae raises on purpose."""
+
+
+class InputError(HalovaeError, ValueError):
+    """A value from the caller can't be used: a file, a flag, a shape, an option."""
+
+
+class DisagreementError(InputError):
+    """Ranks of one group were called with different shapes, dtypes, options or weights."""
+
+
+class NotExactError(HalovaeError, NotImplementedError):
+    """Exact mode can't run this VAE: an operator mixes positions in a way no rule covers."""
+
+
+class VerificationError(HalovaeError, RuntimeError):
+    """The probe's sharded result differs from the un-parallel one."""
+
+
+class RankFailedError(HalovaeError, RuntimeError):
+    """Another rank of the group failed during the call.
+
+    Attributes:
+        rank: index in the group of the rank that failed.
+        details: the failing rank's traceback as text.
+    """
+
+    def __init__(self, rank: int, message: str, details: str = "") -> None:
+        super().__init__(f"rank {rank} failed: {message}")
+        self.rank = rank
+        self.details = details

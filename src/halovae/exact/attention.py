@@ -1,0 +1,174 @@
+"""Attention and matrix products: local queries meet the keys and values of all shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.errors import NotExactError
+from halovae.exact.halo import gather_dim
+from halovae.exact.layout import Dim, Layout, broadcast, is_sharded, is_transposed, layout_of, mark, plain
+from halovae.exact.masks import block_table, is_block_mask
+from halovae.exact.reductions import sum_over_ranks
+from halovae.exact.registry import Mesh, named, rule
+
+
+@rule(F.scaled_dot_product_attention)
+def attention(
+    mesh: Mesh,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """`[..., queries, channels]` against `[..., tokens, channels]`.
+
+    Tokens are spatial only where their dimension is sharded; one sequence per pixel needs nothing. A mask by frame
+    becomes one attention per frame over the frames it sees, so it is never written out.
+    """
+    layouts = [layout_of(t) for t in (query, key, value)]
+    if is_block_mask(attn_mask):
+        assert attn_mask is not None
+        return _by_frame(mesh, func, query, key, value, attn_mask, **kwargs)
+    if not any(layouts):
+        return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+    if any(layout and is_sharded(layout.dims[-1]) for layout in layouts):
+        raise NotExactError("the channels of an attention are sharded")
+    tokens = any(layout and is_sharded(layout.dims[-2]) for layout in layouts)
+    if tokens and (attn_mask is not None or is_causal):
+        raise NotExactError("tokens of one attention are sharded under a mask that is not by frame")
+    key, value = (gathered(mesh, tensor, -2) for tensor in (key, value))
+    if attn_mask is not None and layout_of(attn_mask):
+        raise NotExactError("the attention mask is sharded")
+    result = func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+    return mark(result, _query_layout(query, result))
+
+
+def _query_layout(query: Tensor, result: Tensor) -> Layout | None:
+    layout = layout_of(query)
+    return layout and layout.replace(-1, plain(result.shape[-1]))
+
+
+def gathered(mesh: Mesh, tensor: Tensor, dim: int) -> Tensor:
+    """The tensor with one dimension whole on every rank."""
+    layout = layout_of(tensor)
+    if layout is None or not is_sharded(layout.dims[dim]):
+        return tensor
+    return gather_dim(mesh, tensor, layout, dim % tensor.ndim)
+
+
+def _by_frame(
+    mesh: Mesh, func: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+) -> Tensor:
+    seen = frames_seen(block_table(mask))
+    if mask.shape[-1] != query.shape[-2]:
+        raise NotExactError("the attention mask has not the length of the query")
+    layout = layout_of(query)
+    local = query.shape[-2] // len(seen)
+    outer = layout.dims[-2][0] if layout else None
+    if outer and len(seen) > 1 and (outer.sharded or outer.size % len(seen)):
+        raise NotExactError("the tokens of a frame are not next to each other")
+    key, value = (gathered(mesh, tensor, -2) for tensor in (key, value))
+    whole = key.shape[-2] // len(seen)
+    frames = [
+        func(query.narrow(-2, frame * local, local), *(t.narrow(-2, 0, count * whole) for t in (key, value)), **kwargs)
+        for frame, count in enumerate(seen)
+    ]
+    result = torch.cat(frames, dim=-2)
+    return mark(result, _query_layout(query, result))
+
+
+def frames_seen(table: Tensor) -> list[int]:
+    """How many leading frames each frame attends to, from an additive or boolean `[..., frames, frames]` table.
+
+    Raises:
+        NotExactError: a frame sees anything but a prefix, or the mask differs along its leading dimensions.
+    """
+    rows = table.reshape(-1, *table.shape[-2:])
+    visible = rows if rows.dtype == torch.bool else rows == 0
+    hidden = ~visible if rows.dtype == torch.bool else rows == float("-inf")
+    counts = visible[0].sum(-1)
+    prefix = torch.arange(table.shape[-1], device=table.device) < counts[:, None]
+    if not bool(((visible == prefix) & (hidden == ~prefix)).all()) or not bool((counts > 0).all()):
+        raise NotExactError("the attention mask is not frame-causal")
+    return counts.tolist()
+
+
+@rule(*named("matmul", "bmm"))
+def matmul(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
+    a, b = layout_of(left), layout_of(right)
+    if a is None and b is None:
+        return func(left, right)
+    if left.ndim < 2 or right.ndim < 2:
+        raise NotExactError("a product with a vector")
+    inner = [layout and is_sharded(layout.dims[dim]) for layout, dim in ((a, -1), (b, -2))]
+    if all(inner):
+        assert a and b
+        return _partial_product(mesh, func, left, right, a, b)
+    if any(inner):
+        left, right = gathered(mesh, left, -1), gathered(mesh, right, -2)
+    if a and b and is_sharded(a.dims[-2]) and is_sharded(b.dims[-1]):
+        # Keys arrive transposed; they are the ones to gather, so that the queries stay local.
+        left, right = (gathered(mesh, left, -2), right) if is_transposed(left) else (left, gathered(mesh, right, -1))
+    if left.shape[-1] != right.shape[-2]:
+        raise NotExactError("a sharded factor meets one that is not the size of the whole picture")
+    result = func(left, right)
+    return mark(result, _product_layout(left, right, result.ndim))
+
+
+def _partial_product(mesh: Mesh, func: Any, left: Tensor, right: Tensor, a: Layout, b: Layout) -> Tensor:
+    """Both factors are cut along the summed dimension: each rank has part of the sum."""
+    if a.dims[-1] != b.dims[-2] or is_sharded(a.dims[-2]) or is_sharded(b.dims[-1]):
+        raise NotExactError("the factors of a product are cut differently")
+    axes = {factor.axis for factor in a.dims[-1] if factor.axis is not None}
+    partial = func(left, right)
+    total = sum_over_ranks(mesh, partial, axes)
+    return mark(total, _batch_layout(a, b, left, right, total.ndim, plain(left.shape[-2]), plain(right.shape[-1])))
+
+
+def _product_layout(left: Tensor, right: Tensor, ndim: int) -> Layout:
+    a, b = layout_of(left), layout_of(right)
+    rows = a.dims[-2] if a else plain(left.shape[-2])
+    columns = b.dims[-1] if b else plain(right.shape[-1])
+    return _batch_layout(a, b, left, right, ndim, rows, columns)
+
+
+def _batch_layout(
+    a: Layout | None, b: Layout | None, left: Tensor, right: Tensor, ndim: int, rows: Dim, columns: Dim
+) -> Layout:
+    operands = [
+        (layout and Layout(layout.dims[:-2]), tuple(t.shape[:-2])) for layout, t in ((a, left), (b, right))
+    ]
+    return Layout((*broadcast(operands, ndim - 2).dims, rows, columns))
+
+
+@rule(torch.cdist)
+def cdist(mesh: Mesh, func: Any, left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    a, b = layout_of(left), layout_of(right)
+    if b or (a and is_sharded(a.dims[-1])):
+        raise NotExactError("distances between sharded points")
+    result = func(left, right, *args, **kwargs)
+    return result if a is None else mark(result, a.replace(-1, plain(right.shape[-2])))
+
+
+@rule(F.linear)
+def linear(mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    layout = layout_of(tensor)
+    if layout and is_sharded(layout.dims[-1]):
+        raise NotExactError("the channels of a linear layer are sharded")
+    result = func(tensor, weight, bias)
+    return result if layout is None else mark(result, layout.replace(-1, plain(weight.shape[0])))
+
+
+@rule(F.embedding)
+def embedding(mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    layout = layout_of(tensor)
+    result = func(tensor, weight, *args, **kwargs)
+    return result if layout is None else mark(result, Layout((*layout.dims, plain(weight.shape[1]))))

@@ -1,0 +1,111 @@
+"""Functions that act on each position by itself: right on a shard as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.errors import NotExactError
+from halovae.exact.halo import own, redistribute
+from halovae.exact.layout import Layout, axis_factor, broadcast, is_uniform, layout_of, mark, unmark_uniform
+from halovae.exact.registry import Mesh, named, rule
+
+BROADCASTING = (
+    "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "pow", "maximum", "minimum",
+    "eq", "ne", "lt", "le", "gt", "ge", "where", "lerp", "addcmul", "addcdiv", "clamp", "clip", "logical_and",
+    "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "atan2", "copysign",
+    "truediv", "floordiv", "mod", "and", "or", "invert",
+    "masked_fill", "threshold", "nan_to_num", "isnan", "isinf", "isfinite",
+    "neg", "abs", "sign", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos",
+    "tan", "tanh", "atanh", "sinh", "cosh", "asinh", "erf", "round", "floor", "ceil", "trunc", "frac", "sigmoid",
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "softplus", "hardtanh",
+    "hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softsign",
+)  # fmt: skip
+"""Elementwise functions of one or more operands."""
+
+SELF_SHAPED = (
+    "to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda",
+    "contiguous", "clone", "detach", "alpha_dropout", "requires_grad_",
+    "empty_like", "positive",
+)  # fmt: skip
+"""Functions whose result has the positions of their first operand, whatever the others are."""
+
+
+@rule(*named(*BROADCASTING))
+def broadcasting(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
+    operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not any(layout_of(operand) for operand in operands):
+        result = func(*args, **kwargs)
+        if operands and result is operands[0] and len(operands) > 1:
+            unmark_uniform(result)
+        return result
+    aligned = dict(zip(map(id, operands), align(mesh, operands), strict=True))
+    if aligned[id(operands[0])] is not operands[0] and getattr(func, "__name__", "").endswith("_"):
+        raise NotExactError("an in-place operand is cut differently from the others")
+    result = func(*(aligned.get(id(a), a) for a in args), **{k: aligned.get(id(v), v) for k, v in kwargs.items()})
+    if result is NotImplemented:  # a comparison with something that is no number
+        return result
+    layout = elementwise_layout(list(aligned.values()), result.ndim)
+    return mark(result, layout)
+
+
+@rule(*named(*SELF_SHAPED))
+def self_shaped(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return mark_like(func(tensor, *args, **kwargs), tensor)
+
+
+@rule(*named("dropout"), F.dropout1d, F.dropout2d, F.dropout3d)
+def dropout(mesh: Mesh, func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if training and p and layout_of(tensor):
+        raise NotExactError("dropout is active: call vae.eval() first")
+    return mark_like(func(tensor, p, training, inplace), tensor)
+
+
+def mark_like(result: Any, tensor: Tensor) -> Any:
+    """`result` with the layout of `tensor`, whose positions it has."""
+    layout = layout_of(tensor)
+    return mark(result, layout) if layout and isinstance(result, Tensor) else result
+
+
+def elementwise_layout(operands: list[Tensor], ndim: int) -> Layout:
+    """The layout of an elementwise result; tensors of one constant value adapt to the others."""
+    known = [(layout_of(t), tuple(t.shape)) for t in operands if layout_of(t) or not is_uniform(t)]
+    return broadcast(known, ndim)
+
+
+def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
+    """The operands, cut alike: where bounds or halos differ, all follow the first sharded operand."""
+    layouts = [layout for operand in operands if (layout := layout_of(operand))]
+    if len(layouts) < 2:
+        return operands
+    ndim = max(operand.ndim for operand in operands)
+    for position in range(-ndim, 0):
+        dims = [layout.dims[position] for layout in layouts if -position <= len(layout.dims)]
+        cuts = {factor for dim in dims if (factor := axis_factor(dim))}
+        if len(cuts) > 1:
+            operands = [_without_halo(mesh, operand, position) for operand in operands]
+            first = next(factor for o in operands if (factor := _axis_at(o, position)))
+            assert first.cut is not None
+            operands = [_follow(mesh, operand, position, first.cut.bounds) for operand in operands]
+    return operands
+
+
+def _axis_at(operand: Tensor, position: int) -> Any:
+    layout = layout_of(operand)
+    return axis_factor(layout.dims[position]) if layout and -position <= len(layout.dims) else None
+
+
+def _without_halo(mesh: Mesh, operand: Tensor, position: int) -> Tensor:
+    layout = layout_of(operand)
+    return mark(*own(mesh, operand, layout)) if layout and _axis_at(operand, position) else operand
+
+
+def _follow(mesh: Mesh, operand: Tensor, position: int, bounds: tuple[int, ...]) -> Tensor:
+    factor, layout = _axis_at(operand, position), layout_of(operand)
+    if factor is None or layout is None or factor.cut.bounds == bounds:
+        return operand
+    if factor.cut.size != bounds[-1]:
+        raise NotExactError(f"operands of {factor.cut.size} and {bounds[-1]} rows meet")
+    return redistribute(mesh, operand, layout, position % operand.ndim, bounds)

@@ -1,0 +1,257 @@
+"""One buffer with the local rows, the neighbours' rows and the padding.
+
+Every operator that sees beyond a pixel says which rows it needs; `extend` gets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from halovae.errors import NotExactError
+from halovae.exact.layout import Factor, Layout, axis_factor, length, mark
+from halovae.exact.mesh import Mesh
+from halovae.geometry import Cut, Extent, covering, cut_at, missing, overlap
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What lies beyond the picture: torch's pad mode ("constant", "replicate" or "reflect") and its value."""
+
+    mode: str = "constant"
+    value: float = 0.0
+
+
+ZEROS = Fill()
+
+
+def extend(
+    mesh: Mesh,
+    tensor: Tensor,
+    layout: Layout,
+    needs: Mapping[int, tuple[Extent, ...]],
+    pads: Mapping[int, Extent] | None = None,
+    fill: Fill = ZEROS,
+) -> Tensor:
+    """This rank's `needs`, as one tensor.
+
+    Args:
+        mesh: the grid of shards.
+        tensor: local tensor with `layout`.
+        layout: its layout; halos already present are used, not fetched again.
+        needs: per sharded dimension, the global positions that each part needs. Beyond the axis: `fill`.
+        pads: per plain dimension, how many positions to add (before, after), by `fill` too.
+        fill: what lies beyond the axis.
+
+    Returns:
+        A view when everything is already there, else a new tensor. It carries no layout.
+    """
+    pads = {dim: pad for dim, pad in (pads or {}).items() if pad != (0, 0)}
+    if not pads and all(_is_present(layout, dim, need) for dim, need in needs.items()):
+        return _narrow_to(mesh, tensor, layout, needs)
+    covered = {dim: covering(_cut(layout, dim), need) for dim, need in needs.items()}
+    starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
+    buffer = _new_like(tensor, shape)
+    _region(buffer, valid).copy_(_narrow_to(mesh, tensor, layout, covered, clip=True))
+    for dim, need in needs.items():
+        _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
+        _fill_outside(buffer, dim, valid, fill)
+        low, high = need[mesh.part(_axis(layout, dim))]
+        valid[dim] = (low - starts[dim], high - starts[dim])
+    for dim in pads:
+        _fill_outside(buffer, dim, valid, fill)
+    return _region(buffer, valid)
+
+
+def own(mesh: Mesh, tensor: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    """The tensor without halos."""
+    for dim in layout.sharded_dims:
+        factor = axis_factor(layout.dims[dim])
+        if factor and factor.cut and factor.cut.has_halo:
+            needs = {dim: cut_at(factor.cut.bounds).extents}
+            tensor = extend(mesh, tensor, layout, needs)
+            layout = recut(mesh, layout, dim, factor.cut.bounds)
+        elif any(f.cut and f.cut.has_halo for f in layout.dims[dim]):
+            raise NotExactError("a halo reached a flattened dimension")
+    return tensor, layout
+
+
+def recut(mesh: Mesh, layout: Layout, dim: int, bounds: tuple[int, ...]) -> Layout:
+    """The layout with dimension `dim`, one whole spatial axis, cut at other bounds and without halo."""
+    factor = axis_factor(layout.dims[dim])
+    assert factor and factor.axis is not None
+    cut = cut_at(bounds)
+    return layout.replace(dim, (Factor(cut.present(mesh.part(factor.axis)), factor.axis, cut),))
+
+
+def redistribute(mesh: Mesh, tensor: Tensor, layout: Layout, dim: int, bounds: tuple[int, ...]) -> Tensor:
+    """The tensor with one axis cut at other bounds; carries its new layout."""
+    moved = extend(mesh, tensor, layout, {dim: cut_at(bounds).extents})
+    return mark(moved, recut(mesh, layout, dim, bounds))
+
+
+def gather_dim(mesh: Mesh, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
+    """The tensor with one dimension whole, in the order of the un-parallel tensor; carries its new layout."""
+    dim %= len(layout.dims)
+    factors = layout.dims[dim]
+    split = Layout((*layout.dims[:dim], *((f,) for f in factors), *layout.dims[dim + 1 :]))
+    tensor = tensor.reshape(split.shape)
+    for offset, factor in enumerate(factors):
+        if factor.cut is None or factor.axis is None:
+            continue
+        whole = ((0, factor.cut.size),) * factor.cut.parts
+        tensor = extend(mesh, tensor, split, {dim + offset: whole})
+        split = split.replace(dim + offset, (Factor(factor.cut.size),))
+    merged = layout.replace(dim, (Factor(prod(tensor.shape[dim : dim + len(factors)])),))
+    return mark(tensor.reshape(merged.shape), merged)
+
+
+def _is_present(layout: Layout, dim: int, needs: tuple[Extent, ...]) -> bool:
+    """Whether every rank already has what it needs; the same answer on all ranks."""
+    factor = axis_factor(layout.dims[dim])
+    assert factor and factor.cut
+    return all(h[0] <= n[0] and n[1] <= h[1] for h, n in zip(factor.cut.extents, needs, strict=True))
+
+
+def _narrow_to(
+    mesh: Mesh, tensor: Tensor, layout: Layout, needs: Mapping[int, tuple[Extent, ...]], clip: bool = False
+) -> Tensor:
+    """The part of the local tensor inside this rank's needs."""
+    for dim, need in needs.items():
+        low, high, start = _kept(mesh, layout, dim, need)
+        assert clip or (low, high) == need[mesh.part(_axis(layout, dim))]
+        if high - low != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, low - start, high - low)
+    return tensor
+
+
+def _kept(mesh: Mesh, layout: Layout, dim: int, needs: tuple[Extent, ...]) -> tuple[int, int, int]:
+    """Global (low, high) of what this rank both has and needs, and where its local tensor starts."""
+    factor = axis_factor(layout.dims[dim])
+    assert factor and factor.cut and factor.axis is not None
+    part = mesh.part(factor.axis)
+    have = factor.cut.extents[part]
+    kept = overlap(have, needs[part]) or (needs[part][0], needs[part][0])
+    return kept[0], kept[1], have[0] if kept[0] < kept[1] else kept[0]
+
+
+def _cut(layout: Layout, dim: int) -> Cut:
+    factor = axis_factor(layout.dims[dim])
+    assert factor and factor.cut
+    return factor.cut
+
+
+def _axis(layout: Layout, dim: int) -> int:
+    factor = axis_factor(layout.dims[dim])
+    assert factor and factor.axis is not None
+    return factor.axis
+
+
+Frame = tuple[dict[int, int], list[int], list[Extent]]
+
+
+def _frame(
+    mesh: Mesh,
+    tensor: Tensor,
+    layout: Layout,
+    needs: Mapping[int, tuple[Extent, ...]],
+    pads: Mapping[int, Extent],
+) -> Frame:
+    """Global start of the buffer per sharded dim, the buffer's shape, and which of it the local tensor fills."""
+    starts: dict[int, int] = {}
+    shape = list(tensor.shape)
+    valid: list[Extent] = [(0, size) for size in shape]
+    for dim, need in needs.items():
+        low, high = need[mesh.part(_axis(layout, dim))]
+        kept_low, kept_high, _ = _kept(mesh, layout, dim, need)
+        starts[dim], shape[dim] = low, high - low
+        valid[dim] = (kept_low - low, kept_high - low)
+    for dim, (before, after) in pads.items():
+        size = length(layout.dims[dim])
+        shape[dim], valid[dim] = before + size + after, (before, before + size)
+    return starts, shape, valid
+
+
+def _fetch(
+    mesh: Mesh,
+    buffer: Tensor,
+    layout: Layout,
+    dim: int,
+    needs: tuple[Extent, ...],
+    start: int,
+    valid: list[Extent],
+) -> None:
+    """Exchange the missing rows of one dimension with the ranks that own them, and widen `valid`."""
+    factor = axis_factor(layout.dims[dim])
+    assert factor and factor.cut and factor.axis is not None
+    cut, me, peers = factor.cut, mesh.part(factor.axis), mesh.peers(factor.axis)
+    sends, receives, landings = [], [], []
+    for part, peer in enumerate(peers):
+        if part == me:
+            continue
+        for piece in missing(cut.extents[part], needs[part], cut.size):
+            rows = overlap(piece, cut.owned(me))
+            if rows:
+                sends.append((peer, _rows(buffer, dim, rows, start, valid).contiguous()))
+        for piece in missing(cut.extents[me], needs[me], cut.size):
+            rows = overlap(piece, cut.owned(part))
+            if rows:
+                target = _rows(buffer, dim, rows, start, valid)
+                landing = target if target.is_contiguous() else torch.empty_like(target, memory_format=_CONTIGUOUS)
+                receives.append((peer, landing))
+                landings.append((target, landing))
+    mesh.comm.exchange(sends, receives)
+    for target, landing in landings:
+        if target is not landing:
+            target.copy_(landing)
+    low, high = min(valid[dim][0] + start, max(needs[me][0], 0)), max(valid[dim][1] + start, min(needs[me][1], cut.size))
+    valid[dim] = (low - start, high - start)
+
+
+_CONTIGUOUS = torch.contiguous_format
+
+
+def _rows(buffer: Tensor, dim: int, rows: Extent, start: int, valid: list[Extent]) -> Tensor:
+    region = list(valid)
+    region[dim] = (rows[0] - start, rows[1] - start)
+    return _region(buffer, region)
+
+
+def _region(buffer: Tensor, region: list[Extent]) -> Tensor:
+    for dim, (low, high) in enumerate(region):
+        if high - low != buffer.shape[dim]:
+            buffer = buffer.narrow(dim, low, high - low)
+    return buffer
+
+
+def _fill_outside(buffer: Tensor, dim: int, valid: list[Extent], fill: Fill) -> None:
+    """Fill one dimension before and after its valid rows, and widen `valid`."""
+    low, high = valid[dim]
+    for rows, edge, step in (((0, low), low, 1), ((high, buffer.shape[dim]), high - 1, -1)):
+        count = rows[1] - rows[0]
+        if not count:
+            continue
+        target = _region(buffer, [*valid[:dim], rows, *valid[dim + 1 :]])
+        if fill.mode == "constant":
+            target.fill_(fill.value)
+        elif fill.mode == "replicate":
+            target.copy_(_region(buffer, [*valid[:dim], (edge, edge + 1), *valid[dim + 1 :]]).expand_as(target))
+        elif fill.mode == "reflect" and high - low > count:
+            mirrored = (edge + 1, edge + 1 + count) if step == 1 else (edge - count, edge)
+            target.copy_(_region(buffer, [*valid[:dim], mirrored, *valid[dim + 1 :]]).flip(dim))
+        else:
+            raise NotExactError(f"padding of {count} rows in mode {fill.mode!r} on a shard of {high - low} rows")
+    valid[dim] = (0, buffer.shape[dim])
+
+
+def _new_like(tensor: Tensor, shape: list[int]) -> Tensor:
+    """An uninitialised tensor of another shape in the same memory format."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats.get(tensor.ndim, torch.contiguous_format)
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=memory_format):
+        memory_format = torch.contiguous_format
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)

@@ -1,0 +1,216 @@
+"""Taking tensors apart and putting them together along dimensions that every rank has whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.errors import NotExactError
+from halovae.exact.elementwise import align
+from halovae.exact.layout import Dim, Layout, is_sharded, is_uniform, keep_uniform, layout_of, length, mark, plain, unmark_uniform
+from halovae.exact.registry import Mesh, named, rule
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def cat(
+    mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0, axis: int | None = None, out: Tensor | None = None
+) -> Any:
+    dim = dim if axis is None else axis
+    # Causal caches start as empty one-dimensional tensors, which cat ignores.
+    tensors = [t for t in tensors if t.shape != (0,)] or list(tensors)
+    if not any(layout_of(t) for t in tensors):
+        return func(tensors, dim) if out is None else func(tensors, dim, out=out)
+    tensors = align(mesh, tensors)
+    result = func(tensors, dim)
+    dims = list(_common_dims(tensors, dim % result.ndim))
+    dims[dim] = plain(result.shape[dim])
+    return mark(result, Layout(tuple(dims)))
+
+
+@rule(torch.stack)
+def stack(mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    if not any(layout_of(t) for t in tensors):
+        return func(tensors, dim)
+    tensors = align(mesh, list(tensors))
+    result = func(tensors, dim)
+    dims = list(_common_dims(tensors, None))
+    dims.insert(dim % result.ndim, plain(len(tensors)))
+    return mark(result, Layout(tuple(dims)))
+
+
+def _common_dims(tensors: Sequence[Tensor], skip: int | None) -> tuple[Dim, ...]:
+    """The dimensions shared by tensors that are to be joined; along `skip` none may be sharded."""
+    layouts = [layout for t in tensors if (layout := layout_of(t))]
+    first = layouts[0]
+    for tensor in tensors:
+        layout = layout_of(tensor)
+        if layout is None and not is_uniform(tensor):
+            raise NotExactError("a tensor that knows nothing of the shards is joined to shards")
+    for dim in range(len(first.dims)):
+        if dim == skip:
+            if any(is_sharded(layout.dims[dim]) for layout in layouts):
+                raise NotExactError("tensors are joined along a sharded dimension")
+        elif any(layout.dims[dim] != first.dims[dim] for layout in layouts if is_sharded(layout.dims[dim])):
+            raise NotExactError("the joined tensors are cut differently")
+    return first.dims
+
+
+@rule(*named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"))
+def split(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    layout = layout_of(tensor)
+    parts = func(tensor, *args, **kwargs)
+    if layout is None:
+        return parts
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if is_sharded(layout.dims[dim]) and len(parts) > 1:
+        raise NotExactError("it splits a sharded dimension")
+    for part in parts:
+        mark(part, layout if len(parts) == 1 else layout.replace(dim, plain(part.shape[dim])))
+    return parts
+
+
+@rule(*named("unbind"))
+def unbind(mesh: Mesh, func: Any, tensor: Tensor, dim: int = 0) -> Any:
+    layout = layout_of(tensor)
+    parts = func(tensor, dim)
+    if layout is not None:
+        _require_plain(layout, dim)
+        for part in parts:
+            mark(part, _without(layout, dim))
+    return parts
+
+
+@rule(*named("select"))
+def select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: int) -> Any:
+    layout = layout_of(tensor)
+    if layout is None:
+        return keep_uniform(func(tensor, dim, index), tensor)
+    _require_plain(layout, dim)
+    return mark(func(tensor, dim, index), _without(layout, dim))
+
+
+@rule(*named("narrow"))
+def narrow(mesh: Mesh, func: Any, tensor: Tensor, dim: int, start: int, length: int) -> Any:
+    layout = layout_of(tensor)
+    result = func(tensor, dim, start, length)
+    if layout is None:
+        return keep_uniform(result, tensor)
+    if length == tensor.shape[dim]:
+        return mark(result, layout)
+    _require_plain(layout, dim)
+    return mark(result, layout.replace(dim, plain(length)))
+
+
+@rule(*named("index_select"))
+def index_select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: Tensor) -> Any:
+    layout = layout_of(tensor)
+    if layout is not None:
+        _require_plain(layout, dim)
+    result = func(tensor, dim, index)
+    return result if layout is None else mark(result, layout.replace(dim, plain(result.shape[dim])))
+
+
+@rule(Tensor.__getitem__)
+def getitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any) -> Any:
+    layout = layout_of(tensor)
+    if layout is None:
+        if isinstance(index, Tensor) and layout_of(index):
+            raise NotExactError("positions of a sharded tensor index another one")
+        return keep_uniform(func(tensor, index), tensor)
+    result = func(tensor, index)
+    return mark(result, indexed(layout, index, tuple(result.shape)))
+
+
+@rule(Tensor.__setitem__)
+def setitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any, value: Any) -> Any:
+    layout, written = layout_of(tensor), layout_of(value)
+    if layout is None and written is None:
+        unmark_uniform(tensor)
+        return func(tensor, index, value)
+    if layout is None and not is_uniform(tensor):
+        raise NotExactError("shards are written into a tensor that knows nothing of them")
+    target = tensor[index]
+    if written is None and isinstance(value, Tensor) and value.numel() > 1 and not is_uniform(value):
+        raise NotExactError("a tensor that knows nothing of the shards is written into them")
+    if written is not None and layout is None:
+        layout = _adopted(tensor, index, written, target.ndim)
+    assert layout is not None
+    into = indexed(layout, index, tuple(target.shape))
+    if written is not None and into.sharded_dims and _sharded_tail(into) != _sharded_tail(written):
+        raise NotExactError("shards are written into shards that are cut differently")
+    func(tensor, index, value)
+    mark(tensor, layout)
+    return None
+
+
+def _sharded_tail(layout: Layout) -> list[Dim]:
+    return [dim for dim in layout.dims if is_sharded(dim)]
+
+
+def _adopted(tensor: Tensor, index: Any, written: Layout, ndim: int) -> Layout:
+    """The layout that a blank tensor takes from the shards written into it."""
+    if ndim != len(written.dims):
+        raise NotExactError("shards of another number of dimensions are written into a blank tensor")
+    dims: list[Dim] = [plain(size) for size in tensor.shape]
+    kept = [dim for dim, entry in enumerate(_entries(index, tensor.ndim)) if isinstance(entry, slice)]
+    for dim, source in zip(kept, written.dims, strict=True):
+        if is_sharded(source):
+            if length(source) != tensor.shape[dim]:
+                raise NotExactError("shards fill only part of a blank tensor's dimension")
+            dims[dim] = source
+    return Layout(tuple(dims))
+
+
+def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
+    """The layout after basic indexing.
+
+    Raises:
+        NotExactError: a sharded dimension is indexed by anything but a full slice.
+    """
+    dims: list[Dim] = []
+    position = 0
+    for entry in _entries(index, len(layout.dims)):
+        if entry is None:
+            dims.append(plain(1))
+            continue
+        dim = layout.dims[position]
+        position += 1
+        if isinstance(entry, slice):
+            if is_sharded(dim) and entry.indices(length(dim)) != (0, length(dim), 1):
+                raise NotExactError(f"it takes {entry} of a sharded dimension")
+            dims.append(dim if is_sharded(dim) else plain(len(range(*entry.indices(length(dim))))))
+        elif is_sharded(dim):
+            raise NotExactError("it picks positions of a sharded dimension")
+        elif not isinstance(entry, int):
+            dims.append(plain(-1))
+    # An index list or tensor: its own length decides, and only one dimension may have one.
+    unknown = [i for i, dim in enumerate(dims) if length(dim) < 0]
+    if len(unknown) > 1 or len(dims) != len(shape):
+        raise NotExactError("it indexes with several tensors")
+    for i in unknown:
+        dims[i] = plain(shape[i])
+    return Layout(tuple(dims))
+
+
+def _entries(index: Any, ndim: int) -> list[Any]:
+    """The index as one entry per dimension (and None for new ones)."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    used = sum(entry is not None and entry is not Ellipsis for entry in entries)
+    missing = [slice(None)] * (ndim - used)
+    for place, entry in enumerate(entries):
+        if entry is Ellipsis:
+            return [*entries[:place], *missing, *entries[place + 1 :]]
+    return [*entries, *missing]
+
+
+def _require_plain(layout: Layout, dim: int) -> None:
+    if is_sharded(layout.dims[dim]):
+        raise NotExactError("it takes part of a sharded dimension")
+
+
+def _without(layout: Layout, dim: int) -> Layout:
+    dim %= len(layout.dims)
+    return Layout((*layout.dims[:dim], *layout.dims[dim + 1 :]))

@@ -1,0 +1,236 @@
+"""Which dimensions of a local tensor are cut, and what views do to that.
+
+A tensor dimension is a tuple of factors, outermost first. A factor is a whole number of positions, and either plain
+(every rank has all of it) or one spatial axis of the mesh (each rank has its own rows). `[B, C, H, W]` has four
+dimensions of one factor each; after `flatten(2)` the third one has the two factors (height, width). Reshapes then
+are a walk along the factors, and no operator rule has to guess what a size means.
+
+The layout travels as an attribute of the local tensor. Tensors without one are the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from halovae.errors import NotExactError
+from halovae.geometry import MIN_ROWS, Cut, coarsen, divides, narrowest, refine
+
+HEIGHT, WIDTH = 0, 1
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`size` local positions: plain, or (with `cut`) those of this rank along the mesh axis `axis`."""
+
+    size: int
+    axis: int | None = None
+    cut: Cut | None = None
+
+    @property
+    def sharded(self) -> bool:
+        return self.axis is not None
+
+
+Dim = tuple[Factor, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The factors of every dimension of a local tensor."""
+
+    dims: tuple[Dim, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+    @property
+    def sharded_dims(self) -> list[int]:
+        return [i for i, dim in enumerate(self.dims) if is_sharded(dim)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(length(dim) for dim in self.dims)
+
+    def replace(self, dim: int, factors: Dim) -> Layout:
+        dim %= len(self.dims)
+        return Layout((*self.dims[:dim], factors, *self.dims[dim + 1 :]))
+
+
+def plain(size: int) -> Dim:
+    return (Factor(size),)
+
+
+def is_sharded(dim: Dim) -> bool:
+    return any(factor.sharded for factor in dim)
+
+
+def length(dim: Dim) -> int:
+    return prod(factor.size for factor in dim)
+
+
+def axis_factor(dim: Dim) -> Factor | None:
+    """The factor of a dimension that is one whole spatial axis, else None."""
+    return dim[0] if len(dim) == 1 and dim[0].sharded else None
+
+
+def global_length(dim: Dim) -> int:
+    """Positions along a dimension over all ranks."""
+    return prod(factor.cut.size if factor.cut else factor.size for factor in dim)
+
+
+# ---- the attribute -------------------------------------------------------------------------------------------------
+
+_ATTRIBUTE = "_halovae_layout"
+_UNIFORM = "_halovae_uniform"
+_TRANSPOSED = "_halovae_transposed"
+
+
+def layout_of(value: object) -> Layout | None:
+    """The layout of a sharded tensor; None for everything else."""
+    return getattr(value, _ATTRIBUTE, None) if isinstance(value, Tensor) else None
+
+
+def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
+    """Attach a layout (None, or one without sharded dimensions: none) and return the tensor."""
+    if layout is not None and layout.sharded_dims:
+        if any(f.cut and narrowest(f.cut) < MIN_ROWS for dim in layout.dims for f in dim):
+            raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
+        assert layout.shape == tuple(tensor.shape), f"layout {layout.shape} on a tensor {tuple(tensor.shape)}"
+        setattr(tensor, _ATTRIBUTE, layout)
+    elif hasattr(tensor, _ATTRIBUTE):
+        delattr(tensor, _ATTRIBUTE)
+    return tensor
+
+
+def mark_uniform(tensor: Tensor) -> Tensor:
+    """Say that all elements are equal, so the tensor may stand for a sharded one of its shape."""
+    setattr(tensor, _UNIFORM, True)
+    return tensor
+
+
+def mark_transposed(tensor: Tensor) -> None:
+    """Remember that the last two dimensions were just swapped, as keys are before their product with queries."""
+    setattr(tensor, _TRANSPOSED, True)
+
+
+def is_transposed(tensor: Tensor) -> bool:
+    return getattr(tensor, _TRANSPOSED, False)
+
+
+def unmark_uniform(tensor: Tensor) -> None:
+    if hasattr(tensor, _UNIFORM):
+        delattr(tensor, _UNIFORM)
+
+
+def is_uniform(value: object) -> bool:
+    return isinstance(value, Tensor) and getattr(value, _UNIFORM, False)
+
+
+def keep_uniform(result: Tensor, tensor: Tensor) -> Tensor:
+    """A view of a uniform tensor is uniform."""
+    return mark_uniform(result) if is_uniform(tensor) else result
+
+
+# ---- views ---------------------------------------------------------------------------------------------------------
+
+
+def split_factor(factor: Factor, outer: int) -> tuple[Factor, Factor]:
+    """A factor as (outer, inner); an axis keeps its rows in the outer one, at a coarser resolution.
+
+    Raises:
+        NotExactError: the factor or its cut doesn't divide.
+    """
+    inner, rest = divmod(factor.size, outer)
+    if rest:
+        raise NotExactError(f"a view splits {factor.size} positions into {outer} parts")
+    if factor.cut is None:
+        return Factor(outer), Factor(inner)
+    if not divides(factor.cut, inner):
+        raise NotExactError(f"a view groups {inner} rows, which does not divide the shards {factor.cut.bounds}")
+    return Factor(outer, factor.axis, coarsen(factor.cut, inner)), Factor(inner)
+
+
+def merge_factors(factors: Sequence[Factor]) -> Dim:
+    """One dimension of these factors; a plain factor inside an axis makes that axis finer."""
+    merged: list[Factor] = []
+    for factor in factors:
+        if factor.size == 1 and not factor.sharded:
+            continue
+        last = merged[-1] if merged else None
+        if last is None or factor.sharded:
+            merged.append(factor)
+        elif last.cut is None:
+            merged[-1] = Factor(last.size * factor.size)
+        else:
+            merged[-1] = Factor(last.size * factor.size, last.axis, refine(last.cut, factor.size))
+    return tuple(merged) or plain(1)
+
+
+def reshaped(layout: Layout, shape: Sequence[int]) -> Layout:
+    """The layout after `reshape(shape)` (local sizes, no -1).
+
+    Raises:
+        NotExactError: the view cuts through a sharded axis.
+    """
+    if tuple(shape) == layout.shape:
+        return layout
+    pending = [f for dim in layout.dims for f in dim if f.sharded or f.size > 1][::-1]
+    dims: list[Dim] = []
+    for size in shape:
+        taken: list[Factor] = []
+        while size > 1:
+            factor = pending.pop()
+            if size % factor.size == 0:
+                taken.append(factor)
+                size //= factor.size
+            else:
+                outer, inner = _split_any(factor, size, pending)
+                taken.append(outer)
+                pending.append(inner)
+                size = 1
+        dims.append(merge_factors(taken))
+    assert not pending, f"reshape {layout.shape} to {tuple(shape)} left factors over"
+    return Layout(tuple(dims))
+
+
+def _split_any(factor: Factor, size: int, pending: list[Factor]) -> tuple[Factor, Factor]:
+    """Take `size` positions off the outside of a factor, joining plain neighbours first where they don't divide."""
+    while factor.size % size and not factor.sharded and pending and not pending[-1].sharded:
+        factor = Factor(factor.size * pending.pop().size)
+    return split_factor(factor, size)
+
+
+def permuted(layout: Layout, order: Sequence[int]) -> Layout:
+    return Layout(tuple(layout.dims[i] for i in order))
+
+
+def broadcast(layouts: Sequence[tuple[Layout | None, tuple[int, ...]]], ndim: int) -> Layout:
+    """The layout of an elementwise result of operands (layout or None, shape), aligned at the last dimension.
+
+    Raises:
+        NotExactError: an operand without layout varies along a dimension that is sharded in another one.
+    """
+    dims: list[Dim] = []
+    for position in range(-ndim, 0):
+        present = [_dim_at(layout, shape, position) for layout, shape in layouts]
+        sharded = [dim for dim in present if is_sharded(dim)]
+        if not sharded:
+            dims.append(plain(max((length(dim) for dim in present), default=1)))
+            continue
+        if any(dim != sharded[0] for dim in sharded):
+            raise NotExactError(f"operands are cut differently: {sharded[0]} and {sharded[1:]}")
+        if any(not is_sharded(dim) and length(dim) != 1 for dim in present):
+            raise NotExactError(f"an operand that knows nothing of the shards has {max(map(length, present))} rows")
+        dims.append(sharded[0])
+    return Layout(tuple(dims))
+
+
+def _dim_at(layout: Layout | None, shape: tuple[int, ...], position: int) -> Dim:
+    if -position > len(shape):
+        return plain(1)
+    return layout.dims[position] if layout else plain(shape[position])

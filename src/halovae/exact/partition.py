@@ -1,0 +1,129 @@
+"""Into shards and back: whole tensors are cut at the entry of a network and put together at its exit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.errors import NotExactError
+from halovae.exact.halo import extend, own
+from halovae.exact.layout import Factor, Layout, axis_factor, layout_of, mark, plain
+from halovae.exact.mesh import Mesh
+from halovae.geometry import Extent, cut_at
+
+Bounds = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where rows and where columns are cut: (0, ..., height) and (0, ..., width)."""
+
+
+def _outside_mode(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a function that moves shards be called while the network runs, as hooks do."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_outside_mode
+def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
+    """This rank's shard of a tensor `[..., height, width]` that every rank has whole; a view with a layout."""
+    dims = [plain(size) for size in tensor.shape]
+    for axis, axis_bounds in enumerate(bounds):
+        if mesh.shape[axis] == 1:
+            continue
+        cut, part, dim = cut_at(axis_bounds), mesh.part(axis), axis - 2
+        assert cut.size == tensor.shape[dim] and cut.parts == mesh.shape[axis]
+        low, high = cut.owned(part)
+        tensor = tensor.narrow(dim, low, high - low)
+        dims[dim] = (Factor(high - low, axis, cut),)
+    return mark(tensor, Layout(tuple(dims)))
+
+
+@_outside_mode
+def gather(mesh: Mesh, tensor: Tensor, first_only: bool = False) -> Tensor:
+    """The whole tensor on every rank of the mesh, or (`first_only`) on its first rank and the own shard elsewhere."""
+    layout = layout_of(tensor)
+    if layout is None:
+        return tensor
+    tensor, layout = own(mesh, tensor, layout)
+    shard = tensor
+    for dim in layout.sharded_dims:
+        factor = axis_factor(layout.dims[dim])
+        if factor is None or factor.cut is None or factor.axis is None:
+            raise NotExactError("the network returns a tensor whose height and width are flattened together")
+        if first_only and any(mesh.part(axis) for axis in range(factor.axis)):
+            break
+        whole = (0, factor.cut.size)
+        needs = [whole if part == 0 or not first_only else factor.cut.owned(part) for part in range(factor.cut.parts)]
+        tensor = extend(mesh, tensor, layout, {dim: tuple(needs)})
+        if not first_only or mesh.part(factor.axis) == 0:
+            layout = layout.replace(dim, plain(factor.cut.size))
+    return _unmarked(shard if first_only and any(mesh.coordinates) else tensor)
+
+
+def own_rows(mesh: Mesh, tensor: Tensor) -> Tensor:
+    """This rank's shard as an ordinary tensor."""
+    layout = layout_of(tensor)
+    return _unmarked(own(mesh, tensor, layout)[0]) if layout else tensor
+
+
+def _unmarked(tensor: Tensor) -> Tensor:
+    """The tensor without a layout; another object, because the network may still hold this one."""
+    return tensor.view(tensor.shape) if layout_of(tensor) else tensor
+
+
+def extents(mesh: Mesh, tensor: Tensor) -> dict[str, Extent]:
+    """Which rows and columns of the whole this rank's shard is, as {"height": (low, high), "width": (low, high)}."""
+    layout = layout_of(tensor)
+    found: dict[str, Extent] = {}
+    for axis, name in enumerate(("height", "width")):
+        factor = axis_factor(layout.dims[axis - 2]) if layout else None
+        found[name] = factor.cut.owned(mesh.part(axis)) if factor and factor.cut else (0, tensor.shape[axis - 2])
+    return found
+
+
+def map_tensors(function: Callable[[Any], Any], value: Any, kind: type = Tensor) -> Any:
+    """A copy of a result with every tensor (or other `kind` of leaf) in it replaced.
+
+    Knows tensors, lists, tuples, dicts and plain objects with tensors as attributes, such as output classes and
+    distributions, at any depth.
+    """
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, tuple):
+        items = [map_tensors(function, item, kind) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [map_tensors(function, item, kind) for item in value]
+    if type(value) is dict:
+        return {key: map_tensors(function, item, kind) for key, item in value.items()}
+    if not hasattr(value, "__dict__") or isinstance(value, (type, torch.nn.Module, torch.Generator)):
+        return value
+    replaced = copy.copy(value)
+    for name, item in vars(value).items():
+        mapped = map_tensors(function, item, kind)
+        if mapped is not item:
+            setattr(replaced, name, mapped)
+    return replaced
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first picture-like tensor (4-D or 5-D) in a result."""
+    found: list[Tensor] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        if tensor.ndim in (4, 5):
+            found.append(tensor)
+        return tensor
+
+    map_tensors(look, value)
+    if not found:
+        raise NotExactError(f"the result {type(value).__name__} holds no picture or video tensor")
+    return found[0]

@@ -1,0 +1,89 @@
+"""Functions along a dimension. Over a sharded one, sums and means are completed over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.comm import all_gather
+from halovae.errors import NotExactError
+from halovae.exact.halo import own
+from halovae.exact.layout import Layout, global_length, is_sharded, layout_of, mark, plain
+from halovae.exact.registry import Mesh, named, rule
+
+
+def sum_over_ranks(mesh: Mesh, partial: Tensor, axes: set[int]) -> Tensor:
+    """The sum of every rank's partial sums, added in the same order on all ranks."""
+    return torch.stack(all_gather(mesh.comm, partial, mesh.ranks_along(axes))).sum(0)
+
+
+@rule(*named("sum", "mean"))
+def sum_or_mean(
+    mesh: Mesh, func: Any, tensor: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    layout = layout_of(tensor)
+    dims = _dims(dim, tensor.ndim)
+    if layout is None:
+        return func(tensor, dtype=dtype) if dim is None else func(tensor, dim, keepdim, dtype=dtype)
+    if not any(is_sharded(layout.dims[d]) for d in dims):
+        return mark(func(tensor, dims, keepdim, dtype=dtype), _reduced(layout, dims, keepdim))
+    tensor, layout = own(mesh, tensor, layout)
+    axes = {f.axis for d in dims for f in layout.dims[d] if f.axis is not None}
+    total = sum_over_ranks(mesh, torch.sum(tensor, dims, keepdim, dtype=dtype or _wide(tensor.dtype)), axes)
+    if getattr(func, "__name__", "") == "mean":
+        total = total / prod(global_length(layout.dims[d]) for d in dims)
+    return mark(total.to(dtype or tensor.dtype), _reduced(layout, dims, keepdim))
+
+
+@rule(*named("amax", "amin", "argmax", "argmin", "softmax", "log_softmax", "cumsum", "norm", "std", "var", "any",
+             "all", "prod", "max", "min", "median", "sort", "argsort", "topk"),
+      torch.linalg.vector_norm, torch.linalg.norm)  # fmt: skip
+def along_dim(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Functions along dimensions that no other rank has part of; the result has those dimensions shortened or gone."""
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, *args, **kwargs)
+    dim = kwargs.get("dim", next((a for a in args if isinstance(a, (int, tuple, list)) and a is not True), None))
+    dims = _dims(dim, tensor.ndim)
+    if any(isinstance(a, Tensor) for a in args) or any(is_sharded(layout.dims[d]) for d in dims):
+        raise NotExactError("it compares or scans positions of several shards")
+    result = func(tensor, *args, **kwargs)
+    for part in [result] if isinstance(result, Tensor) else result:
+        same_rank = part.ndim == tensor.ndim
+        known = layout
+        for d in dims:
+            known = known.replace(d, plain(part.shape[d] if same_rank else 1))
+        mark(part, known if same_rank else _reduced(known, dims, False))
+    return result
+
+
+@rule(F.normalize, F.cosine_similarity)
+def normalize(
+    mesh: Mesh, func: Any, tensor: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Tensor:
+    layout = layout_of(tensor)
+    if layout and is_sharded(layout.dims[dim]):
+        raise NotExactError("it normalises over a sharded dimension")
+    return mark(func(tensor, p, dim, eps, out), layout)
+
+
+def _dims(dim: Any, ndim: int) -> list[int]:
+    if dim is None or dim == () or dim == []:
+        return list(range(ndim))
+    chosen: Sequence[int] = [dim] if isinstance(dim, int) else dim
+    return [d % ndim for d in chosen]
+
+
+def _reduced(layout: Layout, dims: Sequence[int], keepdim: bool) -> Layout:
+    kept = [(plain(1) if i in dims else dim) for i, dim in enumerate(layout.dims) if keepdim or i not in dims]
+    return Layout(tuple(kept))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to add in: at least float32."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

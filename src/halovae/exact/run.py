@@ -1,0 +1,166 @@
+"""One call of a network on shards: cut the inputs, run, put the outputs together, share them with spare ranks."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.comm import Comm
+from halovae.errors import InputError, NotExactError, RankFailedError
+from halovae.exact.layout import layout_of
+from halovae.exact.mesh import Mesh
+from halovae.exact.mode import ShardMode
+from halovae.exact.partition import Bounds, extents, first_tensor, gather, map_tensors, own_rows, scatter
+from halovae.geometry import Extent
+
+Call = Callable[..., Any]
+
+
+def is_picture(value: object) -> bool:
+    """Whether a tensor has the shape of images (4-D) or video (5-D)."""
+    return isinstance(value, Tensor) and value.ndim in (4, 5)
+
+
+def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds) -> Any:
+    """`call(*args, **kwargs)` on this rank's shards of the pictures in the arguments; its result is in shards.
+
+    Pictures of another size than the first one are cut at the same relative places.
+
+    Raises:
+        NotExactError: an operator can't be sharded, or the result lost track of its shards.
+    """
+
+    def cut(value: Any) -> Any:
+        return scatter(mesh, value, _scaled(bounds, value)) if is_picture(value) else value
+
+    with ShardMode(mesh):
+        try:
+            result = call(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+        except NotImplementedError as error:
+            if isinstance(error, NotExactError):
+                raise
+            raise NotExactError(f"exact mode runs the VAE without spatial tiles, which it refuses: {error}") from error
+    if mesh.size > 1 and layout_of(first_tensor(result)) is None:
+        raise NotExactError("the network's result lost track of its shards: an operation left torch")
+    return result
+
+
+def _scaled(bounds: Bounds, picture: Tensor) -> Bounds:
+    scaled: list[tuple[int, ...]] = []
+    for axis_bounds, size in zip(bounds, picture.shape[-2:], strict=True):
+        whole = axis_bounds[-1]
+        if size != whole and any(b * size % whole for b in axis_bounds):
+            raise InputError(f"pictures of {whole} and {size} rows or columns can't be cut at the same places")
+        scaled.append(tuple(b * size // whole for b in axis_bounds))
+    return scaled[0], scaled[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result, which part of it this rank computed, and how long network and gather took."""
+
+    result: Any
+    extents: dict[str, Extent]
+    network_seconds: float
+    gather_seconds: float
+
+
+def run_on_group(
+    comm: Comm, shape: tuple[int, int], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds,
+    keep: str,
+) -> Outcome:  # fmt: skip
+    """Run on the first rows * cols ranks; ranks beyond wait and share the result.
+
+    Args:
+        comm: the group; every rank of it calls this.
+        shape: rows and columns of shards.
+        call: the un-parallel half.
+        args: its arguments, whole, the same on every rank.
+        kwargs: likewise.
+        bounds: where the first picture is cut.
+        keep: "all", "first" or "shard": who holds the whole result.
+    """
+    spares = range(shape[0] * shape[1], comm.size)
+    if comm.rank in spares:
+        started = time.perf_counter()
+        result = _wait_for_result(comm, keep, _device_of((*args, *kwargs.values())))
+        return Outcome(result, {"height": (0, 0), "width": (0, 0)}, 0.0, time.perf_counter() - started)
+    mesh = Mesh(comm, shape)
+    try:
+        started = time.perf_counter()
+        result = run_sharded(mesh, call, args, kwargs, bounds)
+        mine = extents(mesh, first_tensor(result))
+        ran = time.perf_counter()
+        result = map_tensors(lambda t: _collect(mesh, t, keep), result)
+    except Exception as error:
+        if spares:
+            comm.all_gather_object(_Failure(str(error), traceback.format_exc()))
+        raise
+    if spares:
+        _share_result(comm, result, spares, keep)
+    return Outcome(result, mine, ran - started, time.perf_counter() - ran)
+
+
+def _device_of(values: tuple[Any, ...]) -> torch.device:
+    return next(value.device for value in values if is_picture(value))
+
+
+def _collect(mesh: Mesh, tensor: Tensor, keep: str) -> Tensor:
+    return own_rows(mesh, tensor) if keep == "shard" else gather(mesh, tensor, first_only=keep == "first")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor in a result that travels without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+    details: str
+
+
+def _share_result(comm: Comm, result: Any, spares: range, keep: str) -> None:
+    """Tell the spare ranks the shape of the result and, if they are to hold it, its tensors from the first rank."""
+    tensors: list[Tensor] = []
+
+    def leave_slot(tensor: Tensor) -> Any:
+        tensors.append(tensor.contiguous())
+        return _Slot(tuple(tensor.shape), tensor.dtype)
+
+    skeleton = map_tensors(leave_slot, result)
+    said = comm.all_gather_object(skeleton if comm.rank == 0 else None)
+    _raise_failure(said)
+    if comm.rank == 0 and keep == "all":
+        comm.exchange([(spare, tensor) for spare in spares for tensor in tensors], [])
+
+
+def _wait_for_result(comm: Comm, keep: str, device: torch.device) -> Any:
+    said = comm.all_gather_object(None)
+    _raise_failure(said)
+    buffers: list[Tensor] = []
+
+    def fill_slot(slot: _Slot) -> Tensor:
+        shape = slot.shape if keep == "all" else (*slot.shape[:-2], 0, 0)
+        buffers.append(torch.empty(shape, dtype=slot.dtype, device=device))
+        return buffers[-1]
+
+    result = map_tensors(fill_slot, said[0], kind=_Slot)
+    if keep == "all":
+        comm.exchange([], [(0, buffer) for buffer in buffers])
+    return result
+
+
+def _raise_failure(said: list[Any]) -> None:
+    for rank, value in enumerate(said):
+        if isinstance(value, _Failure):
+            raise RankFailedError(rank, value.message, value.details)

@@ -1,0 +1,287 @@
+"""Sliding windows: convolution, padding, pooling, resampling. They see beyond a pixel, so they fetch halos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.errors import NotExactError
+from halovae.exact.halo import ZEROS, Fill, extend, own
+from halovae.exact.layout import Dim, Factor, Layout, axis_factor, is_sharded, layout_of, mark, plain
+from halovae.exact.mesh import Mesh
+from halovae.exact.registry import rule
+from halovae.geometry import Cut, Window, coarsen, divides, padded, refine, transposed_window, window
+
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+AVERAGES = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}
+MAXIMA = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
+
+
+@rule(*CONVOLUTIONS)
+def convolution(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, weight, bias, stride, padding, dilation, groups)
+    n = CONVOLUTIONS[func]
+    if isinstance(padding, str):
+        padding = [d * (k - 1) // 2 if padding == "same" else 0 for k, d in zip(weight.shape[2:], _each(dilation, n))]
+        if any(k % 2 == 0 for k in weight.shape[2:]):
+            raise NotExactError("padding='same' with an even kernel")
+    geometry = list(zip(weight.shape[2:], _each(stride, n), _each(padding, n), _each(dilation, n), strict=True))
+    windows = {
+        dim: window(cut, *geometry[dim - layout.ndim])
+        for dim, cut in _spatial_cuts(layout, n, [g == (1, 1, 0, 1) for g in geometry]).items()
+    }
+    tensor = extend(mesh, tensor, layout, {dim: w.needs for dim, w in windows.items()})
+    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(_each(padding, n))]
+    result = func(tensor, weight, bias, stride, rest, dilation, groups)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+@rule(*TRANSPOSED)
+def transposed_convolution(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, weight, bias, stride, padding, output_padding, groups, dilation)
+    n = TRANSPOSED[func]
+    steps, pads, extras, dilations = (_each(v, n) for v in (stride, padding, output_padding, dilation))
+    geometry = list(zip(weight.shape[2:], steps, pads, dilations, extras, strict=True))
+    cuts = _spatial_cuts(layout, n, [g == (1, 1, 0, 1, 0) for g in geometry])
+    windows = {dim: transposed_window(cut, *geometry[dim - layout.ndim]) for dim, cut in cuts.items()}
+    tensor = extend(mesh, tensor, layout, {dim: w.needs for dim, w in windows.items()})
+    for dim in windows:
+        # With the halo in place, the shard is transposed unpadded and cropped to the positions it owns.
+        pads[dim - layout.ndim], extras[dim - layout.ndim] = 0, 0
+    result = func(tensor, weight, bias, stride, pads, extras, groups, dilation)
+    for dim, w in windows.items():
+        factor = axis_factor(layout.dims[dim])
+        assert factor and factor.axis is not None
+        part, place = mesh.part(factor.axis), dim - layout.ndim
+        low, high = w.out.owned(part)
+        start = w.needs[part][0] * steps[place] - _each(padding, n)[place]
+        result = _narrow_or_grow(result, dim, low - start, high - low)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+def _narrow_or_grow(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+    if start + length > tensor.shape[dim]:
+        raise NotExactError("output padding beyond the reach of the kernel")
+    return tensor.narrow(dim, start, length)
+
+
+@rule(F.pad)
+def pad(
+    mesh: Mesh, func: Any, tensor: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Tensor:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, pad, mode, value)
+    amounts = {tensor.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
+    sharded = {dim: amount for dim, amount in amounts.items() if is_sharded(layout.dims[dim]) and amount != (0, 0)}
+    if not sharded:
+        result = func(tensor, pad, mode, value)
+        return mark(result, _with_lengths(layout, result))
+    if any(amount < 0 for pair in amounts.values() for amount in pair):
+        raise NotExactError("a negative padding of a sharded dimension")
+    if mode == "circular":
+        raise NotExactError("circular padding of a sharded dimension")
+    tensor, layout = own(mesh, tensor, layout)
+    windows = {dim: padded(_cut(layout.dims[dim]), *amount) for dim, amount in sharded.items()}
+    local = {dim: amount for dim, amount in amounts.items() if dim not in sharded}
+    needs = {dim: w.needs for dim, w in windows.items()}
+    result = extend(mesh, tensor, layout, needs, local, Fill(mode, value or 0.0))
+    for dim, w in windows.items():
+        layout = layout.replace(dim, (_factor(mesh, layout.dims[dim], w.out),))
+    return mark(result, _with_lengths(layout, result))
+
+
+@rule(*AVERAGES)
+def average_pool(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    n = AVERAGES[func]
+    extra = () if n == 1 else (divisor_override,)
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
+    if any(_each(padding, n)) and (not count_include_pad or ceil_mode):
+        raise NotExactError("an average that leaves out the padding")
+    result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, 1, ceil_mode, ZEROS)
+    result = func(result, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+@rule(*MAXIMA)
+def max_pool(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if return_indices:
+        raise NotExactError("positions in a shard are not positions in the picture")
+    n, lowest = MAXIMA[func], Fill(value=float("-inf"))
+    result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, dilation, ceil_mode, lowest)
+    result = func(result, kernel_size, stride, padding, dilation, ceil_mode)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+def _pool(
+    mesh: Mesh,
+    tensor: Tensor,
+    layout: Layout,
+    n: int,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    fill: Fill,
+) -> tuple[Tensor, dict[int, Window], list[int]]:
+    """The input with its halos, the windows, and the padding that is left to the pooling function."""
+    kernels, pads = _each(kernel, n), _each(padding, n)
+    geometry = list(zip(kernels, _each(stride or kernel, n), pads, _each(dilation, n), strict=True))
+    cuts = _spatial_cuts(layout, n, [g[:3] == (1, 1, 0) for g in geometry])
+    windows = {dim: window(cut, *geometry[dim - layout.ndim], ceil_mode) for dim, cut in cuts.items()}
+    tensor = extend(mesh, tensor, layout, {dim: w.needs for dim, w in windows.items()}, fill=fill)
+    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
+    return tensor, windows, rest
+
+
+@rule(F.interpolate)
+def interpolate(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    """Nearest by whole factors is local; linear modes need one row on each side, cropped afterwards."""
+    options = (mode, align_corners, recompute_scale_factor, antialias)
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, size, scale_factor, *options)
+    tensor, layout = own(mesh, tensor, layout)
+    n = layout.ndim - 2
+    locals_ = tensor.shape[2:]
+    targets = _each(size, n) if size is not None else [
+        int(length * factor) for length, factor in zip(locals_, _each(scale_factor, n), strict=True)
+    ]  # fmt: skip
+    dims = list(layout.dims)
+    for i, (length, target) in enumerate(zip(locals_, targets, strict=True)):
+        if not is_sharded(dims[2 + i]):
+            dims[2 + i] = plain(target)
+            continue
+        cut = _cut(dims[2 + i])
+        if target % length == 0:
+            dims[2 + i] = (_factor(mesh, dims[2 + i], refine(cut, target // length)),)
+        elif length % target == 0 and mode == "nearest" and divides(cut, length // target):
+            dims[2 + i] = (_factor(mesh, dims[2 + i], coarsen(cut, length // target)),)
+        else:
+            raise NotExactError(f"resampling {length} rows to {target} is not by a whole factor")
+    if mode in ("nearest", "nearest-exact"):
+        return mark(func(tensor, size, scale_factor, *options), Layout(tuple(dims)))
+    if mode not in ("linear", "bilinear", "trilinear") or align_corners or antialias:
+        raise NotExactError(f"resampling in mode {mode!r} looks at more than neighbours")
+    return mark(_linear(mesh, func, tensor, layout, targets, options), Layout(tuple(dims)))
+
+
+def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, targets: list[int], options: Any) -> Tensor:
+    factors = [target // length for target, length in zip(targets, tensor.shape[2:], strict=True)]
+    if [f * s for f, s in zip(factors, tensor.shape[2:], strict=True)] != targets:
+        raise NotExactError("linear resampling by a factor that is not whole")
+    needs = {
+        dim: tuple((low - 1, high + 1) for low, high in _cut(layout.dims[dim]).extents) for dim in layout.sharded_dims
+    }
+    wide = extend(mesh, tensor, layout, needs, fill=Fill("replicate"))
+    result = func(wide, [f * s for f, s in zip(factors, wide.shape[2:], strict=True)], None, *options)
+    for dim in needs:
+        result = result.narrow(dim, factors[dim - 2], targets[dim - 2])
+    return result
+
+
+def _each(value: Any, n: int) -> list[Any]:
+    values = [value] if isinstance(value, (int, float)) else list(value)
+    return values * n if len(values) == 1 else values
+
+
+def _cut(dim: Dim) -> Cut:
+    """The cut of a dimension that must be one whole spatial axis."""
+    factor = axis_factor(dim)
+    if factor is None or factor.cut is None:
+        raise NotExactError("a window slides over a flattened dimension of which each rank has a part")
+    return factor.cut
+
+
+def _spatial_cuts(layout: Layout, n: int, trivial: Sequence[bool]) -> dict[int, Cut]:
+    """The cuts of the sharded dimensions among the last n, but for those over which the window is one position."""
+    if is_sharded(layout.dims[-n - 1]):
+        raise NotExactError("the channels are sharded")
+    first = layout.ndim - n
+    dims = [first + i for i in range(n) if is_sharded(layout.dims[first + i]) and not trivial[i]]
+    return {dim: _cut(layout.dims[dim]) for dim in dims}
+
+
+def _factor(mesh: Mesh, dim: Dim, cut: Cut) -> Factor:
+    factor = axis_factor(dim)
+    assert factor and factor.axis is not None
+    return Factor(cut.present(mesh.part(factor.axis)), factor.axis, cut)
+
+
+def _window_layout(mesh: Mesh, layout: Layout, windows: dict[int, Window], result: Tensor) -> Layout:
+    for dim, w in windows.items():
+        layout = layout.replace(dim, (_factor(mesh, layout.dims[dim], w.out),))
+    return _with_lengths(layout, result)
+
+
+def _with_lengths(layout: Layout, result: Tensor) -> Layout:
+    """The layout with the plain dimensions' lengths taken from the result."""
+    dims = zip(layout.dims, result.shape, strict=True)
+    return Layout(tuple(dim if is_sharded(dim) else plain(size) for dim, size in dims))
+

@@ -1,0 +1,154 @@
+"""Latents on disk: one safetensors file with one tensor and what is needed to decode it.
+
+The tensor holds the VAE's own latents (the mode of its distribution), before any pipeline's scaling. The scaling that a
+pipeline would apply is recorded beside it, so that nobody has to guess which of the two a file holds.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halovae.errors import InputError
+from halovae.files import atomic, check_input, first_line
+
+FORMAT = "halovae-latents-1"
+KEY = "latents"
+SUFFIX = ".safetensors"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsInfo:
+    """The metadata of a latents file."""
+
+    model: str
+    """What `--model` was: "demo", a folder, or a hub id."""
+    model_class: str
+    """The VAE's class in diffusers."""
+    scaling: Mapping[str, Any]
+    """`scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` of the VAE's config, those that it has."""
+    fps: Fraction
+    frames: int
+    """Of the clip. The padded sizes below are those that went through the VAE: decode, then crop to these."""
+    height: int
+    width: int
+    padded_frames: int
+    padded_height: int
+    padded_width: int
+
+    def __post_init__(self) -> None:
+        pairs = {
+            "frames": (self.frames, self.padded_frames),
+            "height": (self.height, self.padded_height),
+            "width": (self.width, self.padded_width),
+        }
+        for name, (size, padded) in pairs.items():
+            if not 1 <= size <= padded:
+                raise InputError(f"metadata {name}={size}, padded to {padded}: need 1 <= {name} <= padded_{name}")
+        if self.fps <= 0:
+            raise InputError(f"metadata fps={self.fps}: needs to be positive")
+
+    def to_metadata(self) -> dict[str, str]:
+        """As safetensors stores it: text to text."""
+        sizes = {name: str(getattr(self, name)) for name in _INTEGERS}
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "model_class": self.model_class,
+            "scaling": json.dumps(dict(self.scaling)),
+            "fps": str(self.fps),
+            **sizes,
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> LatentsInfo:
+        """Check and convert.
+
+        Raises:
+            InputError: a key is missing or a value is not what its name says.
+        """
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"not latents of halovae: metadata format is {metadata.get('format')!r}, not {FORMAT!r}")
+        missing = [key for key in ("model", "model_class", "scaling", "fps", *_INTEGERS) if key not in metadata]
+        if missing:
+            raise InputError(f"metadata lacks {', '.join(missing)}")
+        try:
+            scaling = json.loads(metadata["scaling"])
+            fps = Fraction(metadata["fps"])
+            sizes = {name: int(metadata[name]) for name in _INTEGERS}
+        except (ValueError, ZeroDivisionError) as error:
+            raise InputError(f"metadata can't be read: {first_line(error)}") from error
+        if not isinstance(scaling, dict):
+            raise InputError(f"metadata scaling is {metadata['scaling'][:40]!r}, not a JSON object")
+        return cls(model=metadata["model"], model_class=metadata["model_class"], scaling=scaling, fps=fps, **sizes)
+
+
+_INTEGERS = ("frames", "height", "width", "padded_frames", "padded_height", "padded_width")
+
+
+def scaling_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a VAE's config says of the scaling that pipelines apply to its latents."""
+    return {key: config[key] for key in _SCALING_KEYS if config.get(key) is not None}
+
+
+def save(path: Path, latents: Tensor, info: LatentsInfo) -> None:
+    """Write latents, whole or not at all.
+
+    Args:
+        path: ends with ".safetensors".
+        latents: (batch, channels, height, width) or (batch, channels, frames, height, width), not scaled.
+        info: the metadata.
+
+    Raises:
+        InputError: the file can't be written, or the latents are not finite.
+    """
+    _check_values(path, latents)
+    try:
+        with atomic(path) as draft:
+            save_file({KEY: latents.detach().cpu().contiguous()}, draft, metadata=info.to_metadata())
+    except SafetensorError as error:
+        raise InputError(f"can't write {path}: {first_line(error)}") from error
+
+
+def load(path: Path) -> tuple[Tensor, LatentsInfo]:
+    """Read latents and check all that can be checked without the VAE.
+
+    Raises:
+        InputError: no safetensors file, not one that `save` made, or values that are no latents.
+    """
+    check_input(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, keys = file.metadata() or {}, sorted(file.keys())
+            info = LatentsInfo.from_metadata(metadata)
+            if keys != [KEY]:
+                raise InputError(f"holds the tensors {', '.join(keys[:5]) or '(none)'}, not just {KEY!r}")
+            latents = file.get_tensor(KEY)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as error:
+        raise InputError(f"{path} is no safetensors file, or a damaged one: {first_line(error)}") from error
+    _check_values(path, latents)
+    return latents, info
+
+
+def _check_values(path: Path, latents: Tensor) -> None:
+    if latents.ndim not in (4, 5) or latents.numel() == 0:
+        raise InputError(f"{path}: latents of shape {tuple(latents.shape)}: need 4 or 5 dimensions, none empty")
+    if latents.dtype not in _DTYPES:
+        raise InputError(f"{path}: latents of {latents.dtype}: need one of {', '.join(map(str, _DTYPES))}")
+    bad = int((~torch.isfinite(latents)).sum())
+    if bad:
+        raise InputError(f"{path}: {bad} of {latents.numel()} latents are NaN or infinite")

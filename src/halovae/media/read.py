@@ -1,0 +1,292 @@
+"""Read a video or an image, by content and not by name, as 8-bit RGB frames."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace, Interpolation
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from halovae.errors import InputError
+from halovae.files import check_input, first_line
+from halovae.media.options import FrameRange
+
+Frame = NDArray[np.uint8]
+
+MAX_FRAME_PIXELS = 2**26
+"""A header that claims more than 8192 x 8192 is taken for broken or hostile."""
+MAX_CLIP_BYTES = 8 * 2**30
+"""Frames are held in memory as 8-bit RGB; a forgotten `--frames` on a film would take all of it."""
+_UNSPECIFIED_COLORSPACE = 2
+_SCALER = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Frames in memory."""
+
+    frames: Frame
+    """(frames, height, width, 3), RGB."""
+    fps: Fraction
+    """Frames per second, 1 for an image."""
+    source_size: tuple[int, int]
+    """Height and width in the file, upright and with square pixels."""
+    notes: tuple[str, ...] = ()
+    """What of the file was not taken over, one line each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file says of itself."""
+
+    is_image: bool
+    height: int
+    width: int
+
+
+def inspect(path: Path) -> Header:
+    """Look at the header only.
+
+    Raises:
+        InputError: no readable image or video, or more pixels than `MAX_FRAME_PIXELS`.
+    """
+    check_input(path)
+    with _open_image(path) as image:
+        if image is not None:
+            return Header(is_image=True, height=image.height, width=image.width)
+    with _open_video(path) as (_, stream):
+        return Header(is_image=False, height=stream.height, width=stream.width)
+
+
+def read(
+    path: Path,
+    *,
+    frames: FrameRange | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Clip:
+    """Read frames, scaled to cover `height` x `width` and cropped to it around the centre.
+
+    Args:
+        path: a video or an image.
+        frames: which frames, all by default.
+        height: in pixels; from `width` and the aspect ratio, or as in the file, when not given.
+        width: in pixels; from `height` and the aspect ratio, or as in the file, when not given.
+        advance: called after each frame.
+
+    Raises:
+        InputError: the file can't be read whole, has not the frames asked for, or is too large.
+    """
+    check_input(path)
+    wanted = frames or FrameRange()
+    with _open_image(path) as image:
+        if image is not None:
+            fps, notes, source = Fraction(1), _image_notes(image), iter([_upright_rgb(path, image)])
+            return _collect(path, source, fps, notes, wanted, (height, width), advance)
+    with _open_video(path) as (container, stream):
+        source = _decoded(path, container, stream)
+        return _collect(path, source, _fps(stream), _video_notes(container, stream), wanted, (height, width), advance)
+
+
+def _collect(
+    path: Path,
+    source: Iterator[Image.Image],
+    fps: Fraction,
+    notes: tuple[str, ...],
+    wanted: FrameRange,
+    asked: tuple[int | None, int | None],
+    advance: Callable[[], None],
+) -> Clip:
+    kept: list[Frame] = []
+    source_size = target = (0, 0)
+    seen = held = 0
+    for picture in source:
+        seen += 1
+        if seen <= wanted.start:
+            continue
+        if not kept:
+            source_size = (picture.height, picture.width)
+            target = _target_size(source_size, asked)
+        kept.append(_cover(picture, target))
+        held += kept[-1].nbytes
+        if held > MAX_CLIP_BYTES:
+            raise InputError(
+                f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels after {len(kept)} frames of "
+                f"{target[1]}x{target[0]}: take fewer with --frames A:B, or a smaller --height"
+            )
+        advance()
+        if wanted.stop is not None and seen >= wanted.stop:
+            break
+    if not seen:
+        raise InputError(f"{path} has no frames")
+    if not kept or (wanted.stop is not None and seen < wanted.stop):
+        raise InputError(f"--frames {wanted}: {path} has only {seen} frame{'s' * (seen > 1)}")
+    return Clip(frames=np.stack(kept), fps=fps, source_size=source_size, notes=notes)
+
+
+def _target_size(source: tuple[int, int], asked: tuple[int | None, int | None]) -> tuple[int, int]:
+    """Height and width; the one that is not asked for follows the aspect ratio, to an even number."""
+    height, width = asked
+    if height is None and width is None:
+        return source
+    if height is None:
+        assert width is not None
+        height = max(2, 2 * round(source[0] * width / source[1] / 2))
+    if width is None:
+        width = max(2, 2 * round(source[1] * height / source[0] / 2))
+    return height, width
+
+
+def _cover(picture: Image.Image, target: tuple[int, int]) -> Frame:
+    """Scale until `target` is covered, crop around the centre: one resampling of the region that stays."""
+    height, width = target
+    if (picture.height, picture.width) != target:
+        scale = max(width / picture.width, height / picture.height)
+        kept_width, kept_height = width / scale, height / scale
+        left, top = (picture.width - kept_width) / 2, (picture.height - kept_height) / 2
+        box = (left, top, left + kept_width, top + kept_height)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(picture, dtype=np.uint8)
+
+
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image | None]:
+    """The still image in the file, or None when there is something else in it (animations are videos here)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            image = None
+        except Image.DecompressionBombError:
+            raise InputError(f"{path} claims more than {MAX_FRAME_PIXELS} pixels: too large, or a broken file") from None
+        except Exception as error:  # Pillow's decoders raise what they like on a broken header.
+            raise InputError(f"can't read image {path}: {first_line(error)}") from error
+    if image is None:
+        yield None
+        return
+    with image:
+        _check_pixels(path, image.width, image.height)
+        yield image if getattr(image, "n_frames", 1) == 1 else None
+
+
+def _upright_rgb(path: Path, image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            # Pillow's own conversion clips 16-bit greys at 255.
+            grey = (np.asarray(image, dtype=np.uint32) * 255 + 32767) // 65535
+            image = Image.fromarray(grey.astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise InputError(f"{path}: pixels of mode {image.mode} have no known range: convert it to 8 or 16 bits")
+        return image.convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # As above, on broken data.
+        raise InputError(f"can't read image {path}: {first_line(error)}") from error
+
+
+def _image_notes(image: Image.Image) -> tuple[str, ...]:
+    return ("the alpha channel is left out",) if image.has_transparency_data else ()
+
+
+@contextmanager
+def _open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    # An open file and not its name: names can be playlists or protocols that lead elsewhere.
+    with path.open("rb") as file:
+        try:
+            container = av.open(file, mode="r")
+        except (av.FFmpegError, ValueError) as error:
+            raise InputError(f"{path} is neither an image nor a video: {_words(error)}") from error
+        with container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise InputError(f"{path} has no video in it")
+            _check_pixels(path, streams[0].width, streams[0].height)
+            streams[0].thread_type = "AUTO"
+            yield container, streams[0]
+
+
+def _decoded(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Image.Image]:
+    """Frames in order of display: upright, RGB, with square pixels."""
+    seen = 0
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise InputError(_broken(path, seen, "the file ends early"))
+            for frame in packet.decode():
+                _check_pixels(path, frame.width, frame.height)
+                if frame.is_corrupt:
+                    raise InputError(_broken(path, seen, "the frame is damaged"))
+                yield _picture(frame, stream)
+                seen += 1
+    except (av.FFmpegError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(_broken(path, seen, _words(error))) from error
+    size = path.stat().st_size
+    if any(entry.pos + entry.size > size for entry in stream.index_entries):
+        raise InputError(_broken(path, seen, "the file ends early"))
+
+
+def _picture(frame: VideoFrame, stream: VideoStream) -> Image.Image:
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    colorspace: Any = frame.colorspace
+    if colorspace == _UNSPECIFIED_COLORSPACE:
+        # What players assume: BT.709 from 720 lines on, else BT.601.
+        colorspace = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    rgb = frame.reformat(
+        width=max(1, round(frame.width * aspect)),
+        format="rgb24",
+        src_colorspace=colorspace,
+        interpolation=_SCALER,
+    )
+    array = rgb.to_ndarray()
+    turns = round(frame.rotation / 90) % 4
+    return Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)) if turns else array)
+
+
+def _fps(stream: VideoStream) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    return Fraction(rate).limit_denominator(100_000) if rate else Fraction(25)
+
+
+def _video_notes(container: InputContainer, stream: VideoStream) -> tuple[str, ...]:
+    notes: list[str] = []
+    if container.streams.audio:
+        notes.append("the sound is left out")
+    if not (stream.average_rate or stream.guessed_rate):
+        notes.append("the file has no frame rate: 25 per second assumed")
+    return tuple(notes)
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise InputError(
+            f"{path} claims {width}x{height} pixels, more than the limit of {MAX_FRAME_PIXELS}: too large, or broken"
+        )
+    if width < 1 or height < 1:
+        raise InputError(f"{path} has a picture of {width}x{height} pixels")
+
+
+def _broken(path: Path, seen: int, why: str) -> str:
+    remedy = f"; the first {seen} can be read: use --frames 0:{seen}" if seen else ""
+    return f"{path} is broken at frame {seen} ({why}){remedy}"
+
+
+def _words(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or first_line(error)).lower()

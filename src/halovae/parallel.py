@@ -1,0 +1,207 @@
+"""`parallelize`: one call, and a VAE's encode and decode run on all ranks of a group."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from halovae.comm import Comm, Traffic, connect
+from halovae.config import Axis, CallReport, Options
+from halovae.errors import DisagreementError, HalovaeError, InputError, RankFailedError
+from halovae.exact.mesh import Mesh
+from halovae.exact.run import is_picture, run_on_group
+from halovae.memory import PeakMemory
+from halovae.plan import ShardPlan, plan_shards
+from halovae.target import Target
+from halovae.verify import compression, make_probe, verify
+
+
+def parallelize(
+    vae: Any,
+    group: ProcessGroup | DeviceMesh | None = None,
+    *,
+    mode: str = "exact",
+    axis: Axis = "auto",
+    size: int | None = None,
+    gather: str = "all",
+    verify: bool = True,
+) -> Handle:
+    """Run a VAE's `encode` and `decode` on all ranks of a group. Called on every rank of it, with equal weights.
+
+    Afterwards `vae.encode` and `vae.decode` have the same signatures, return types and values as before; every rank
+    calls them with the same whole input.
+
+    Args:
+        vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
+        group: the ranks to use; default: the world. In a world of one the VAE runs as one shard.
+        mode: "exact": spatial shards with halo exchange; the un-tiled result, up to rounding.
+        axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard).
+        size: use the first `size` ranks only; the others wait and share the result.
+        gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard), or nobody
+            ("shard"; `handle.last.extents` says which part).
+        verify: compare a small probe with the un-parallel VAE at the first use of each half.
+
+    Returns:
+        A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
+
+    Raises:
+        InputError: an option or the VAE can't be used; nothing was changed.
+        DisagreementError: ranks differ in their options or weights.
+
+    Example:
+        >>> pipe = WanImageToVideoPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).to("cuda")
+        >>> halovae.parallelize(pipe)
+        >>> video = pipe(image=image, prompt=prompt).frames[0]
+    """
+    options = Options(mode=mode, axis=axis, size=size, gather=gather, verify=verify)
+    target = Target(vae)
+    comm = connect(group)
+    options.check_ranks(comm.size)
+    _agree(comm, {"options": options, "VAE": target.name, "weights": target.digest()})
+    return Handle(target, comm, options)
+
+
+class Handle:
+    """A parallelized VAE. Made by `parallelize`.
+
+    Attributes:
+        last: what the last call did on this rank, or None before the first.
+    """
+
+    def __init__(self, target: Target, comm: Comm, options: Options) -> None:
+        self.last: CallReport | None = None
+        self._target, self._comm, self._options = target, comm, options
+        self._lock = threading.RLock()
+        self._verified: set[tuple[str, tuple[int, int]]] = set()
+        self._ratio: int | None = None
+        self._calls = 0
+        for half, original in target.originals.items():
+            target.replace(half, functools.wraps(original)(functools.partial(self._call, half)))
+
+    def restore(self) -> None:
+        """Give the VAE its own encode and decode back. Waits for a running call; a second time does nothing."""
+        with self._lock:
+            self._target.restore()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        options = self._options
+        rows = [
+            ("vae", self._target.name),
+            ("halves", ", ".join(self._target.originals)),
+            ("rank", f"{self._comm.rank} of {self._comm.size}, {self._ranks} at work"),
+            ("mode", f"{options.mode}, axis {options.axis}, gather {options.gather}, verify {options.verify}"),
+            ("last", str(self.last or "no call yet")),
+        ]
+        return "\n".join(["halovae.Handle", *(f"  {name:<7}{value}" for name, value in rows)])
+
+    @property
+    def _ranks(self) -> int:
+        return self._options.size or self._comm.size
+
+    def _call(self, half: str, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            pictures = [value for value in (*args, *kwargs.values()) if is_picture(value)]
+            self._check(half, pictures)
+            with torch.no_grad():
+                return self._run(half, pictures[0], args, kwargs)
+
+    def _check(self, half: str, pictures: list[Tensor]) -> None:
+        if not pictures:
+            raise InputError(f"{half} got no picture: pass a tensor (batch, channels, [frames,] height, width)")
+        if 0 in pictures[0].shape:
+            raise InputError(f"{half} got an empty tensor of shape {tuple(pictures[0].shape)}")
+        self._target.check_no_gradients(pictures)
+
+    def _run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._comm.traffic = Traffic()
+        memory, started = PeakMemory(picture.device), time.perf_counter()
+        self._agree_on_call(half, args, kwargs)
+        agreed = time.perf_counter()
+        plan = self._plan(half, picture)
+        self._verify_once(half, plan, args, kwargs)
+        probed, traffic = time.perf_counter(), self._comm.traffic
+        self._comm.traffic = Traffic()
+        original = self._target.originals[half]
+        with self._target.untiled():
+            outcome = run_on_group(
+                self._comm, plan.shape, original, args, kwargs, plan.bounds, self._options.gather
+            )
+        traffic = self._comm.traffic
+        self.last = CallReport(
+            half=half, mode=self._options.mode, shape=plan.shape, bounds=plan.bounds,
+            seconds=time.perf_counter() - started,
+            phases={"agree": agreed - started, "probe": probed - agreed, "network": outcome.network_seconds,
+                    "gather": outcome.gather_seconds},
+            messages=traffic.messages, bytes=traffic.bytes, wait_seconds=traffic.wait_seconds,
+            peak_memory=memory.read(), extents=outcome.extents,
+        )  # fmt: skip
+        return outcome.result
+
+    def _agree_on_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls += 1
+        shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
+        _agree(self._comm, {"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
+
+    def _plan(self, half: str, picture: Tensor) -> ShardPlan:
+        ratio = 1
+        if half == "encode":
+            if self._ratio is None:
+                self._ratio = compression(self._target, picture)
+            ratio = self._ratio
+        height, width = picture.shape[-2:]
+        return plan_shards(height, width, ratio, self._ranks, self._options.axis)
+
+    def _verify_once(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first time a half runs on a grid of this shape; every rank learns how it ended."""
+        if not self._options.verify or plan.shape == (1, 1) or (half, plan.shape) in self._verified:
+            return
+        problem: HalovaeError | None = None
+        if self._comm.rank < plan.shape[0] * plan.shape[1]:
+            try:
+                ratio = self._ratio if half == "encode" and self._ratio else 1
+                probe = make_probe(plan.shape, ratio, args, kwargs)
+                verify(Mesh(self._comm, plan.shape), self._target, half, probe)
+            except HalovaeError as error:
+                problem = error
+        failures = self._comm.all_gather_object(str(problem) if problem else None)
+        if problem:
+            raise problem
+        for rank, message in enumerate(failures):
+            if message:
+                raise RankFailedError(rank, message)
+        self._verified.add((half, plan.shape))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device.type}"
+    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
+
+
+def _agree(comm: Comm, said: dict[str, Any]) -> None:
+    """Check that every rank says the same.
+
+    Raises:
+        DisagreementError: on all ranks, with both values.
+    """
+    everyone = comm.all_gather_object({name: str(value) for name, value in said.items()})
+    for rank, other in enumerate(everyone):
+        for name, value in other.items():
+            if value != everyone[0].get(name):
+                raise DisagreementError(
+                    f"ranks disagree on {name}: rank 0 has {everyone[0].get(name)}, rank {rank} has {value}; "
+                    "call with the same on all ranks"
+                )

@@ -1,0 +1,110 @@
+"""What is parallelized: the two halves of a VAE, and how to run one of them as the VAE itself would."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.errors import InputError
+
+HALVES = ("encode", "decode")
+_MODULES = {"encode": "encoder", "decode": "decoder"}
+
+Call = Callable[..., Any]
+
+
+class Target:
+    """A VAE: an nn.Module with `encode` / `decode` methods, or else `encoder` / `decoder` modules.
+
+    Args:
+        vae: the module, or a pipeline that has one as `.vae`.
+
+    Raises:
+        InputError: it has neither, or is parallelized already.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        vae = vae if isinstance(vae, nn.Module) else getattr(vae, "vae", None)
+        if not isinstance(vae, nn.Module):
+            raise InputError("there is no VAE: pass an nn.Module with encode or decode, or a pipeline with a .vae")
+        self.vae: nn.Module = vae
+        self.name = type(vae).__name__
+        self._places = {half: place for half in HALVES if (place := self._find(half))}
+        if not self._places:
+            raise InputError(f"{self.name} has no encode, decode, encoder or decoder: it is not a VAE")
+        if any(name in owner.__dict__ for owner, name in self._places.values()):
+            raise InputError(f"{self.name} is parallelized already: call restore() on its handle first")
+        self.originals: dict[str, Call] = {h: getattr(owner, name) for h, (owner, name) in self._places.items()}
+
+    def _find(self, half: str) -> tuple[nn.Module, str] | None:
+        if callable(getattr(self.vae, half, None)):
+            return self.vae, half
+        module = getattr(self.vae, _MODULES[half], None)
+        return (module, "forward") if isinstance(module, nn.Module) else None
+
+    def replace(self, half: str, call: Call) -> None:
+        owner, name = self._places[half]
+        owner.__dict__[name] = call
+
+    def restore(self) -> None:
+        for owner, name in self._places.values():
+            owner.__dict__.pop(name, None)
+
+    def check_no_gradients(self, tensors: list[Tensor]) -> None:
+        """Refuse to run where the un-parallel VAE would record a graph.
+
+        Raises:
+            InputError: gradients are on and an input or a parameter asks for them.
+        """
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return
+        if any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.vae.parameters()):
+            raise InputError(
+                "halovae computes no gradients: call under torch.no_grad() or torch.inference_mode(), "
+                "or call vae.requires_grad_(False)"
+            )
+
+    @contextmanager
+    def untiled(self) -> Iterator[None]:
+        """Within it, the VAE does not tile in space; what it does in time stays as configured."""
+        before = getattr(self.vae, "use_tiling", None)
+        if before:
+            self.vae.use_tiling = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            if before:
+                self.vae.use_tiling = before  # type: ignore[assignment]
+
+    def digest(self) -> str:
+        """A fingerprint of architecture and weights; equal weights give equal digests on every device."""
+        sums: list[Tensor] = []
+        names: list[str] = []
+        for name, tensor in self.vae.state_dict().items():
+            names.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+            if not tensor.is_meta:
+                sums.append(_bit_sum(tensor))
+        settings = {k: v for k, v in dict(getattr(self.vae, "config", {})).items() if not k.startswith("_")}
+        config = json.dumps(settings, default=str, sort_keys=True)
+        values = [total for group in _by_device(sums) for total in torch.stack(group).cpu().tolist()]
+        return hashlib.sha256("\n".join([config, *names, *map(str, values)]).encode()).hexdigest()
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """Sum of a tensor's elements read as integers: exact, so independent of order and device."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
+
+
+def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return list(groups.values())

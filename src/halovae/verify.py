@@ -1,0 +1,171 @@
+"""Trust, but verify: a small probe through the un-parallel VAE and through the shards, compared.
+
+The probe also measures how much the encoder compresses in space, which no attribute tells for every VAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.comm import default_generator
+from halovae.errors import VerificationError
+from halovae.exact.mesh import Mesh
+from halovae.exact.partition import Bounds, first_tensor, gather, map_tensors
+from halovae.exact.run import is_picture, run_sharded
+from halovae.plan import plan_shards
+from halovae.target import Call, Target
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Largest relative L2 distance of the probe's two results. Rounding stays 10 times below: some VAEs compute in
+float32 inside, and low precisions add up over a hundred layers. A wrong halo is well above: it changes whole rows."""
+
+_RATIO_SIZES = (64, 128, 256)
+"""Pixels to measure the compression at: the smallest that the VAE takes."""
+
+
+def _short(frames: int) -> int:
+    """A smaller number of frames that starts and ends a causal VAE's chunks as `frames` does."""
+    return frames if frames <= 9 else (frames - 1) % 8 + (9 if (frames - 1) % 8 < 1 else 1)
+
+
+def compression(target: Target, picture: Tensor) -> int:
+    """Pixels per latent along height and width, measured by encoding zeros.
+
+    Args:
+        target: the VAE.
+        picture: what is going to be encoded; its channels, frames, dtype and device count.
+
+    Raises:
+        VerificationError: the VAE encodes no small square picture.
+    """
+    failure: Exception | None = None
+    frames = {_short(picture.shape[2]), picture.shape[2]} if picture.ndim == 5 else {0}
+    for size in _RATIO_SIZES:
+        for count in sorted(frames):
+            shape = (1, picture.shape[1], *([count] if count else []), size, size)
+            try:
+                with target.untiled(), frozen_generators(picture.device):
+                    latent = first_tensor(target.originals["encode"](picture.new_zeros(shape)))
+                return max(1, round(size / latent.shape[-1]))
+            except Exception as error:
+                failure = error
+    raise VerificationError(f"{target.name} encodes no picture of {_RATIO_SIZES} pixels: {failure}") from failure
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Small arguments of the same kind as a call's, and where to cut them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bounds: Bounds
+
+
+def make_probe(shape: tuple[int, int], ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
+    """Shrink the pictures in the arguments to a few latents per shard, as uneven as the cut allows.
+
+    Height and width differ, and both differ from every number of shards, so that no mistake hides behind equal sizes.
+    """
+    main = next(value for value in (*args, *kwargs.values()) if is_picture(value))
+    rows, cols = 2 * shape[0] + 1, 2 * shape[1] + 2
+    generator = torch.Generator().manual_seed(0)
+
+    def shrink(value: Any) -> Any:
+        if not is_picture(value):
+            return value
+        size = [ratio * n * value.shape[d] // main.shape[d] for n, d in ((rows, -2), (cols, -1))]
+        middle = [_short(value.shape[2])] if value.ndim == 5 else []
+        noise = torch.randn((*value.shape[:2], *middle, *size), generator=generator)
+        return noise.to(device=value.device, dtype=value.dtype)
+
+    plan = plan_shards(ratio * rows, ratio * cols, ratio, shape[0] * shape[1], shape)
+    return Probe(tuple(map(shrink, args)), {name: shrink(value) for name, value in kwargs.items()}, plan.bounds)
+
+
+def verify(mesh: Mesh, target: Target, half: str, probe: Probe) -> None:
+    """Compare the un-parallel and the sharded result of a probe.
+
+    Raises:
+        VerificationError: they differ, naming the first submodule whose output does; or the probe can't run.
+    """
+    call = target.originals[half]
+    device = first_tensor([*probe.args, *probe.kwargs.values()]).device
+    try:
+        with target.untiled(), frozen_generators(device):
+            expected = call(*probe.args, **probe.kwargs)
+    except Exception as error:
+        raise VerificationError(
+            f"the un-parallel {half} of {target.name} can't run the probe, so it can't be compared: {error}. "
+            "Pass verify=False to go without"
+        ) from error
+    with target.untiled(), frozen_generators(device):
+        found = map_tensors(lambda t: gather(mesh, t), run_sharded(mesh, call, probe.args, probe.kwargs, probe.bounds))
+    expected, found = first_tensor(expected), first_tensor(found)
+    if distance(found, expected) <= TOLERANCE.get(expected.dtype, 1e-1):
+        return
+    culprit = _first_difference(mesh, target, call, probe, device)
+    raise VerificationError(
+        f"{half} of {target.name} on shards differs from the un-parallel one by {distance(found, expected):.1e} "
+        f"(allowed {TOLERANCE.get(expected.dtype, 1e-1):.0e}); the first submodule that differs is {culprit}"
+    )
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative L2 distance; infinite where the shapes differ or only one result is finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    found, expected = found.double(), expected.double()
+    gap = torch.linalg.vector_norm(torch.nan_to_num(found - expected, nan=float("inf")))
+    return float(gap / torch.linalg.vector_norm(expected).clamp_min(1e-30))
+
+
+def _first_difference(mesh: Mesh, target: Target, call: Call, probe: Probe, device: torch.device) -> str:
+    plain: list[tuple[str, Tensor]] = []
+    sharded: list[tuple[str, Tensor]] = []
+    with target.untiled(), frozen_generators(device), _outputs(target.vae, plain, lambda t: t):
+        call(*probe.args, **probe.kwargs)
+    with target.untiled(), frozen_generators(device), _outputs(target.vae, sharded, lambda t: gather(mesh, t)):
+        run_sharded(mesh, call, probe.args, probe.kwargs, probe.bounds)
+    for (name, expected), (_, found) in zip(plain, sharded, strict=False):
+        if distance(found, expected) > TOLERANCE.get(expected.dtype, 1e-1):
+            return name
+    return "none: the difference arises outside the submodules"
+
+
+@contextmanager
+def _outputs(vae: nn.Module, seen: list[tuple[str, Tensor]], take: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Record every submodule's output, in the order of the calls."""
+
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if is_picture(output):
+                seen.append((name, take(output)))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in vae.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen_generators(device: torch.device) -> Iterator[None]:
+    """Within it, random numbers start from seed 0; afterwards the generators are as they were."""
+    generators = [default_generator(d) for d in {torch.device("cpu"), device}]
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

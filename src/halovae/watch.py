@@ -1,0 +1,134 @@
+"""A process that ends in time: on a signal, or when the launcher that started it is gone.
+
+A rank spends most of its time inside native code (a convolution, a wait for a neighbour), where Python runs no signal
+handlers. A thread sees to it that the process is gone within `GRACE` seconds all the same, and leaves no half-written
+file. The same thread watches a pipe whose other end only the launcher holds: its end of file means that the launcher
+has died, however it died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+from halovae.errors import HalovaeError, RankFailedError
+from halovae.files import remove_partial
+
+GRACE = 2.0
+"""Seconds between a signal and the end of the process."""
+REPORT_FD = "HALOVAE_REPORT_FD"
+"""Environment: file descriptor of the pipe on which a rank tells the launcher why it failed."""
+LAUNCHER_FD = "HALOVAE_LAUNCHER_FD"
+"""Environment: file descriptor of the pipe that ends with the launcher."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGHUP has come."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a rank ends, as it travels from the rank to the launcher."""
+
+    message: str
+    exit_code: int
+    expected: bool
+    """Whether it is an error of halovae's own, whose message says it all."""
+    consequence: bool
+    """Whether another rank is to blame."""
+    details: str
+    """The traceback."""
+    time: float
+    """Seconds since the epoch: the first of several failures is the cause."""
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Describe an exception: exit code 2 for bad input, 1 for everything else."""
+    expected = isinstance(error, HalovaeError)
+    consequence = isinstance(error, RankFailedError)
+    message = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return Failure(
+        message=message,
+        exit_code=2 if expected and not consequence else 1,
+        expected=expected,
+        consequence=consequence,
+        details="".join(traceback.format_exception(error)),
+        time=time.time(),
+    )
+
+
+def report(failure: Failure) -> bool:
+    """Tell the launcher. False when there is none: then this process has to speak for itself."""
+    if REPORT_FD not in os.environ:
+        return False
+    with suppress(OSError), os.fdopen(int(os.environ[REPORT_FD]), "w") as pipe:
+        json.dump(asdict(failure), pipe)
+    return True
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Within it, the first signal raises `Interrupted`, and the process is gone `GRACE` seconds later at the latest.
+
+    Raises:
+        Interrupted: in the main thread, on SIGINT, SIGTERM or SIGHUP, or when the launcher has died.
+    """
+    wakeup_read, wakeup_write = os.pipe()
+    os.set_blocking(wakeup_write, False)
+    over = threading.Event()
+    before = {signum: signal.signal(signum, _raise) for signum in _SIGNALS}
+    # Written by the C handler at once, also while the main thread is in native code.
+    wakeup_before = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(wakeup_read, over), name="halovae-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(wakeup_before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        os.close(wakeup_write)
+        thread.join()
+        os.close(wakeup_read)
+
+
+def _raise(signum: int, frame: FrameType | None) -> None:
+    # A second Ctrl-C must not interrupt the clean-up that the first one began.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(signum)
+
+
+def _watch(wakeup: int, over: threading.Event) -> None:
+    launcher = int(os.environ.get(LAUNCHER_FD, "-1"))
+    sources = [wakeup] if launcher < 0 else [wakeup, launcher]
+    while True:
+        ready, _, _ = select.select(sources, [], [])
+        if launcher in ready:
+            sources.remove(launcher)
+            os.kill(os.getpid(), signal.SIGTERM)
+            continue
+        received = os.read(wakeup, 1)
+        if not received:
+            return
+        if received[0] not in _SIGNALS:
+            continue
+        if not over.wait(GRACE):
+            remove_partial()
+            os._exit(128 + received[0])
+        return

@@ -1,0 +1,78 @@
+"""The table of tiny autoencoders is fit for use: complete, live, deterministic, of the shapes it states."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers.models import autoencoders
+from families import FAMILIES, OUT_OF_SCOPE, Family, run_decode, run_encode
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+HALVES = [
+    pytest.param(family, half, id=f"{family.name}-{half}")
+    for family in FAMILIES.values()
+    for half in ("encode", "decode")
+    if getattr(family, half)
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _half(family: Family, half: str, seed: int = 0) -> tuple[Run, torch.Tensor]:
+    vae = family.build(seed)
+    if half == "encode":
+        return lambda sample: run_encode(vae, sample), family.sample()
+    return lambda latent: run_decode(family, vae, latent), family.latent()
+
+
+def _assert_shape(family: Family, half: str, y: torch.Tensor):
+    sample, latent, time = family.sample_shape, family.latent_shape, family.ratio[1]
+    assert y.shape[0] == sample[0]
+    if half == "encode":
+        assert y.shape[2:] == latent[2:]
+        return
+    assert y.shape[-2:] == sample[-2:]
+    if len(sample) == 5:
+        frames = y[0].numel() // (sample[1] * sample[3] * sample[4])
+        assert frames in (sample[2], (latent[2] - 1) * time + 1)
+
+
+def test_every_class_has_a_row_or_a_reason():
+    classes = {name for name, value in vars(autoencoders).items() if isinstance(value, type)}
+    assert classes == {family.model for family in FAMILIES.values()} | OUT_OF_SCOPE.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_shapes_follow_the_ratio(family: Family):
+    (*_, height, width), (*_, rows, columns) = family.sample_shape, family.latent_shape
+    space, time = family.ratio
+    assert (height, width) == (rows * space, columns * space)
+    assert rows >= 4
+    assert columns >= 6
+    assert rows != columns
+    if len(family.sample_shape) == 5:
+        assert (family.latent_shape[2] - 2) * time < family.sample_shape[2] <= family.latent_shape[2] * time
+
+
+@pytest.mark.parametrize(("family", "half"), HALVES)
+def test_half_is_live(family: Family, half: str):
+    run, x = _half(family, half)
+    y = run(x)
+    _assert_shape(family, half, y)
+    assert y.isfinite().all()
+    assert y.std() > 0.05
+    assert torch.equal(run(x), y), "a second call gives another result"
+
+    corner = x.clone()
+    corner[..., -1, -1] = 3 - corner[..., -1, -1]
+    assert not torch.equal(run(corner), y), "the last pixel makes no difference"
+
+    other, _ = _half(family, half, seed=1)
+    assert not torch.allclose(other(x), y), "the seed makes no difference"

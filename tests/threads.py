@@ -1,0 +1,58 @@
+"""Ranks as threads of one process: the `Comm` that quick tests use. The real one is tested with gloo processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import Queue
+from typing import Any
+
+import torch
+
+from halovae.comm import Message, Traffic
+
+
+class ThreadComm:
+    def __init__(self, rank: int, size: int, queues: dict[tuple[int, int], Queue[Any]]) -> None:
+        self.rank, self.size, self._queues = rank, size, queues
+        self.traffic = Traffic()
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        for peer, tensor in sends:
+            assert tensor.is_contiguous()
+            self._queues[self.rank, peer].put(tensor.clone())
+            self.traffic.messages += 1
+            self.traffic.bytes += tensor.nbytes
+        for peer, buffer in receives:
+            tensor = self._queues[peer, self.rank].get(timeout=20)
+            assert tensor.shape == buffer.shape, f"rank {self.rank} expected {buffer.shape}, got {tensor.shape}"
+            assert tensor.dtype == buffer.dtype
+            buffer.copy_(tensor)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        for peer in range(self.size):
+            self._queues[self.rank, peer].put(value)
+        return [self._queues[peer, self.rank].get(timeout=20) for peer in range(self.size)]
+
+
+def run_threads(size: int, work: Callable[[ThreadComm], Any]) -> list[Any]:
+    """`work(comm)` on `size` ranks; their results in rank order. The first rank's exception is raised."""
+    queues: dict[tuple[int, int], Queue[Any]] = {(a, b): Queue() for a in range(size) for b in range(size)}
+    results: list[Any] = [None] * size
+    errors: list[BaseException | None] = [None] * size
+
+    def body(rank: int) -> None:
+        try:
+            with torch.no_grad():
+                results[rank] = work(ThreadComm(rank, size, queues))
+        except BaseException as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted((e for e in errors if e), key=lambda e: type(e).__name__ == "Empty"):
+        raise error
+    return results
