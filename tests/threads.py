@@ -12,22 +12,33 @@ import torch
 from halovae.comm import Message, Traffic
 
 
+class ThreadPending:
+    def __init__(self, receives: list[tuple[Queue[Any], torch.Tensor]]) -> None:
+        self._receives = receives
+
+    def wait(self) -> None:
+        for queue, buffer in self._receives:
+            tensor = queue.get(timeout=20)
+            assert tensor.shape == buffer.shape, f"expected {buffer.shape}, got {tensor.shape}"
+            assert tensor.dtype == buffer.dtype
+            buffer.copy_(tensor)
+
+
 class ThreadComm:
     def __init__(self, rank: int, size: int, queues: dict[tuple[int, int], Queue[Any]]) -> None:
         self.rank, self.size, self._queues = rank, size, queues
         self.traffic = Traffic()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.post(sends, receives).wait()
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> ThreadPending:
         for peer, tensor in sends:
             assert tensor.is_contiguous()
             self._queues[self.rank, peer].put(tensor.clone())
             self.traffic.messages += 1
             self.traffic.bytes += tensor.nbytes
-        for peer, buffer in receives:
-            tensor = self._queues[peer, self.rank].get(timeout=20)
-            assert tensor.shape == buffer.shape, f"rank {self.rank} expected {buffer.shape}, got {tensor.shape}"
-            assert tensor.dtype == buffer.dtype
-            buffer.copy_(tensor)
+        return ThreadPending([(self._queues[peer, self.rank], buffer) for peer, buffer in receives])
 
     def all_gather_object(self, value: Any) -> list[Any]:
         for peer in range(self.size):

@@ -15,16 +15,16 @@ from halovae.errors import (
 
 if TYPE_CHECKING:
     from halovae.config import CallReport
-    from halovae.parallel import Handle, parallelize
     from halovae.context import Sharded, sharded
+    from halovae.parallel import Handle, parallelize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CallReport",
     "DisagreementError",
-    "Handle",
     "HalovaeError",
+    "Handle",
     "InputError",
     "NotExactError",
     "RankFailedError",

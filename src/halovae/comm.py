@@ -32,6 +32,14 @@ class Traffic:
     wait_seconds: float = 0.0
 
 
+class Pending(Protocol):
+    """Messages under way. The tensors posted belong to them until `wait` returns."""
+
+    def wait(self) -> None:
+        """Return when everything is sent and every buffer is filled."""
+        ...
+
+
 class Comm(Protocol):
     """What the layers above need of a group of ranks.
 
@@ -52,6 +60,13 @@ class Comm(Protocol):
         """
         ...
 
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """Begin an exchange and return at once.
+
+        Exchanges between ranks pair up in the order they are posted, so all ranks post theirs in the same order.
+        """
+        ...
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's small picklable value, in rank order."""
         ...
@@ -67,6 +82,13 @@ def all_gather(comm: Comm, value: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     return gathered
 
 
+class _Nothing:
+    """The pending messages of an exchange that has none."""
+
+    def wait(self) -> None:
+        return
+
+
 class SoloComm:
     """A group of one: nothing to send."""
 
@@ -77,10 +99,34 @@ class SoloComm:
         self.traffic = Traffic()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        assert not sends and not receives, "a group of one has no peers"
+        self.post(sends, receives)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        assert not (sends or receives), "a group of one has no peers"
+        return _Nothing()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """Messages that a process group is moving; holds on to their memory."""
+
+    traffic: Traffic
+    works: Sequence[dist.Work]
+    receives: Sequence[Message]
+    landing: Sequence[Message]
+    staged: Sequence[Message]
+
+    def wait(self) -> None:
+        started = time.perf_counter()
+        for work in self.works:
+            work.wait()
+        for (_, buffer), (_, landed) in zip(self.receives, self.landing, strict=True):
+            if landed is not buffer:
+                buffer.copy_(landed)
+        self.traffic.wait_seconds += time.perf_counter() - started
 
 
 class GroupComm:
@@ -105,20 +151,21 @@ class GroupComm:
         self._global = dist.get_process_group_ranks(group)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.post(sends, receives).wait()
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if not sends and not receives:
-            return
+            return _Nothing()
         started = time.perf_counter()
         landing = [(peer, self._landing(buffer)) for peer, buffer in receives]
+        staged = [(peer, self._staged(tensor)) for peer, tensor in sends]
         operations = [self._operation(dist.irecv, peer, buffer) for peer, buffer in landing]
-        operations += [self._operation(dist.isend, peer, self._staged(tensor)) for peer, tensor in sends]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        for (_, buffer), (_, landed) in zip(receives, landing, strict=True):
-            if landed is not buffer:
-                buffer.copy_(landed)
+        operations += [self._operation(dist.isend, peer, tensor) for peer, tensor in staged]
+        posted = _Posted(self.traffic, dist.batch_isend_irecv(operations), receives, landing, staged)
         self.traffic.messages += len(sends)
         self.traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
         self.traffic.wait_seconds += time.perf_counter() - started
+        return posted
 
     def _by_host(self, tensor: Tensor) -> bool:
         """Whether the backend can't move the device's tensors point to point."""
@@ -210,7 +257,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
     generators = torch.get_device_module(device).default_generators
-    return generators[device.index if device.index is not None else torch.accelerator.current_device_index()]
+    return generators[torch.accelerator.current_device_index() if device.index is None else device.index]
 
 
 def backend_name() -> str:

@@ -59,10 +59,10 @@ def sharded(group: ProcessGroup | DeviceMesh | None = None, *, axis: Axis = "hei
         >>> with torch.no_grad(), halovae.sharded() as shards:
         ...     whole = shards.gather(network(shards.scatter(image)))
     """
-    options = Options(axis=axis)
+    Options(axis=axis)  # checks it
     comm = connect(group)
-    shapes: dict[Any, tuple[int, int]] = {"height": (comm.size, 1), "width": (1, comm.size), "auto": (comm.size, 1)}
-    shape = shapes[axis] if isinstance(axis, str) else (options.axis[0], options.axis[1])
+    shapes = {"height": (comm.size, 1), "width": (1, comm.size), "auto": (comm.size, 1)}
+    shape = shapes[axis] if isinstance(axis, str) else axis
     if shape[0] * shape[1] != comm.size:
         raise InputError(f"axis {axis} makes {shape[0] * shape[1]} shards but the group has {comm.size} ranks")
-    return Sharded(Mesh(comm, shape))  # type: ignore[arg-type]
+    return Sharded(Mesh(comm, shape))

@@ -22,6 +22,10 @@ class NotExactError(HalovaeError, NotImplementedError):
     """Exact mode can't run this VAE: an operator mixes positions in a way no rule covers."""
 
 
+class TilingError(HalovaeError, RuntimeError):
+    """The VAE's own tiles can't be used: it has none, or its tiled path gives a wrong picture."""
+
+
 class VerificationError(HalovaeError, RuntimeError):
     """The probe's sharded result differs from the un-parallel one."""
 

@@ -113,7 +113,9 @@ def limits_of(vae: nn.Module) -> Limits:
     trial = _Trial(vae)
     channels, has_frame_dim, latent = trial.first()
     if _SIDE % latent.shape[-1] or latent.shape[-1] != latent.shape[-2]:
-        raise InputError(f"{trial.name} makes latents of {tuple(latent.shape)} from {_SIDE}x{_SIDE} pixels: not its size")
+        raise InputError(
+            f"{trial.name} makes latents of {tuple(latent.shape)} from {_SIDE}x{_SIDE} pixels: not to scale"
+        )
     per_frame = not has_frame_dim or trial.is_for_images()
     return Limits(
         has_frame_dim=has_frame_dim,
@@ -153,7 +155,9 @@ class _Trial:
                     continue
                 if sample.shape[-2:] != (_SIDE, _SIDE):
                     got = _sizes(1, *sample.shape[-2:])
-                    raise InputError(f"{self.name} gives back {got} for {_sizes(1, _SIDE, _SIDE)}: it resizes its input")
+                    raise InputError(
+                        f"{self.name} gives back {got} for {_sizes(1, _SIDE, _SIDE)}: it resizes its input"
+                    )
                 self._channels = channels
                 return channels, bool(frames), latent
         raise InputError(f"{self.name} {problems[0]}")

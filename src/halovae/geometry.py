@@ -136,9 +136,7 @@ def transposed_window(cut: Cut, kernel: int, stride: int, padding: int, dilation
     reach = dilation * (kernel - 1)
     out_size = (cut.size - 1) * stride - 2 * padding + reach + 1 + extra
     out = cut_at((0, *(min(b * stride, out_size) for b in cut.bounds[1:-1]), out_size))
-    needs = tuple(
-        ((low + padding - reach) // stride, (high - 1 + padding) // stride + 1) for low, high in out.extents
-    )
+    needs = tuple(((low + padding - reach) // stride, (high - 1 + padding) // stride + 1) for low, high in out.extents)
     return Window(out, needs)
 
 

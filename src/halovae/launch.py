@@ -62,6 +62,11 @@ def place() -> Place | None:
         raise InputError(f"the environment names a rank, but not with numbers: {held}") from None
 
 
+def was_launched() -> bool:
+    """Whether this process is a rank that `run_ranks` has started."""
+    return LAUNCHER_FD in os.environ
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -237,7 +242,9 @@ class _Group:
             return _say([causes[0].message], 1)
         for rank in self._failed_first:
             sys.stderr.write(b"".join(rank.tail).decode(errors="replace"))
-        return _say([f"rank {rank.index} ended with exit code {rank.process.returncode}" for rank in self._failed_first], 1)
+        return _say(
+            [f"rank {rank.index} ended with exit code {rank.process.returncode}" for rank in self._failed_first], 1
+        )
 
 
 def _say(messages: Sequence[str], exit_code: int) -> int:

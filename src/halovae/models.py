@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, cast
 
 import diffusers
 import torch
@@ -25,15 +25,6 @@ from halovae.files import first_line
 DEMO = "demo"
 """The name of the shipped VAE in `--model` and in metadata."""
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
-
-
-class Vae(Protocol):
-    """What halovae uses of a diffusers autoencoder."""
-
-    config: Any
-
-    def encode(self, x: torch.Tensor) -> Any: ...
-    def decode(self, z: torch.Tensor) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +73,7 @@ def load(source: Source, *, dtype: torch.dtype, device: torch.device) -> nn.Modu
     options: dict[str, Any] = {} if source.subfolder is None else {"subfolder": source.subfolder}
     try:
         with quiet():
-            vae, found = cls.from_pretrained(
-                source.location, torch_dtype=dtype, output_loading_info=True, **options
-            )
+            vae, found = cls.from_pretrained(source.location, torch_dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # diffusers, the hub and safetensors each have their own families.
         raise InputError(f"can't load the {source.class_name} of {source.model}: {first_line(error)}") from error
     # diffusers only warns, and leaves such weights random.
@@ -130,18 +119,18 @@ def _find_hub(model: str) -> Source:
     except EntryNotFoundError:
         pass  # A repository of a VAE alone has no index.
     except (HfHubHTTPError, OSError, ValueError) as error:
-        _reraise(model, error)
+        _refuse(model, error)
     try:
         config = _read_json(Path(hf_hub_download(model, "config.json")))
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        _reraise(model, error)
+        _refuse(model, error)
     class_name = str(config.get("_class_name"))
     if _autoencoder(class_name) is None:
         raise InputError(f"--model {model} holds a {class_name}, which is no autoencoder of diffusers")
     return Source(model=model, location=model, subfolder=None, class_name=class_name)
 
 
-def _reraise(model: str, error: Exception) -> Any:
+def _refuse(model: str, error: Exception) -> NoReturn:
     if isinstance(error, InputError):
         raise error
     raise InputError(f"--model {model}: {first_line(error)}") from error
@@ -162,9 +151,11 @@ def _component(model: str, index: Mapping[str, Any]) -> tuple[str, str]:
 
 def _autoencoder(class_name: str) -> Any:
     """The class of diffusers of that name if it can encode and decode, else None."""
-    cls = getattr(diffusers, class_name, None) if re.fullmatch(r"\w+", class_name) else None
-    usable = isinstance(cls, type) and all(hasattr(cls, name) for name in ("encode", "decode", "from_pretrained"))
-    return cls if usable and issubclass(cls, nn.Module) else None
+    cls: Any = getattr(diffusers, class_name, None) if re.fullmatch(r"\w+", class_name) else None
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        return None
+    usable = all(hasattr(cls, name) for name in ("encode", "decode", "from_pretrained"))
+    return cast(Any, cls) if usable else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

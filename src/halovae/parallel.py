@@ -134,11 +134,8 @@ class Handle:
         self._verify_once(half, plan, args, kwargs)
         probed, traffic = time.perf_counter(), self._comm.traffic
         self._comm.traffic = Traffic()
-        original = self._target.originals[half]
-        with self._target.untiled():
-            outcome = run_on_group(
-                self._comm, plan.shape, original, args, kwargs, plan.bounds, self._options.gather
-            )
+        call = functools.partial(self._target.run_untiled, half)
+        outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, self._options.gather)
         traffic = self._comm.traffic
         self.last = CallReport(
             half=half, mode=self._options.mode, shape=plan.shape, bounds=plan.bounds,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halovae.errors import InputError
+from halovae.errors import InputError, NotExactError
 
 HALVES = ("encode", "decode")
 _MODULES = {"encode": "encoder", "decode": "decoder"}
@@ -70,8 +70,22 @@ class Target:
                 "or call vae.requires_grad_(False)"
             )
 
+    def run_untiled(self, half: str, *args: Any, **kwargs: Any) -> Any:
+        """The un-parallel half without spatial tiles.
+
+        Raises:
+            NotExactError: the VAE knows no other way than tiles.
+        """
+        try:
+            with self._untiled():
+                return self.originals[half](*args, **kwargs)
+        except NotImplementedError as error:
+            if isinstance(error, NotExactError):
+                raise
+            raise NotExactError(f"{self.name}.{half} refuses to run without spatial tiles: {error}") from error
+
     @contextmanager
-    def untiled(self) -> Iterator[None]:
+    def _untiled(self) -> Iterator[None]:
         """Within it, the VAE does not tile in space; what it does in time stays as configured."""
         before = getattr(self.vae, "use_tiling", None)
         if before:

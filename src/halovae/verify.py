@@ -5,6 +5,7 @@ The probe also measures how much the encoder compresses in space, which no attri
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.comm import default_generator
-from halovae.errors import VerificationError
+from halovae.errors import NotExactError, VerificationError
 from halovae.exact.mesh import Mesh
 from halovae.exact.partition import Bounds, first_tensor, gather, map_tensors
 from halovae.exact.run import is_picture, run_sharded
@@ -50,9 +51,11 @@ def compression(target: Target, picture: Tensor) -> int:
         for count in sorted(frames):
             shape = (1, picture.shape[1], *([count] if count else []), size, size)
             try:
-                with target.untiled(), frozen_generators(picture.device):
-                    latent = first_tensor(target.originals["encode"](picture.new_zeros(shape)))
+                with frozen_generators(picture.device):
+                    latent = first_tensor(target.run_untiled("encode", picture.new_zeros(shape)))
                 return max(1, round(size / latent.shape[-1]))
+            except NotExactError:
+                raise
             except Exception as error:
                 failure = error
     raise VerificationError(f"{target.name} encodes no picture of {_RATIO_SIZES} pixels: {failure}") from failure
@@ -65,6 +68,25 @@ class Probe:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     bounds: Bounds
+
+    @property
+    def device(self) -> torch.device:
+        return first_tensor([*self.args, *self.kwargs.values()]).device
+
+    def fresh_args(self) -> tuple[Any, ...]:
+        """The arguments; a generator as a copy, so that no run uses up the caller's or another run's numbers."""
+        return tuple(map(_copied_generator, self.args))
+
+    def fresh_kwargs(self) -> dict[str, Any]:
+        return {name: _copied_generator(value) for name, value in self.kwargs.items()}
+
+
+def _copied_generator(value: Any) -> Any:
+    if not isinstance(value, torch.Generator):
+        return value
+    copy = torch.Generator(value.device)
+    copy.set_state(value.get_state())
+    return copy
 
 
 def make_probe(shape: tuple[int, int], ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
@@ -94,22 +116,24 @@ def verify(mesh: Mesh, target: Target, half: str, probe: Probe) -> None:
     Raises:
         VerificationError: they differ, naming the first submodule whose output does; or the probe can't run.
     """
-    call = target.originals[half]
-    device = first_tensor([*probe.args, *probe.kwargs.values()]).device
+    call = functools.partial(target.run_untiled, half)
     try:
-        with target.untiled(), frozen_generators(device):
-            expected = call(*probe.args, **probe.kwargs)
+        with frozen_generators(probe.device):
+            expected = call(*probe.fresh_args(), **probe.fresh_kwargs())
+    except NotExactError:
+        raise
     except Exception as error:
         raise VerificationError(
             f"the un-parallel {half} of {target.name} can't run the probe, so it can't be compared: {error}. "
             "Pass verify=False to go without"
         ) from error
-    with target.untiled(), frozen_generators(device):
-        found = map_tensors(lambda t: gather(mesh, t), run_sharded(mesh, call, probe.args, probe.kwargs, probe.bounds))
+    with frozen_generators(probe.device):
+        found = run_sharded(mesh, call, probe.fresh_args(), probe.fresh_kwargs(), probe.bounds)
+        found = map_tensors(lambda t: gather(mesh, t), found)
     expected, found = first_tensor(expected), first_tensor(found)
     if distance(found, expected) <= TOLERANCE.get(expected.dtype, 1e-1):
         return
-    culprit = _first_difference(mesh, target, call, probe, device)
+    culprit = _first_difference(mesh, target.vae, call, probe)
     raise VerificationError(
         f"{half} of {target.name} on shards differs from the un-parallel one by {distance(found, expected):.1e} "
         f"(allowed {TOLERANCE.get(expected.dtype, 1e-1):.0e}); the first submodule that differs is {culprit}"
@@ -125,13 +149,13 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float(gap / torch.linalg.vector_norm(expected).clamp_min(1e-30))
 
 
-def _first_difference(mesh: Mesh, target: Target, call: Call, probe: Probe, device: torch.device) -> str:
+def _first_difference(mesh: Mesh, vae: nn.Module, call: Call, probe: Probe) -> str:
     plain: list[tuple[str, Tensor]] = []
     sharded: list[tuple[str, Tensor]] = []
-    with target.untiled(), frozen_generators(device), _outputs(target.vae, plain, lambda t: t):
-        call(*probe.args, **probe.kwargs)
-    with target.untiled(), frozen_generators(device), _outputs(target.vae, sharded, lambda t: gather(mesh, t)):
-        run_sharded(mesh, call, probe.args, probe.kwargs, probe.bounds)
+    with frozen_generators(probe.device), _outputs(vae, plain, lambda t: t):
+        call(*probe.fresh_args(), **probe.fresh_kwargs())
+    with frozen_generators(probe.device), _outputs(vae, sharded, lambda t: gather(mesh, t)):
+        run_sharded(mesh, call, probe.fresh_args(), probe.fresh_kwargs(), probe.bounds)
     for (name, expected), (_, found) in zip(plain, sharded, strict=False):
         if distance(found, expected) > TOLERANCE.get(expected.dtype, 1e-1):
             return name

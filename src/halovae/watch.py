@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from halovae.errors import HalovaeError, RankFailedError
+from halovae.errors import HalovaeError, InputError, NotExactError, RankFailedError
 from halovae.files import remove_partial
 
 GRACE = 2.0
@@ -57,13 +57,14 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Describe an exception: exit code 2 for bad input, 1 for everything else."""
+    """Describe an exception: exit code 2 for what the caller can put right, 1 for everything else."""
     expected = isinstance(error, HalovaeError)
     consequence = isinstance(error, RankFailedError)
+    refused = isinstance(error, (InputError, NotExactError))
     message = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
     return Failure(
         message=message,
-        exit_code=2 if expected and not consequence else 1,
+        exit_code=2 if refused else 1,
         expected=expected,
         consequence=consequence,
         details="".join(traceback.format_exception(error)),

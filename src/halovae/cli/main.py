@@ -22,10 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
 for command in (roundtrip, encode, decode, doctor):
-    app.command(no_args_is_help=command is not doctor)(command)
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 a failure; 2 bad input; 128 + the signal's number after a signal.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         result = typer.main.get_command(app).main(words, prog_name="halovae", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0

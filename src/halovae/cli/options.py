@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import typer
 from halovae.errors import InputError
 
 
-class Dtype(StrEnum):
+class Dtype(str, Enum):
     """Names of the number formats, as torch has them."""
 
     float32 = "float32"
@@ -71,7 +71,7 @@ Device = Annotated[
     typer.Option(metavar="KIND", help="cpu, cuda, npu, xpu, ...", show_default="the accelerator if there is one"),
 ]
 Compare = Annotated[
-    bool, typer.Option("--compare", help="Run the VAE without any parallelism too, and show how far the results differ.")
+    bool, typer.Option("--compare", help="Run the VAE without parallelism too, and show how far the results differ.")
 ]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.", show_default=False)

@@ -31,7 +31,8 @@ def run(context: typer.Context, options: RunOptions, body: Callable[[Session], N
         HalovaeError: on a rank, or before there are any.
     """
     here = launch.place()
-    ranks = here.world_size if here is not None else options.ranks or 1 if options.ranks != 0 else 0
+    asked = 1 if options.ranks is None else options.ranks
+    ranks = asked if here is None else here.world_size
     if options.ranks not in (None, ranks):
         raise InputError(f"--ranks {options.ranks}: torchrun has started {ranks}; leave --ranks out")
     if here is None:
@@ -49,6 +50,6 @@ def run(context: typer.Context, options: RunOptions, body: Callable[[Session], N
 
 
 def _check_axis(axis: str | tuple[int, int], ranks: int) -> None:
-    if isinstance(axis, tuple) and axis[0] * axis[1] != ranks:
+    if isinstance(axis, tuple) and axis[0] * axis[1] > ranks:
         rows, columns = axis
-        raise InputError(f"--axis {rows}x{columns} needs {rows * columns} ranks, but there are {ranks}")
+        raise InputError(f"--axis {rows}x{columns} needs {rows * columns} ranks, but there are {ranks}: add --ranks")

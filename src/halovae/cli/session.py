@@ -107,6 +107,13 @@ class Session:
 
         return self.together("load", step)
 
+    def fit(self, loaded: Loaded, sizes: tuple[int, int, int]) -> fit.Fit:
+        """How a clip of these frames, height and width goes through the VAE; tells the user when it is padded."""
+        found = self.together("fit", lambda advance: loaded.limits.fit(*sizes))
+        for note in found.notes:
+            self.stages.note(note)
+        return found
+
     @contextmanager
     def parallel(self, vae: Any) -> Iterator[Any]:
         """Within it, `vae` runs on all ranks. Yields the handle, or None in a world of one."""
@@ -130,7 +137,7 @@ class Session:
             steps: how many calls of the VAE there will be.
         """
         half = Half()
-        self._synchronize()
+        self.synchronize()
         started = time.perf_counter()
         with self.stages.stage(name, steps) as advance, torch.inference_mode():
 
@@ -141,12 +148,13 @@ class Session:
                     half.add(handle.last)
 
             result = call(after)
-        self._synchronize()
+        self.synchronize()
         half.seconds += time.perf_counter() - started
         self.seconds[name] = half.seconds
         return result, half
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was told."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
@@ -165,13 +173,13 @@ def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
     opened = Session(
         options=options,
         place=place,
-        group=comm.world(device),
+        group=comm.world(),
         device=device,
         dtype=getattr(torch, dtype),
         stages=Stages(speaks=place.rank == 0),
     )
     if device.type == "cpu" and place.local_world_size > launch.cores():
-        opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one rank per core")
+        opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one each")
     yield opened
     # Not after an exception: leaving may wait for ranks that are gone.
     comm.shutdown()
@@ -182,11 +190,11 @@ def _device(kind: str | None, place: launch.Place) -> torch.device:
     there = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     kind = kind or there[-1]
     if kind not in there:
-        raise InputError(f"--device {kind}: this machine has {' and '.join(there)} (give the kind only, without a number)")
+        raise InputError(f"--device {kind}: this machine has {' and '.join(there)} (give the kind only)")
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     if place.local_world_size > count:
-        raise InputError(f"{place.local_world_size} ranks, but this machine has {count} {kind} devices: use --ranks {count}")
+        raise InputError(f"{place.local_world_size} ranks, but only {count} {kind} devices: use --ranks {count}")
     torch.accelerator.set_device_index(place.local_rank)
     return torch.device(kind, place.local_rank)

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import gather_dim
-from halovae.exact.layout import Dim, Layout, broadcast, is_sharded, is_transposed, layout_of, mark, plain
+from halovae.exact.layout import (
+    AxisFactor,
+    Dim,
+    Layout,
+    axes_in,
+    broadcast,
+    is_sharded,
+    is_transposed,
+    layout_of,
+    mark,
+    plain,
+)
 from halovae.exact.masks import block_table, is_block_mask
 from halovae.exact.reductions import sum_over_ranks
 from halovae.exact.registry import Mesh, named, rule
@@ -64,16 +75,14 @@ def gathered(mesh: Mesh, tensor: Tensor, dim: int) -> Tensor:
     return gather_dim(mesh, tensor, layout, dim % tensor.ndim)
 
 
-def _by_frame(
-    mesh: Mesh, func: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
-) -> Tensor:
+def _by_frame(mesh: Mesh, func: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
     seen = frames_seen(block_table(mask))
     if mask.shape[-1] != query.shape[-2]:
         raise NotExactError("the attention mask has not the length of the query")
     layout = layout_of(query)
     local = query.shape[-2] // len(seen)
     outer = layout.dims[-2][0] if layout else None
-    if outer and len(seen) > 1 and (outer.sharded or outer.size % len(seen)):
+    if outer and len(seen) > 1 and (isinstance(outer, AxisFactor) or outer.size % len(seen)):
         raise NotExactError("the tokens of a frame are not next to each other")
     key, value = (gathered(mesh, tensor, -2) for tensor in (key, value))
     whole = key.shape[-2] // len(seen)
@@ -110,7 +119,8 @@ def matmul(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
         raise NotExactError("a product with a vector")
     inner = [layout and is_sharded(layout.dims[dim]) for layout, dim in ((a, -1), (b, -2))]
     if all(inner):
-        assert a and b
+        assert a is not None
+        assert b is not None
         return _partial_product(mesh, func, left, right, a, b)
     if any(inner):
         left, right = gathered(mesh, left, -1), gathered(mesh, right, -2)
@@ -127,9 +137,7 @@ def _partial_product(mesh: Mesh, func: Any, left: Tensor, right: Tensor, a: Layo
     """Both factors are cut along the summed dimension: each rank has part of the sum."""
     if a.dims[-1] != b.dims[-2] or is_sharded(a.dims[-2]) or is_sharded(b.dims[-1]):
         raise NotExactError("the factors of a product are cut differently")
-    axes = {factor.axis for factor in a.dims[-1] if factor.axis is not None}
-    partial = func(left, right)
-    total = sum_over_ranks(mesh, partial, axes)
+    total = sum_over_ranks(mesh, func(left, right), axes_in(a.dims[-1:]))
     return mark(total, _batch_layout(a, b, left, right, total.ndim, plain(left.shape[-2]), plain(right.shape[-1])))
 
 
@@ -143,9 +151,7 @@ def _product_layout(left: Tensor, right: Tensor, ndim: int) -> Layout:
 def _batch_layout(
     a: Layout | None, b: Layout | None, left: Tensor, right: Tensor, ndim: int, rows: Dim, columns: Dim
 ) -> Layout:
-    operands = [
-        (layout and Layout(layout.dims[:-2]), tuple(t.shape[:-2])) for layout, t in ((a, left), (b, right))
-    ]
+    operands = [(layout and Layout(layout.dims[:-2]), tuple(t.shape[:-2])) for layout, t in ((a, left), (b, right))]
     return Layout((*broadcast(operands, ndim - 2).dims, rows, columns))
 
 

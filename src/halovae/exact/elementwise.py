@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import own, redistribute
-from halovae.exact.layout import Layout, axis_factor, broadcast, is_uniform, layout_of, mark, unmark_uniform
+from halovae.exact.layout import AxisFactor, Layout, axis_factor, broadcast, is_uniform, layout_of, mark, unmark_uniform
 from halovae.exact.registry import Mesh, named, rule
 
 BROADCASTING = (
@@ -87,12 +87,11 @@ def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
         if len(cuts) > 1:
             operands = [_without_halo(mesh, operand, position) for operand in operands]
             first = next(factor for o in operands if (factor := _axis_at(o, position)))
-            assert first.cut is not None
             operands = [_follow(mesh, operand, position, first.cut.bounds) for operand in operands]
     return operands
 
 
-def _axis_at(operand: Tensor, position: int) -> Any:
+def _axis_at(operand: Tensor, position: int) -> AxisFactor | None:
     layout = layout_of(operand)
     return axis_factor(layout.dims[position]) if layout and -position <= len(layout.dims) else None
 

@@ -10,7 +10,18 @@ from torch import Tensor
 from halovae.comm import default_generator
 from halovae.errors import NotExactError
 from halovae.exact.elementwise import mark_like
-from halovae.exact.layout import Layout, axis_factor, is_sharded, layout_of, length, mark, mark_uniform, plain
+from halovae.exact.layout import (
+    Layout,
+    axis_factor,
+    global_length,
+    is_sharded,
+    layout_of,
+    length,
+    mark,
+    mark_uniform,
+    plain,
+    require_axis,
+)
 from halovae.exact.masks import prefix_mask
 from halovae.exact.registry import Mesh, named, rule
 
@@ -38,17 +49,16 @@ def random(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
 
     A size says nothing of shards; it is taken for one when it ends like the sharded tensor whose shape was asked last.
     """
-    shape = tuple(size[0]) if size and not isinstance(size[0], int) else size or tuple(kwargs.pop("size"))
+    sizes = size[0] if size and not isinstance(size[0], int) else size or kwargs.pop("size")
+    shape = tuple(map(int, sizes))
     layout = _ending_like(shape, mesh.asked)
     if layout is None:
         return func(shape, **kwargs)
     device = torch.device(kwargs.get("device") or "cpu")
     _share(mesh, kwargs.get("generator") or default_generator(device), device)
-    whole = [dim[0].cut.size if dim[0].cut else length(dim) for dim in layout.dims]
-    noise = func(whole, **kwargs)
+    noise = func([global_length(dim) for dim in layout.dims], **kwargs)
     for dim in layout.sharded_dims:
-        factor = layout.dims[dim][0]
-        assert factor.cut and factor.axis is not None
+        factor = require_axis(layout, dim)
         low, high = factor.cut.extents[mesh.part(factor.axis)]
         noise = noise.narrow(dim, low, high - low)
     return mark(noise.contiguous(), layout)
@@ -83,11 +93,3 @@ def unshaped_random(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(layout_of(value) for value in args):
         raise NotExactError("random numbers are drawn for a shard alone")
     return func(*args, **kwargs)
-
-
-@rule(Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]
-def shape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(tensor)
-    if layout is not None:
-        mesh.asked = layout
-    return func(tensor, *args, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halovae.errors import NotExactError
-from halovae.exact.layout import Factor, Layout, axis_factor, length, mark
+from halovae.exact.layout import AxisFactor, Factor, Layout, length, mark, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.geometry import Cut, Extent, covering, cut_at, missing, overlap
 
@@ -53,14 +53,14 @@ def extend(
     pads = {dim: pad for dim, pad in (pads or {}).items() if pad != (0, 0)}
     if not pads and all(_is_present(layout, dim, need) for dim, need in needs.items()):
         return _narrow_to(mesh, tensor, layout, needs)
-    covered = {dim: covering(_cut(layout, dim), need) for dim, need in needs.items()}
+    covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     buffer = _new_like(tensor, shape)
     _region(buffer, valid).copy_(_narrow_to(mesh, tensor, layout, covered, clip=True))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
         _fill_outside(buffer, dim, valid, fill)
-        low, high = need[mesh.part(_axis(layout, dim))]
+        low, high = need[mesh.part(require_axis(layout, dim).axis)]
         valid[dim] = (low - starts[dim], high - starts[dim])
     for dim in pads:
         _fill_outside(buffer, dim, valid, fill)
@@ -70,28 +70,23 @@ def extend(
 def own(mesh: Mesh, tensor: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
     """The tensor without halos."""
     for dim in layout.sharded_dims:
-        factor = axis_factor(layout.dims[dim])
-        if factor and factor.cut and factor.cut.has_halo:
-            needs = {dim: cut_at(factor.cut.bounds).extents}
-            tensor = extend(mesh, tensor, layout, needs)
-            layout = recut(mesh, layout, dim, factor.cut.bounds)
-        elif any(f.cut and f.cut.has_halo for f in layout.dims[dim]):
-            raise NotExactError("a halo reached a flattened dimension")
+        if any(isinstance(f, AxisFactor) and f.cut.has_halo for f in layout.dims[dim]):
+            bounds = require_axis(layout, dim).cut.bounds
+            tensor = extend(mesh, tensor, layout, {dim: cut_at(bounds).extents})
+            layout = recut(mesh, layout, dim, cut_at(bounds))
     return tensor, layout
 
 
-def recut(mesh: Mesh, layout: Layout, dim: int, bounds: tuple[int, ...]) -> Layout:
-    """The layout with dimension `dim`, one whole spatial axis, cut at other bounds and without halo."""
-    factor = axis_factor(layout.dims[dim])
-    assert factor and factor.axis is not None
-    cut = cut_at(bounds)
-    return layout.replace(dim, (Factor(cut.present(mesh.part(factor.axis)), factor.axis, cut),))
+def recut(mesh: Mesh, layout: Layout, dim: int, cut: Cut) -> Layout:
+    """The layout with dimension `dim`, one whole spatial axis, cut in another way."""
+    axis = require_axis(layout, dim).axis
+    return layout.replace(dim, (AxisFactor(cut.present(mesh.part(axis)), axis, cut),))
 
 
 def redistribute(mesh: Mesh, tensor: Tensor, layout: Layout, dim: int, bounds: tuple[int, ...]) -> Tensor:
     """The tensor with one axis cut at other bounds; carries its new layout."""
     moved = extend(mesh, tensor, layout, {dim: cut_at(bounds).extents})
-    return mark(moved, recut(mesh, layout, dim, bounds))
+    return mark(moved, recut(mesh, layout, dim, cut_at(bounds)))
 
 
 def gather_dim(mesh: Mesh, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
@@ -101,7 +96,7 @@ def gather_dim(mesh: Mesh, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
     split = Layout((*layout.dims[:dim], *((f,) for f in factors), *layout.dims[dim + 1 :]))
     tensor = tensor.reshape(split.shape)
     for offset, factor in enumerate(factors):
-        if factor.cut is None or factor.axis is None:
+        if not isinstance(factor, AxisFactor):
             continue
         whole = ((0, factor.cut.size),) * factor.cut.parts
         tensor = extend(mesh, tensor, split, {dim + offset: whole})
@@ -112,9 +107,8 @@ def gather_dim(mesh: Mesh, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
 
 def _is_present(layout: Layout, dim: int, needs: tuple[Extent, ...]) -> bool:
     """Whether every rank already has what it needs; the same answer on all ranks."""
-    factor = axis_factor(layout.dims[dim])
-    assert factor and factor.cut
-    return all(h[0] <= n[0] and n[1] <= h[1] for h, n in zip(factor.cut.extents, needs, strict=True))
+    have = require_axis(layout, dim).cut.extents
+    return all(h[0] <= n[0] and n[1] <= h[1] for h, n in zip(have, needs, strict=True))
 
 
 def _narrow_to(
@@ -123,7 +117,7 @@ def _narrow_to(
     """The part of the local tensor inside this rank's needs."""
     for dim, need in needs.items():
         low, high, start = _kept(mesh, layout, dim, need)
-        assert clip or (low, high) == need[mesh.part(_axis(layout, dim))]
+        assert clip or (low, high) == need[mesh.part(require_axis(layout, dim).axis)]
         if high - low != tensor.shape[dim]:
             tensor = tensor.narrow(dim, low - start, high - low)
     return tensor
@@ -131,24 +125,11 @@ def _narrow_to(
 
 def _kept(mesh: Mesh, layout: Layout, dim: int, needs: tuple[Extent, ...]) -> tuple[int, int, int]:
     """Global (low, high) of what this rank both has and needs, and where its local tensor starts."""
-    factor = axis_factor(layout.dims[dim])
-    assert factor and factor.cut and factor.axis is not None
+    factor = require_axis(layout, dim)
     part = mesh.part(factor.axis)
     have = factor.cut.extents[part]
     kept = overlap(have, needs[part]) or (needs[part][0], needs[part][0])
     return kept[0], kept[1], have[0] if kept[0] < kept[1] else kept[0]
-
-
-def _cut(layout: Layout, dim: int) -> Cut:
-    factor = axis_factor(layout.dims[dim])
-    assert factor and factor.cut
-    return factor.cut
-
-
-def _axis(layout: Layout, dim: int) -> int:
-    factor = axis_factor(layout.dims[dim])
-    assert factor and factor.axis is not None
-    return factor.axis
 
 
 Frame = tuple[dict[int, int], list[int], list[Extent]]
@@ -166,7 +147,7 @@ def _frame(
     shape = list(tensor.shape)
     valid: list[Extent] = [(0, size) for size in shape]
     for dim, need in needs.items():
-        low, high = need[mesh.part(_axis(layout, dim))]
+        low, high = need[mesh.part(require_axis(layout, dim).axis)]
         kept_low, kept_high, _ = _kept(mesh, layout, dim, need)
         starts[dim], shape[dim] = low, high - low
         valid[dim] = (kept_low - low, kept_high - low)
@@ -186,8 +167,7 @@ def _fetch(
     valid: list[Extent],
 ) -> None:
     """Exchange the missing rows of one dimension with the ranks that own them, and widen `valid`."""
-    factor = axis_factor(layout.dims[dim])
-    assert factor and factor.cut and factor.axis is not None
+    factor = require_axis(layout, dim)
     cut, me, peers = factor.cut, mesh.part(factor.axis), mesh.peers(factor.axis)
     sends, receives, landings = [], [], []
     for part, peer in enumerate(peers):
@@ -208,8 +188,8 @@ def _fetch(
     for target, landing in landings:
         if target is not landing:
             target.copy_(landing)
-    low, high = min(valid[dim][0] + start, max(needs[me][0], 0)), max(valid[dim][1] + start, min(needs[me][1], cut.size))
-    valid[dim] = (low - start, high - start)
+    low, high = max(needs[me][0], 0) - start, min(needs[me][1], cut.size) - start
+    valid[dim] = (min(valid[dim][0], low), max(valid[dim][1], high))
 
 
 _CONTIGUOUS = torch.contiguous_format

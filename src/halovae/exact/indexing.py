@@ -10,7 +10,18 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.elementwise import align
-from halovae.exact.layout import Dim, Layout, is_sharded, is_uniform, keep_uniform, layout_of, length, mark, plain, unmark_uniform
+from halovae.exact.layout import (
+    Dim,
+    Layout,
+    is_sharded,
+    is_uniform,
+    keep_uniform,
+    layout_of,
+    length,
+    mark,
+    plain,
+    unmark_uniform,
+)
 from halovae.exact.registry import Mesh, named, rule
 
 

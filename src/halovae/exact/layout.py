@@ -1,7 +1,7 @@
 """Which dimensions of a local tensor are cut, and what views do to that.
 
-A tensor dimension is a tuple of factors, outermost first. A factor is a whole number of positions, and either plain
-(every rank has all of it) or one spatial axis of the mesh (each rank has its own rows). `[B, C, H, W]` has four
+A tensor dimension is a tuple of factors, outermost first. A factor is either plain (every rank has all its
+positions) or one spatial axis of the mesh (each rank has its own rows). `[B, C, H, W]` has four
 dimensions of one factor each; after `flatten(2)` the third one has the two factors (height, width). Reshapes then
 are a walk along the factors, and no operator rule has to guess what a size means.
 
@@ -10,7 +10,7 @@ The layout travels as an attribute of the local tensor. Tensors without one are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -19,20 +19,20 @@ from torch import Tensor
 from halovae.errors import NotExactError
 from halovae.geometry import MIN_ROWS, Cut, coarsen, divides, narrowest, refine
 
-HEIGHT, WIDTH = 0, 1
-
 
 @dataclass(frozen=True)
 class Factor:
-    """`size` local positions: plain, or (with `cut`) those of this rank along the mesh axis `axis`."""
+    """`size` positions, which every rank has."""
 
     size: int
-    axis: int | None = None
-    cut: Cut | None = None
 
-    @property
-    def sharded(self) -> bool:
-        return self.axis is not None
+
+@dataclass(frozen=True)
+class AxisFactor(Factor):
+    """This rank's `size` positions of a spatial axis of the mesh."""
+
+    axis: int
+    cut: Cut
 
 
 Dim = tuple[Factor, ...]
@@ -66,21 +66,38 @@ def plain(size: int) -> Dim:
 
 
 def is_sharded(dim: Dim) -> bool:
-    return any(factor.sharded for factor in dim)
+    return any(isinstance(factor, AxisFactor) for factor in dim)
 
 
 def length(dim: Dim) -> int:
     return prod(factor.size for factor in dim)
 
 
-def axis_factor(dim: Dim) -> Factor | None:
+def axis_factor(dim: Dim) -> AxisFactor | None:
     """The factor of a dimension that is one whole spatial axis, else None."""
-    return dim[0] if len(dim) == 1 and dim[0].sharded else None
+    return dim[0] if len(dim) == 1 and isinstance(dim[0], AxisFactor) else None
+
+
+def require_axis(layout: Layout, dim: int) -> AxisFactor:
+    """The factor of a dimension that must be one whole spatial axis.
+
+    Raises:
+        NotExactError: height and width are flattened together in it.
+    """
+    factor = axis_factor(layout.dims[dim])
+    if factor is None:
+        raise NotExactError("a dimension in which height and width are flattened is treated as one axis")
+    return factor
+
+
+def axes_in(dims: Iterable[Dim]) -> set[int]:
+    """The mesh axes that these dimensions are cut along."""
+    return {factor.axis for dim in dims for factor in dim if isinstance(factor, AxisFactor)}
 
 
 def global_length(dim: Dim) -> int:
     """Positions along a dimension over all ranks."""
-    return prod(factor.cut.size if factor.cut else factor.size for factor in dim)
+    return prod(factor.cut.size if isinstance(factor, AxisFactor) else factor.size for factor in dim)
 
 
 # ---- the attribute -------------------------------------------------------------------------------------------------
@@ -98,7 +115,7 @@ def layout_of(value: object) -> Layout | None:
 def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Attach a layout (None, or one without sharded dimensions: none) and return the tensor."""
     if layout is not None and layout.sharded_dims:
-        if any(f.cut and narrowest(f.cut) < MIN_ROWS for dim in layout.dims for f in dim):
+        if any(isinstance(f, AxisFactor) and narrowest(f.cut) < MIN_ROWS for dim in layout.dims for f in dim):
             raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
         assert layout.shape == tuple(tensor.shape), f"layout {layout.shape} on a tensor {tuple(tensor.shape)}"
         setattr(tensor, _ATTRIBUTE, layout)
@@ -148,26 +165,25 @@ def split_factor(factor: Factor, outer: int) -> tuple[Factor, Factor]:
     inner, rest = divmod(factor.size, outer)
     if rest:
         raise NotExactError(f"a view splits {factor.size} positions into {outer} parts")
-    if factor.cut is None:
+    if not isinstance(factor, AxisFactor):
         return Factor(outer), Factor(inner)
     if not divides(factor.cut, inner):
         raise NotExactError(f"a view groups {inner} rows, which does not divide the shards {factor.cut.bounds}")
-    return Factor(outer, factor.axis, coarsen(factor.cut, inner)), Factor(inner)
+    return AxisFactor(outer, factor.axis, coarsen(factor.cut, inner)), Factor(inner)
 
 
 def merge_factors(factors: Sequence[Factor]) -> Dim:
     """One dimension of these factors; a plain factor inside an axis makes that axis finer."""
     merged: list[Factor] = []
     for factor in factors:
-        if factor.size == 1 and not factor.sharded:
-            continue
-        last = merged[-1] if merged else None
-        if last is None or factor.sharded:
+        if isinstance(factor, AxisFactor):
             merged.append(factor)
-        elif last.cut is None:
-            merged[-1] = Factor(last.size * factor.size)
-        else:
-            merged[-1] = Factor(last.size * factor.size, last.axis, refine(last.cut, factor.size))
+            continue
+        last = merged.pop() if merged else Factor(1)
+        size = last.size * factor.size
+        finer = AxisFactor(size, last.axis, refine(last.cut, factor.size)) if isinstance(last, AxisFactor) else None
+        merged.append(finer or Factor(size))
+    merged = [factor for factor in merged if isinstance(factor, AxisFactor) or factor.size > 1]
     return tuple(merged) or plain(1)
 
 
@@ -179,7 +195,7 @@ def reshaped(layout: Layout, shape: Sequence[int]) -> Layout:
     """
     if tuple(shape) == layout.shape:
         return layout
-    pending = [f for dim in layout.dims for f in dim if f.sharded or f.size > 1][::-1]
+    pending = [f for dim in layout.dims for f in dim if isinstance(f, AxisFactor) or f.size > 1][::-1]
     dims: list[Dim] = []
     for size in shape:
         taken: list[Factor] = []
@@ -200,7 +216,7 @@ def reshaped(layout: Layout, shape: Sequence[int]) -> Layout:
 
 def _split_any(factor: Factor, size: int, pending: list[Factor]) -> tuple[Factor, Factor]:
     """Take `size` positions off the outside of a factor, joining plain neighbours first where they don't divide."""
-    while factor.size % size and not factor.sharded and pending and not pending[-1].sharded:
+    while factor.size % size and pending and not any(isinstance(f, AxisFactor) for f in (factor, pending[-1])):
         factor = Factor(factor.size * pending.pop().size)
     return split_factor(factor, size)
 

@@ -113,10 +113,10 @@ def apply(mesh: Mesh, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     raise NotExactError(f"{getattr(func, '__name__', func)} of an attention mask")
 
 
-_ON_TABLES = {
-    f for f in named("le", "lt", "ge", "gt", "eq", "where", "to", "type_as", "bool", "float", "unsqueeze", "mul", "add",
-                     "logical_not", "masked_fill")
-}  # fmt: skip
+_ON_TABLES = set(
+    named("le", "lt", "ge", "gt", "eq", "where", "to", "type_as", "bool", "float", "unsqueeze", "mul", "add",
+          "logical_not", "masked_fill")
+)  # fmt: skip
 
 
 def _on_tables(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -153,7 +153,9 @@ def _note_prefix(mask: Tensor, index: Any, value: Any) -> None:
     """`mask[row, :length] = 0`."""
     blocks: BlockMask = getattr(mask, _BLOCKS)
     row, columns = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
-    prefix = isinstance(columns, slice) and columns.start in (None, 0) and columns.step in (None, 1)
-    if blocks.table is not None or not isinstance(row, int) or not prefix or value != 0:
+    if blocks.table is not None or not isinstance(row, int) or not isinstance(columns, slice) or value != 0:
+        raise NotExactError("an attention mask that is not made of rows")
+    start, stop, step = columns.indices(blocks.size)
+    if (start, step) != (0, 1):
         raise NotExactError("an attention mask that is not made of prefixes")
-    blocks.prefixes[row] = columns.indices(blocks.size)[1]
+    blocks.prefixes[row] = stop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from halovae.errors import NotExactError
-from halovae.exact import attention, elementwise, factories, indexing, masks, norms, reductions, views, windows
+from halovae.exact import attention, elementwise, factories, indexing, masks, norms, reductions, sizes, views, windows
 from halovae.exact.layout import layout_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import RULES
 
-RULE_MODULES = (attention, elementwise, factories, indexing, masks, norms, reductions, views, windows)
+RULE_MODULES = (attention, elementwise, factories, indexing, masks, norms, reductions, sizes, views, windows)
 """Imported for their rules."""
 
 
@@ -75,7 +75,7 @@ def _located(error: NotExactError, func: Callable[..., Any]) -> NotExactError:
 
 def _calling_module() -> nn.Module | None:
     """The innermost nn.Module whose method is on the stack."""
-    frame = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
@@ -89,7 +89,7 @@ _HARMLESS = {
     for name in ("dtype", "device", "ndim", "requires_grad", "layout", "grad", "grad_fn", "is_leaf",
                  "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "itemsize", "nbytes")
 } | {
-    Tensor.dim, Tensor.stride, Tensor.numel, Tensor.nelement, Tensor.is_contiguous, Tensor.element_size,
+    Tensor.dim, Tensor.stride, Tensor.is_contiguous, Tensor.element_size,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.data_ptr, Tensor.get_device,
     Tensor.is_inference, Tensor.__hash__, Tensor.is_pinned,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from halovae.comm import all_gather
 from halovae.errors import NotExactError
 from halovae.exact.halo import own
-from halovae.exact.layout import global_length, is_sharded, layout_of, length, mark
+from halovae.exact.layout import axes_in, global_length, is_sharded, layout_of, length, mark
 from halovae.exact.registry import Mesh, rule
 
 _CHUNK_BYTES = 1 << 26
@@ -35,7 +35,7 @@ def group_norm(
     "Updating formulae and a pairwise algorithm for computing sample variances", 1979), in float32 or better.
     """
     layout = layout_of(tensor)
-    axes = {f.axis for dim in (layout.dims[1:] if layout else ()) for f in dim if f.axis is not None}
+    axes = axes_in(layout.dims[1:]) if layout else set[int]()
     if layout is None or not axes:
         return mark(func(tensor, num_groups, weight, bias, eps), layout)
     if is_sharded(layout.dims[1]):
@@ -91,17 +91,19 @@ def _normalized(
     scale, shift = (None if p is None else p.to(wide) for p in (weight, bias))
     out = torch.empty_like(tensor)
     for n in range(tensor.shape[0]):
-        statistics = (s[n].repeat_interleave(per_channel) for s in (mean, variance))
-        out[n : n + 1] = F.batch_norm(tensor[n : n + 1], *statistics, scale, shift, training=False, eps=eps)
+        average, spread = (s[n].repeat_interleave(per_channel) for s in (mean, variance))
+        out[n : n + 1] = F.batch_norm(tensor[n : n + 1], average, spread, scale, shift, training=False, eps=eps)
     return out
 
 
 @rule(F.layer_norm, F.rms_norm)
-def over_last_dims(mesh: Mesh, func: Any, tensor: Tensor, normalized_shape: Sequence[int], *args: Any, **kw: Any) -> Any:
+def over_last_dims(
+    mesh: Mesh, func: Any, tensor: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> Any:
     layout = layout_of(tensor)
     if layout and any(is_sharded(dim) for dim in layout.dims[-len(normalized_shape) :]):
         raise NotExactError("it normalises over a sharded dimension")
-    return mark(func(tensor, normalized_shape, *args, **kw), layout)
+    return mark(func(tensor, normalized_shape, *args, **kwargs), layout)
 
 
 @rule(F.batch_norm)

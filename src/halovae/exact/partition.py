@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import extend, own
-from halovae.exact.layout import Factor, Layout, axis_factor, layout_of, mark, plain
+from halovae.exact.layout import AxisFactor, Layout, axis_factor, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.geometry import Extent, cut_at
 
@@ -25,7 +25,7 @@ def _outside_mode(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
             return function(*args, **kwargs)
 
     return wrapped
@@ -39,10 +39,10 @@ def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
         if mesh.shape[axis] == 1:
             continue
         cut, part, dim = cut_at(axis_bounds), mesh.part(axis), axis - 2
-        assert cut.size == tensor.shape[dim] and cut.parts == mesh.shape[axis]
+        assert (cut.size, cut.parts) == (tensor.shape[dim], mesh.shape[axis])
         low, high = cut.owned(part)
         tensor = tensor.narrow(dim, low, high - low)
-        dims[dim] = (Factor(high - low, axis, cut),)
+        dims[dim] = (AxisFactor(high - low, axis, cut),)
     return mark(tensor, Layout(tuple(dims)))
 
 
@@ -55,9 +55,7 @@ def gather(mesh: Mesh, tensor: Tensor, first_only: bool = False) -> Tensor:
     tensor, layout = own(mesh, tensor, layout)
     shard = tensor
     for dim in layout.sharded_dims:
-        factor = axis_factor(layout.dims[dim])
-        if factor is None or factor.cut is None or factor.axis is None:
-            raise NotExactError("the network returns a tensor whose height and width are flattened together")
+        factor = require_axis(layout, dim)
         if first_only and any(mesh.part(axis) for axis in range(factor.axis)):
             break
         whole = (0, factor.cut.size)
@@ -85,7 +83,7 @@ def extents(mesh: Mesh, tensor: Tensor) -> dict[str, Extent]:
     found: dict[str, Extent] = {}
     for axis, name in enumerate(("height", "width")):
         factor = axis_factor(layout.dims[axis - 2]) if layout else None
-        found[name] = factor.cut.owned(mesh.part(axis)) if factor and factor.cut else (0, tensor.shape[axis - 2])
+        found[name] = factor.cut.owned(mesh.part(axis)) if factor else (0, tensor.shape[axis - 2])
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from halovae.comm import all_gather
 from halovae.errors import NotExactError
 from halovae.exact.halo import own
-from halovae.exact.layout import Layout, global_length, is_sharded, layout_of, mark, plain
+from halovae.exact.layout import Layout, axes_in, global_length, is_sharded, layout_of, mark, plain
 from halovae.exact.registry import Mesh, named, rule
 
 
@@ -33,7 +33,7 @@ def sum_or_mean(
     if not any(is_sharded(layout.dims[d]) for d in dims):
         return mark(func(tensor, dims, keepdim, dtype=dtype), _reduced(layout, dims, keepdim))
     tensor, layout = own(mesh, tensor, layout)
-    axes = {f.axis for d in dims for f in layout.dims[d] if f.axis is not None}
+    axes = axes_in(layout.dims[d] for d in dims)
     total = sum_over_ranks(mesh, torch.sum(tensor, dims, keepdim, dtype=dtype or _wide(tensor.dtype)), axes)
     if getattr(func, "__name__", "") == "mean":
         total = total / prod(global_length(layout.dims[d]) for d in dims)

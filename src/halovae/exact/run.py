@@ -40,12 +40,7 @@ def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str,
         return scatter(mesh, value, _scaled(bounds, value)) if is_picture(value) else value
 
     with ShardMode(mesh):
-        try:
-            result = call(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
-        except NotImplementedError as error:
-            if isinstance(error, NotExactError):
-                raise
-            raise NotExactError(f"exact mode runs the VAE without spatial tiles, which it refuses: {error}") from error
+        result = call(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
     if mesh.size > 1 and layout_of(first_tensor(result)) is None:
         raise NotExactError("the network's result lost track of its shards: an operation left torch")
     return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.errors import NotExactError
@@ -40,7 +39,7 @@ def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
     return mark(result, reshaped(layout, tuple(result.shape)))
 
 
-@rule(*named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t"), Tensor.mT.__get__, Tensor.T.__get__)
+@rule(*named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t"), Tensor.mT.__get__, Tensor.T.__get__)  # type: ignore[attr-defined]
 def permute(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
@@ -89,7 +88,7 @@ def repeat_interleave(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwarg
     if not isinstance(repeats, int) or dim is None:
         raise NotExactError("only a whole number of repeats along one dimension")
     result = func(tensor, *args, **kwargs)
-    return mark(result, layout.replace(dim, merge_factors((*layout.dims[dim], Factor(repeats)))))
+    return mark(result, layout.replace(dim, merge_factors((*layout.dims[dim], Factor(int(repeats))))))
 
 
 @rule(*named("pixel_shuffle"))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.errors import NotExactError
-from halovae.exact.halo import ZEROS, Fill, extend, own
-from halovae.exact.layout import Dim, Factor, Layout, axis_factor, is_sharded, layout_of, mark, plain
+from halovae.exact.halo import ZEROS, Fill, extend, own, recut
+from halovae.exact.layout import Layout, is_sharded, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import rule
 from halovae.geometry import Cut, Window, coarsen, divides, padded, refine, transposed_window, window
@@ -39,9 +39,7 @@ def convolution(
         return func(tensor, weight, bias, stride, padding, dilation, groups)
     n = CONVOLUTIONS[func]
     if isinstance(padding, str):
-        padding = [d * (k - 1) // 2 if padding == "same" else 0 for k, d in zip(weight.shape[2:], _each(dilation, n))]
-        if any(k % 2 == 0 for k in weight.shape[2:]):
-            raise NotExactError("padding='same' with an even kernel")
+        padding = _named_padding(padding, weight.shape[2:], _each(dilation, n))
     geometry = list(zip(weight.shape[2:], _each(stride, n), _each(padding, n), _each(dilation, n), strict=True))
     windows = {
         dim: window(cut, *geometry[dim - layout.ndim])
@@ -80,9 +78,7 @@ def transposed_convolution(
         pads[dim - layout.ndim], extras[dim - layout.ndim] = 0, 0
     result = func(tensor, weight, bias, stride, pads, extras, groups, dilation)
     for dim, w in windows.items():
-        factor = axis_factor(layout.dims[dim])
-        assert factor and factor.axis is not None
-        part, place = mesh.part(factor.axis), dim - layout.ndim
+        part, place = mesh.part(require_axis(layout, dim).axis), dim - layout.ndim
         low, high = w.out.owned(part)
         start = w.needs[part][0] * steps[place] - _each(padding, n)[place]
         result = _narrow_or_grow(result, dim, low - start, high - low)
@@ -112,12 +108,12 @@ def pad(
     if mode == "circular":
         raise NotExactError("circular padding of a sharded dimension")
     tensor, layout = own(mesh, tensor, layout)
-    windows = {dim: padded(_cut(layout.dims[dim]), *amount) for dim, amount in sharded.items()}
+    windows = {dim: padded(require_axis(layout, dim).cut, *amount) for dim, amount in sharded.items()}
     local = {dim: amount for dim, amount in amounts.items() if dim not in sharded}
     needs = {dim: w.needs for dim, w in windows.items()}
     result = extend(mesh, tensor, layout, needs, local, Fill(mode, value or 0.0))
     for dim, w in windows.items():
-        layout = layout.replace(dim, (_factor(mesh, layout.dims[dim], w.out),))
+        layout = recut(mesh, layout, dim, w.out)
     return mark(result, _with_lengths(layout, result))
 
 
@@ -210,26 +206,26 @@ def interpolate(
     tensor, layout = own(mesh, tensor, layout)
     n = layout.ndim - 2
     locals_ = tensor.shape[2:]
-    targets = _each(size, n) if size is not None else [
+    targets = [int(target) for target in _each(size, n)] if size is not None else [
         int(length * factor) for length, factor in zip(locals_, _each(scale_factor, n), strict=True)
     ]  # fmt: skip
-    dims = list(layout.dims)
-    for i, (length, target) in enumerate(zip(locals_, targets, strict=True)):
-        if not is_sharded(dims[2 + i]):
-            dims[2 + i] = plain(target)
+    resized = layout
+    for dim, (length, target) in enumerate(zip(locals_, targets, strict=True), start=2):
+        if not is_sharded(layout.dims[dim]):
+            resized = resized.replace(dim, plain(target))
             continue
-        cut = _cut(dims[2 + i])
+        cut = require_axis(layout, dim).cut
         if target % length == 0:
-            dims[2 + i] = (_factor(mesh, dims[2 + i], refine(cut, target // length)),)
+            resized = recut(mesh, resized, dim, refine(cut, target // length))
         elif length % target == 0 and mode == "nearest" and divides(cut, length // target):
-            dims[2 + i] = (_factor(mesh, dims[2 + i], coarsen(cut, length // target)),)
+            resized = recut(mesh, resized, dim, coarsen(cut, length // target))
         else:
             raise NotExactError(f"resampling {length} rows to {target} is not by a whole factor")
     if mode in ("nearest", "nearest-exact"):
-        return mark(func(tensor, size, scale_factor, *options), Layout(tuple(dims)))
+        return mark(func(tensor, size, scale_factor, *options), resized)
     if mode not in ("linear", "bilinear", "trilinear") or align_corners or antialias:
         raise NotExactError(f"resampling in mode {mode!r} looks at more than neighbours")
-    return mark(_linear(mesh, func, tensor, layout, targets, options), Layout(tuple(dims)))
+    return mark(_linear(mesh, func, tensor, layout, targets, options), resized)
 
 
 def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, targets: list[int], options: Any) -> Tensor:
@@ -237,7 +233,8 @@ def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, targets: list
     if [f * s for f, s in zip(factors, tensor.shape[2:], strict=True)] != targets:
         raise NotExactError("linear resampling by a factor that is not whole")
     needs = {
-        dim: tuple((low - 1, high + 1) for low, high in _cut(layout.dims[dim]).extents) for dim in layout.sharded_dims
+        dim: tuple((low - 1, high + 1) for low, high in require_axis(layout, dim).cut.extents)
+        for dim in layout.sharded_dims
     }
     wide = extend(mesh, tensor, layout, needs, fill=Fill("replicate"))
     result = func(wide, [f * s for f, s in zip(factors, wide.shape[2:], strict=True)], None, *options)
@@ -246,17 +243,15 @@ def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, targets: list
     return result
 
 
+def _named_padding(name: str, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    if name == "same" and any(k % 2 == 0 for k in kernel):
+        raise NotExactError("padding='same' with an even kernel")
+    return [d * (k - 1) // 2 if name == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+
+
 def _each(value: Any, n: int) -> list[Any]:
     values = [value] if isinstance(value, (int, float)) else list(value)
     return values * n if len(values) == 1 else values
-
-
-def _cut(dim: Dim) -> Cut:
-    """The cut of a dimension that must be one whole spatial axis."""
-    factor = axis_factor(dim)
-    if factor is None or factor.cut is None:
-        raise NotExactError("a window slides over a flattened dimension of which each rank has a part")
-    return factor.cut
 
 
 def _spatial_cuts(layout: Layout, n: int, trivial: Sequence[bool]) -> dict[int, Cut]:
@@ -265,18 +260,12 @@ def _spatial_cuts(layout: Layout, n: int, trivial: Sequence[bool]) -> dict[int, 
         raise NotExactError("the channels are sharded")
     first = layout.ndim - n
     dims = [first + i for i in range(n) if is_sharded(layout.dims[first + i]) and not trivial[i]]
-    return {dim: _cut(layout.dims[dim]) for dim in dims}
-
-
-def _factor(mesh: Mesh, dim: Dim, cut: Cut) -> Factor:
-    factor = axis_factor(dim)
-    assert factor and factor.axis is not None
-    return Factor(cut.present(mesh.part(factor.axis)), factor.axis, cut)
+    return {dim: require_axis(layout, dim).cut for dim in dims}
 
 
 def _window_layout(mesh: Mesh, layout: Layout, windows: dict[int, Window], result: Tensor) -> Layout:
     for dim, w in windows.items():
-        layout = layout.replace(dim, (_factor(mesh, layout.dims[dim], w.out),))
+        layout = recut(mesh, layout, dim, w.out)
     return _with_lengths(layout, result)
 
 
@@ -284,4 +273,3 @@ def _with_lengths(layout: Layout, result: Tensor) -> Layout:
     """The layout with the plain dimensions' lengths taken from the result."""
     dims = zip(layout.dims, result.shape, strict=True)
     return Layout(tuple(dim if is_sharded(dim) else plain(size) for dim, size in dims))
-

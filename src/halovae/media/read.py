@@ -134,7 +134,7 @@ def _collect(
     if not seen:
         raise InputError(f"{path} has no frames")
     if not kept or (wanted.stop is not None and seen < wanted.stop):
-        raise InputError(f"--frames {wanted}: {path} has only {seen} frame{'s' * (seen > 1)}")
+        raise InputError(f"--frames {wanted} goes beyond {path}, which has {seen} frame{'s' * (seen > 1)}")
     return Clip(frames=np.stack(kept), fps=fps, source_size=source_size, notes=notes)
 
 
@@ -173,7 +173,9 @@ def _open_image(path: Path) -> Iterator[Image.Image | None]:
         except UnidentifiedImageError:
             image = None
         except Image.DecompressionBombError:
-            raise InputError(f"{path} claims more than {MAX_FRAME_PIXELS} pixels: too large, or a broken file") from None
+            raise InputError(
+                f"{path} claims more than {MAX_FRAME_PIXELS} pixels: too large, or a broken file"
+            ) from None
         except Exception as error:  # Pillow's decoders raise what they like on a broken header.
             raise InputError(f"can't read image {path}: {first_line(error)}") from error
     if image is None:
@@ -211,7 +213,8 @@ def _open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         try:
             container = av.open(file, mode="r")
         except (av.FFmpegError, ValueError) as error:
-            raise InputError(f"{path} is neither an image nor a video: {_words(error)}") from error
+            why = f"{_words(error)}: another kind of file, or cut short"
+            raise InputError(f"{path} can't be read as an image or a video ({why})") from error
         with container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, ColorPrimaries, ColorRange, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
@@ -59,12 +59,12 @@ def check_still(path: Path, frames: int) -> None:
         InputError: `path` is an image and `frames` is not 1.
     """
     if path.suffix.lower() == ".png" and frames != 1:
-        raise InputError(f"output {path} is one image, but there are {frames} frames: name it .mp4, or use --frames 0:1")
+        raise InputError(
+            f"output {path} is one image, but there are {frames} frames: name it .mp4, or use --frames 0:1"
+        )
 
 
-def _write_mp4(
-    path: Path, frames: NDArray[np.uint8], fps: Fraction, advance: Callable[[], None]
-) -> tuple[str, ...]:
+def _write_mp4(path: Path, frames: NDArray[np.uint8], fps: Fraction, advance: Callable[[], None]) -> tuple[str, ...]:
     height, width = frames.shape[1:3]
     # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
     even = height % 2 == 0 and width % 2 == 0

@@ -1,0 +1,158 @@
+"""`halovae doctor`: does this installation work, and how fast is the link between its ranks."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halovae import launch
+from halovae.cli import options
+from halovae.cli.options import RunOptions
+from halovae.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halovae.cli.session import Session
+    from halovae.comm import Comm
+
+_PACKAGES = ("halovae", "torch", "diffusers", "safetensors", "av", "pillow", "numpy")
+_ROUNDS = 50
+_BIG = 16 * 2**20
+"""Bytes of a message that shows the bandwidth: longer than any latency hides."""
+_LIMITS = {"float64": 1e-12, "float32": 1e-2}
+"""Of the largest value. A missing or misplaced halo is off by the values themselves; in float32 an accelerator may
+compute with the 10 bits of TF32, another algorithm for another shape."""
+
+_Ranks = Annotated[
+    int | None, typer.Option(metavar="N", help="How many ranks to try. Under torchrun leave it out.", show_default="2")
+]
+
+
+def doctor(context: typer.Context, ranks: _Ranks = None, device: options.Device = None) -> int:
+    """Print versions and devices, measure the link between ranks, and prove that they compute exactly."""
+    from halovae.cli.run import run
+
+    here = launch.place()
+    if here is None:
+        launch.check_ranks(2 if ranks is None else ranks)
+    if here is None or (here.rank == 0 and not launch.was_launched()):
+        typer.echo(_versions())
+    if here is None:
+        ranks = 2 if ranks is None else ranks
+        if device is None and _too_few_devices(ranks):
+            device = "cpu"
+        context.obj = ["doctor", f"--ranks={ranks}", *([] if device is None else [f"--device={device}"])]
+    return run(context, RunOptions(ranks=ranks, device=device), _on_rank)
+
+
+def _versions() -> str:
+    from halovae.cli.report import columns
+
+    rows = [("python", platform.python_version()), ("system", f"{platform.platform()}, {launch.cores()} cores")]
+    for name in _PACKAGES:
+        try:
+            rows.append((name, version(name)))
+        except PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return columns(rows)
+
+
+def _too_few_devices(ranks: int) -> bool:
+    """Whether there are accelerators, but not one for each rank: then the processor can prove an installation too."""
+    import torch
+
+    return 0 < torch.accelerator.device_count() < ranks
+
+
+def _on_rank(session: Session) -> None:
+    from halovae import comm
+    from halovae.cli.report import columns
+
+    links = _links(session)
+    rows = [
+        ("devices", _devices()),
+        ("ranks", f"{session.group.size} on {session.device.type}, backend {comm.backend_name()}"),
+        *(("link", f"rank {one} to {one + 1}: {link}") for one, link in enumerate(links)),
+    ]
+    if session.is_first:
+        typer.echo(columns(rows))
+    errors, limit, shards = _exactness(session)
+    if session.is_first:
+        found = ", ".join(f"{half} {error:.1e}" for half, error in errors.items())
+        typer.echo(columns([("exact", f"{found} of the largest value on {shards} shards, {limit:.0e} is allowed")]))
+    worst = max(errors.values())
+    if not worst <= limit:
+        raise VerificationError(f"{session.group.size} ranks differ from one by {worst:.1e}, more than {limit:.0e}")
+
+
+def _devices() -> str:
+    import torch
+
+    count = torch.accelerator.device_count()
+    accelerator = torch.accelerator.current_accelerator() if count else None
+    return "cpu" if accelerator is None else f"cpu, {count} {accelerator.type}"
+
+
+def _links(session: Session) -> list[str]:
+    """What each rank and the next have measured, while all others are idle."""
+    group = session.group
+    measured: list[str | None] = []
+    for one in range(group.size - 1):
+        mine = _link(session, 2 * one + 1 - group.rank) if group.rank in (one, one + 1) else None
+        measured.append(group.all_gather_object(mine)[one])
+    return [words for words in measured if words is not None]
+
+
+def _link(session: Session, peer: int) -> str:
+    latency = _exchange_seconds(session, peer, 8, _ROUNDS)
+    seconds = _exchange_seconds(session, peer, _BIG, 5)
+    return f"{latency * 1e3:.2f} ms, {_BIG / seconds / 1e9:.2f} GB/s each way"
+
+
+def _exchange_seconds(session: Session, peer: int, size: int, rounds: int) -> float:
+    """Seconds that two ranks take to swap `size` bytes, both ways at once as halos do; the median."""
+    import torch
+
+    group: Comm = session.group
+    mine = torch.zeros(size, dtype=torch.uint8, device=session.device)
+    theirs = torch.empty_like(mine)
+    seconds: list[float] = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        group.exchange([(peer, mine)], [(peer, theirs)])
+        session.synchronize()
+        seconds.append(time.perf_counter() - started)
+    # The first one sets the connection up.
+    return sorted(seconds[1:])[rounds // 2]
+
+
+def _exactness(session: Session) -> tuple[dict[str, float], float, str]:
+    """The shipped VAE on all ranks and on one: the largest difference of each half, what is allowed, the shards."""
+    import torch
+
+    from halovae.fit import latent_of, sample_of
+
+    name = "float64" if session.device.type == "cpu" else "float32"
+    vae = replace(session, dtype=getattr(torch, name)).load().vae
+    generator = torch.Generator().manual_seed(0)
+    # Sides that differ and don't divide evenly, so that no two dimensions can be mistaken for each other.
+    clip = torch.randn(1, 3, 5, 48 * session.group.size, 72, generator=generator).to(session.device, vae.dtype)
+    with torch.inference_mode():
+        latents = latent_of(vae.encode(clip))
+        sample = sample_of(vae.decode(latents))
+        with session.parallel(vae) as handle:
+            parallel_latents = latent_of(vae.encode(clip))
+            parallel_sample = sample_of(vae.decode(latents))
+    shards = "1x1" if handle is None else "x".join(map(str, handle.last.shape))
+    errors = {"encode": _distance(parallel_latents, latents), "decode": _distance(parallel_sample, sample)}
+    return errors, _LIMITS[name], shards
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())

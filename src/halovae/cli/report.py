@@ -1,0 +1,90 @@
+"""Numbers for people: aligned columns that need no colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halovae.cli.session import Half, Loaded, Session
+from halovae.fit import Fit
+
+Row = tuple[str, ...]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows of words as columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(word.rjust(width) if column else word.ljust(width) for column, (word, width) in enumerate(pairs))
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def columns(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and what is to be said of them."""
+    return "\n".join(f"{name:<12}{words}" for name, words in rows)
+
+
+def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of 8-bit frames in dB, over all frames together; infinite when they are equal."""
+    # Frame by frame: the differences of a long clip take eight times its memory.
+    squares = [np.square(a.astype(np.float64) - b).sum() for a, b in zip(one, other, strict=True)]
+    return math.inf if not any(squares) else 10 * math.log10(255**2 * one.size / sum(squares))
+
+
+def decibel(value: float) -> str:
+    return "identical" if math.isinf(value) else f"{value:.2f} dB"
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity: null stands for a picture that is identical."""
+    return None if math.isinf(value) else value
+
+
+def described(session: Session, loaded: Loaded, shards: tuple[int, int]) -> str:
+    """One line on what ran where."""
+    ranks = session.group.size
+    cut = f", cut {shards[0]}x{shards[1]}" if ranks > 1 else ""
+    dtype = str(session.dtype).removeprefix("torch.")
+    return f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {_ranks(ranks)} on {session.device.type}{cut}"
+
+
+def clip_line(fit: Fit, fps: Any) -> str:
+    frames = f"{fit.frames} frame{'s' * (fit.frames != 1)}"
+    return f"{frames} of {fit.width}x{fit.height}, {float(fps):.4g} per second"
+
+
+def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]) -> dict[str, Any]:
+    """What every report holds. Called on every rank: each tells what it did."""
+    ranks = session.group.all_gather_object({name: half.to_dict() for name, half in halves.items()})
+    return {
+        "model": loaded.source.model,
+        "model_class": loaded.source.class_name,
+        "ranks": session.group.size,
+        "device": session.device.type,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "sizes": vars(fit).copy(),
+        "seconds": dict(session.seconds),
+        "per_rank": ranks,
+    }
+
+
+def traffic_line(half: Half) -> str:
+    """What this rank sent, or nothing to say in a world of one."""
+    if not half.messages:
+        return ""
+    return f"{half.messages} messages, {half.bytes / 2**20:.1f} MiB sent, {half.wait_seconds:.2f} s in exchanges"
+
+
+def seconds_table(halves: dict[str, Half]) -> str:
+    rows = [(name, f"{half.seconds:.2f} s", traffic_line(half)) for name, half in halves.items()]
+    return "".join(f"{name:<8}{seconds:>10}  {traffic}".rstrip() + "\n" for name, seconds, traffic in rows)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count != 1)}"
