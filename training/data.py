@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+# The last frames of the video are measured on, never trained on.
+HELD_OUT = 24
 # Sizes (height, width) at which the video is cropped: those at which the demo runs, and one larger for sharper detail.
 VIDEO_SIZES: tuple[tuple[int, int], ...] = ((256, 448), (384, 672), (512, 896))
 VIDEO_WEIGHTS: tuple[float, ...] = (0.5, 0.35, 0.15)
@@ -53,6 +55,25 @@ def to_signal(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
+def training_videos(video: Path) -> list[torch.Tensor]:
+    """Return the video without its held-out frames at each of `VIDEO_SIZES`, as `read_video` does."""
+    return [read_video(video, size, frames=slice(None, -HELD_OUT)) for size in VIDEO_SIZES]
+
+
+def training_clip(video: Path, size: tuple[int, int]) -> torch.Tensor:
+    """Return the longest clip of 4k + 1 training frames as float32 `(1, 3, frames, height, width)`."""
+    return _longest_clip(read_video(video, size, frames=slice(None, -HELD_OUT)))
+
+
+def held_out_clip(video: Path, size: tuple[int, int]) -> torch.Tensor:
+    """Return the longest clip of 4k + 1 held-out frames as float32 `(1, 3, frames, height, width)`."""
+    return _longest_clip(read_video(video, size, frames=slice(-HELD_OUT, None)))
+
+
+def _longest_clip(frames: torch.Tensor) -> torch.Tensor:
+    return to_signal(frames[: (len(frames) - 1) // 4 * 4 + 1]).transpose(0, 1)[None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipSource:
     """Draws random training clips from frames held in memory."""
@@ -61,42 +82,42 @@ class ClipSource:
     """The same video at each of `VIDEO_SIZES`, uint8 `(frames, 3, height, width)`."""
     photographs: list[torch.Tensor]
     """uint8 `(3, height, width)`."""
-    crop: int = 64
-    """Side of a clip, in pixels."""
     video_share: float = 0.75
     """Fraction of the clips cut from the video; the rest are pans over photographs."""
 
-    def batch(self, size: int, frames: int, rng: np.random.Generator) -> torch.Tensor:
+    def batch(self, size: int, frames: int, crop: int, rng: np.random.Generator) -> torch.Tensor:
         """Return `size` clips as float32 `(size, 3, frames, crop, crop)` in [-1, 1]."""
         clips = [
-            self._video_clip(frames, rng) if rng.random() < self.video_share else self._pan_clip(frames, rng)
+            self._video_clip(frames, crop, rng)
+            if rng.random() < self.video_share
+            else self._pan_clip(frames, crop, rng)
             for _ in range(size)
         ]
         return torch.stack(clips).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
 
-    def _video_clip(self, frames: int, rng: np.random.Generator) -> torch.Tensor:
+    def _video_clip(self, frames: int, crop: int, rng: np.random.Generator) -> torch.Tensor:
         video = self.videos[rng.choice(len(self.videos), p=VIDEO_WEIGHTS)]
         start = rng.integers(video.shape[0] - frames + 1)
-        top = rng.integers(video.shape[2] - self.crop + 1)
-        left = rng.integers(video.shape[3] - self.crop + 1)
-        return to_signal(video[start : start + frames, :, top : top + self.crop, left : left + self.crop])
+        top = rng.integers(video.shape[2] - crop + 1)
+        left = rng.integers(video.shape[3] - crop + 1)
+        return to_signal(video[start : start + frames, :, top : top + crop, left : left + crop])
 
-    def _pan_clip(self, frames: int, rng: np.random.Generator) -> torch.Tensor:
+    def _pan_clip(self, frames: int, crop: int, rng: np.random.Generator) -> torch.Tensor:
         """Move a window over a photograph; half of the windows move whole pixels, the others also zoom."""
         picture = self.photographs[rng.integers(len(self.photographs))]
         speed = rng.uniform(-3, 3, size=2) * (rng.random() < 0.85)
-        clip = self._pan_exact(picture, frames, speed, rng)
+        clip = self._pan_exact(picture, frames, crop, speed, rng)
         if rng.random() < 0.5:
             clip = _zoom(clip, rng)
         return clip.flip(-1) if rng.random() < 0.5 else clip
 
     def _pan_exact(
-        self, picture: torch.Tensor, frames: int, speed: np.ndarray, rng: np.random.Generator
+        self, picture: torch.Tensor, frames: int, crop: int, speed: np.ndarray, rng: np.random.Generator
     ) -> torch.Tensor:
-        limits = np.array(picture.shape[1:]) - self.crop
+        limits = np.array(picture.shape[1:]) - crop
         start = rng.uniform(0, 1, size=2) * limits
         corners = [np.clip(np.rint(start + speed * frame), 0, limits).astype(int) for frame in range(frames)]
-        windows = [picture[:, top : top + self.crop, left : left + self.crop] for top, left in corners]
+        windows = [picture[:, top : top + crop, left : left + crop] for top, left in corners]
         return to_signal(torch.stack(windows))
 
 

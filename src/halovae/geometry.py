@@ -119,11 +119,16 @@ def window(cut: Cut, kernel: int, stride: int, padding: int, dilation: int, ceil
     span = cut.size + 2 * padding - reach - 1
     if span < 0:
         raise InputError(f"an axis of {cut.size} positions is smaller than a window of {reach + 1}: use a larger size")
-    out_size = -(-span // stride) + 1 if ceil_mode else span // stride + 1
+    out_size = span // stride + 1
+    if ceil_mode and span % stride and out_size * stride < cut.size + padding:
+        out_size += 1  # a last window that begins inside the axis and ends beyond it
     shift = padding - dilation * ((kernel - 1) // 2)
     inner = (min(max(-(-(b + shift) // stride), 0), out_size) for b in cut.bounds[1:-1])
     out = cut_at((0, *inner, out_size))
-    needs = tuple((low * stride - padding, (high - 1) * stride - padding + reach + 1) for low, high in out.extents)
+    end = cut.size + padding
+    needs = tuple(
+        (low * stride - padding, min((high - 1) * stride - padding + reach + 1, end)) for low, high in out.extents
+    )
     return Window(out, needs)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from halovae.errors import InputError
@@ -115,11 +115,10 @@ def save(path: Path, latents: Tensor, info: LatentsInfo) -> None:
         InputError: the file can't be written, or the latents are not finite.
     """
     _check_values(path, latents)
-    try:
-        with atomic(path) as draft:
-            save_file({KEY: latents.detach().cpu().contiguous()}, draft, metadata=info.to_metadata())
-    except SafetensorError as error:
-        raise InputError(f"can't write {path}: {first_line(error)}") from error
+    # As bytes, because a file that safetensors makes is readable by its owner only, whatever the umask says.
+    content = to_bytes({KEY: latents.detach().cpu().contiguous()}, metadata=info.to_metadata())
+    with atomic(path) as draft:
+        draft.write_bytes(content)
 
 
 def load(path: Path) -> tuple[Tensor, LatentsInfo]:

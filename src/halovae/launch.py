@@ -25,11 +25,12 @@ from typing import IO
 from halovae.errors import InputError
 from halovae.watch import LAUNCHER_FD, REPORT_FD, Failure
 
+PROGRAM = (sys.executable, "-m", "halovae")
 RANKS_PER_CORE = 2
 """More processes than this on a core only wait for each other."""
 _KILL_AFTER = 3.0
 """Seconds from asking a rank to end to ending it."""
-_SETTLE = 3.0
+_SETTLE = 2.0
 """Seconds that the others get, after one rank has failed, to fail with their own words."""
 _TAIL = 40
 """Lines of a rank's standard error that are kept, to be shown when it dies without a word of its own."""
@@ -87,14 +88,15 @@ def check_ranks(ranks: int) -> None:
         raise InputError(f"--ranks {ranks}: this machine has {cores()} cores, which bear {limit} ranks at most")
 
 
-def run_ranks(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python -m halovae` with `arguments` on `ranks` processes until all have ended.
+def run_ranks(arguments: Sequence[str], ranks: int, program: Sequence[str] = PROGRAM) -> int:
+    """Run `program` with `arguments` on `ranks` processes until all have ended.
 
     What went wrong is written to standard error, once.
 
     Args:
         arguments: of the command line, without the program's name.
         ranks: how many.
+        program: what each rank runs; it should do its work within `watch.guarded`.
 
     Returns:
         The exit code: 0; 2 for bad input; 1 for any other failure; 128 + the signal's number after a signal.
@@ -102,7 +104,7 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
     group = _Group()
     with _signals_to(group):
         try:
-            group.start(arguments, ranks)
+            group.start([*program, *arguments], ranks)
             group.wait()
         finally:
             group.kill()
@@ -138,7 +140,7 @@ class _Group:
         # Nothing is ever written to this pipe: ranks see its end when this process dies. See `watch`.
         self._life_read, self._life_write = os.pipe()
 
-    def start(self, arguments: Sequence[str], ranks: int) -> None:
+    def start(self, command: Sequence[str], ranks: int) -> None:
         shared = {
             "WORLD_SIZE": ranks,
             "LOCAL_WORLD_SIZE": ranks,
@@ -152,7 +154,7 @@ class _Group:
             report_read, report_write = os.pipe()
             own = {"RANK": index, "LOCAL_RANK": index, REPORT_FD: report_write}
             process = subprocess.Popen(
-                [sys.executable, "-m", "halovae", *arguments],
+                command,
                 env={**os.environ, **{name: str(value) for name, value in (shared | own).items()}},
                 stdin=subprocess.DEVNULL,
                 # Rank 0 draws the progress bar; the others are heard only if they die.

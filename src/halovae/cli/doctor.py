@@ -142,7 +142,7 @@ def _exactness(session: Session) -> tuple[dict[str, float], float, str]:
     vae = replace(session, dtype=getattr(torch, name)).load().vae
     generator = torch.Generator().manual_seed(0)
     # Sides that differ and don't divide evenly, so that no two dimensions can be mistaken for each other.
-    clip = torch.randn(1, 3, 5, 48 * session.group.size, 72, generator=generator).to(session.device, vae.dtype)
+    clip = torch.randn(1, 3, 5, 32 * session.group.size, 40, generator=generator).to(session.device, vae.dtype)
     with torch.inference_mode():
         latents = latent_of(vae.encode(clip))
         sample = sample_of(vae.decode(latents))

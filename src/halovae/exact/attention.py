@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.errors import NotExactError
-from halovae.exact.halo import gather_dim
+from halovae.exact.halo import gather_dim, own
 from halovae.exact.layout import (
     AxisFactor,
     Dim,
@@ -24,7 +24,7 @@ from halovae.exact.layout import (
 )
 from halovae.exact.masks import block_table, is_block_mask
 from halovae.exact.reductions import sum_over_ranks
-from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.registry import Mesh, rule
 
 
 @rule(F.scaled_dot_product_attention)
@@ -45,6 +45,8 @@ def attention(
     becomes one attention per frame over the frames it sees, so it is never written out.
     """
     layouts = [layout_of(t) for t in (query, key, value)]
+    if dropout_p and any(layouts):
+        raise NotExactError("dropout is active: call vae.eval() first")
     if is_block_mask(attn_mask):
         assert attn_mask is not None
         return _by_frame(mesh, func, query, key, value, attn_mask, **kwargs)
@@ -110,8 +112,17 @@ def frames_seen(table: Tensor) -> list[int]:
     return counts.tolist()
 
 
-@rule(*named("matmul", "bmm"))
-def matmul(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matmul(mesh: Mesh, func: Any, left: Tensor, other: Tensor) -> Tensor:
+    return _product(mesh, func, left, other)
+
+
+@rule(torch.bmm, Tensor.bmm)
+def bmm(mesh: Mesh, func: Any, left: Tensor, mat2: Tensor) -> Tensor:
+    return _product(mesh, func, left, mat2)
+
+
+def _product(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
     a, b = layout_of(left), layout_of(right)
     if a is None and b is None:
         return func(left, right)
@@ -130,29 +141,29 @@ def matmul(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
     if left.shape[-1] != right.shape[-2]:
         raise NotExactError("a sharded factor meets one that is not the size of the whole picture")
     result = func(left, right)
-    return mark(result, _product_layout(left, right, result.ndim))
+    return mark(result, _product_layout(left, right, result))
 
 
 def _partial_product(mesh: Mesh, func: Any, left: Tensor, right: Tensor, a: Layout, b: Layout) -> Tensor:
     """Both factors are cut along the summed dimension: each rank has part of the sum."""
     if a.dims[-1] != b.dims[-2] or is_sharded(a.dims[-2]) or is_sharded(b.dims[-1]):
         raise NotExactError("the factors of a product are cut differently")
+    (left, a), (right, b) = own(mesh, left, a), own(mesh, right, b)
     total = sum_over_ranks(mesh, func(left, right), axes_in(a.dims[-1:]))
-    return mark(total, _batch_layout(a, b, left, right, total.ndim, plain(left.shape[-2]), plain(right.shape[-1])))
+    return mark(total, _batch_layout(left, right, total, plain(left.shape[-2]), plain(right.shape[-1])))
 
 
-def _product_layout(left: Tensor, right: Tensor, ndim: int) -> Layout:
+def _product_layout(left: Tensor, right: Tensor, result: Tensor) -> Layout:
     a, b = layout_of(left), layout_of(right)
     rows = a.dims[-2] if a else plain(left.shape[-2])
     columns = b.dims[-1] if b else plain(right.shape[-1])
-    return _batch_layout(a, b, left, right, ndim, rows, columns)
+    return _batch_layout(left, right, result, rows, columns)
 
 
-def _batch_layout(
-    a: Layout | None, b: Layout | None, left: Tensor, right: Tensor, ndim: int, rows: Dim, columns: Dim
-) -> Layout:
-    operands = [(layout and Layout(layout.dims[:-2]), tuple(t.shape[:-2])) for layout, t in ((a, left), (b, right))]
-    return Layout((*broadcast(operands, ndim - 2).dims, rows, columns))
+def _batch_layout(left: Tensor, right: Tensor, result: Tensor, rows: Dim, columns: Dim) -> Layout:
+    layouts = [(layout_of(t), tuple(t.shape[:-2])) for t in (left, right)]
+    operands = [(layout and Layout(layout.dims[:-2]), shape) for layout, shape in layouts]
+    return Layout((*broadcast(operands, result.shape[:-2]).dims, rows, columns))
 
 
 @rule(torch.cdist)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import own, redistribute
-from halovae.exact.layout import AxisFactor, Layout, axis_factor, broadcast, is_uniform, layout_of, mark, unmark_uniform
-from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.layout import AxisFactor, Layout, axis_factor, broadcast, is_uniform, layout_of, mark
+from halovae.exact.registry import Mesh, named, rule, writes
+from halovae.exact.sizes import whole
 
 BROADCASTING = (
     "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "pow", "maximum", "minimum",
@@ -21,7 +22,7 @@ BROADCASTING = (
     "neg", "abs", "sign", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos",
     "tan", "tanh", "atanh", "sinh", "cosh", "asinh", "erf", "round", "floor", "ceil", "trunc", "frac", "sigmoid",
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "softplus", "hardtanh",
-    "hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softsign",
+    "hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softsign", "copy", "fill", "zero",
 )  # fmt: skip
 """Elementwise functions of one or more operands."""
 
@@ -35,19 +36,20 @@ SELF_SHAPED = (
 
 @rule(*named(*BROADCASTING))
 def broadcasting(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
+    # A size used as a value is the picture's.
+    args, kwargs = tuple(map(whole, args)), {name: whole(value) for name, value in kwargs.items()}
     operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not any(layout_of(operand) for operand in operands):
-        result = func(*args, **kwargs)
-        if operands and result is operands[0] and len(operands) > 1:
-            unmark_uniform(result)
-        return result
+        return func(*args, **kwargs)
     aligned = dict(zip(map(id, operands), align(mesh, operands), strict=True))
-    if aligned[id(operands[0])] is not operands[0] and getattr(func, "__name__", "").endswith("_"):
+    if aligned[id(operands[0])] is not operands[0] and writes(func):
         raise NotExactError("an in-place operand is cut differently from the others")
     result = func(*(aligned.get(id(a), a) for a in args), **{k: aligned.get(id(v), v) for k, v in kwargs.items()})
     if result is NotImplemented:  # a comparison with something that is no number
         return result
-    layout = elementwise_layout(list(aligned.values()), result.ndim)
+    if not isinstance(result, Tensor):
+        raise NotExactError("it lists positions")
+    layout = elementwise_layout(list(aligned.values()), tuple(result.shape))
     return mark(result, layout)
 
 
@@ -69,10 +71,10 @@ def mark_like(result: Any, tensor: Tensor) -> Any:
     return mark(result, layout) if layout and isinstance(result, Tensor) else result
 
 
-def elementwise_layout(operands: list[Tensor], ndim: int) -> Layout:
+def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout:
     """The layout of an elementwise result; tensors of one constant value adapt to the others."""
     known = [(layout_of(t), tuple(t.shape)) for t in operands if layout_of(t) or not is_uniform(t)]
-    return broadcast(known, ndim)
+    return broadcast(known, shape)
 
 
 def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from halovae.exact.layout import (
 )
 from halovae.exact.masks import prefix_mask
 from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.sizes import ShardSize, whole
 
 
 @rule(torch.zeros, torch.ones, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full)
@@ -33,9 +34,21 @@ def constant(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(torch.full)
 def full(mesh: Mesh, func: Any, size: Any, fill_value: Any, *args: Any, **kwargs: Any) -> Any:
-    if len(size) == 2 and size[0] == size[1] and fill_value == float("-inf"):
-        return prefix_mask(int(size[0]), kwargs.get("dtype"), kwargs.get("device"))
-    return mark_uniform(func(size, fill_value, *args, **kwargs))
+    if len(size) == 2 and isinstance(size[0], ShardSize) and size[0] == size[1] and fill_value == float("-inf"):
+        return prefix_mask(size[0], kwargs.get("dtype"), kwargs.get("device"))
+    return mark_uniform(func(size, whole(fill_value), *args, **kwargs))
+
+
+@rule(torch.tensor, torch.as_tensor)
+def from_numbers(mesh: Mesh, func: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """A size written into a tensor is the picture's."""
+    if layout_of(data):
+        raise NotExactError("it copies a shard into an ordinary tensor")
+    return func(_wholes(data), *args, **kwargs)
+
+
+def _wholes(data: Any) -> Any:
+    return type(data)(map(_wholes, data)) if type(data) in (list, tuple) else whole(data)
 
 
 @rule(torch.zeros_like, torch.ones_like, torch.full_like)
@@ -47,15 +60,14 @@ def constant_like(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: A
 def random(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
     """Noise for a shard is cut out of noise drawn for the whole picture, from the first rank's generator.
 
-    A size says nothing of shards; it is taken for one when it ends like the sharded tensor whose shape was asked last.
+    A size is taken for a shard's when it ends like the sharded tensor whose shape was asked last.
     """
-    sizes = size[0] if size and not isinstance(size[0], int) else size or kwargs.pop("size")
-    shape = tuple(map(int, sizes))
-    layout = _ending_like(shape, mesh.asked)
-    if layout is None:
-        return func(shape, **kwargs)
+    sizes = tuple(size[0] if size and not isinstance(size[0], int) else size or kwargs.pop("size"))
     device = torch.device(kwargs.get("device") or "cpu")
     _share(mesh, kwargs.get("generator") or default_generator(device), device)
+    layout = _ending_like(sizes, mesh.asked)
+    if layout is None:
+        return func(tuple(map(int, sizes)), **kwargs)
     noise = func([global_length(dim) for dim in layout.dims], **kwargs)
     for dim in layout.sharded_dims:
         factor = require_axis(layout, dim)
@@ -64,17 +76,18 @@ def random(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
     return mark(noise.contiguous(), layout)
 
 
-def _ending_like(shape: tuple[int, ...], asked: Layout | None) -> Layout | None:
+def _ending_like(sizes: tuple[int, ...], asked: Layout | None) -> Layout | None:
     """The layout of noise of this shape, or None if it is not noise for a shard."""
     if asked is None or not asked.sharded_dims:
         return None
     tail = asked.dims[asked.sharded_dims[0] :]
-    lead = len(shape) - len(tail)
-    if lead < 0 or tuple(map(length, tail)) != shape[lead:]:
+    lead = len(sizes) - len(tail)
+    ends = [(int(size), whole(size)) for size in sizes[max(lead, 0) :]]
+    if lead < 0 or ends != [(length(dim), global_length(dim)) for dim in tail]:
         return None
     if any(is_sharded(dim) and axis_factor(dim) is None for dim in tail):
         return None
-    return Layout((*map(plain, shape[:lead]), *tail))
+    return Layout((*map(plain, sizes[:lead]), *tail))
 
 
 def _share(mesh: Mesh, generator: torch.Generator, device: torch.device) -> None:
@@ -88,8 +101,12 @@ def _share(mesh: Mesh, generator: torch.Generator, device: torch.device) -> None
         generator.set_state(state.cpu())
 
 
-@rule(*named("randn_like", "rand_like", "bernoulli", "normal"))
+@rule(*named("randn_like", "rand_like", "randint_like", "bernoulli", "normal", "uniform", "exponential", "random",
+             "randint", "randperm", "multinomial"))  # fmt: skip
 def unshaped_random(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
-    if any(layout_of(value) for value in args):
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    if any(layout_of(tensor) for tensor in tensors):
         raise NotExactError("random numbers are drawn for a shard alone")
+    device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+    _share(mesh, kwargs.get("generator") or default_generator(device), device)
     return func(*args, **kwargs)

@@ -13,6 +13,7 @@ from halovae.exact.elementwise import align
 from halovae.exact.layout import (
     Dim,
     Layout,
+    global_length,
     is_sharded,
     is_uniform,
     keep_uniform,
@@ -23,6 +24,7 @@ from halovae.exact.layout import (
     unmark_uniform,
 )
 from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.sizes import whole
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -64,7 +66,7 @@ def _common_dims(tensors: Sequence[Tensor], skip: int | None) -> tuple[Dim, ...]
         if dim == skip:
             if any(is_sharded(layout.dims[dim]) for layout in layouts):
                 raise NotExactError("tensors are joined along a sharded dimension")
-        elif any(layout.dims[dim] != first.dims[dim] for layout in layouts if is_sharded(layout.dims[dim])):
+        elif any(layout.dims[dim] != first.dims[dim] for layout in layouts):
             raise NotExactError("the joined tensors are cut differently")
     return first.dims
 
@@ -76,10 +78,9 @@ def split(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> A
     if layout is None:
         return parts
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if is_sharded(layout.dims[dim]) and len(parts) > 1:
-        raise NotExactError("it splits a sharded dimension")
+    _require_plain(layout, dim)
     for part in parts:
-        mark(part, layout if len(parts) == 1 else layout.replace(dim, plain(part.shape[dim])))
+        mark(part, layout.replace(dim, plain(part.shape[dim])))
     return parts
 
 
@@ -109,7 +110,7 @@ def narrow(mesh: Mesh, func: Any, tensor: Tensor, dim: int, start: int, length: 
     result = func(tensor, dim, start, length)
     if layout is None:
         return keep_uniform(result, tensor)
-    if length == tensor.shape[dim]:
+    if (start, whole(length)) == (0, global_length(layout.dims[dim])):
         return mark(result, layout)
     _require_plain(layout, dim)
     return mark(result, layout.replace(dim, plain(length)))
@@ -128,7 +129,7 @@ def index_select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: Tensor)
 def getitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any) -> Any:
     layout = layout_of(tensor)
     if layout is None:
-        if isinstance(index, Tensor) and layout_of(index):
+        if any(layout_of(entry) for entry in (index if isinstance(index, tuple) else (index,))):
             raise NotExactError("positions of a sharded tensor index another one")
         return keep_uniform(func(tensor, index), tensor)
     result = func(tensor, index)
@@ -144,6 +145,7 @@ def setitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any, value: Any) -> An
     if layout is None and not is_uniform(tensor):
         raise NotExactError("shards are written into a tensor that knows nothing of them")
     target = tensor[index]
+    value = whole(value)
     if written is None and isinstance(value, Tensor) and value.numel() > 1 and not is_uniform(value):
         raise NotExactError("a tensor that knows nothing of the shards is written into them")
     if written is not None and layout is None:
@@ -153,6 +155,7 @@ def setitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any, value: Any) -> An
     if written is not None and into.sharded_dims and _sharded_tail(into) != _sharded_tail(written):
         raise NotExactError("shards are written into shards that are cut differently")
     func(tensor, index, value)
+    unmark_uniform(tensor)
     mark(tensor, layout)
     return None
 
@@ -167,6 +170,8 @@ def _adopted(tensor: Tensor, index: Any, written: Layout, ndim: int) -> Layout:
         raise NotExactError("shards of another number of dimensions are written into a blank tensor")
     dims: list[Dim] = [plain(size) for size in tensor.shape]
     kept = [dim for dim, entry in enumerate(_entries(index, tensor.ndim)) if isinstance(entry, slice)]
+    if len(kept) != ndim:
+        raise NotExactError("shards are written into a blank tensor by an index that is no slice")
     for dim, source in zip(kept, written.dims, strict=True):
         if is_sharded(source):
             if length(source) != tensor.shape[dim]:
@@ -190,7 +195,7 @@ def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
         dim = layout.dims[position]
         position += 1
         if isinstance(entry, slice):
-            if is_sharded(dim) and entry.indices(length(dim)) != (0, length(dim), 1):
+            if is_sharded(dim) and not _takes_all(entry, global_length(dim)):
                 raise NotExactError(f"it takes {entry} of a sharded dimension")
             dims.append(dim if is_sharded(dim) else plain(len(range(*entry.indices(length(dim))))))
         elif is_sharded(dim):
@@ -204,6 +209,11 @@ def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
     for i in unknown:
         dims[i] = plain(shape[i])
     return Layout(tuple(dims))
+
+
+def _takes_all(entry: slice, size: int) -> bool:
+    """Whether a slice is of the whole picture's positions."""
+    return slice(whole(entry.start), whole(entry.stop), whole(entry.step)).indices(size) == (0, size, 1)
 
 
 def _entries(index: Any, ndim: int) -> list[Any]:

@@ -117,16 +117,24 @@ def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     if layout is not None and layout.sharded_dims:
         if any(isinstance(f, AxisFactor) and narrowest(f.cut) < MIN_ROWS for dim in layout.dims for f in dim):
             raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
-        assert layout.shape == tuple(tensor.shape), f"layout {layout.shape} on a tensor {tuple(tensor.shape)}"
+        if layout.shape != tuple(tensor.shape):
+            raise NotExactError(f"its result has the shape {tuple(tensor.shape)} where the shard's is {layout.shape}")
         setattr(tensor, _ATTRIBUTE, layout)
     elif hasattr(tensor, _ATTRIBUTE):
         delattr(tensor, _ATTRIBUTE)
     return tensor
 
 
+@dataclass
+class _Blank:
+    """Memory in which all elements are equal, shared by all tensors that are views of it, until one is written."""
+
+    intact: bool = True
+
+
 def mark_uniform(tensor: Tensor) -> Tensor:
     """Say that all elements are equal, so the tensor may stand for a sharded one of its shape."""
-    setattr(tensor, _UNIFORM, True)
+    setattr(tensor, _UNIFORM, _Blank())
     return tensor
 
 
@@ -140,17 +148,21 @@ def is_transposed(tensor: Tensor) -> bool:
 
 
 def unmark_uniform(tensor: Tensor) -> None:
-    if hasattr(tensor, _UNIFORM):
-        delattr(tensor, _UNIFORM)
+    """Something was written into the tensor: neither it nor any view of its memory is uniform now."""
+    if is_uniform(tensor):
+        getattr(tensor, _UNIFORM).intact = False
 
 
 def is_uniform(value: object) -> bool:
-    return isinstance(value, Tensor) and getattr(value, _UNIFORM, False)
+    blank = getattr(value, _UNIFORM, None) if isinstance(value, Tensor) else None
+    return blank is not None and blank.intact
 
 
 def keep_uniform(result: Tensor, tensor: Tensor) -> Tensor:
-    """A view of a uniform tensor is uniform."""
-    return mark_uniform(result) if is_uniform(tensor) else result
+    """A view of a uniform tensor is uniform, as long as neither is written."""
+    if is_uniform(tensor):
+        setattr(result, _UNIFORM, getattr(tensor, _UNIFORM))
+    return result
 
 
 # ---- views ---------------------------------------------------------------------------------------------------------
@@ -225,18 +237,18 @@ def permuted(layout: Layout, order: Sequence[int]) -> Layout:
     return Layout(tuple(layout.dims[i] for i in order))
 
 
-def broadcast(layouts: Sequence[tuple[Layout | None, tuple[int, ...]]], ndim: int) -> Layout:
-    """The layout of an elementwise result of operands (layout or None, shape), aligned at the last dimension.
+def broadcast(layouts: Sequence[tuple[Layout | None, tuple[int, ...]]], shape: Sequence[int]) -> Layout:
+    """The layout of an elementwise result of this shape, of operands (layout or None, shape) aligned at the last dim.
 
     Raises:
         NotExactError: an operand without layout varies along a dimension that is sharded in another one.
     """
     dims: list[Dim] = []
-    for position in range(-ndim, 0):
-        present = [_dim_at(layout, shape, position) for layout, shape in layouts]
+    for position in range(-len(shape), 0):
+        present = [_dim_at(layout, own, position) for layout, own in layouts]
         sharded = [dim for dim in present if is_sharded(dim)]
         if not sharded:
-            dims.append(plain(max((length(dim) for dim in present), default=1)))
+            dims.append(plain(shape[position]))
             continue
         if any(dim != sharded[0] for dim in sharded):
             raise NotExactError(f"operands are cut differently: {sharded[0]} and {sharded[1:]}")

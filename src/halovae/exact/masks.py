@@ -40,13 +40,15 @@ class BlockMask:
         if self.table is not None:
             return self.table
         changes = [i for i in range(1, self.size) if self.prefixes[i] != self.prefixes[i - 1]]
-        block = changes[0] if changes else self.size
-        blocks, rest = divmod(self.size, block)
-        if rest or any(length % block for length in self.prefixes) or changes != list(range(block, self.size, block)):
+        size = int(self.size)
+        block = changes[0] if changes else size
+        blocks, rest = divmod(size, block)
+        if rest or any(length % block for length in self.prefixes) or changes != list(range(block, size, block)):
             raise NotExactError("the attention mask is not the same for all tokens of a frame")
         table = torch.full((blocks, blocks), float("-inf"))
         for row in range(blocks):
             table[row, : self.prefixes[row * block] // block] = 0
+        self.table = table
         return table
 
 
@@ -56,12 +58,16 @@ def is_block_mask(value: object) -> bool:
 
 def block_table(value: Tensor) -> Tensor:
     """The table of a stand-in, `[..., blocks, blocks]`."""
-    return getattr(value, _BLOCKS).resolved()
+    return _blocks(value).resolved()
+
+
+def _blocks(value: Tensor) -> BlockMask:
+    return getattr(value, _BLOCKS)
 
 
 def prefix_mask(size: int, dtype: torch.dtype | None, device: Any) -> Tensor:
     """The stand-in of a `[size, size]` mask full of -inf, into whose rows prefixes of zeros are written."""
-    return _stand_in((size, size), dtype, device, BlockMask(size, prefixes=[0] * size))
+    return _stand_in((size, size), dtype, device, BlockMask(size, prefixes=[0] * int(size)))
 
 
 def _stand_in(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any, mask: BlockMask) -> Tensor:
@@ -75,7 +81,7 @@ def remember_runs(func: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: dict
     result = func(tensor, *args, **kwargs)
     repeats = args[0] if args else kwargs.get("repeats")
     if tensor.ndim == 1 and isinstance(repeats, int):
-        setattr(result, _RUNS, tensor)
+        setattr(result, _RUNS, (tensor, tensor.shape[0] * repeats))
     return result
 
 
@@ -85,8 +91,8 @@ def meshgrid(mesh: Mesh, func: Any, *tensors: Any, **kwargs: Any) -> Any:
     runs = [getattr(vector, _RUNS, None) for vector in vectors]
     if len(vectors) != 2 or any(run is None for run in runs) or vectors[0].shape != vectors[1].shape:
         return func(*tensors, **kwargs)
-    size = vectors[0].shape[0]
-    tables = func(*runs, **kwargs)
+    size = runs[0][1]
+    tables = func(*(run[0] for run in runs), **kwargs)
     return tuple(_stand_in((size, size), t.dtype, t.device, BlockMask(size, table=t)) for t in tables)
 
 
@@ -99,7 +105,9 @@ def apply(mesh: Mesh, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         NotExactError: anything else.
     """
     if func in (Tensor.shape.__get__, Tensor.size):  # type: ignore[attr-defined]
-        return func(*args, **kwargs)
+        sizes = torch.Size((*args[0].shape[:-2], *[_blocks(args[0]).size] * 2))
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return sizes if dim is None else sizes[dim]
     if func in _ON_TABLES:
         return _on_tables(func, args, kwargs)
     if func is Tensor.__setitem__:
@@ -121,9 +129,9 @@ _ON_TABLES = set(
 
 def _on_tables(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     stand_ins = [a for a in (*args, *kwargs.values()) if is_block_mask(a)]
-    size = stand_ins[0].shape[-1]
+    size = _blocks(stand_ins[0]).size
     if any(isinstance(a, Tensor) and a.ndim and not is_block_mask(a) for a in args) or any(
-        s.shape[-1] != size or s.shape[-2] != size for s in stand_ins
+        tuple(s.shape[-2:]) != (int(size), int(size)) for s in stand_ins
     ):
         raise NotExactError("an attention mask meets a tensor that is not one")
     small = [block_table(a) if is_block_mask(a) else a for a in args]
@@ -139,8 +147,8 @@ _ON_LEADING_DIMS = {Tensor.expand, Tensor.view, Tensor.reshape, Tensor.repeat_in
 def _reshaped(func: Any, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Views and repeats that leave the two token dimensions alone."""
     shape = tuple(func(torch.empty(mask.shape, device="meta"), *args, **kwargs).shape)
-    table, size = block_table(mask), mask.shape[-1]
-    if shape[-2:] != (size, size):
+    table, size = block_table(mask), _blocks(mask).size
+    if shape[-2:] != tuple(mask.shape[-2:]):
         raise NotExactError("an attention mask changes along its tokens")
     table = table.reshape(-1, *table.shape[-2:])
     if bool((table != table[:1]).any()):
@@ -151,11 +159,11 @@ def _reshaped(func: Any, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _note_prefix(mask: Tensor, index: Any, value: Any) -> None:
     """`mask[row, :length] = 0`."""
-    blocks: BlockMask = getattr(mask, _BLOCKS)
+    blocks = _blocks(mask)
     row, columns = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
     if blocks.table is not None or not isinstance(row, int) or not isinstance(columns, slice) or value != 0:
         raise NotExactError("an attention mask that is not made of rows")
     start, stop, step = columns.indices(blocks.size)
     if (start, step) != (0, 1):
         raise NotExactError("an attention mask that is not made of prefixes")
-    blocks.prefixes[row] = stop
+    blocks.prefixes[row] = int(stop)

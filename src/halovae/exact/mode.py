@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from halovae.errors import NotExactError
 from halovae.exact import attention, elementwise, factories, indexing, masks, norms, reductions, sizes, views, windows
-from halovae.exact.layout import layout_of
+from halovae.exact.layout import is_uniform, keep_uniform, layout_of, unmark_uniform
 from halovae.exact.mesh import Mesh
-from halovae.exact.registry import RULES
+from halovae.exact.registry import RULES, writes
 
 RULE_MODULES = (attention, elementwise, factories, indexing, masks, norms, reductions, sizes, views, windows)
 """Imported for their rules."""
@@ -39,18 +39,48 @@ class ShardMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _HARMLESS:
             return func(*args, **kwargs)
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         tensors = list(_tensors(args, kwargs))
-        if any(masks.is_block_mask(t) for t in tensors):
-            return masks.apply(self._mesh, func, args, kwargs)
-        rule = RULES.get(func)
+        blanks = [t for t in tensors if is_uniform(t)]
         try:
-            if rule is not None:
-                return rule(self._mesh, func, *args, **kwargs)
-            if not any(layout_of(t) for t in tensors):
-                return func(*args, **kwargs)
-            raise NotExactError("no rule says how it acts on shards")
+            result = self._run(func, tensors, args, kwargs)
         except NotExactError as error:
             raise _located(error, func) from None
+        if blanks:
+            _watch(blanks, func, args, kwargs, result)
+        return result
+
+    def _run(self, func: Callable[..., Any], tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if any(masks.is_block_mask(t) for t in tensors):
+            return masks.apply(self._mesh, func, args, kwargs)
+        rule, sharded = RULES.get(func), any(layout_of(t) for t in tensors)
+        if sharded and kwargs.get("out") is not None:
+            raise NotExactError("it writes into out=")
+        if rule is not None:
+            return rule(self._mesh, func, *args, **kwargs)
+        if sharded:
+            raise NotExactError("no rule says how it acts on shards")
+        return func(*args, **kwargs)
+
+
+def _watch(blanks: list[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Follow tensors of one value: what shares their memory shares their fate, and writing ends it."""
+    if writes(func) and func not in _KEEP_BLANK:
+        unmark_uniform(args[0])
+    if isinstance(kwargs.get("out"), Tensor):
+        unmark_uniform(kwargs["out"])
+    for view in result if isinstance(result, (tuple, list)) else (result,):
+        for blank in blanks:
+            if isinstance(view, Tensor) and not layout_of(view) and _memory(view) == _memory(blank):
+                keep_uniform(view, blank)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+_KEEP_BLANK = {Tensor.zero_, Tensor.fill_, Tensor.requires_grad_}
 
 
 def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:
@@ -66,22 +96,24 @@ def _located(error: NotExactError, func: Callable[..., Any]) -> NotExactError:
     if getattr(error, "located", False):
         return error
     name = resolve_name(func) or getattr(func, "__name__", str(func))
-    module = _calling_module()
-    where = f" in {type(module).__name__}" if module is not None else ""
-    located = NotExactError(f"exact mode can't run {name}{where}: {error}. Use mode='tile' for this VAE")
-    located.located, located.module = True, module  # type: ignore[attr-defined]
+    located = NotExactError(f"exact mode can't run {name}{_place()}: {error}. Use mode='tile' for this VAE")
+    located.located = True  # type: ignore[attr-defined]
     return located
 
 
-def _calling_module() -> nn.Module | None:
-    """The innermost nn.Module whose method is on the stack."""
+def _place() -> str:
+    """The innermost nn.Module whose method is on the stack, with its path in the outermost one."""
+    modules: list[nn.Module] = []
     frame = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
-            return owner
+            modules.append(owner)
         frame = frame.f_back
-    return None
+    if not modules:
+        return ""
+    path = next((path for path, module in modules[-1].named_modules() if module is modules[0]), "")
+    return f" in {path} ({type(modules[0]).__name__})" if path else f" in {type(modules[0]).__name__}"
 
 
 _HARMLESS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import extend, own
-from halovae.exact.layout import AxisFactor, Layout, axis_factor, layout_of, mark, plain, require_axis
+from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.geometry import Extent, cut_at
 
@@ -54,7 +54,7 @@ def gather(mesh: Mesh, tensor: Tensor, first_only: bool = False) -> Tensor:
         return tensor
     tensor, layout = own(mesh, tensor, layout)
     shard = tensor
-    for dim in layout.sharded_dims:
+    for dim in sorted(layout.sharded_dims, key=lambda dim: require_axis(layout, dim).axis):
         factor = require_axis(layout, dim)
         if first_only and any(mesh.part(axis) for axis in range(factor.axis)):
             break
@@ -80,10 +80,11 @@ def _unmarked(tensor: Tensor) -> Tensor:
 def extents(mesh: Mesh, tensor: Tensor) -> dict[str, Extent]:
     """Which rows and columns of the whole this rank's shard is, as {"height": (low, high), "width": (low, high)}."""
     layout = layout_of(tensor)
-    found: dict[str, Extent] = {}
-    for axis, name in enumerate(("height", "width")):
-        factor = axis_factor(layout.dims[axis - 2]) if layout else None
-        found[name] = factor.cut.owned(mesh.part(axis)) if factor else (0, tensor.shape[axis - 2])
+    found: dict[str, Extent] = {"height": (0, tensor.shape[-2]), "width": (0, tensor.shape[-1])}
+    if layout is None:
+        return found
+    for factor in (require_axis(layout, dim) for dim in layout.sharded_dims):
+        found[("height", "width")[factor.axis]] = factor.cut.owned(mesh.part(factor.axis))
     return found
 
 

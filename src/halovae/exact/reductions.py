@@ -23,13 +23,11 @@ def sum_over_ranks(mesh: Mesh, partial: Tensor, axes: set[int]) -> Tensor:
 
 
 @rule(*named("sum", "mean"))
-def sum_or_mean(
-    mesh: Mesh, func: Any, tensor: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Tensor:
+def sum_or_mean(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layout = layout_of(tensor)
-    dims = _dims(dim, tensor.ndim)
     if layout is None:
-        return func(tensor, dtype=dtype) if dim is None else func(tensor, dim, keepdim, dtype=dtype)
+        return func(tensor, *args, **kwargs)
+    dims, keepdim, dtype = _asked(tensor.ndim, *args, **kwargs)
     if not any(is_sharded(layout.dims[d]) for d in dims):
         return mark(func(tensor, dims, keepdim, dtype=dtype), _reduced(layout, dims, keepdim))
     tensor, layout = own(mesh, tensor, layout)
@@ -37,19 +35,37 @@ def sum_or_mean(
     total = sum_over_ranks(mesh, torch.sum(tensor, dims, keepdim, dtype=dtype or _wide(tensor.dtype)), axes)
     if getattr(func, "__name__", "") == "mean":
         total = total / prod(global_length(layout.dims[d]) for d in dims)
-    return mark(total.to(dtype or tensor.dtype), _reduced(layout, dims, keepdim))
+    if dtype is None and tensor.is_floating_point():
+        total = total.to(tensor.dtype)
+    return mark(total, _reduced(layout, dims, keepdim))
 
 
-@rule(*named("amax", "amin", "argmax", "argmin", "softmax", "log_softmax", "cumsum", "norm", "std", "var", "any",
-             "all", "prod", "max", "min", "median", "sort", "argsort", "topk"),
-      torch.linalg.vector_norm, torch.linalg.norm)  # fmt: skip
+def _asked(
+    ndim: int, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: torch.dtype | None = None
+) -> tuple[list[int], bool, torch.dtype | None]:
+    """Dimensions, keepdim and dtype, however the caller spelled them."""
+    return _dims(axis if dim is None else dim, ndim), keepdim, dtype
+
+
+@rule(*named("amax", "amin", "argmax", "argmin", "softmax", "log_softmax", "cumsum", "std", "var", "any", "all",
+             "prod", "max", "min", "median", "sort", "argsort"))  # fmt: skip
 def along_dim(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Functions along dimensions that no other rank has part of; the result has those dimensions shortened or gone."""
+    return _along(func, tensor, args[0] if args else None, args, kwargs)
+
+
+@rule(*named("topk", "norm"), torch.linalg.vector_norm, torch.linalg.norm)
+def along_second(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The same where the dimension comes second, behind an order or a count."""
+    return _along(func, tensor, args[1] if len(args) > 1 else None, args, kwargs)
+
+
+def _along(func: Any, tensor: Tensor, dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     layout = layout_of(tensor)
     if layout is None:
         return func(tensor, *args, **kwargs)
-    dim = kwargs.get("dim", next((a for a in args if isinstance(a, (int, tuple, list)) and a is not True), None))
-    dims = _dims(dim, tensor.ndim)
+    dim = kwargs.get("dim", kwargs.get("axis", dim))
+    dims = _dims(None if isinstance(dim, (bool, Tensor)) else dim, tensor.ndim)
     if any(isinstance(a, Tensor) for a in args) or any(is_sharded(layout.dims[d]) for d in dims):
         raise NotExactError("it compares or scans positions of several shards")
     result = func(tensor, *args, **kwargs)
@@ -62,12 +78,12 @@ def along_dim(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) 
     return result
 
 
-@rule(F.normalize, F.cosine_similarity)
+@rule(F.normalize)
 def normalize(
-    mesh: Mesh, func: Any, tensor: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+    mesh: Mesh, func: Any, tensor: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Tensor:
     layout = layout_of(tensor)
-    if layout and is_sharded(layout.dims[dim]):
+    if layout and any(is_sharded(layout.dims[d]) for d in _dims(dim, tensor.ndim)):
         raise NotExactError("it normalises over a sharded dimension")
     return mark(func(tensor, p, dim, eps, out), layout)
 
@@ -84,6 +100,6 @@ def _reduced(layout: Layout, dims: Sequence[int], keepdim: bool) -> Layout:
     return Layout(tuple(kept))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to add in: at least float32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype to add in: at least float32; None: torch's choice."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None

@@ -48,4 +48,12 @@ def named(*names: str) -> Iterator[Any]:
         yield from found
 
 
-__all__ = ["RULES", "Mesh", "Rule", "named", "rule"]
+def writes(function: Any) -> bool:
+    """Whether a torch function writes into its first operand: `x.add_(y)`, `x += y`."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name.startswith("__i") and name != "__invert__"
+    return name.endswith("_")
+
+
+__all__ = ["RULES", "Mesh", "Rule", "named", "rule", "writes"]

@@ -1,24 +1,55 @@
 """What a network is told about the size of a shard.
 
-Views must be made with the shard's own size, but a decision ("more than 1024 positions? then linear attention") must
-come out the same on every rank, and as it would un-parallel. So sizes of sharded dimensions are integers of the shard
-that compare as the whole picture.
+Views must be made with the shard's own size, but a decision ("more than 1024 positions? then linear attention") or a
+count ("the sum over height * width") must come out the same on every rank, and as it would un-parallel. So sizes of
+sharded dimensions are integers of the shard that compare and divide as the whole picture.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from math import prod
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from halovae.exact.layout import AxisFactor, Dim, Layout, global_length, is_sharded, layout_of, length
+from halovae.exact.layout import Dim, global_length, is_sharded, layout_of, length
 from halovae.exact.registry import Mesh, rule
 
 
+def whole(value: Any) -> Any:
+    """A size as the un-parallel network would see it; anything else as it is."""
+    return value.whole if isinstance(value, ShardSize) else value
+
+
+def _in_shard(operation: Callable[[Any, Any], Any]) -> Callable[[ShardSize, Any], Any]:
+    """Arithmetic that stays with whole positions: the shard's and the picture's side by side."""
+
+    def method(self: ShardSize, other: Any) -> Any:
+        if not isinstance(other, int):
+            return operation(self.whole, other) if isinstance(other, float) else NotImplemented
+        return ShardSize(operation(int(self), int(other)), operation(self.whole, whole(other)))
+
+    return method
+
+
+def _in_picture(operation: Callable[[Any, Any], Any]) -> Callable[[ShardSize, Any], Any]:
+    """What decides or measures: the picture's alone, so that it comes out the same on every rank."""
+
+    def method(self: ShardSize, other: Any) -> Any:
+        return operation(self.whole, whole(other))
+
+    return method
+
+
+def _swapped(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: operation(b, a)
+
+
 class ShardSize(int):
-    """A number of positions: the shard's in arithmetic, the whole picture's in `<`, `<=`, `>` and `>=`."""
+    """A number of positions: the shard's in sums and products, the whole picture's in comparisons and fractions."""
 
     whole: int
 
@@ -27,45 +58,27 @@ class ShardSize(int):
         size.whole = whole
         return size
 
-    def __mul__(self, other: int) -> int:
-        if not isinstance(other, int):
-            return NotImplemented
-        return ShardSize(int(self) * int(other), self.whole * _whole(other))
+    __add__ = __radd__ = _in_shard(operator.add)
+    __mul__ = __rmul__ = _in_shard(operator.mul)
+    __sub__, __rsub__ = _in_shard(operator.sub), _in_shard(_swapped(operator.sub))
+    __floordiv__ = _in_shard(operator.floordiv)
 
-    __rmul__ = __mul__
+    __mod__, __rmod__ = _in_picture(operator.mod), _in_picture(_swapped(operator.mod))
+    __truediv__, __rtruediv__ = _in_picture(operator.truediv), _in_picture(_swapped(operator.truediv))
+    __pow__, __rpow__ = _in_picture(operator.pow), _in_picture(_swapped(operator.pow))  # type: ignore[assignment]
+    __eq__, __ne__ = _in_picture(operator.eq), _in_picture(operator.ne)
+    __lt__, __le__ = _in_picture(operator.lt), _in_picture(operator.le)
+    __gt__, __ge__ = _in_picture(operator.gt), _in_picture(operator.ge)
 
-    def __floordiv__(self, other: int) -> int:
-        if not isinstance(other, int):
-            return NotImplemented
-        return ShardSize(int(self) // int(other), self.whole // _whole(other))
+    def __neg__(self) -> ShardSize:
+        return ShardSize(-int(self), -self.whole)
 
-    def __add__(self, other: int) -> int:
-        if not isinstance(other, int):
-            return NotImplemented
-        return ShardSize(int(self) + int(other), self.whole + _whole(other))
+    def __float__(self) -> float:
+        return float(self.whole)
 
-    __radd__ = __add__
-
-    def __sub__(self, other: int) -> int:
-        if not isinstance(other, int):
-            return NotImplemented
-        return ShardSize(int(self) - int(other), self.whole - _whole(other))
-
-    def __lt__(self, other: Any) -> bool:
-        return self.whole < _whole(other)
-
-    def __le__(self, other: Any) -> bool:
-        return self.whole <= _whole(other)
-
-    def __gt__(self, other: Any) -> bool:
-        return self.whole > _whole(other)
-
-    def __ge__(self, other: Any) -> bool:
-        return self.whole >= _whole(other)
-
-
-def _whole(value: Any) -> Any:
-    return value.whole if isinstance(value, ShardSize) else value
+    def __hash__(self) -> int:
+        """No plain number's hash: what is cached for a size must not serve another cut."""
+        return hash((ShardSize, int(self), self.whole))
 
 
 def _size(dim: Dim) -> int:
@@ -92,11 +105,5 @@ def size(mesh: Mesh, func: Any, tensor: Tensor, dim: SupportsIndex | None = None
 
 @rule(Tensor.numel, Tensor.nelement, torch.numel)
 def numel(mesh: Mesh, func: Any, tensor: Tensor) -> int:
-    """Elements of the largest shard: networks ask in order to bound their memory, and must decide alike."""
     layout = layout_of(tensor)
-    return func(tensor) if layout is None else _largest(layout)
-
-
-def _largest(layout: Layout) -> int:
-    factors = [factor for dim in layout.dims for factor in dim]
-    return prod(max(map(f.cut.present, range(f.cut.parts))) if isinstance(f, AxisFactor) else f.size for f in factors)
+    return func(tensor) if layout is None else prod(map(_size, layout.dims))

@@ -12,6 +12,7 @@ from halovae.exact.layout import (
     Dim,
     Factor,
     Layout,
+    global_length,
     is_sharded,
     keep_uniform,
     layout_of,
@@ -21,22 +22,52 @@ from halovae.exact.layout import (
     merge_factors,
     permuted,
     plain,
+    require_axis,
     reshaped,
     split_factor,
 )
 from halovae.exact.masks import remember_runs
 from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.sizes import whole
+from halovae.geometry import divides
 
 
-@rule(*named("reshape", "view", "flatten", "unflatten", "reshape_as", "view_as", "squeeze", "unsqueeze", "ravel"))
-def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+@rule(*named("flatten", "unflatten", "squeeze", "unsqueeze", "ravel"))
+def regroup(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
+    return keep_uniform(result, tensor) if layout is None else mark(result, reshaped(layout, tuple(result.shape)))
+
+
+@rule(*named("reshape", "view"))
+def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Sizes that the network writes down must be those of the picture, so that no constant cuts through a shard."""
+    layout = layout_of(tensor)
+    if layout is None:
+        return keep_uniform(func(tensor, *args, **kwargs), tensor)
+    sizes = args or tuple(kwargs.values())
+    if isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    if not all(isinstance(size, int) for size in sizes):
+        raise NotExactError("a view as another dtype")
+    result = tensor.reshape(sizes)  # a shard may lie in memory with gaps where the whole does not
+    after = reshaped(layout, tuple(result.shape))
+    for size, dim in zip(sizes, after.dims, strict=True):
+        if size != -1 and whole(size) != global_length(dim):
+            raise NotExactError(f"a view asks for {whole(size)} positions where the picture has {global_length(dim)}")
+    return mark(result, after)
+
+
+@rule(*named("reshape_as", "view_as"))
+def reshape_as(mesh: Mesh, func: Any, tensor: Tensor, other: Tensor) -> Any:
+    layout, wanted = layout_of(tensor), layout_of(other)
+    result = func(tensor, other)
     if layout is None:
         return keep_uniform(result, tensor)
-    if result.dtype != tensor.dtype:
-        raise NotExactError("a view as another dtype")
-    return mark(result, reshaped(layout, tuple(result.shape)))
+    after = reshaped(layout, tuple(result.shape))
+    if wanted is None or after.dims != wanted.dims:
+        raise NotExactError("a view as a tensor that is cut differently")
+    return mark(result, after)
 
 
 @rule(*named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t"), Tensor.mT.__get__, Tensor.T.__get__)  # type: ignore[attr-defined]
@@ -44,7 +75,7 @@ def permute(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
     result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
     if layout is None:
-        return result
+        return keep_uniform(result, tensor)
     # A tensor whose sizes are their own positions tells where each dimension went.
     probe = func(torch.empty(tuple(range(2, tensor.ndim + 2)), device="meta"), *args, **kwargs)
     order = [size - 2 for size in probe.shape]
@@ -97,6 +128,8 @@ def pixel_shuffle(mesh: Mesh, func: Any, tensor: Tensor, factor: int) -> Any:
     layout = layout_of(tensor)
     if layout is None:
         return result
+    if is_sharded(layout.dims[-3]):
+        raise NotExactError("the channels are sharded")
     height, width = (merge_factors((*dim, Factor(factor))) for dim in layout.dims[-2:])
     return mark(result, Layout((*layout.dims[:-3], plain(result.shape[-3]), height, width)))
 
@@ -106,7 +139,12 @@ def pixel_unshuffle(mesh: Mesh, func: Any, tensor: Tensor, factor: int) -> Any:
     layout = layout_of(tensor)
     if layout is None:
         return func(tensor, factor)
-    outer = [tuple(split_factor(f, f.size // factor)[:1]) for dim in layout.dims[-2:] for f in dim]
+    if is_sharded(layout.dims[-3]) or any(global_length(dim) % factor for dim in layout.dims[-2:]):
+        raise NotExactError("the channels are sharded, or the picture does not divide")
+    for dim in (dim for dim in (-2, -1) if is_sharded(layout.dims[dim])):
+        if not divides(require_axis(layout, dim).cut, factor):
+            raise NotExactError(f"it groups {factor} rows, which does not divide the shards")
+    outer = [split_factor(dim[0], length(dim) // factor)[:1] for dim in layout.dims[-2:]]
     result = func(tensor, factor)
     return mark(result, Layout((*layout.dims[:-3], plain(result.shape[-3]), *outer)))
 

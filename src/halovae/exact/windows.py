@@ -11,9 +11,10 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import ZEROS, Fill, extend, own, recut
-from halovae.exact.layout import Layout, is_sharded, layout_of, mark, plain, require_axis
+from halovae.exact.layout import Layout, global_length, is_sharded, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import rule
+from halovae.exact.sizes import whole
 from halovae.geometry import Cut, Window, coarsen, divides, padded, refine, transposed_window, window
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -109,12 +110,20 @@ def pad(
         raise NotExactError("circular padding of a sharded dimension")
     tensor, layout = own(mesh, tensor, layout)
     windows = {dim: padded(require_axis(layout, dim).cut, *amount) for dim, amount in sharded.items()}
+    if mode == "reflect" and not all(_reflects(require_axis(layout, dim).cut, w) for dim, w in windows.items()):
+        raise NotExactError(f"reflect padding of {list(sharded.values())} rows on the smallest shard")
     local = {dim: amount for dim, amount in amounts.items() if dim not in sharded}
     needs = {dim: w.needs for dim, w in windows.items()}
     result = extend(mesh, tensor, layout, needs, local, Fill(mode, value or 0.0))
     for dim, w in windows.items():
         layout = recut(mesh, layout, dim, w.out)
     return mark(result, _with_lengths(layout, result))
+
+
+def _reflects(cut: Cut, window: Window) -> bool:
+    """Whether every part has the rows to be mirrored; decided for all parts, so that all ranks refuse together."""
+    needs = ((low, high, min(high, cut.size) - max(low, 0)) for low, high in window.needs)
+    return all(inside > max(-low, high - cut.size) for low, high, inside in needs)
 
 
 @rule(*AVERAGES)
@@ -205,41 +214,44 @@ def interpolate(
         return func(tensor, size, scale_factor, *options)
     tensor, layout = own(mesh, tensor, layout)
     n = layout.ndim - 2
-    locals_ = tensor.shape[2:]
-    targets = [int(target) for target in _each(size, n)] if size is not None else [
-        int(length * factor) for length, factor in zip(locals_, _each(scale_factor, n), strict=True)
+    wholes = [global_length(dim) for dim in layout.dims[2:]]
+    targets = [whole(target) for target in _each(size, n)] if size is not None else [
+        int(length * factor) for length, factor in zip(wholes, _each(scale_factor, n), strict=True)
     ]  # fmt: skip
     resized = layout
-    for dim, (length, target) in enumerate(zip(locals_, targets, strict=True), start=2):
-        if not is_sharded(layout.dims[dim]):
-            resized = resized.replace(dim, plain(target))
-            continue
-        cut = require_axis(layout, dim).cut
-        if target % length == 0:
-            resized = recut(mesh, resized, dim, refine(cut, target // length))
-        elif length % target == 0 and mode == "nearest" and divides(cut, length // target):
-            resized = recut(mesh, resized, dim, coarsen(cut, length // target))
-        else:
-            raise NotExactError(f"resampling {length} rows to {target} is not by a whole factor")
+    for dim, (length, target) in enumerate(zip(wholes, targets, strict=True), start=2):
+        resized = resized.replace(dim, plain(target)) if not is_sharded(layout.dims[dim]) else recut(
+            mesh, resized, dim, _resampled(require_axis(layout, dim).cut, length, target, mode)
+        )  # fmt: skip
     if mode in ("nearest", "nearest-exact"):
-        return mark(func(tensor, size, scale_factor, *options), resized)
+        local = resized.shape[2:] if size is not None else None
+        return mark(func(tensor, local, scale_factor, *options), resized)
     if mode not in ("linear", "bilinear", "trilinear") or align_corners or antialias:
         raise NotExactError(f"resampling in mode {mode!r} looks at more than neighbours")
-    return mark(_linear(mesh, func, tensor, layout, targets, options), resized)
-
-
-def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, targets: list[int], options: Any) -> Tensor:
-    factors = [target // length for target, length in zip(targets, tensor.shape[2:], strict=True)]
-    if [f * s for f, s in zip(factors, tensor.shape[2:], strict=True)] != targets:
+    if any(target % length for length, target in zip(wholes, targets, strict=True)):
         raise NotExactError("linear resampling by a factor that is not whole")
+    factors = [target // length for length, target in zip(wholes, targets, strict=True)]
+    return mark(_linear(mesh, func, tensor, layout, factors, options), resized)
+
+
+def _resampled(cut: Cut, length: int, target: int, mode: str) -> Cut:
+    if target % length == 0:
+        return refine(cut, target // length)
+    if length % target == 0 and mode == "nearest" and divides(cut, length // target):
+        return coarsen(cut, length // target)
+    raise NotExactError(f"resampling {length} rows to {target} is not by a whole factor")
+
+
+def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, factors: list[int], options: Any) -> Tensor:
     needs = {
         dim: tuple((low - 1, high + 1) for low, high in require_axis(layout, dim).cut.extents)
         for dim in layout.sharded_dims
+        if dim >= 2
     }
     wide = extend(mesh, tensor, layout, needs, fill=Fill("replicate"))
     result = func(wide, [f * s for f, s in zip(factors, wide.shape[2:], strict=True)], None, *options)
     for dim in needs:
-        result = result.narrow(dim, factors[dim - 2], targets[dim - 2])
+        result = result.narrow(dim, factors[dim - 2], factors[dim - 2] * tensor.shape[dim])
     return result
 
 

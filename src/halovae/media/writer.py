@@ -59,9 +59,7 @@ def check_still(path: Path, frames: int) -> None:
         InputError: `path` is an image and `frames` is not 1.
     """
     if path.suffix.lower() == ".png" and frames != 1:
-        raise InputError(
-            f"output {path} is one image, but there are {frames} frames: name it .mp4, or use --frames 0:1"
-        )
+        raise InputError(f"output {path} is one image, but there are {frames} frames: name it .mp4")
 
 
 def _write_mp4(path: Path, frames: NDArray[np.uint8], fps: Fraction, advance: Callable[[], None]) -> tuple[str, ...]:

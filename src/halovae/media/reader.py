@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,18 +17,16 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from halovae.errors import InputError
 from halovae.files import check_input, first_line
+from halovae.media.images import image_notes, open_image, upright_rgb
+from halovae.media.limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS, check_pixels
 from halovae.media.options import FrameRange
 
 Frame = NDArray[np.uint8]
 
-MAX_FRAME_PIXELS = 2**26
-"""A header that claims more than 8192 x 8192 is taken for broken or hostile."""
-MAX_CLIP_BYTES = 8 * 2**30
-"""Frames are held in memory as 8-bit RGB; a forgotten `--frames` on a film would take all of it."""
 _UNSPECIFIED_COLORSPACE = 2
 _SCALER = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -64,7 +61,7 @@ def inspect(path: Path) -> Header:
         InputError: no readable image or video, or more pixels than `MAX_FRAME_PIXELS`.
     """
     check_input(path)
-    with _open_image(path) as image:
+    with open_image(path) as image:
         if image is not None:
             return Header(is_image=True, height=image.height, width=image.width)
     with _open_video(path) as (_, stream):
@@ -93,9 +90,9 @@ def read(
     """
     check_input(path)
     wanted = frames or FrameRange()
-    with _open_image(path) as image:
+    with open_image(path) as image:
         if image is not None:
-            fps, notes, source = Fraction(1), _image_notes(image), iter([_upright_rgb(path, image)])
+            fps, notes, source = Fraction(1), image_notes(image), iter([upright_rgb(path, image)])
             return _collect(path, source, fps, notes, wanted, (height, width), advance)
     with _open_video(path) as (container, stream):
         source = _decoded(path, container, stream)
@@ -148,6 +145,8 @@ def _target_size(source: tuple[int, int], asked: tuple[int | None, int | None]) 
         height = max(2, 2 * round(source[0] * width / source[1] / 2))
     if width is None:
         width = max(2, 2 * round(source[1] * height / source[0] / 2))
+    if height * width > MAX_FRAME_PIXELS:
+        raise InputError(f"--height {height} --width {width}: more than {MAX_FRAME_PIXELS} pixels")
     return height, width
 
 
@@ -164,49 +163,6 @@ def _cover(picture: Image.Image, target: tuple[int, int]) -> Frame:
 
 
 @contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image | None]:
-    """The still image in the file, or None when there is something else in it (animations are videos here)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(path)
-        except UnidentifiedImageError:
-            image = None
-        except Image.DecompressionBombError:
-            raise InputError(
-                f"{path} claims more than {MAX_FRAME_PIXELS} pixels: too large, or a broken file"
-            ) from None
-        except Exception as error:  # Pillow's decoders raise what they like on a broken header.
-            raise InputError(f"can't read image {path}: {first_line(error)}") from error
-    if image is None:
-        yield None
-        return
-    with image:
-        _check_pixels(path, image.width, image.height)
-        yield image if getattr(image, "n_frames", 1) == 1 else None
-
-
-def _upright_rgb(path: Path, image: Image.Image) -> Image.Image:
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion clips 16-bit greys at 255.
-            grey = (np.asarray(image, dtype=np.uint32) * 255 + 32767) // 65535
-            image = Image.fromarray(grey.astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise InputError(f"{path}: pixels of mode {image.mode} have no known range: convert it to 8 or 16 bits")
-        return image.convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # As above, on broken data.
-        raise InputError(f"can't read image {path}: {first_line(error)}") from error
-
-
-def _image_notes(image: Image.Image) -> tuple[str, ...]:
-    return ("the alpha channel is left out",) if image.has_transparency_data else ()
-
-
-@contextmanager
 def _open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     # An open file and not its name: names can be playlists or protocols that lead elsewhere.
     with path.open("rb") as file:
@@ -219,7 +175,10 @@ def _open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise InputError(f"{path} has no video in it")
-            _check_pixels(path, streams[0].width, streams[0].height)
+            context: Any = streams[0].codec_context
+            if context is None:
+                raise InputError(f"{path}: no decoder for its kind of video, or a broken header")
+            check_pixels(path, context.width, context.height)
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
 
@@ -227,33 +186,48 @@ def _open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 def _decoded(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Image.Image]:
     """Frames in order of display: upright, RGB, with square pixels."""
     seen = 0
+    problems: list[str] = []
+    for frame in _frames(container, stream, problems):
+        width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+        check_pixels(path, width, frame.height)
+        if frame.is_corrupt:
+            problems.append("the frame is damaged")
+            break
+        yield _picture(frame, width)
+        seen += 1
+    size = path.stat().st_size
+    if any(entry.pos + entry.size > size for entry in stream.index_entries):
+        problems.append("the file ends early")
+    if problems:
+        remedy = f"; the first {seen} can be read: use --frames 0:{seen}" if seen else ""
+        raise InputError(f"{path} is broken at frame {seen} ({problems[0]}){remedy}")
+
+
+def _frames(container: InputContainer, stream: VideoStream, problems: list[str]) -> Iterator[VideoFrame]:
+    """What can be decoded. What went wrong, if anything, is then in `problems`."""
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt:
-                raise InputError(_broken(path, seen, "the file ends early"))
-            for frame in packet.decode():
-                _check_pixels(path, frame.width, frame.height)
-                if frame.is_corrupt:
-                    raise InputError(_broken(path, seen, "the frame is damaged"))
-                yield _picture(frame, stream)
-                seen += 1
+                problems.append("the file ends early")
+                break
+            yield from packet.decode()
+        else:
+            return
     except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(_broken(path, seen, _words(error))) from error
-    size = path.stat().st_size
-    if any(entry.pos + entry.size > size for entry in stream.index_entries):
-        raise InputError(_broken(path, seen, "the file ends early"))
+        problems.append(_words(error))
+    # The decoder works on several frames at once: those before the damage are still in it.
+    with suppress(av.FFmpegError):
+        yield from stream.decode(None)
 
 
-def _picture(frame: VideoFrame, stream: VideoStream) -> Image.Image:
-    aspect = stream.sample_aspect_ratio or Fraction(1)
+def _picture(frame: VideoFrame, width: int) -> Image.Image:
+    """Upright, RGB, `width` pixels wide before it is turned."""
     colorspace: Any = frame.colorspace
     if colorspace == _UNSPECIFIED_COLORSPACE:
         # What players assume: BT.709 from 720 lines on, else BT.601.
         colorspace = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
     rgb = frame.reformat(
-        width=max(1, round(frame.width * aspect)),
+        width=width,
         format="rgb24",
         src_colorspace=colorspace,
         interpolation=_SCALER,
@@ -275,20 +249,6 @@ def _video_notes(container: InputContainer, stream: VideoStream) -> tuple[str, .
     if not (stream.average_rate or stream.guessed_rate):
         notes.append("the file has no frame rate: 25 per second assumed")
     return tuple(notes)
-
-
-def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_FRAME_PIXELS:
-        raise InputError(
-            f"{path} claims {width}x{height} pixels, more than the limit of {MAX_FRAME_PIXELS}: too large, or broken"
-        )
-    if width < 1 or height < 1:
-        raise InputError(f"{path} has a picture of {width}x{height} pixels")
-
-
-def _broken(path: Path, seen: int, why: str) -> str:
-    remedy = f"; the first {seen} can be read: use --frames 0:{seen}" if seen else ""
-    return f"{path} is broken at frame {seen} ({why}){remedy}"
 
 
 def _words(error: Exception) -> str:

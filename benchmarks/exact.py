@@ -1,0 +1,156 @@
+"""Exact mode on N ranks against one rank un-parallel and against DistVAE, in one run.
+
+    pip install --no-deps distvae==0.1.0
+    python benchmarks/exact.py --ranks 2
+
+One thread per rank. `limit` is what the machine allows: every rank runs the un-parallel VAE on its own part of the
+picture at the same time, with no communication. Times are medians of interleaved rounds, of the slowest rank; memory is
+the growth of the resident memory of a fresh process during one call, on the rank where it grew most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from harness import interleaved, report, run_ranks
+
+import halovae
+from halovae.memory import PeakMemory
+
+CASES = [
+    {"base_dim": 32, "dtype": "bfloat16", "size": (256, 256, 9)},
+    {"base_dim": 32, "dtype": "float32", "size": (256, 256, 9)},
+    {"base_dim": 96, "dtype": "bfloat16", "size": (256, 256, 9)},
+    {"base_dim": 96, "dtype": "float32", "size": (256, 256, 9)},
+]
+
+
+def build(case: dict[str, Any]) -> AutoencoderKLWan:
+    """A VAE of Wan 2.1's architecture with random weights, the same on every rank."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=case["base_dim"]).to(getattr(torch, case["dtype"]))
+    return vae.eval().requires_grad_(False)
+
+
+def picture(case: dict[str, Any], half: str, parts: int = 1) -> torch.Tensor:
+    """Input of one half, or of one of `parts` rows of it."""
+    height, width, frames = case["size"]
+    shape = (3, frames, height // parts, width) if half == "encode" else (
+        16, (frames - 1) // 4 + 1, height // 8 // parts, width // 8)  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn((1, *shape), generator=generator).to(getattr(torch, case["dtype"]))
+
+
+def call(vae: Any, half: str, tensor: torch.Tensor) -> torch.Tensor:
+    return vae.encode(tensor).latent_dist.parameters if half == "encode" else vae.decode(tensor).sample
+
+
+def distvae(vae: Any) -> Any:
+    """The peer's VAE, or None where it is not installed."""
+    try:
+        from distvae.vae.parallel import parallelize_decoder, parallelize_encoder
+    except ImportError:
+        return None
+    parallelize_encoder(vae, dist.group.WORLD)
+    parallelize_decoder(vae, dist.group.WORLD)
+    return vae
+
+
+def measure_time(rank: int, case: dict[str, Any], half: str, repeats: int) -> dict[str, Any]:
+    ranks = dist.get_world_size()
+    plain, ours, peer = build(case), build(case), distvae(build(case))
+    handle = halovae.parallelize(ours, axis="height")
+    whole, part = picture(case, half), picture(case, half, ranks)
+    variants = {
+        "one": lambda: call(plain, half, whole) if rank == 0 else None,
+        "exact": lambda: call(ours, half, whole),
+        "limit": lambda: call(plain, half, part),
+    }
+    expected, found = call(plain, half, whole), call(ours, half, whole)
+    result: dict[str, Any] = {"error": _distance(found, expected), "peer_error": None}
+    if peer is not None:
+        variants["peer"] = lambda: call(peer, half, whole)
+        result["peer_error"] = _distance(call(peer, half, whole), expected)
+    result |= interleaved(variants, repeats)
+    assert handle.last is not None
+    return result | {"messages": handle.last.messages, "bytes": handle.last.bytes}
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return (torch.linalg.vector_norm(found.double() - expected.double()) / expected.double().norm()).item()
+
+
+def measure_memory(rank: int, case: dict[str, Any], half: str, variant: str) -> int:
+    vae: Any = build(case)
+    if variant == "exact":
+        halovae.parallelize(vae, axis="height", verify=False)
+    elif variant == "peer":
+        vae = distvae(vae)
+    tensor = picture(case, half)
+    small = tensor[..., : tensor.shape[-2] // 4, : tensor.shape[-1] // 4].contiguous()
+    call(vae, half, small)  # libraries load and groups connect outside the measurement
+    gc.collect()
+    before = _resident()
+    memory = PeakMemory(torch.device("cpu"))
+    if variant != "one" or rank == 0:
+        call(vae, half, tensor)
+    return (memory.read() or 0) - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of the cases to run")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for index in options.cases:
+        for half in ("encode", "decode"):
+            rows.append(row(CASES[index], half, options.ranks, options.repeats))
+            print(rows[-1], flush=True)
+    report(f"exact mode on {options.ranks} ranks", rows, options.json)
+
+
+def row(case: dict[str, Any], half: str, ranks: int, repeats: int) -> dict[str, Any]:
+    per_rank = run_ranks(ranks, measure_time, case, half, repeats)
+    times = per_rank[0]
+    has_peer = "peer" in times
+    memory = {
+        name: max(run_ranks(ranks, measure_memory, case, half, name)) / 2**20
+        for name in ("one", "exact", *(["peer"] if has_peer else []))
+    }
+    name = f"base_dim {case['base_dim']} {case['dtype']} {'x'.join(map(str, case['size']))}"
+    return {
+        "case": name,
+        "half": half,
+        "one rank s": times["one"],
+        "exact s": times["exact"],
+        "DistVAE s": times["peer"] if has_peer else "-",
+        "speed-up": times["one"] / times["exact"],
+        "limit": times["one"] / times["limit"],
+        "of limit": times["limit"] / times["exact"],
+        "x DistVAE": times["peer"] / times["exact"] if has_peer else "-",
+        "error": f"{times['error']:.0e}",
+        "DistVAE error": f"{times['peer_error']:.0e}" if has_peer else "-",
+        "messages": max(r["messages"] for r in per_rank),
+        "MiB sent": max(r["bytes"] for r in per_rank) / 2**20,
+        "one MiB": round(memory["one"]),
+        "exact MiB": round(memory["exact"]),
+        "DistVAE MiB": round(memory["peer"]) if has_peer else "-",
+        "memory": memory["exact"] / memory["one"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What the benchmarks share: ranks with one thread each, interleaved medians, the machine's description, tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """`work(rank, *args)` in `ranks` fresh gloo processes with one thread each; their results in rank order."""
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_enter, (ranks, port, queue, work, args), nprocs=ranks)
+    results = dict(queue.get() for _ in range(ranks))
+    return [results[rank] for rank in range(ranks)]
+
+
+def _enter(rank: int, ranks: int, port: int, queue: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    with torch.inference_mode():
+        queue.put((rank, work(rank, *args)))
+    dist.destroy_process_group()
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each variant over `repeats` rounds in which all take turns, after one round of warm-up.
+
+    A round ends for a variant when its slowest rank ends.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + 1):
+        for name, call in variants.items():
+            dist.barrier()
+            started = time.perf_counter()
+            call()
+            dist.barrier()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    model = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+    return {
+        "date": date.today().isoformat(),
+        "processor": model,
+        "cores": os.cpu_count(),
+        "accelerator": str(torch.accelerator.current_accelerator() or "none"),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table, aligned."""
+    cells = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _text(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    """Print the machine and the table, and write both as JSON."""
+    facts = machine()
+    print(f"{title}\n" + ", ".join(f"{k} {v}" for k, v in facts.items()) + "\n")
+    print(table(rows))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")

@@ -1,0 +1,28 @@
+"""Random generators that a call may draw from, as one thing to save and rewind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halovae.comm import default_generator
+
+
+class Generators:
+    """The default generators and those passed as arguments, with the states they are in now.
+
+    Args:
+        device: where the call runs.
+        values: its arguments.
+    """
+
+    def __init__(self, device: torch.device, *values: Any) -> None:
+        found = [default_generator(torch.device("cpu")), default_generator(device)]
+        found += [value for value in values if isinstance(value, torch.Generator)]
+        self._states = [(generator, generator.get_state()) for generator in {id(g): g for g in found}.values()]
+
+    def rewind(self) -> None:
+        """Bring all of them back to the states they were in."""
+        for generator, state in self._states:
+            generator.set_state(state)

@@ -1,0 +1,252 @@
+"""What a VAE asks of its network: its own method runs with a stand-in for `vae.encoder` or `vae.decoder`.
+
+`record` finds the calls, on shapes alone. Afterwards any stand-in may answer them: one that runs some of the calls,
+one that hands out results made elsewhere. Crop, blend and clamp stay the VAE's own code throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from halovae.dataflow import Dataflow, Draw, Origin, Spec
+from halovae.errors import TilingError
+from halovae.state import ModuleState, refill
+from halovae.trees import map_tensors, tensors_in
+
+NETWORKS = {"encode": "encoder", "decode": "decoder"}
+"""Name of the network that each half calls."""
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """One call of the network, known by shapes alone."""
+
+    inputs: tuple[Spec, ...]
+    """The tensors among its positional arguments: the crop first."""
+    leaves: tuple[Any, ...]
+    """Leaves of what it returns; a `Spec` stands for a tensor."""
+    structure: Any
+    """How the leaves make the result."""
+    used: tuple[int, ...]
+    """Leaves that the VAE goes on to use; the others are caches for the network itself."""
+    needs: Origin
+    """Earlier calls whose caches it reads."""
+    draws: tuple[Draw, ...]
+    """Random draws inside the network."""
+
+    @property
+    def specs(self) -> list[Spec]:
+        """Of the used leaves."""
+        return [self.leaves[leaf] for leaf in self.used]
+
+    @property
+    def cost(self) -> int:
+        """Elements of the larger side, which the network's work is in proportion to."""
+        return max(sum(spec.numel for spec in self.specs), self.inputs[0].numel)
+
+    def result(self, used: Iterable[Tensor], others: Any = None, device: torch.device | str = "cpu") -> Any:
+        """A result of the network, put together.
+
+        Args:
+            used: the used leaves.
+            others: a result to take the other leaves from; None: zeros that take no memory.
+            device: where these zeros are.
+        """
+        if others is None:
+            leaves = [leaf.zeros(device) if isinstance(leaf, Spec) else leaf for leaf in self.leaves]
+        else:
+            leaves = pytree.tree_leaves(others)
+        for place, tensor in zip(self.used, used, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All the calls of one encode or decode, in order, and what it returns, on the meta device."""
+
+    calls: tuple[NetworkCall, ...]
+    result: Any
+
+
+def record(vae: nn.Module, half: str, method: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+    """Run the VAE's own method on shapes alone and note the network calls it makes.
+
+    Args:
+        vae: the VAE; afterwards it is as before.
+        half: "encode" or "decode".
+        method: the VAE's own method of that half.
+        args: its arguments; tensors count by shape only.
+        kwargs: likewise.
+
+    Raises:
+        TilingError: what the network gets depends on what it gave before.
+    """
+    listener = _Listener(getattr(vae, NETWORKS[half]))
+    args, kwargs = _on_meta(args), _on_meta(kwargs)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), listener.state.kept():
+        with answering(vae, half, listener), listener.flow:
+            result = method(*args, **kwargs)
+    return Recording(listener.finish(result), result)
+
+
+def _on_meta(value: Any) -> Any:
+    return map_tensors(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), value)
+
+
+@contextmanager
+def answering(vae: nn.Module, half: str, answer: Function) -> Iterator[None]:
+    """Within it, the VAE's calls of its network go to `answer`; its attributes stay reachable."""
+    name = NETWORKS[half]
+    vae.__dict__[name] = _StandIn(getattr(vae, name), answer)
+    try:
+        yield
+    finally:
+        del vae.__dict__[name]
+
+
+class _StandIn:
+    """Looks like the network, but is called instead of it."""
+
+    def __init__(self, network: nn.Module, answer: Function) -> None:
+        self.__dict__.update(_network=network, _answer=answer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._network, name, value)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that was among the arguments or in the caches before the call."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """What a call with arguments of given shapes does: it is found once and then repeated."""
+
+    result: tuple[tuple[Any, ...], Any]
+    after: tuple[tuple[Any, ...], Any]
+    """Arguments and module state after the call."""
+    read: tuple[int, ...]
+    """Which leaves of arguments and module state it reads."""
+    draws: tuple[Draw, ...]
+
+
+@dataclass
+class _Heard:
+    """A call while the recording goes on."""
+
+    inputs: tuple[Spec, ...]
+    effect: _Effect
+    needs: Origin
+    used: set[int] = field(default_factory=set[int])
+
+
+class _Listener:
+    """Answers calls with results on the meta device, and notes what depends on what."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.flow = Dataflow()
+        self.state = ModuleState(network)
+        self._network = network
+        self._heard: list[_Heard] = []
+        self._effects: dict[Any, _Effect] = {}
+        self._results: dict[int, tuple[int, int]] = {}
+        self._caches: set[int] = set()
+        self._fed: set[tuple[int, int]] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._note_use(self.flow.reads)
+        state = self.state.changed()
+        before, structure = pytree.tree_flatten((args, kwargs, state))
+        key = (structure, tuple((type(leaf), _described(leaf)) for leaf in before))
+        if key not in self._effects:
+            self._effects[key] = self._run(args, kwargs, before)
+        effect = self._effects[key]
+        inputs = tuple(Spec(value) for value in args if isinstance(value, Tensor))
+        self._heard.append(_Heard(inputs, effect, self._needs([before[place] for place in effect.read])))
+        return self._apply(effect, args, kwargs, before)
+
+    def _run(self, args: Any, kwargs: Any, before: list[Any]) -> _Effect:
+        self.flow.reads.clear()
+        self.flow.draws.clear()
+        result = self._network(*args, **kwargs)
+        places = {id(leaf): place for place, leaf in enumerate(before) if isinstance(leaf, Tensor)}
+
+        def described(tree: Any) -> tuple[tuple[Any, ...], Any]:
+            leaves, structure = pytree.tree_flatten(tree)
+            found = [_Kept(places[id(leaf)]) if id(leaf) in places else _described(leaf) for leaf in leaves]
+            return tuple(found), structure
+
+        read = tuple(place for leaf, place in places.items() if leaf in self.flow.reads)
+        self.flow.reads.clear()
+        after = described((args, kwargs, self.state.changed()))
+        return _Effect(described(result), after, read, tuple(self.flow.draws))
+
+    def _apply(self, effect: _Effect, args: Any, kwargs: Any, before: list[Any]) -> Any:
+        index = len(self._heard) - 1
+
+        def made(leaf: Any) -> Any:
+            if isinstance(leaf, _Kept):
+                return before[leaf.place]
+            if not isinstance(leaf, Spec):
+                return leaf
+            tensor = leaf.empty("meta")
+            self.flow.follow(tensor, frozenset([index]))
+            self._caches.add(id(tensor))
+            return tensor
+
+        new_args, new_kwargs, new_state = pytree.tree_unflatten(list(map(made, effect.after[0])), effect.after[1])
+        refill((args, kwargs), (new_args, new_kwargs))
+        self.state.set(new_state)
+        leaves = list(map(made, effect.result[0]))
+        self._results.update({id(leaf): (index, i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)})
+        return pytree.tree_unflatten(leaves, effect.result[1])
+
+    def _needs(self, read: list[Tensor]) -> Origin:
+        for tensor in read:
+            if self.flow.origin(tensor) and id(tensor) not in self._caches:
+                raise TilingError(_FEEDBACK)
+            if id(tensor) in self._results:
+                self._fed.add(self._results[id(tensor)])
+        return Origin().union(*map(self.flow.origin, read))
+
+    def _note_use(self, ids: Iterable[int]) -> None:
+        for tensor in list(ids):
+            if tensor in self._results:
+                call, leaf = self._results[tensor]
+                self._heard[call].used.add(leaf)
+        self.flow.reads.clear()
+
+    def finish(self, result: Any) -> tuple[NetworkCall, ...]:
+        self._note_use([*self.flow.reads, *map(id, tensors_in(result))])
+        if any(leaf in self._heard[call].used for call, leaf in self._fed):
+            raise TilingError(_FEEDBACK)
+        return tuple(
+            NetworkCall(call.inputs, *call.effect.result, tuple(sorted(call.used)), call.needs, call.effect.draws)
+            for call in self._heard
+        )
+
+
+_FEEDBACK = "the VAE feeds its network with what it made of the network's own output: its tiles can't run apart"
+
+
+def _described(leaf: Any) -> Any:
+    return Spec(leaf) if isinstance(leaf, Tensor) else leaf

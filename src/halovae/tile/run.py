@@ -1,0 +1,125 @@
+"""One encode or decode in tiles: each rank runs its tiles, the results travel, and the VAE puts them together."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halovae.comm import Comm
+from halovae.errors import DisagreementError, InputError, RankFailedError
+from halovae.randomness import Generators
+from halovae.target import Target
+from halovae.tile.blend import Blends
+from halovae.tile.move import Mover
+from halovae.tile.plan import TilePlan, make_plan
+from halovae.tile.settings import applied, described
+from halovae.tile.work import put_together, run_own_tiles
+from halovae.trees import is_picture, map_tensors
+
+
+@dataclass(frozen=True)
+class TileOutcome:
+    """A result, and how it was made."""
+
+    result: Any
+    plan: TilePlan
+    network_seconds: float
+    """Seconds in which this rank ran its tiles; earlier tiles were on their way meanwhile."""
+    gather_seconds: float
+    """Seconds of waiting for the last tiles, and of putting them together."""
+
+
+class TileRunner:
+    """Runs a VAE's halves in its own tiles, on the ranks of a group. Every rank of the group makes one.
+
+    Args:
+        comm: the group.
+        target: the VAE.
+        ranks: how many of the ranks run tiles; the others wait and share the result.
+        gather: "all" or "first": who gets the whole result.
+        fit: choose smaller tiles where some ranks would have none to run.
+
+    Raises:
+        InputError: `gather` is "shard": tiles overlap, so no rank has a part of its own.
+    """
+
+    def __init__(self, comm: Comm, target: Target, *, ranks: int, gather: str = "all", fit: bool = False) -> None:
+        if gather == "shard":
+            raise InputError("gather is 'shard', but tiles overlap and are blended: use 'all' or 'first' in tile mode")
+        self._comm, self._target, self._ranks, self._fit = comm, target, ranks, fit
+        self._holders = range(comm.size) if gather == "all" else range(1)
+        self._blends = Blends(target.vae)
+        self._plans: dict[tuple[str, ...], TilePlan] = {}
+
+    def run(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TileOutcome:
+        """The tiled encode or decode, bit for bit what the VAE alone gives. Called on every rank, with equal arguments.
+
+        Raises:
+            TilingError: the VAE's tiles can't be used.
+            RankFailedError: a tile failed; the same on all ranks.
+        """
+        device = next(value.device for value in (*args, *kwargs.values()) if is_picture(value))
+        plan = self._plan(half, args, kwargs)
+        vae, method, calls = self._target.vae, self._target.originals[half], plan.recording.calls
+        generators = Generators(device, *args, *kwargs.values())
+        mover = Mover(self._comm, calls, plan.schedule, self._holders, device)
+        started = time.perf_counter()
+        failure: Exception | None = None
+        with applied(vae, plan.settings):
+            if mine := plan.schedule.calls_of(self._comm.rank):
+                try:
+                    run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, self._blends, device)
+                except Exception as error:
+                    failure = error
+            worked = time.perf_counter()
+            mover.finish(lambda: self._agree(failure))
+            if self._comm.rank in self._holders:
+                generators.rewind()
+                result = put_together(vae, half, method, args, kwargs, calls, mover, self._blends, device)
+            else:
+                result = map_tensors(lambda t: _nothing(t, device), plan.recording.result)
+        return TileOutcome(result, plan, worked - started, time.perf_counter() - worked)
+
+    def _plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
+        """Known after the first call with arguments of these shapes."""
+        key = half, described(self._target.vae), repr(map_tensors(_shape, [args, kwargs]))
+        if key not in self._plans:
+            problem: Exception | None = None
+            plan: TilePlan | None = None
+            try:
+                plan = make_plan(self._target, half, args, kwargs, self._ranks, self._fit)
+            except Exception as error:
+                problem = error
+            said = self._comm.all_gather_object(str(problem) if problem else repr(plan.schedule if plan else None))
+            if problem:
+                raise problem
+            if len(set(said)) > 1:
+                rank = next(rank for rank, other in enumerate(said) if other != said[0])
+                raise DisagreementError(
+                    f"rank 0 and rank {rank} cut different tiles: enable_tiling() with the same sizes on all ranks"
+                )
+            assert plan
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Every rank raises the first failing rank's error, or none does."""
+        said = None
+        if failure:
+            message = f"{type(failure).__name__}: {failure}"
+            said = message, "".join(traceback.format_exception(failure))
+        for rank, problem in enumerate(self._comm.all_gather_object(said)):
+            if problem:
+                raise RankFailedError(rank, *problem) from failure
+
+
+def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def _nothing(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty((*tensor.shape[:-2], 0, 0)[: tensor.ndim], dtype=tensor.dtype, device=device)

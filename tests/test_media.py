@@ -1,0 +1,357 @@
+"""Reading and writing clips: real files, made here or shipped in media/."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from halovae import files, media
+from halovae.errors import InputError
+from halovae.media import FrameRange, read, write
+
+CLIP = Path(__file__).parent.parent / "media" / "bigbuckbunny.mp4"
+
+
+def bars(frames: int = 5, height: int = 64, width: int = 96) -> NDArray[np.uint8]:
+    """Red, green, blue and orange columns, and a white square that moves down."""
+    pixels = np.zeros((frames, height, width, 3), np.uint8)
+    quarter = width // 4
+    for column, colour in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 120, 40])):
+        pixels[:, :, column * quarter : (column + 1) * quarter] = colour
+    for index in range(frames):
+        pixels[index, 8 * (index % 6) : 8 * (index % 6) + 8, :8] = 255
+    return pixels
+
+
+def make_video(
+    path: Path, pixel_format: str = "yuv420p", codec: str = "libx264", frames: int = 5, **options: str
+) -> Path:
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, pixel_format
+        for pixels in bars(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pixel_format)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("fps", [Fraction(25), Fraction(30000, 1001), Fraction(1)])
+def test_mp4_keeps_size_rate_count_and_colour(tmp_path: Path, fps: Fraction) -> None:
+    pixels = bars()
+    assert write(tmp_path / "o.mp4", pixels, fps) == ()
+    clip = read(tmp_path / "o.mp4")
+    assert clip.frames.shape == pixels.shape
+    assert clip.fps == fps
+    # Inside of the bars, away from the edges that 4:2:0 blurs.
+    assert np.abs(clip.frames[:, 60, 12::24].astype(int) - pixels[:, 60, 12::24]).max() <= 3
+
+
+def test_mp4_of_odd_size_is_written_and_said(tmp_path: Path) -> None:
+    (note,) = write(tmp_path / "o.mp4", bars()[:, :51, :67], Fraction(25))
+    assert "67x51 is odd" in note
+    assert read(tmp_path / "o.mp4").frames.shape == (5, 51, 67, 3)
+
+
+def test_mp4_says_which_colours_it_holds(tmp_path: Path) -> None:
+    write(tmp_path / "o.mp4", bars(), Fraction(25))
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+
+
+def test_png_is_kept_to_the_bit(tmp_path: Path) -> None:
+    write(tmp_path / "o.png", bars(1), Fraction(1))
+    assert np.array_equal(read(tmp_path / "o.png").frames, bars(1))
+
+
+def test_png_takes_one_frame(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one image, but there are 5 frames"):
+        write(tmp_path / "o.png", bars(), Fraction(1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "start", "stop"), [("0:5", 0, 5), ("3:", 3, None), (":4", 0, 4), (":", 0, None)])
+def test_frame_range_is_read(text: str, start: int, stop: int | None) -> None:
+    assert FrameRange.parse(text) == FrameRange(start, stop)
+
+
+@pytest.mark.parametrize("text", ["", "5", "a:b", "3:3", "4:2", "-1:4", "1:2:3", "1e3:", "0:" + "9" * 40])
+def test_frame_range_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--frames"):
+        FrameRange.parse(text)
+
+
+def test_frame_range_is_exact() -> None:
+    whole = read(CLIP, frames=FrameRange(0, 8), height=72).frames
+    assert whole.shape == (8, 72, 128, 3)
+    assert np.array_equal(read(CLIP, frames=FrameRange(3, 6), height=72).frames, whole[3:6])
+
+
+@pytest.mark.parametrize("wanted", [FrameRange(0, 133), FrameRange(132), FrameRange(400, 500)])
+def test_frames_beyond_the_end_are_refused(wanted: FrameRange) -> None:
+    with pytest.raises(InputError, match="which has 132 frames"):
+        read(CLIP, frames=wanted, height=36)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(None, None, (64, 96)), (32, None, (32, 48)), (None, 48, (32, 48)), (33, 67, (33, 67)), (128, 30, (128, 30))],
+)
+def test_scaling_covers_and_crops_around_the_centre(
+    tmp_path: Path, height: int | None, width: int | None, expected: tuple[int, int]
+) -> None:
+    pixels = np.zeros((1, 64, 96, 3), np.uint8)
+    pixels[:, :, 48:] = 255
+    write(tmp_path / "o.png", pixels, Fraction(1))
+    clip = read(tmp_path / "o.png", height=height, width=width)
+    assert clip.frames.shape[1:3] == expected
+    assert clip.source_size == (64, 96)
+    assert abs(clip.frames.mean() - 127.5) < 2  # the border between black and white is still in the middle
+
+
+def test_absurd_sizes_are_refused() -> None:
+    with pytest.raises(InputError, match="--height 99999 --width 177776: more than"):
+        read(CLIP, height=99_999)
+
+
+def test_rotation_is_undone(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "o.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv444p"
+        stream.set_display_rotation(90)
+        for pixels in bars():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        assert next(container.decode(video=0)).rotation == 90  # counterclockwise
+    clip = read(tmp_path / "o.mp4")
+    assert clip.frames.shape == (5, 96, 64, 3)
+    assert np.abs(clip.frames.astype(int) - np.rot90(bars(), axes=(1, 2))).mean() < 8
+
+
+def test_exif_orientation_is_undone(tmp_path: Path) -> None:
+    image = Image.fromarray(bars(1)[0])
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(tmp_path / "o.png", exif=exif)
+    assert np.array_equal(read(tmp_path / "o.png").frames[0], np.rot90(bars(1)[0], -1))
+
+
+def test_pixels_that_are_not_square_become_so(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "o.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for pixels in bars():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    assert read(tmp_path / "o.mp4").frames.shape == (5, 64, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("pixel_format", "codec"), [("yuv420p10le", "libx264"), ("yuv444p", "libx264"), ("gray", "ffv1"), ("bgra", "ffv1")]
+)
+def test_pixel_formats(tmp_path: Path, pixel_format: str, codec: str) -> None:
+    clip = read(make_video(tmp_path / "o.mkv", pixel_format, codec))
+    grey = bars().astype(float) @ [0.299, 0.587, 0.114]
+    expected = np.repeat(grey[..., None], 3, -1) if pixel_format == "gray" else bars()
+    assert np.abs(clip.frames[:, 60, 12::24].astype(int) - expected[:, 60, 12::24]).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "I;16"])
+def test_image_modes(tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8) * 2, (64, 1)))
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    image = wide if mode == "I;16" else grey.convert(mode)
+    path = tmp_path / ("o.tiff" if mode == "CMYK" else "o.png")
+    image.save(path)
+    clip = read(path)
+    assert clip.frames.shape == (1, 64, 96, 3)
+    tolerance = 255 if mode == "1" else 3
+    assert np.abs(clip.frames[0, :, :, 0].astype(int) - np.asarray(grey)).max() <= tolerance
+    assert clip.notes == (("the alpha channel is left out",) if mode in ("LA", "RGBA") else ())
+
+
+def test_animations_are_videos(tmp_path: Path) -> None:
+    first, *others = [Image.fromarray(pixels) for pixels in bars(3)]
+    first.save(tmp_path / "o.gif", save_all=True, append_images=others, duration=100)
+    assert len(read(tmp_path / "o.gif").frames) == 3
+
+
+def test_sound_is_left_out_and_said() -> None:
+    assert read(CLIP, frames=FrameRange(0, 1), height=36).notes == ("the sound is left out",)
+
+
+def png_of_claimed_size(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def no_frames(folder: Path, name: str) -> Path:
+    with av.open(str(folder / name), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height = 64, 64
+        container.start_encoding()
+    return folder / name
+
+
+def only_sound(folder: Path) -> Path:
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return folder / "sound.mp4"
+
+
+def content(folder: Path, data: bytes, name: str = "file.mp4") -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def cut_after_header(folder: Path) -> Path:
+    whole = make_video(folder / "whole.mp4", frames=30, movflags="faststart").read_bytes()
+    return content(folder, whole[:-200])
+
+
+BAD = {
+    "missing": (lambda folder: folder / "none.mp4", "does not exist"),
+    "a folder": (lambda folder: folder, "is a folder"),
+    "empty": (lambda folder: content(folder, b""), "is empty"),
+    "text": (lambda folder: content(folder, b"hello\n" * 50), "can't be read as an image or a video"),
+    "noise": (lambda folder: content(folder, random.Random(0).randbytes(5000)), "can't be read as an image or a video"),
+    "cut before the header": (
+        lambda folder: content(folder, CLIP.read_bytes()[:300_000]),
+        "can't be read as an image or a video .*cut short",
+    ),
+    "cut after the header": (cut_after_header, r"is broken at frame \d+ .*--frames 0:\d+"),
+    "image cut short": (
+        lambda folder: content(folder, (CLIP.parent / "coffee.png").read_bytes()[:9000]),
+        "can't read image .*truncated",
+    ),
+    "image without data": (lambda folder: content(folder, png_of_claimed_size(64, 64)), "can't read image"),
+    "image of claimed size": (lambda folder: content(folder, png_of_claimed_size(10_000, 10_000)), "claims"),
+    "image of absurd size": (lambda folder: content(folder, png_of_claimed_size(2**31 - 1, 2**31 - 1)), "claims"),
+    "no frames, mp4": (lambda folder: no_frames(folder, "none.mp4"), "has no video in it"),
+    "no frames, mkv": (lambda folder: no_frames(folder, "none.mkv"), "cut short"),
+    "only sound": (only_sound, "has no video in it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tmp_path: Path, name: str) -> None:
+    make, message = BAD[name]
+    path = make(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_remains_of_a_cut_file_can_be_read(tmp_path: Path) -> None:
+    path = cut_after_header(tmp_path)
+    with pytest.raises(InputError, match="is broken") as caught:
+        read(path)
+    wanted = FrameRange.parse(str(caught.value).rsplit(" ", 1)[1])
+    assert wanted.stop is not None
+    assert len(read(path, frames=wanted).frames) == wanted.stop > 5
+
+
+def test_pixel_modes_without_a_range_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "o.tiff")
+    with pytest.raises(InputError, match="mode F"):
+        read(tmp_path / "o.tiff")
+
+
+def test_large_videos_are_refused_by_their_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halovae.media.limits.MAX_FRAME_PIXELS", 64 * 95)
+    with pytest.raises(InputError, match="claims 96x64 pixels"):
+        media.inspect(make_video(tmp_path / "o.mp4"))
+
+
+def test_clips_that_fill_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halovae.media.reader.MAX_CLIP_BYTES", 100_000)
+    with pytest.raises(InputError, match="fewer with --frames"):
+        read(CLIP, height=72)
+
+
+def test_damaged_files_never_end_in_a_traceback(tmp_path: Path) -> None:
+    """Bytes flipped anywhere: frames or one line, nothing else."""
+    whole = make_video(tmp_path / "whole.mp4", frames=12, movflags="faststart").read_bytes()
+    refused: list[str] = []
+    for seed in range(60):
+        chance = random.Random(seed)
+        data = bytearray(whole)
+        # Half of the seeds hit the header, where sizes, counts and rates are.
+        for _ in range(chance.randint(1, 20)):
+            data[chance.randrange(len(data) if seed % 2 else 1200)] = chance.randrange(256)
+        try:
+            assert read(content(tmp_path, bytes(data))).frames.ndim == 4
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) > 5
+    assert not any("\n" in message for message in refused)
+
+
+class TestWriting:
+    def test_an_old_file_stays_until_the_new_one_is_whole(self, tmp_path: Path) -> None:
+        path = tmp_path / "o.mp4"
+        path.write_text("old")
+
+        def interrupt() -> None:
+            assert path.read_text() == "old"
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write(path, bars(), Fraction(25), interrupt)
+        assert path.read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
+        write(path, bars(), Fraction(25))
+        assert len(read(path).frames) == 5
+        assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
+
+    def test_what_is_being_written_can_be_removed(self, tmp_path: Path) -> None:
+        with files.atomic(tmp_path / "o.mp4") as draft:
+            draft.write_text("half")
+            files.remove_partial()
+            assert not draft.exists()
+            draft.write_text("whole")
+        assert (tmp_path / "o.mp4").read_text() == "whole"
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody can write")
+    @pytest.mark.parametrize("name", ["o.mp4", "o.png"])
+    def test_read_only_folder(self, name: str) -> None:
+        with pytest.raises(InputError, match=r"can't write .*/proc"):
+            files.check_output(Path("/proc") / name, media.SUFFIXES)
+        with pytest.raises(InputError, match=r"can't write .*/proc"):
+            write(Path("/proc") / name, bars(1), Fraction(25))
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / f".o.{os.getpid()}.part.mp4").symlink_to("/dev/full")
+        with pytest.raises(InputError, match="no space left"):
+            write(tmp_path / "o.mp4", bars(), Fraction(25))
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("o.avi", "must end with"), ("none/o.mp4", "does not exist"), ("folder.mp4", "is a folder")],
+    )
+    def test_output_is_checked_before_work(self, tmp_path: Path, name: str, message: str) -> None:
+        (tmp_path / "folder.mp4").mkdir()
+        with pytest.raises(InputError, match=message):
+            files.check_output(tmp_path / name, media.SUFFIXES)
