@@ -7,6 +7,7 @@ RANKS ?= 2
 .PHONY: demo test lint clean
 
 demo: $(READY)
+	mkdir -p out
 	$(VENV)/bin/halovae roundtrip media/bigbuckbunny.mp4 -o out/demo.mp4 --frames 108:125 --height 256 --width 448 \
 		--ranks $(RANKS) --compare
 

@@ -1,6 +1,6 @@
 """The README's table of VAEs, made from the table that the tests run over.
 
-    python tests/family_table.py --write
+python tests/family_table.py --write
 """
 
 from __future__ import annotations

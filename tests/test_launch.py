@@ -223,7 +223,7 @@ class TestRanks:
     def test_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "cores", lambda: 3)
         launch.check_ranks(6)
-        with pytest.raises(InputError, match="--ranks 7: this machine has 3 cores, which bear 6 ranks at most"):
+        with pytest.raises(InputError, match="--ranks 7: 6 at most, 2 for each core"):
             launch.check_ranks(7)
 
     def test_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,19 +10,22 @@ from tiles import CUTS, run, run_alone
 HALVES = [(name, half) for name, cut in CUTS.items() for half in ("encode", "decode") if getattr(cut, half)]
 
 
-def compare(rank: int, name: str, half: str) -> tuple[bool, int, set[int]]:
-    """Whether the bits are equal, how many chains there were, and which ranks ran them."""
+def in_tiles(rank: int, name: str, half: str) -> tuple[torch.Tensor, int, set[int], bool]:
+    """The tensor, the number of chains, the ranks that ran them, and whether diffusers gives the same bits."""
     cut = CUTS[name]
     vae = cut.build()
     picture = cut.picture(half)
     found, outcome = run(cut, vae, half, picture)
     schedule = outcome.plan.schedule
-    return torch.equal(found, run_alone(cut, vae, half, picture)), len(schedule.chains), set(schedule.owners)
+    alone = rank > 0 or torch.equal(found, run_alone(cut, vae, half, picture))
+    return found, len(schedule.chains), set(schedule.owners), alone
 
 
 @pytest.mark.parametrize(("name", "half"), HALVES)
 def test_three_ranks(three_ranks: Ranks, name: str, half: str) -> None:
-    for equal, chains, owners in three_ranks.run(compare, name, half):
-        assert chains == CUTS[name].tiles
+    results = three_ranks.run(in_tiles, name, half)
+    for found, chains, owners, equal in results:
+        assert chains == CUTS[name].chains(half)
         assert owners == {0, 1, 2}
         assert equal
+        assert torch.equal(found, results[0][0])

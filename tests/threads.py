@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 import torch
 
 from halovae.comm import Message, Traffic
+
+
+class PeerFailed(Exception):
+    """Sent by a rank that raised, so that the others don't wait for it."""
+
+
+def _received(queue: Queue[Any]) -> Any:
+    value = queue.get(timeout=20)
+    if isinstance(value, PeerFailed):
+        raise value
+    return value
 
 
 class ThreadPending:
@@ -18,7 +29,7 @@ class ThreadPending:
 
     def wait(self) -> None:
         for queue, buffer in self._receives:
-            tensor = queue.get(timeout=20)
+            tensor = _received(queue)
             assert tensor.shape == buffer.shape, f"expected {buffer.shape}, got {tensor.shape}"
             assert tensor.dtype == buffer.dtype
             buffer.copy_(tensor)
@@ -43,7 +54,7 @@ class ThreadComm:
     def all_gather_object(self, value: Any) -> list[Any]:
         for peer in range(self.size):
             self._queues[self.rank, peer].put(value)
-        return [self._queues[peer, self.rank].get(timeout=20) for peer in range(self.size)]
+        return [_received(self._queues[peer, self.rank]) for peer in range(self.size)]
 
 
 def run_threads(size: int, work: Callable[[ThreadComm], Any]) -> list[Any]:
@@ -58,12 +69,14 @@ def run_threads(size: int, work: Callable[[ThreadComm], Any]) -> list[Any]:
                 results[rank] = work(ThreadComm(rank, size, queues))
         except BaseException as error:
             errors[rank] = error
+            for peer in range(size):
+                queues[rank, peer].put(PeerFailed())
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for error in sorted((e for e in errors if e), key=lambda e: type(e).__name__ == "Empty"):
+    for error in sorted((e for e in errors if e), key=lambda e: isinstance(e, (PeerFailed, Empty))):
         raise error
     return results

@@ -20,6 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.errors import InputError
 
+Group = dist.ProcessGroup | DeviceMesh
+"""What callers name their ranks by; a mesh of one dimension."""
+
 Message = tuple[int, Tensor]
 
 
@@ -102,7 +105,8 @@ class SoloComm:
         self.post(sends, receives)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        assert not (sends or receives), "a group of one has no peers"
+        assert not sends, "a group of one has no peers"
+        assert not receives, "a group of one has no peers"
         return _Nothing()
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -189,7 +193,7 @@ class GroupComm:
         return gathered
 
 
-def connect(group: dist.ProcessGroup | DeviceMesh | None = None) -> Comm:
+def connect(group: Group | None = None) -> Comm:
     """The `Comm` of a process group, of a one-dimensional device mesh, or (None) of the world.
 
     Without an initialised torch.distributed the world is this one process.

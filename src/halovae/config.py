@@ -36,7 +36,7 @@ class Options:
         _one_of("gather", self.gather, GATHERS)
         if isinstance(self.axis, str):
             _one_of("axis", self.axis, AXES, "a (rows, columns) pair")
-        elif len(self.axis) != 2 or any(type(n) is not int or n < 1 for n in self.axis):
+        elif not isinstance(self.axis, tuple) or [type(n) is int and n > 0 for n in self.axis] != [True, True]:
             raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
-from halovae.comm import connect
+from halovae.comm import Group, connect
 from halovae.config import Axis, Options
 from halovae.errors import InputError
 from halovae.exact.mesh import Mesh
@@ -45,7 +43,7 @@ class Sharded(ShardMode):
         return map_tensors(lambda t: gather(self._mesh, t), value)
 
 
-def sharded(group: ProcessGroup | DeviceMesh | None = None, *, axis: Axis = "height") -> Sharded:
+def sharded(group: Group | None = None, *, axis: Axis = "height") -> Sharded:
     """A context manager that runs any modules on spatial shards, one per rank of the group.
 
     Args:

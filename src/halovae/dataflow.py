@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Origin = frozenset[int]
@@ -17,17 +16,21 @@ Origin = frozenset[int]
 class Dataflow(TorchDispatchMode):
     """Every operator that meets a meta tensor runs on meta tensors: it finds shapes, computes and allocates nothing.
 
+    Args:
+        known: results of operators by shapes of their arguments, which outlive this mode.
+
     Attributes:
         reads: ids of the followed tensors that operators read since it was cleared.
         draws: the random draws since it was cleared.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: dict[Any, Any]) -> None:
         super().__init__()
         self.reads: set[int] = set()
         self.draws: list[Draw] = []
         self._origins: dict[int, tuple[Tensor, Origin]] = {}
-        self._known: dict[Any, Any] = {}
+        self._known = known
+        self._makes: dict[Any, bool] = {}
 
     def follow(self, tensor: Tensor, origin: Origin) -> None:
         """Remember where a tensor comes from; the tensor is kept, so that its id stays its own."""
@@ -38,46 +41,69 @@ class Dataflow(TorchDispatchMode):
         return known[1] if known else Origin()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs or {}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kwargs = kwargs or {}
+        tensors = list(_tensors((args, kwargs)))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.draws.append(Draw(func, leaves, structure))
-        if not any(t.is_meta for t in tensors) and torch.device("meta") not in leaves:
-            return func(*args, **(kwargs or {}))
+            self.draws.append(Draw(func, args, kwargs))
+        if not any(t.is_meta for t in tensors) and str(kwargs.get("device")) != "meta":
+            return func(*args, **kwargs)
         self.reads.update(id(t) for t in tensors if id(t) in self._origins)
         origin = Origin().union(*(self.origin(t) for t in tensors))
-        result = self._on_meta(func, [_to_meta(leaf) for leaf in leaves], structure)
-        for tensor in tensor_leaves(result):
+        result = self._on_meta(func, _mapped(_to_meta, args), _mapped(_to_meta, kwargs))
+        for tensor in _tensors(result):
             self.follow(tensor, origin | self.origin(tensor))
         return result
 
-    def _on_meta(self, func: Any, leaves: list[Any], structure: Any) -> Any:
-        """Run an operator on meta tensors; one that makes new tensors only runs once for arguments of equal shapes."""
-        key = None
-        if all(value.alias_info is None for value in (*func._schema.arguments, *func._schema.returns)):
-            key = (func, structure, *map(_key, leaves))
-            if key in self._known:
-                return pytree.tree_map(_fresh, self._known[key])
-        args, kwargs = pytree.tree_unflatten(leaves, structure)
-        result = func(*args, **kwargs)
-        if key:
-            self._known[key] = result
-        return result
+    def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on meta tensors; one that only makes new tensors runs once for arguments of equal shapes."""
+        if func not in self._makes:
+            schema = func._schema
+            self._makes[func] = all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+        if not self._makes[func]:
+            return func(*args, **kwargs)
+        key = func, _key(args), _key(kwargs)
+        if key not in self._known:
+            self._known[key] = func(*args, **kwargs)
+            return self._known[key]
+        return _mapped(_fresh, self._known[key])
 
 
-def _key(leaf: Any) -> Any:
-    return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an operator's arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in cast("list[Any]", value):
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(cast("dict[str, Any]", value).values()))
 
 
-def _fresh(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """An operator's arguments or results with every leaf replaced."""
+    if isinstance(value, (list, tuple)):
+        items = [_mapped(function, item) for item in cast("list[Any]", value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {name: _mapped(function, item) for name, item in cast("dict[str, Any]", value).items()}
+    return function(value)
 
 
-def tensor_leaves(tree: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _key(value: Any) -> Any:
+    """What tells calls of an operator apart: shapes, not values of tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, cast("list[Any]", value)))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in cast("dict[str, Any]", value).items())
+    return type(value), value
+
+
+def _fresh(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
 
 
 def _to_meta(leaf: Any) -> Any:
@@ -86,7 +112,7 @@ def _to_meta(leaf: Any) -> Any:
         return torch.device("meta")
     if isinstance(leaf, torch.Generator):
         return None
-    return _fresh(leaf) if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
+    return leaf if isinstance(leaf, Tensor) and leaf.is_meta else _fresh(leaf)
 
 
 class Spec:
@@ -115,8 +141,10 @@ class Spec:
 
     def empty(self, device: torch.device | str) -> Tensor:
         """A new tensor, in the same memory order."""
-        flat = torch.empty([self.shape[d] for d in self.order], dtype=self.dtype, device=device)
-        return flat.permute([self.order.index(d) for d in range(len(self.order))])
+        strides, step = [0] * len(self.shape), 1
+        for dim in reversed(self.order):
+            strides[dim], step = step, step * max(1, self.shape[dim])
+        return torch.empty_strided(self.shape, strides, dtype=self.dtype, device=device)
 
     def zeros(self, device: torch.device | str) -> Tensor:
         """Zeros that take no memory: one element, seen everywhere."""
@@ -133,28 +161,38 @@ class Spec:
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """Dimensions from the slowest to the fastest; a tensor that is not dense counts as contiguous."""
+    natural = tuple(range(tensor.ndim))
     # A dimension of size 1 has an arbitrary stride; sorting is stable, so such ties keep the natural order.
-    order = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
-    return tuple(order) if tensor.permute(order).is_contiguous() else tuple(range(tensor.ndim))
+    order = sorted(natural, key=lambda dim: -tensor.stride(dim))
+    step = 1
+    for dim in reversed(order):
+        if tensor.shape[dim] > 1 and tensor.stride(dim) != step:
+            return natural
+        step *= max(1, tensor.shape[dim])
+    return tuple(order)
 
 
 class Draw:
     """One random draw: enough to make it again and throw it away, so that later draws come out the same."""
 
-    def __init__(self, func: Any, leaves: list[Any], structure: Any) -> None:
-        self._func, self._structure = func, structure
-        self._leaves = [Spec(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
+        self._func = func
+        self._args, self._kwargs = _mapped(_to_spec, args), _mapped(_to_spec, kwargs)
 
     def repeat(self, device: torch.device) -> None:
         def real(leaf: Any) -> Any:
             if isinstance(leaf, Spec):
                 return leaf.empty(device)
-            return device if leaf == torch.device("meta") else leaf
+            return device if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
 
-        args, kwargs = pytree.tree_unflatten(list(map(real, self._leaves)), self._structure)
-        self._func(*args, **kwargs)
+        self._func(*_mapped(real, self._args), **_mapped(real, self._kwargs))
+
+
+def _to_spec(leaf: Any) -> Any:
+    return Spec(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def repeat(draws: Iterable[Draw], device: torch.device) -> None:
+    """Make the draws that a network call would have made."""
     for draw in draws:
         draw.repeat(device)

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import IO
 
 from halovae.errors import InputError
-from halovae.watch import LAUNCHER_FD, REPORT_FD, Failure
+from halovae.watch import LAUNCHER_FD, REPORT_FD, Failure, restore_terminal
 
 PROGRAM = (sys.executable, "-m", "halovae")
 RANKS_PER_CORE = 2
@@ -85,7 +85,7 @@ def check_ranks(ranks: int) -> None:
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: give 1 or more")
     if ranks > limit:
-        raise InputError(f"--ranks {ranks}: this machine has {cores()} cores, which bear {limit} ranks at most")
+        raise InputError(f"--ranks {ranks}: {limit} at most, {RANKS_PER_CORE} for each core of this machine")
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, program: Sequence[str] = PROGRAM) -> int:
@@ -228,6 +228,8 @@ class _Group:
 
     def verdict(self) -> int:
         """Say what went wrong, and the exit code that says it too."""
+        if self.interrupted_by or self._failed_first:
+            restore_terminal()
         if self.interrupted_by:
             sys.stderr.write("halovae: interrupted\n")
             return 128 + self.interrupted_by

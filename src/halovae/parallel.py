@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
-from halovae.comm import Comm, Traffic, connect
+from halovae.comm import Comm, Group, Traffic, connect
 from halovae.config import Axis, CallReport, Options
-from halovae.errors import DisagreementError, HalovaeError, InputError, RankFailedError
+from halovae.errors import DisagreementError, InputError, RankFailedError
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import is_picture, run_on_group
 from halovae.memory import PeakMemory
@@ -25,7 +25,7 @@ from halovae.verify import compression, make_probe, verify
 
 def parallelize(
     vae: Any,
-    group: ProcessGroup | DeviceMesh | None = None,
+    group: Group | None = None,
     *,
     mode: str = "exact",
     axis: Axis = "auto",
@@ -60,11 +60,12 @@ def parallelize(
         >>> halovae.parallelize(pipe)
         >>> video = pipe(image=image, prompt=prompt).frames[0]
     """
-    options = Options(mode=mode, axis=axis, size=size, gather=gather, verify=verify)
-    target = Target(vae)
     comm = connect(group)
-    options.check_ranks(comm.size)
-    _agree(comm, {"options": options, "VAE": target.name, "weights": target.digest()})
+    with _together(comm) as said:
+        options = Options(mode=mode, axis=axis, size=size, gather=gather, verify=verify)
+        options.check_ranks(comm.size)
+        target = Target(vae)
+        said.update({"options": options, "VAE": target.name, "weights": target.digest()})
     return Handle(target, comm, options)
 
 
@@ -82,6 +83,7 @@ class Handle:
         self._verified: set[tuple[str, tuple[int, int]]] = set()
         self._ratio: int | None = None
         self._calls = 0
+        self._running = False
         for half, original in target.originals.items():
             target.replace(half, functools.wraps(original)(functools.partial(self._call, half)))
 
@@ -113,10 +115,16 @@ class Handle:
 
     def _call(self, half: str, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
-            pictures = [value for value in (*args, *kwargs.values()) if is_picture(value)]
-            self._check(half, pictures)
-            with torch.no_grad():
-                return self._run(half, pictures[0], args, kwargs)
+            if self._running:  # a half that calls a half: it is in shards already
+                return self._target.originals[half](*args, **kwargs)
+            self._running, started = True, time.perf_counter()
+            try:
+                self._comm.traffic = Traffic()
+                picture = self._agree_on_call(half, args, kwargs)
+                with torch.no_grad():
+                    return self._run(half, picture, args, kwargs, started)
+            finally:
+                self._running = False
 
     def _check(self, half: str, pictures: list[Tensor]) -> None:
         if not pictures:
@@ -125,11 +133,8 @@ class Handle:
             raise InputError(f"{half} got an empty tensor of shape {tuple(pictures[0].shape)}")
         self._target.check_no_gradients(pictures)
 
-    def _run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._comm.traffic = Traffic()
-        memory, started = PeakMemory(picture.device), time.perf_counter()
-        self._agree_on_call(half, args, kwargs)
-        agreed = time.perf_counter()
+    def _run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], started: float) -> Any:
+        memory, agreed = PeakMemory(picture.device), time.perf_counter()
         plan = self._plan(half, picture)
         self._verify_once(half, plan, args, kwargs)
         probed, traffic = time.perf_counter(), self._comm.traffic
@@ -147,10 +152,15 @@ class Handle:
         )  # fmt: skip
         return outcome.result
 
-    def _agree_on_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _agree_on_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Check that the call can be run, and is the same, on every rank; returns the picture to cut."""
         self._calls += 1
-        shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
-        _agree(self._comm, {"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
+        with _together(self._comm) as said:
+            pictures = [value for value in (*args, *kwargs.values()) if is_picture(value)]
+            self._check(half, pictures)
+            shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
+            said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
+        return pictures[0]
 
     def _plan(self, half: str, picture: Tensor) -> ShardPlan:
         ratio = 1
@@ -165,20 +175,11 @@ class Handle:
         """The first time a half runs on a grid of this shape; every rank learns how it ended."""
         if not self._options.verify or plan.shape == (1, 1) or (half, plan.shape) in self._verified:
             return
-        problem: HalovaeError | None = None
-        if self._comm.rank < plan.shape[0] * plan.shape[1]:
-            try:
+        with _together(self._comm):
+            if self._comm.rank < plan.shape[0] * plan.shape[1]:
                 ratio = self._ratio if half == "encode" and self._ratio else 1
                 probe = make_probe(plan.shape, ratio, args, kwargs)
                 verify(Mesh(self._comm, plan.shape), self._target, half, probe)
-            except HalovaeError as error:
-                problem = error
-        failures = self._comm.all_gather_object(str(problem) if problem else None)
-        if problem:
-            raise problem
-        for rank, message in enumerate(failures):
-            if message:
-                raise RankFailedError(rank, message)
         self._verified.add((half, plan.shape))
 
 
@@ -188,13 +189,33 @@ def _described(value: Any) -> str:
     return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
 
 
-def _agree(comm: Comm, said: dict[str, Any]) -> None:
-    """Check that every rank says the same.
+@contextmanager
+def _together(comm: Comm) -> Iterator[dict[str, Any]]:
+    """A step that ends alike on all ranks: what goes wrong on one is raised on each, what they say must be the same.
+
+    Yields:
+        An empty dict; what a rank puts in is compared with the others'.
 
     Raises:
+        RankFailedError: on the ranks on which nothing was wrong.
         DisagreementError: on all ranks, with both values.
     """
-    everyone = comm.all_gather_object({name: str(value) for name, value in said.items()})
+    said: dict[str, Any] = {}
+    problem: Exception | None = None
+    try:
+        yield said
+    except Exception as error:
+        problem = error
+    everyone = comm.all_gather_object((problem and str(problem), {name: str(value) for name, value in said.items()}))
+    if problem:
+        raise problem
+    for rank, (message, _) in enumerate(everyone):
+        if message is not None:
+            raise RankFailedError(rank, message)
+    _compare([other for _, other in everyone])
+
+
+def _compare(everyone: list[dict[str, str]]) -> None:
     for rank, other in enumerate(everyone):
         for name, value in other.items():
             if value != everyone[0].get(name):

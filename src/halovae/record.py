@@ -1,6 +1,6 @@
 """What a VAE asks of its network: its own method runs with a stand-in for `vae.encoder` or `vae.decoder`.
 
-`record` finds the calls, on shapes alone. Afterwards any stand-in may answer them: one that runs some of the calls,
+A `Recorder` finds the calls, on shapes alone. Afterwards any stand-in may answer them: one that runs some of the calls,
 one that hands out results made elsewhere. Crop, blend and clamp stay the VAE's own code throughout.
 """
 
@@ -78,25 +78,38 @@ class Recording:
     result: Any
 
 
-def record(vae: nn.Module, half: str, method: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-    """Run the VAE's own method on shapes alone and note the network calls it makes.
+class Recorder:
+    """Notes the network calls that one half of a VAE makes.
 
     Args:
-        vae: the VAE; afterwards it is as before.
+        vae: the VAE; after a recording it is as before.
         half: "encode" or "decode".
         method: the VAE's own method of that half.
-        args: its arguments; tensors count by shape only.
-        kwargs: likewise.
-
-    Raises:
-        TilingError: what the network gets depends on what it gave before.
     """
-    listener = _Listener(getattr(vae, NETWORKS[half]))
-    args, kwargs = _on_meta(args), _on_meta(kwargs)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), listener.state.kept():
-        with answering(vae, half, listener), listener.flow:
-            result = method(*args, **kwargs)
-    return Recording(listener.finish(result), result)
+
+    def __init__(self, vae: nn.Module, half: str, method: Function) -> None:
+        self._vae, self._half, self._method = vae, half, method
+        self._state = ModuleState(getattr(vae, NETWORKS[half]))
+        self._effects: dict[Any, _Effect] = {}
+        self._known: dict[Any, Any] = {}
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+        """Run the VAE's own method on shapes alone.
+
+        Args:
+            args: its arguments; tensors count by shape only.
+            kwargs: likewise.
+
+        Raises:
+            TilingError: what the network gets depends on what it gave before.
+        """
+        network = getattr(self._vae, NETWORKS[self._half])
+        listener = _Listener(network, self._state, self._effects, Dataflow(self._known))
+        args, kwargs = _on_meta(args), _on_meta(kwargs)
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, self._state.kept(), answering(self._vae, self._half, listener), listener.flow:
+            result = self._method(*args, **kwargs)
+        return Recording(listener.finish(result), result)
 
 
 def _on_meta(value: Any) -> Any:
@@ -162,19 +175,19 @@ class _Heard:
 class _Listener:
     """Answers calls with results on the meta device, and notes what depends on what."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.flow = Dataflow()
-        self.state = ModuleState(network)
-        self._network = network
+    def __init__(
+        self, network: nn.Module, state: ModuleState, effects: dict[Any, _Effect], flow: Dataflow
+    ) -> None:
+        self.flow = flow
+        self._network, self._state, self._effects = network, state, effects
         self._heard: list[_Heard] = []
-        self._effects: dict[Any, _Effect] = {}
         self._results: dict[int, tuple[int, int]] = {}
         self._caches: set[int] = set()
         self._fed: set[tuple[int, int]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._note_use(self.flow.reads)
-        state = self.state.changed()
+        state = self._state.changed()
         before, structure = pytree.tree_flatten((args, kwargs, state))
         key = (structure, tuple((type(leaf), _described(leaf)) for leaf in before))
         if key not in self._effects:
@@ -197,7 +210,7 @@ class _Listener:
 
         read = tuple(place for leaf, place in places.items() if leaf in self.flow.reads)
         self.flow.reads.clear()
-        after = described((args, kwargs, self.state.changed()))
+        after = described((args, kwargs, self._state.changed()))
         return _Effect(described(result), after, read, tuple(self.flow.draws))
 
     def _apply(self, effect: _Effect, args: Any, kwargs: Any, before: list[Any]) -> Any:
@@ -215,7 +228,7 @@ class _Listener:
 
         new_args, new_kwargs, new_state = pytree.tree_unflatten(list(map(made, effect.after[0])), effect.after[1])
         refill((args, kwargs), (new_args, new_kwargs))
-        self.state.set(new_state)
+        self._state.set(new_state)
         leaves = list(map(made, effect.result[0]))
         self._results.update({id(leaf): (index, i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)})
         return pytree.tree_unflatten(leaves, effect.result[1])

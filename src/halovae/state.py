@@ -38,7 +38,7 @@ class ModuleState:
         return {place: value for place, value in self._now().items() if value is not base.get(place, _MISSING)}
 
     def set(self, values: dict[Place, Any]) -> None:
-        """Change exactly these attributes; the others are as at the beginning."""
+        """Change exactly these attributes; the others become what they were at first."""
         for place in self._now().keys() | self._base.keys():
             value = values.get(place, self._base.get(place, _MISSING))
             attributes, name = self._modules[place[0]].__dict__, place[1]
@@ -49,11 +49,12 @@ class ModuleState:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """After it, all attributes are as at the beginning."""
+        """After it, all attributes are as before it."""
+        before = self.changed()
         try:
             yield
         finally:
-            self.set({})
+            self.set(before)
 
 
 def refill(old: Any, new: Any) -> Any:

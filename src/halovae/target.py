@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from halovae.errors import InputError, NotExactError
 
 HALVES = ("encode", "decode")
+_OURS = "_halovae_call"
 _MODULES = {"encode": "encoder", "decode": "decoder"}
 
 Call = Callable[..., Any]
@@ -38,8 +39,9 @@ class Target:
         self._places = {half: place for half in HALVES if (place := self._find(half))}
         if not self._places:
             raise InputError(f"{self.name} has no encode, decode, encoder or decoder: it is not a VAE")
-        if any(name in owner.__dict__ for owner, name in self._places.values()):
+        if any(hasattr(getattr(owner, name), _OURS) for owner, name in self._places.values()):
             raise InputError(f"{self.name} is parallelized already: call restore() on its handle first")
+        self._own = {half: owner.__dict__.get(name) for half, (owner, name) in self._places.items()}
         self.originals: dict[str, Call] = {h: getattr(owner, name) for h, (owner, name) in self._places.items()}
 
     def _find(self, half: str) -> tuple[nn.Module, str] | None:
@@ -50,11 +52,16 @@ class Target:
 
     def replace(self, half: str, call: Call) -> None:
         owner, name = self._places[half]
+        setattr(call, _OURS, True)
         owner.__dict__[name] = call
 
     def restore(self) -> None:
-        for owner, name in self._places.values():
-            owner.__dict__.pop(name, None)
+        """Put back what the instance had: nothing, or what compilers and hooks had put there."""
+        for half, (owner, name) in self._places.items():
+            if hasattr(owner.__dict__.get(name), _OURS):
+                owner.__dict__.pop(name)
+                if self._own[half] is not None:
+                    owner.__dict__[name] = self._own[half]
 
     def check_no_gradients(self, tensors: list[Tensor]) -> None:
         """Refuse to run where the un-parallel VAE would record a graph.
@@ -104,7 +111,9 @@ class Target:
             names.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
             if not tensor.is_meta:
                 sums.append(_bit_sum(tensor))
-        settings = {k: v for k, v in dict(getattr(self.vae, "config", {})).items() if not k.startswith("_")}
+        config = getattr(self.vae, "config", None)
+        settings = dict(config) if isinstance(config, Mapping) else {}
+        settings = {name: value for name, value in settings.items() if not str(name).startswith("_")}
         config = json.dumps(settings, default=str, sort_keys=True)
         values = [total for group in _by_device(sums) for total in torch.stack(group).cpu().tolist()]
         return hashlib.sha256("\n".join([config, *names, *map(str, values)]).encode()).hexdigest()

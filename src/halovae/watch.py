@@ -12,6 +12,7 @@ import json
 import os
 import select
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -108,6 +109,12 @@ def guarded() -> Iterator[None]:
         os.close(wakeup_read)
 
 
+def restore_terminal() -> None:
+    """Clear the line and show the cursor: a progress bar that was cut off has hidden it."""
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\r\x1b[K\x1b[?25h")
+
+
 def _raise(signum: int, frame: FrameType | None) -> None:
     # A second Ctrl-C must not interrupt the clean-up that the first one began.
     for each in _SIGNALS:
@@ -131,5 +138,6 @@ def _watch(wakeup: int, over: threading.Event) -> None:
             continue
         if not over.wait(GRACE):
             remove_partial()
+            restore_terminal()
             os._exit(128 + received[0])
         return

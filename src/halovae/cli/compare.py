@@ -67,7 +67,7 @@ def differences(one: Result, other: Result) -> dict[str, float]:
 
 def text(ranks: int, source: NDArray[np.uint8], parallel: Result, alone: Result, found: dict[str, float]) -> str:
     """The table that `--compare` prints."""
-    rows = [("", f"{ranks} rank{'s' * (ranks != 1)}", "un-parallel", "ratio")]
+    rows = [("", f"{ranks} rank{'s' * (ranks != 1)}", "un-parallel", "speed-up")]
     for name in ("encode", "decode"):
         mine, other = getattr(parallel, name).seconds, getattr(alone, name).seconds
         rows.append((name, f"{mine:.2f} s", f"{other:.2f} s", f"{other / mine:.2f}x"))

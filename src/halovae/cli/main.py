@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -15,6 +15,9 @@ from halovae.cli.doctor import doctor
 from halovae.cli.encode import encode
 from halovae.cli.roundtrip import roundtrip
 from halovae.watch import Interrupted, failure_of, report
+
+# Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="halovae",
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = typer.main.get_command(app).main(words, prog_name="halovae", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0
-    except typer.TyperException as error:  # Wrong flags.
+    except _UsageError as error:
         return _complain(" ".join(error.format_message().split()), error.exit_code)
     except KeyboardInterrupt as error:
         if launch.place() is None:  # A rank's launcher says it, once for all.

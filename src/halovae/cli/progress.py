@@ -29,7 +29,8 @@ class Stages:
             return
         columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(name, total=steps)
+            # One step is all or nothing: then a bar that moves says more than one that stays empty.
+            task = progress.add_task(name, total=None if steps == 1 else steps)
             yield lambda: progress.advance(task)
 
     def note(self, text: str) -> None:

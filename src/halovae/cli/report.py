@@ -50,8 +50,13 @@ def described(session: Session, loaded: Loaded, shards: tuple[int, int]) -> str:
     """One line on what ran where."""
     ranks = session.group.size
     cut = f", cut {shards[0]}x{shards[1]}" if ranks > 1 else ""
+    idle = ranks - shards[0] * shards[1]
+    cut += f" ({idle} had nothing to do)" if idle else ""
     dtype = str(session.dtype).removeprefix("torch.")
-    return f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {_ranks(ranks)} on {session.device.type}{cut}"
+    where = session.device.type
+    if where == "cpu":
+        where += f", {session.threads} thread{'s' * (session.threads != 1)} each"
+    return f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {_ranks(ranks)} on {where}{cut}"
 
 
 def clip_line(fit: Fit, fps: Any) -> str:
@@ -68,6 +73,7 @@ def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]
         "ranks": session.group.size,
         "device": session.device.type,
         "dtype": str(session.dtype).removeprefix("torch."),
+        "threads_per_rank": session.threads,
         "sizes": vars(fit).copy(),
         "seconds": dict(session.seconds),
         "per_rank": ranks,

@@ -67,6 +67,11 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
+    def threads(self) -> int:
+        """Threads of this rank, for the un-parallel run of a comparison too."""
+        return torch.get_num_threads()
+
+    @property
     def is_first(self) -> bool:
         return self.group.rank == 0
 

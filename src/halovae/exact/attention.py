@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.errors import NotExactError
-from halovae.exact.halo import gather_dim, own
+from halovae.exact.halo import gather_dim, own, own_part
 from halovae.exact.layout import (
     AxisFactor,
     Dim,
+    GatheredFactor,
     Layout,
     axes_in,
     broadcast,
     is_sharded,
-    is_transposed,
     layout_of,
     mark,
     plain,
@@ -135,29 +135,33 @@ def _product(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
         return _partial_product(mesh, func, left, right, a, b)
     if any(inner):
         left, right = gathered(mesh, left, -1), gathered(mesh, right, -2)
-    if a and b and is_sharded(a.dims[-2]) and is_sharded(b.dims[-1]):
-        # Keys arrive transposed; they are the ones to gather, so that the queries stay local.
-        left, right = (gathered(mesh, left, -2), right) if is_transposed(left) else (left, gathered(mesh, right, -1))
+    columns = b.dims[-1] if b else plain(right.shape[-1])
+    if a and is_sharded(a.dims[-2]) and is_sharded(columns):
+        right = gathered(mesh, right, -1)
+        columns = (GatheredFactor(right.shape[-1], columns),)
     if left.shape[-1] != right.shape[-2]:
         raise NotExactError("a sharded factor meets one that is not the size of the whole picture")
     result = func(left, right)
-    return mark(result, _product_layout(left, right, result))
+    rows = a.dims[-2] if a else plain(left.shape[-2])
+    return mark(result, _batch_layout(left, right, result, rows, columns))
 
 
 def _partial_product(mesh: Mesh, func: Any, left: Tensor, right: Tensor, a: Layout, b: Layout) -> Tensor:
-    """Both factors are cut along the summed dimension: each rank has part of the sum."""
+    """Both factors are cut along the summed dimension: each rank has part of the sum.
+
+    Rows or columns that were gathered for an earlier product, as queries are in `values @ (keys.T @ queries)`, are cut
+    again.
+    """
     if a.dims[-1] != b.dims[-2] or is_sharded(a.dims[-2]) or is_sharded(b.dims[-1]):
         raise NotExactError("the factors of a product are cut differently")
-    (left, a), (right, b) = own(mesh, left, a), own(mesh, right, b)
+    left, right = mark(*own(mesh, left, a)), mark(*own(mesh, right, b))
     total = sum_over_ranks(mesh, func(left, right), axes_in(a.dims[-1:]))
-    return mark(total, _batch_layout(left, right, total, plain(left.shape[-2]), plain(right.shape[-1])))
-
-
-def _product_layout(left: Tensor, right: Tensor, result: Tensor) -> Layout:
-    a, b = layout_of(left), layout_of(right)
-    rows = a.dims[-2] if a else plain(left.shape[-2])
-    columns = b.dims[-1] if b else plain(right.shape[-1])
-    return _batch_layout(left, right, result, rows, columns)
+    sides: list[Dim] = []
+    for dim, (factor, *_) in ((-2, a.dims[-2]), (-1, b.dims[-1])):
+        if isinstance(factor, GatheredFactor):
+            total = own_part(mesh, total, dim, factor.shards)
+        sides.append(factor.shards if isinstance(factor, GatheredFactor) else plain(total.shape[dim]))
+    return mark(total, _batch_layout(left, right, total, *sides))
 
 
 def _batch_layout(left: Tensor, right: Tensor, result: Tensor, rows: Dim, columns: Dim) -> Layout:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halovae.errors import NotExactError
-from halovae.exact.layout import AxisFactor, Factor, Layout, length, mark, require_axis
+from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.geometry import Cut, Extent, covering, cut_at, missing, overlap
 
@@ -103,6 +103,17 @@ def gather_dim(mesh: Mesh, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
         split = split.replace(dim + offset, (Factor(factor.cut.size),))
     merged = layout.replace(dim, (Factor(prod(tensor.shape[dim : dim + len(factors)])),))
     return mark(tensor.reshape(merged.shape), merged)
+
+
+def own_part(mesh: Mesh, tensor: Tensor, dim: int, factors: Dim) -> Tensor:
+    """This rank's part of a dimension that every rank has whole and that consists of these factors."""
+    dim %= tensor.ndim
+    tensor = tensor.unflatten(dim, [global_length((factor,)) for factor in factors])
+    for place, factor in enumerate(factors, start=dim):
+        if isinstance(factor, AxisFactor):
+            low, high = factor.cut.extents[mesh.part(factor.axis)]
+            tensor = tensor.narrow(place, low, high - low)
+    return tensor.flatten(dim, dim + len(factors) - 1)
 
 
 def _is_present(layout: Layout, dim: int, needs: tuple[Extent, ...]) -> bool:
@@ -231,7 +242,7 @@ def _fill_outside(buffer: Tensor, dim: int, valid: list[Extent], fill: Fill) -> 
 def _new_like(tensor: Tensor, shape: list[int]) -> Tensor:
     """An uninitialised tensor of another shape in the same memory format."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = formats.get(tensor.ndim, torch.contiguous_format)
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=memory_format):
-        memory_format = torch.contiguous_format
+    # A shard may lie in memory with gaps; that its channels are next to each other is what counts.
+    channels_last = tensor.ndim in formats and tensor.shape[1] > 1 and tensor.stride(1) == 1
+    memory_format = formats[tensor.ndim] if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)

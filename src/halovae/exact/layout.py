@@ -35,6 +35,13 @@ class AxisFactor(Factor):
     cut: Cut
 
 
+@dataclass(frozen=True)
+class GatheredFactor(Factor):
+    """All positions of a dimension that was cut, which every rank has for one product; `shards` is what it was."""
+
+    shards: tuple[Factor, ...]
+
+
 Dim = tuple[Factor, ...]
 
 
@@ -104,7 +111,6 @@ def global_length(dim: Dim) -> int:
 
 _ATTRIBUTE = "_halovae_layout"
 _UNIFORM = "_halovae_uniform"
-_TRANSPOSED = "_halovae_transposed"
 
 
 def layout_of(value: object) -> Layout | None:
@@ -112,11 +118,21 @@ def layout_of(value: object) -> Layout | None:
     return getattr(value, _ATTRIBUTE, None) if isinstance(value, Tensor) else None
 
 
+def require_rows(cut: Cut) -> None:
+    """Check that no part is so thin that its size is ambiguous; the same answer on every rank.
+
+    Raises:
+        NotExactError: one is.
+    """
+    if narrowest(cut) < MIN_ROWS:
+        raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
+
+
 def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Attach a layout (None, or one without sharded dimensions: none) and return the tensor."""
     if layout is not None and layout.sharded_dims:
-        if any(isinstance(f, AxisFactor) and narrowest(f.cut) < MIN_ROWS for dim in layout.dims for f in dim):
-            raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
+        for factor in (f for dim in layout.dims for f in dim if isinstance(f, AxisFactor)):
+            require_rows(factor.cut)
         if layout.shape != tuple(tensor.shape):
             raise NotExactError(f"its result has the shape {tuple(tensor.shape)} where the shard's is {layout.shape}")
         setattr(tensor, _ATTRIBUTE, layout)
@@ -136,15 +152,6 @@ def mark_uniform(tensor: Tensor) -> Tensor:
     """Say that all elements are equal, so the tensor may stand for a sharded one of its shape."""
     setattr(tensor, _UNIFORM, _Blank())
     return tensor
-
-
-def mark_transposed(tensor: Tensor) -> None:
-    """Remember that the last two dimensions were just swapped, as keys are before their product with queries."""
-    setattr(tensor, _TRANSPOSED, True)
-
-
-def is_transposed(tensor: Tensor) -> bool:
-    return getattr(tensor, _TRANSPOSED, False)
 
 
 def unmark_uniform(tensor: Tensor) -> None:
@@ -248,7 +255,8 @@ def broadcast(layouts: Sequence[tuple[Layout | None, tuple[int, ...]]], shape: S
         present = [_dim_at(layout, own, position) for layout, own in layouts]
         sharded = [dim for dim in present if is_sharded(dim)]
         if not sharded:
-            dims.append(plain(shape[position]))
+            remembered = (dim for dim in present if isinstance(dim[0], GatheredFactor))
+            dims.append(next(remembered, plain(shape[position])))
             continue
         if any(dim != sharded[0] for dim in sharded):
             raise NotExactError(f"operands are cut differently: {sharded[0]} and {sharded[1:]}")

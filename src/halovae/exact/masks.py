@@ -88,8 +88,8 @@ def remember_runs(func: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: dict
 @rule(torch.meshgrid)
 def meshgrid(mesh: Mesh, func: Any, *tensors: Any, **kwargs: Any) -> Any:
     vectors = list(tensors[0]) if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else list(tensors)
-    runs = [getattr(vector, _RUNS, None) for vector in vectors]
-    if len(vectors) != 2 or any(run is None for run in runs) or vectors[0].shape != vectors[1].shape:
+    runs = [run for vector in vectors if (run := getattr(vector, _RUNS, None))]
+    if len(vectors) != 2 or len(runs) != 2 or vectors[0].shape != vectors[1].shape:
         return func(*tensors, **kwargs)
     size = runs[0][1]
     tables = func(*(run[0] for run in runs), **kwargs)

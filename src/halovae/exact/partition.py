@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halovae.errors import NotExactError
-from halovae.exact.halo import extend, own
+from halovae.exact.halo import extend, gather_dim, own
 from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.geometry import Extent, cut_at
@@ -52,18 +52,26 @@ def gather(mesh: Mesh, tensor: Tensor, first_only: bool = False) -> Tensor:
     layout = layout_of(tensor)
     if layout is None:
         return tensor
-    tensor, layout = own(mesh, tensor, layout)
-    shard = tensor
-    for dim in sorted(layout.sharded_dims, key=lambda dim: require_axis(layout, dim).axis):
-        factor = require_axis(layout, dim)
-        if first_only and any(mesh.part(axis) for axis in range(factor.axis)):
+    if first_only:
+        return _gather_first(mesh, *own(mesh, tensor, layout))
+    for dim in layout.sharded_dims:
+        tensor = gather_dim(mesh, tensor, layout, dim)
+        layout = layout.replace(dim, plain(tensor.shape[dim]))
+    return tensor
+
+
+def _gather_first(mesh: Mesh, shard: Tensor, layout: Layout) -> Tensor:
+    """Along the first axis to the ranks at its beginning, then among those along the second one."""
+    tensor = shard
+    factors = [(require_axis(layout, dim), dim) for dim in layout.sharded_dims]
+    for factor, dim in sorted(factors, key=lambda pair: pair[0].axis):
+        if any(mesh.part(axis) for axis in range(factor.axis)):
             break
-        whole = (0, factor.cut.size)
-        needs = [whole if part == 0 or not first_only else factor.cut.owned(part) for part in range(factor.cut.parts)]
+        needs = [(0, factor.cut.size), *factor.cut.extents[1:]]
         tensor = extend(mesh, tensor, layout, {dim: tuple(needs)})
-        if not first_only or mesh.part(factor.axis) == 0:
+        if mesh.part(factor.axis) == 0:
             layout = layout.replace(dim, plain(factor.cut.size))
-    return _unmarked(shard if first_only and any(mesh.coordinates) else tensor)
+    return _unmarked(shard if any(mesh.coordinates) else tensor)
 
 
 def own_rows(mesh: Mesh, tensor: Tensor) -> Tensor:

@@ -41,9 +41,16 @@ def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str,
 
     with ShardMode(mesh):
         result = call(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
-    if mesh.size > 1 and layout_of(first_tensor(result)) is None:
-        raise NotExactError("the network's result lost track of its shards: an operation left torch")
+    if mesh.size > 1:
+        first_tensor(result)  # there is one
+        map_tensors(_check_tracked, result)
     return result
+
+
+def _check_tracked(tensor: Tensor) -> Tensor:
+    if is_picture(tensor) and tensor.shape[-2:] != (1, 1) and layout_of(tensor) is None:
+        raise NotExactError("the network's result lost track of its shards: an operation left torch")
+    return tensor
 
 
 def _scaled(bounds: Bounds, picture: Tensor) -> Bounds:

@@ -70,6 +70,9 @@ class ShardSize(int):
     __lt__, __le__ = _in_picture(operator.lt), _in_picture(operator.le)
     __gt__, __ge__ = _in_picture(operator.gt), _in_picture(operator.ge)
 
+    def __divmod__(self, other: int) -> tuple[int, int]:
+        return self // other, self % other
+
     def __neg__(self) -> ShardSize:
         return ShardSize(-int(self), -self.whole)
 

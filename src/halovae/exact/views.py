@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from halovae.exact.layout import (
     layout_of,
     length,
     mark,
-    mark_transposed,
     merge_factors,
     permuted,
     plain,
@@ -32,7 +32,7 @@ from halovae.exact.sizes import whole
 from halovae.geometry import divides
 
 
-@rule(*named("flatten", "unflatten", "squeeze", "unsqueeze", "ravel"))
+@rule(*named("flatten", "squeeze", "unsqueeze", "ravel"))
 def regroup(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
@@ -50,12 +50,32 @@ def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
         sizes = tuple(sizes[0])
     if not all(isinstance(size, int) for size in sizes):
         raise NotExactError("a view as another dtype")
-    result = tensor.reshape(sizes)  # a shard may lie in memory with gaps where the whole does not
-    after = reshaped(layout, tuple(result.shape))
-    for size, dim in zip(sizes, after.dims, strict=True):
+    result = _viewed(Tensor.reshape, tensor, sizes)  # a shard may lie in memory with gaps where the whole does not
+    return mark(result, _checked(reshaped(layout, tuple(result.shape)), 0, sizes))
+
+
+@rule(*named("unflatten"))
+def unflatten(mesh: Mesh, func: Any, tensor: Tensor, dim: int, sizes: Any) -> Any:
+    layout = layout_of(tensor)
+    if layout is None:
+        return keep_uniform(func(tensor, dim, sizes), tensor)
+    result = _viewed(func, tensor, dim, sizes)
+    return mark(result, _checked(reshaped(layout, tuple(result.shape)), dim % tensor.ndim, sizes))
+
+
+def _viewed(func: Any, tensor: Tensor, *args: Any) -> Tensor:
+    try:
+        return func(tensor, *args)
+    except RuntimeError as error:
+        raise NotExactError(f"the picture may be viewed so, its shard {tuple(tensor.shape)} not: {error}") from None
+
+
+def _checked(layout: Layout, first: int, sizes: Sequence[int]) -> Layout:
+    """The layout of a view, whose dimensions from `first` on were given these sizes."""
+    for size, dim in zip(sizes, layout.dims[first:], strict=False):
         if size != -1 and whole(size) != global_length(dim):
             raise NotExactError(f"a view asks for {whole(size)} positions where the picture has {global_length(dim)}")
-    return mark(result, after)
+    return layout
 
 
 @rule(*named("reshape_as", "view_as"))
@@ -79,8 +99,6 @@ def permute(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
     # A tensor whose sizes are their own positions tells where each dimension went.
     probe = func(torch.empty(tuple(range(2, tensor.ndim + 2)), device="meta"), *args, **kwargs)
     order = [size - 2 for size in probe.shape]
-    if order[-2:] == [tensor.ndim - 1, tensor.ndim - 2]:
-        mark_transposed(result)
     return mark(result, permuted(layout, order))
 
 

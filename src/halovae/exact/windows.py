@@ -11,11 +11,11 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import ZEROS, Fill, extend, own, recut
-from halovae.exact.layout import Layout, global_length, is_sharded, layout_of, mark, plain, require_axis
+from halovae.exact.layout import Layout, global_length, is_sharded, layout_of, mark, plain, require_axis, require_rows
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import rule
 from halovae.exact.sizes import whole
-from halovae.geometry import Cut, Window, coarsen, divides, padded, refine, transposed_window, window
+from halovae.geometry import Cut, Extent, Window, coarsen, divides, padded, refine, transposed_window, window
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -46,7 +46,7 @@ def convolution(
         dim: window(cut, *geometry[dim - layout.ndim])
         for dim, cut in _spatial_cuts(layout, n, [g == (1, 1, 0, 1) for g in geometry]).items()
     }
-    tensor = extend(mesh, tensor, layout, {dim: w.needs for dim, w in windows.items()})
+    tensor = extend(mesh, tensor, layout, _needs(windows))
     rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(_each(padding, n))]
     result = func(tensor, weight, bias, stride, rest, dilation, groups)
     return mark(result, _window_layout(mesh, layout, windows, result))
@@ -73,23 +73,20 @@ def transposed_convolution(
     geometry = list(zip(weight.shape[2:], steps, pads, dilations, extras, strict=True))
     cuts = _spatial_cuts(layout, n, [g == (1, 1, 0, 1, 0) for g in geometry])
     windows = {dim: transposed_window(cut, *geometry[dim - layout.ndim]) for dim, cut in cuts.items()}
-    tensor = extend(mesh, tensor, layout, {dim: w.needs for dim, w in windows.items()})
-    for dim in windows:
-        # With the halo in place, the shard is transposed unpadded and cropped to the positions it owns.
-        pads[dim - layout.ndim], extras[dim - layout.ndim] = 0, 0
-    result = func(tensor, weight, bias, stride, pads, extras, groups, dilation)
+    tensor = extend(mesh, tensor, layout, _needs(windows))
+    crops: dict[int, Extent] = {}
     for dim, w in windows.items():
+        # With the halo in place, the shard is transposed unpadded and cropped to the positions it owns.
         part, place = mesh.part(require_axis(layout, dim).axis), dim - layout.ndim
         low, high = w.out.owned(part)
-        start = w.needs[part][0] * steps[place] - _each(padding, n)[place]
-        result = _narrow_or_grow(result, dim, low - start, high - low)
+        start = w.needs[part][0] * steps[place] - pads[place]
+        reached = (tensor.shape[dim] - 1) * steps[place] + dilations[place] * (weight.shape[place] - 1) + 1
+        crops[dim] = (low - start, high - low)
+        pads[place], extras[place] = 0, max(0, high - start - reached)
+    result = func(tensor, weight, bias, stride, pads, extras, groups, dilation)
+    for dim, crop in crops.items():
+        result = result.narrow(dim, *crop)
     return mark(result, _window_layout(mesh, layout, windows, result))
-
-
-def _narrow_or_grow(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
-    if start + length > tensor.shape[dim]:
-        raise NotExactError("output padding beyond the reach of the kernel")
-    return tensor.narrow(dim, start, length)
 
 
 @rule(F.pad)
@@ -190,7 +187,7 @@ def _pool(
     geometry = list(zip(kernels, _each(stride or kernel, n), pads, _each(dilation, n), strict=True))
     cuts = _spatial_cuts(layout, n, [g[:3] == (1, 1, 0) for g in geometry])
     windows = {dim: window(cut, *geometry[dim - layout.ndim], ceil_mode) for dim, cut in cuts.items()}
-    tensor = extend(mesh, tensor, layout, {dim: w.needs for dim, w in windows.items()}, fill=fill)
+    tensor = extend(mesh, tensor, layout, _needs(windows), fill=fill)
     rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
     return tensor, windows, rest
 
@@ -273,6 +270,13 @@ def _spatial_cuts(layout: Layout, n: int, trivial: Sequence[bool]) -> dict[int, 
     first = layout.ndim - n
     dims = [first + i for i in range(n) if is_sharded(layout.dims[first + i]) and not trivial[i]]
     return {dim: require_axis(layout, dim).cut for dim in dims}
+
+
+def _needs(windows: dict[int, Window]) -> dict[int, tuple[Extent, ...]]:
+    """What to fetch; refused before anything is sent where a part of the output would be too thin."""
+    for w in windows.values():
+        require_rows(w.out)
+    return {dim: w.needs for dim, w in windows.items()}
 
 
 def _window_layout(mesh: Mesh, layout: Layout, windows: dict[int, Window], result: Tensor) -> Layout:

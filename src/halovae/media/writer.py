@@ -8,7 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,6 +19,8 @@ from halovae.files import atomic, first_line, reason
 SUFFIXES = (".mp4", ".png")
 CRF = 16
 """Of x264: visually lossless for most content, so that what is seen is the VAE's doing."""
+_SCALER = 0x200 | 0x40000
+"""SWS_LANCZOS and SWS_ACCURATE_RND of libswscale."""
 _BT709 = 1
 """ITU-T H.273 gives matrix, primaries and transfer of BT.709 the same number."""
 
@@ -93,7 +95,5 @@ def _to_yuv(pixels: NDArray[np.uint8], stream: VideoStream) -> av.VideoFrame:
         format=stream.pix_fmt,
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
-        dst_color_trc=ColorTrc.BT709,
-        dst_color_primaries=ColorPrimaries.BT709,
-        interpolation=Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+        interpolation=_SCALER,
     )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from halovae.errors import TilingError
-from halovae.record import NETWORKS, Recording, record
+from halovae.record import NETWORKS, Recording
 from halovae.target import Target
-from halovae.tile.check import check_tiles
+from halovae.tile.blend import Blends
+from halovae.tile.check import Checker
 from halovae.tile.schedule import Schedule, assign, find_chains
 from halovae.tile.settings import TileSettings, applied
 
@@ -24,94 +25,109 @@ class TilePlan:
     tiles: TileSettings | None
     """Sizes and overlaps, where the VAE's names for them are known."""
 
-    @property
-    def crop(self) -> tuple[int, int]:
-        """Height and width of the largest tile as the network gets it."""
-        crops = [call.inputs[0].shape for call in self.recording.calls]
-        return max(crop[-2] for crop in crops), max(crop[-1] for crop in crops)
 
-
-def make_plan(
-    target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: int, fit: bool = False
-) -> TilePlan:
-    """Find the calls of the VAE's own tiled method and spread them.
+class Planner:
+    """Plans one half of a VAE.
 
     Args:
         target: the VAE.
         half: "encode" or "decode".
-        args: the call's arguments.
-        kwargs: likewise.
+        blends: its blending.
         ranks: how many ranks may run tiles.
         fit: take smaller tiles where there are fewer than ranks.
 
     Raises:
-        TilingError: the VAE has no tiles, or its tiled method fails or gives a wrong picture.
+        TilingError: the half has no tiles.
     """
-    if "use_tiling" not in vars(target.vae) or not hasattr(target.vae, NETWORKS[half]):
-        raise TilingError(f"{target.name}.{half} has no tiles: use mode='exact'")
-    plan = _plan(target, half, args, kwargs, ranks, TileSettings.of(target.vae), {})
-    if fit and plan.tiles and len(plan.schedule.chains) < ranks:
-        plan = _fitted(target, half, args, kwargs, ranks, plan)
-    return plan
 
+    def __init__(self, target: Target, half: str, blends: Blends, ranks: int, fit: bool = False) -> None:
+        if "use_tiling" not in vars(target.vae) or not hasattr(target.vae, NETWORKS[half]):
+            raise TilingError(f"{target.name}.{half} has no tiles: use mode='exact'")
+        self._target, self._half, self._ranks, self._fit = target, half, ranks, fit
+        self._checker = Checker(target, half, blends)
 
-def _plan(
-    target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: int,
-    tiles: TileSettings | None, changes: dict[str, Any],
-) -> TilePlan:  # fmt: skip
-    settings = {"use_tiling": True, **changes}
-    try:
-        with applied(target.vae, settings):
-            recording = record(target.vae, half, target.originals[half], args, kwargs)
-            if not recording.calls:
-                raise TilingError("never calls its network")
-            check_tiles(target, half, args, kwargs, recording)
-    except Exception as error:
-        _raise_without_tiles(target, half, args, kwargs)
-        problem = str(error) if isinstance(error, TilingError) else f"fails ({type(error).__name__}: {error})"
-        raise TilingError(f"the tiled {half} of {target.name} {problem}. {_remedy(target, tiles)}") from error
-    return TilePlan(recording, assign(find_chains(recording.calls), ranks), settings, tiles)
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
+        """Find the calls of the VAE's own tiled method and spread them.
 
+        Args:
+            args: the arguments of encode or decode.
+            kwargs: likewise.
 
-def _raise_without_tiles(target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Where the call fails without tiles too, it is not the tiles' fault: let the VAE's own error be seen."""
-    with applied(target.vae, {"use_tiling": False}):
+        Raises:
+            TilingError: the VAE's tiled method fails or gives a wrong picture.
+        """
+        tiles = TileSettings.of(self._target.vae)
         try:
-            record(target.vae, half, target.originals[half], args, kwargs)
-        except NotImplementedError:
-            return
+            plan = self._plan(args, kwargs, tiles, {})
+        except TilingError as error:
+            remedy = self._remedy(args, kwargs, tiles)
+            raise TilingError(f"the tiled {self._half} of {self._target.name} {error}: {remedy}") from error
+        if not self._fit or tiles is None or len(plan.schedule.chains) >= self._ranks:
+            return plan
+        for part in (3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4):
+            smaller = _smaller(tiles, part)
+            if smaller in (None, tiles):
+                continue
+            try:
+                candidate = self._plan(args, kwargs, smaller, smaller.changes(self._target.vae))
+            except TilingError:
+                continue  # these sizes don't suit the VAE's arithmetic
+            if max(candidate.schedule.loads) < max(plan.schedule.loads):
+                plan = candidate
+        return plan
 
-
-def _remedy(target: Target, tiles: TileSettings | None) -> str:
-    exact = "use mode='exact'"
-    if tiles is None:
-        return f"Use other tiles, or {exact}"
-    return f"It is set to {tiles}: set sizes and overlaps that are multiples of {4 * tiles.ratio}, or {exact}"
-
-
-def _fitted(
-    target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: int, plan: TilePlan
-) -> TilePlan:
-    """The plan with the least to do for the busiest rank, among smaller tiles with the same overlap."""
-    assert plan.tiles
-    best = plan
-    for part in (3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4):
-        tiles = _smaller(plan.tiles, part)
-        if tiles == best.tiles or tiles is None:
-            continue
+    def _plan(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tiles: TileSettings | None, changes: dict[str, Any]
+    ) -> TilePlan:
+        settings = {"use_tiling": True, **changes}
         try:
-            candidate = _plan(target, half, args, kwargs, ranks, tiles, tiles.changes(target.vae))
-        except TilingError:
-            continue  # these sizes don't suit the VAE's arithmetic
-        if max(candidate.schedule.loads) < max(best.schedule.loads):
-            best = candidate
-    return best
+            with applied(self._target.vae, settings):
+                recording = self._checker.recorded(args, kwargs)
+                if not recording.calls:
+                    raise TilingError("never calls its network")
+                self._checker.check(args, kwargs, recording)
+        except Exception as error:
+            # Where the call fails without tiles too, the tiles are not to blame: this lets the VAE's own error be seen.
+            self._checker.untiled(args, kwargs)
+            if isinstance(error, TilingError):
+                raise
+            raise TilingError(f"fails ({type(error).__name__}: {error})") from error
+        return TilePlan(recording, assign(find_chains(recording.calls), self._ranks), settings, tiles)
+
+    def _remedy(self, args: tuple[Any, ...], kwargs: dict[str, Any], tiles: TileSettings | None) -> str:
+        """Settings that work, found by trying."""
+        vae = self._target.vae
+        for candidate in _nearby(tiles) if tiles else []:
+            try:
+                plan = self._plan(args, kwargs, candidate, candidate.changes(vae))
+            except TilingError:
+                continue
+            if len(plan.schedule.chains) == 1:
+                continue  # a tile as large as the picture is no remedy
+            changes = {k: v for k, v in candidate.changes(vae).items() if v != vars(vae)[k]}
+            return "set " + ", ".join(f"vae.{name} = {value}" for name, value in changes.items())
+        return "use mode='exact'"
+
+
+def _nearby(tiles: TileSettings) -> list[TileSettings]:
+    """Tiles of about the same size whose latents come out whole."""
+    step = 4 * tiles.ratio
+    (height, width), (down, across) = tiles.size, tiles.overlap
+    whole = _round(height, step), _round(width, step)
+    return [
+        tiles,
+        dataclasses.replace(tiles, overlap=(_round(down, tiles.ratio), _round(across, tiles.ratio))),
+        dataclasses.replace(tiles, size=whole, overlap=(whole[0] // 4, whole[1] // 4)),
+    ]
+
+
+def _round(size: float, multiple: int) -> int:
+    return max(1, round(size / multiple)) * multiple
 
 
 def _smaller(tiles: TileSettings, part: float) -> TileSettings | None:
     """Tiles of a part of the size; None where the overlap would be more than half of them."""
-    step = 4 * tiles.ratio
-    size = tuple(round(part * size / step) * step for size in tiles.size)
-    if any(new < 2 * max(overlap, tiles.ratio) for new, overlap in zip(size, tiles.overlap, strict=True)):
+    height, width = (_round(part * size, tiles.ratio) for size in tiles.size)
+    if height < 2 * max(tiles.overlap[0], tiles.ratio) or width < 2 * max(tiles.overlap[1], tiles.ratio):
         return None
-    return dataclasses.replace(tiles, size=size)
+    return dataclasses.replace(tiles, size=(height, width))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from halovae.randomness import Generators
 from halovae.target import Target
 from halovae.tile.blend import Blends
 from halovae.tile.move import Mover
-from halovae.tile.plan import TilePlan, make_plan
+from halovae.tile.plan import Planner, TilePlan
 from halovae.tile.settings import applied, described
 from halovae.tile.work import put_together, run_own_tiles
 from halovae.trees import is_picture, map_tensors
@@ -31,6 +31,21 @@ class TileOutcome:
     """Seconds in which this rank ran its tiles; earlier tiles were on their way meanwhile."""
     gather_seconds: float
     """Seconds of waiting for the last tiles, and of putting them together."""
+
+    @property
+    def tiles(self) -> int:
+        """How many were run, each with all its frames."""
+        return len(self.plan.schedule.chains)
+
+    @property
+    def spread(self) -> float:
+        """Largest over mean load of the ranks."""
+        return self.plan.schedule.spread
+
+    @property
+    def cut(self) -> str:
+        """Sizes and overlaps, as text."""
+        return str(self.plan.tiles or "tiles of the VAE's own choice")
 
 
 class TileRunner:
@@ -53,6 +68,7 @@ class TileRunner:
         self._comm, self._target, self._ranks, self._fit = comm, target, ranks, fit
         self._holders = range(comm.size) if gather == "all" else range(1)
         self._blends = Blends(target.vae)
+        self._planners: dict[str, Planner] = {}
         self._plans: dict[tuple[str, ...], TilePlan] = {}
 
     def run(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TileOutcome:
@@ -86,12 +102,14 @@ class TileRunner:
 
     def _plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
         """Known after the first call with arguments of these shapes."""
-        key = half, described(self._target.vae), repr(map_tensors(_shape, [args, kwargs]))
+        key = half, described(self._target.vae), repr([*map(_signature, args), *map(_signature, kwargs.items())])
         if key not in self._plans:
             problem: Exception | None = None
             plan: TilePlan | None = None
             try:
-                plan = make_plan(self._target, half, args, kwargs, self._ranks, self._fit)
+                if half not in self._planners:
+                    self._planners[half] = Planner(self._target, half, self._blends, self._ranks, self._fit)
+                plan = self._planners[half].plan(args, kwargs)
             except Exception as error:
                 problem = error
             said = self._comm.all_gather_object(str(problem) if problem else repr(plan.schedule if plan else None))
@@ -117,8 +135,13 @@ class TileRunner:
                 raise RankFailedError(rank, *problem) from failure
 
 
-def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.device
+def _signature(value: Any) -> Any:
+    """What of an argument decides which tiles there are: its shape, or what it says if it is plain."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    if isinstance(value, tuple):
+        return tuple(map(_signature, cast("tuple[Any, ...]", value)))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 
 def _nothing(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -52,10 +52,11 @@ class TileSettings:
         """What the VAE's attributes say; None where they go by names that are not known here."""
         sizes = _pair(vae, "tile_sample_min_{}", "tile_sample_min_size")
         latents = _pair(vae, "tile_latent_min_{}", "tile_latent_min_size")
-        ratio = getattr(vae, "spatial_compression_ratio", None)
-        if not sizes or not (ratio or latents):
+        ratio: int | None = getattr(vae, "spatial_compression_ratio", None)
+        if sizes and latents and not ratio:
+            ratio = round(sizes[0] / latents[0])
+        if not sizes or not ratio:
             return None
-        ratio = int(ratio or round(sizes[0] / latents[0])) if latents or ratio else 1
         return cls((int(sizes[0]), int(sizes[1])), _overlaps(vae, sizes), ratio)
 
     def changes(self, vae: nn.Module) -> dict[str, Any]:
@@ -80,8 +81,8 @@ class TileSettings:
 
 
 def _pair(vae: nn.Module, per_axis: str, shared: str) -> tuple[float, float] | None:
-    values = [vae.__dict__.get(per_axis.format(axis), vae.__dict__.get(shared)) for axis in _AXES]
-    return (values[0], values[1]) if None not in values else None
+    height, width = (vae.__dict__.get(per_axis.format(axis), vae.__dict__.get(shared)) for axis in _AXES)
+    return None if height is None or width is None else (height, width)
 
 
 def _overlaps(vae: nn.Module, sizes: tuple[float, float]) -> tuple[int, int]:

@@ -1,0 +1,204 @@
+"""Tiles of diffusers on one rank against the same tiles on N ranks, and exact mode, in one run.
+
+    python benchmarks/tile.py --ranks 2 --repeats 5
+
+All ways are timed in turn, so that they meet the same disturbances; each number is a median. "pad and gather" restates
+what other projects do with tiles: every tile is padded to the largest, all are gathered by all, and rank 0 blends.
+"independent" runs diffusers' tiles on all ranks at once without talking: it shows what the machine allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import AutoencoderKLWan
+
+import halovae
+from halovae import comm
+from halovae.target import Target
+from halovae.tile.run import TileRunner
+
+
+def build(options: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=options.base_dim, z_dim=16, num_res_blocks=2)
+    vae = vae.to(options.device, getattr(torch, options.dtype)).eval().requires_grad_(False)
+    vae.enable_tiling(options.tile, options.tile, options.tile * 3 // 4, options.tile * 3 // 4)
+    return vae
+
+
+def pad_and_gather(vae: Any, half: str, x: torch.Tensor) -> Any:
+    """Tiles in turn to the ranks, padded to the largest, gathered by all, blended on rank 0 by the VAE's own loops."""
+    sample_ratio = vae.spatial_compression_ratio
+    size, stride = vae.tile_sample_min_height, vae.tile_sample_stride_height
+    cut = (size, stride) if half == "encode" else (size // sample_ratio, stride // sample_ratio)
+    made = (size, stride) if half == "decode" else (size // sample_ratio, stride // sample_ratio)
+    starts = [(i, j) for i in range(0, x.shape[-2], cut[1]) for j in range(0, x.shape[-1], cut[1])]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    run = _encode_tile if half == "encode" else _decode_tile
+    mine = [run(vae, x[..., i : i + cut[0], j : j + cut[0]]) for i, j in starts[rank::ranks]]
+    shape = [*mine[0].shape[:-2], made[0], made[0]]
+    padded = torch.zeros([-(-len(starts) // ranks), *shape], dtype=x.dtype, device=x.device)
+    for slot, tile in zip(padded, mine, strict=False):
+        slot[..., : tile.shape[-2], : tile.shape[-1]] = tile
+    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(gathered, padded)
+    if rank:
+        return None
+    scale = made[0] / cut[0]
+    tiles: list[torch.Tensor] = []
+    for number, (i, j) in enumerate(starts):
+        height, width = (int(min(cut[0], n - at) * scale) for n, at in ((x.shape[-2], i), (x.shape[-1], j)))
+        tiles.append(gathered[number % ranks][number // ranks][..., :height, :width].clone())
+    return _blended(vae, tiles, len(range(0, x.shape[-1], cut[1])), made, half)
+
+
+def _encode_tile(vae: Any, tile: torch.Tensor) -> torch.Tensor:
+    vae.clear_cache()
+    parts: list[torch.Tensor] = []
+    for k in range(1 + (tile.shape[2] - 1) // 4):
+        vae._enc_conv_idx = [0]
+        frames = tile[:, :, :1] if k == 0 else tile[:, :, 4 * k - 3 : 4 * k + 1]
+        part = vae.encoder(frames, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx)
+        parts.append(vae.quant_conv(part))
+    return torch.cat(parts, 2)
+
+
+def _decode_tile(vae: Any, tile: torch.Tensor) -> torch.Tensor:
+    vae.clear_cache()
+    parts: list[torch.Tensor] = []
+    for k in range(tile.shape[2]):
+        vae._conv_idx = [0]
+        latent = vae.post_quant_conv(tile[:, :, k : k + 1])
+        parts.append(vae.decoder(latent, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=k == 0))
+    return torch.cat(parts, 2)
+
+
+def _blended(vae: Any, tiles: list[torch.Tensor], across: int, made: tuple[int, int], half: str) -> torch.Tensor:
+    grid = [tiles[i : i + across] for i in range(0, len(tiles), across)]
+    overlap, rows = made[0] - made[1], []
+    for i, row in enumerate(grid):
+        line: list[torch.Tensor] = []
+        for j, tile in enumerate(row):
+            tile = vae.blend_v(grid[i - 1][j], tile, overlap) if i else tile
+            tile = vae.blend_h(row[j - 1], tile, overlap) if j else tile
+            line.append(tile[..., : made[1], : made[1]])
+        rows.append(torch.cat(line, -1))
+    whole = torch.cat(rows, -2)
+    return whole if half == "encode" else whole.clamp(-1, 1)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds until the slowest rank is done."""
+    dist.barrier()
+    started = time.perf_counter()
+    result = work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    seconds = torch.tensor(time.perf_counter() - started)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.item(), result
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    value = output if torch.is_tensor(output) else output[0]
+    return value if torch.is_tensor(value) else value.parameters
+
+
+def measure(half: str, options: argparse.Namespace) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    vae, other = build(options), build(options)
+    shape = (1, 3, options.frames, options.height, options.width)
+    if half == "decode":
+        shape = (1, 16, 1 + (options.frames - 1) // 4, options.height // 8, options.width // 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(options.device, getattr(torch, options.dtype))
+    runner = TileRunner(comm.connect(), Target(vae), ranks=ranks, gather="first")
+    own = getattr(vae, half)
+    exact = halovae.parallelize(other, gather="first", verify=False)
+    ways: dict[str, Callable[[], Any]] = {
+        "diffusers, 1 rank": lambda: own(x) if rank == 0 else None,
+        "independent, N ranks": lambda: own(x),
+        "pad and gather, N ranks": lambda: pad_and_gather(vae, half, x),
+        "halovae tile, N ranks": lambda: runner.run(half, (x,), {}).result,
+        "halovae exact, N ranks": lambda: getattr(other, half)(x),
+    }
+    with torch.no_grad():
+        found = {name: timed(work, x.device)[1] for name, work in ways.items()}  # also warms up
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.repeats):
+            for name, work in ways.items():
+                seconds[name].append(timed(work, x.device)[0])
+        plan = runner.run(half, (x,), {}).plan
+    exact.restore()
+    if rank == 0:
+        report(half, shape, seconds, found, plan)
+
+
+def report(half: str, shape: tuple[int, ...], seconds: dict[str, list[float]], found: dict[str, Any], plan: Any) -> None:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    one, ranks = medians["diffusers, 1 rank"], dist.get_world_size()
+    expected = _tensor(found["diffusers, 1 rank"])
+    schedule = plan.schedule
+    print(f"\n{half} of {shape}: {len(schedule.chains)} {plan.tiles}, spread {schedule.spread:.3f}")
+    print(f"  the machine allows {ranks * one / medians['independent, N ranks']:.2f}x on {ranks} ranks")
+    for name, median in medians.items():
+        span = f"{min(seconds[name]):.3f} to {max(seconds[name]):.3f}"
+        faster = ranks * one / median if name.startswith("independent") else one / median
+        same = torch.equal(_tensor(found[name]), expected)
+        distance = "same bits" if same else f"differs by {(_tensor(found[name]) - expected).abs().max().item():.1e}"
+        print(f"  {name:<24} {median:8.3f} s ({span})  {faster:5.2f}x  {distance}")
+
+
+def main(rank: int, options: argparse.Namespace) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(options.ranks), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(options.port)
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+    comm.init_from_env(options.device)
+    if rank == 0:
+        print(f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC, {_hardware(options)}")
+        print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, python {platform.python_version()}")
+        print(f"{options.ranks} ranks, {options.threads} thread(s) each, {dist.get_backend()}, {options.dtype}, ", end="")
+        print(f"base_dim {options.base_dim}, median of {options.repeats}; load {os.getloadavg()[0]:.1f} at the start")
+    for half in ("encode", "decode"):
+        measure(half, options)
+    comm.shutdown()
+
+
+def _hardware(options: argparse.Namespace) -> str:
+    if options.device != "cpu":
+        return torch.get_device_module(options.device).get_device_name()
+    with open("/proc/cpuinfo") as info:
+        model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "CPU")
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"ranks": 2, "threads": 1, "repeats": 5, "base-dim": 16, "frames": 9, "height": 256,
+                        "width": 256, "tile": 128}.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        options.port = probe.getsockname()[1]
+    return options
+
+
+if __name__ == "__main__":
+    arguments = parsed()
+    mp.spawn(main, (arguments,), nprocs=arguments.ranks)

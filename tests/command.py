@@ -1,0 +1,69 @@
+"""The command line for tests: in this process or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+
+PATIENCE = 300
+"""Seconds until a command is taken for stuck: most of its time is spent importing, which a busy machine makes long."""
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in `folder`, as no rank of anything, with the threads of the other tests."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def saved(family: str, folder: Path) -> str:
+    """A folder with a VAE so small that start-up is all that a run takes."""
+    FAMILIES[family].build().save_pretrained(folder)
+    return str(folder)
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """The program in a process of its own."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, "-m", "halovae", *arguments], **options)
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of such a process."""
+    with start(*arguments) as process:
+        try:
+            output, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    return process.returncode, output, errors
+
+
+def names(folder: Path) -> set[str]:
+    """The files in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def read_terminal(descriptor: int, until: bytes | None = None) -> bytes:
+    """What is written to a terminal until `until`, or until nobody can write to it any more."""
+    shown, deadline = b"", time.monotonic() + PATIENCE
+    while until is None or until not in shown:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, shown
+        try:
+            shown += os.read(descriptor, 4096)
+        except OSError:  # The other end is closed.
+            assert until is None, shown
+            os.close(descriptor)
+            break
+    return shown

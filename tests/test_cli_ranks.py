@@ -1,0 +1,113 @@
+"""The command line on several ranks: real processes, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from clips import CLIP as CLIP_PATH
+from clips import cut_after_header
+from command import PATIENCE, enter, names, read_terminal, run, saved, start
+
+from halovae.cli.main import main
+from halovae.media import read
+
+CLIP = str(CLIP_PATH)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved("wan21", tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return enter(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("ranks", "axis"), [(2, "auto"), (3, "3x1")])
+def test_ranks_give_what_one_gives(ranks: int, axis: str, tiny: str) -> None:
+    arguments = ["--frames", "0:6", "--height", "50", "--width", "70", "--dtype", "float64", "--model", tiny]
+    files = ["-o", "o.mp4", "--json", "o.json"]
+    code, output, errors = run(
+        "roundtrip", CLIP, *files, *arguments, "--ranks", str(ranks), "--axis", axis, "--compare"
+    )
+    assert code == 0, errors
+    document = json.loads(Path("o.json").read_text())
+    assert document["ranks"] == ranks
+    assert document["differences"]["latents_relative"] < 1e-12
+    assert document["differences"]["pixels"] < 1e-11
+    assert document["differences"]["levels"] == 0
+    assert document["psnr"] == pytest.approx(document["unparallel"]["psnr"])
+    assert [half["encode"]["messages"] > 0 for half in document["per_rank"]] == [True] * ranks
+    assert f"{ranks} ranks  un-parallel" in output
+    assert read(Path("o.mp4")).frames.shape == (6, 50, 70, 3)
+
+
+def test_torchrun(tiny: str) -> None:
+    """Encoded under torchrun, decoded under the launcher."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    encode = ["encode", CLIP, "-o", "o.safetensors", "--frames", "0:5", "--height", "64", "--model", tiny]
+    done = subprocess.run([*torchrun, "-m", "halovae", *encode], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks on cpu" in done.stdout
+    assert run("decode", "o.safetensors", "-o", "o.mp4", "--ranks", "2")[0] == 0
+    assert len(read(Path("o.mp4")).frames) == 5
+
+
+def test_a_bad_file_is_one_line(in_folder: Path, tiny: str) -> None:
+    """Its header is good: only the ranks find out, all of them."""
+    path = cut_after_header(in_folder)
+    before = names(in_folder)
+    code, output, errors = run("roundtrip", str(path), "-o", "o.mp4", "--model", tiny, "--ranks", "2")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"halovae: error: {path} is broken at frame")
+    assert errors.count("\n") == 1
+    assert names(in_folder) == before
+
+
+def test_interrupted_runs_leave_nothing(in_folder: Path) -> None:
+    """And a terminal shows, until then, what is going on."""
+    ours, theirs = pty.openpty()
+    arguments = ["roundtrip", CLIP, "-o", "o.mp4", "--frames", "0:33", "--height", "480", "--ranks", "2"]
+    process = start(*arguments, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = read_terminal(ours, until=b"encode")
+    assert b"read" in shown
+    assert b"load" in shown
+    pids = [rank.pid for rank in psutil.Process(process.pid).children()]
+    assert len(pids) == 2
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    shown = read_terminal(ours)
+    process.communicate(timeout=20)
+    assert time.monotonic() - started < 5
+    assert process.returncode == 130
+    assert shown.endswith(b"halovae: interrupted\r\n")
+    assert b"Traceback" not in shown
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert names(in_folder) == set()
+
+
+def test_doctor() -> None:
+    code, output, errors = run("doctor", "--device", "cpu")
+    assert code == 0, errors
+    said = dict(line.split(maxsplit=1) for line in output.splitlines())
+    assert {"python", "torch", "diffusers", "devices", "link", "exact"} <= set(said)
+    assert said["ranks"] == "2 on cpu, backend gloo"
+    assert "GB/s" in said["link"]
+
+
+def test_rank_count_of_torchrun_holds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["roundtrip", CLIP, "-o", "o.mp4", "--ranks", "2"]) == 2
+    assert "--ranks 2: torchrun has started 4" in capsys.readouterr().err

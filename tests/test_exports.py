@@ -1,0 +1,63 @@
+"""What `import halovae` gives, and what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import halovae
+from halovae import errors
+
+PUBLIC = {
+    "CallReport",
+    "DisagreementError",
+    "HalovaeError",
+    "Handle",
+    "InputError",
+    "NotExactError",
+    "RankFailedError",
+    "Sharded",
+    "VerificationError",
+    "parallelize",
+    "sharded",
+}
+
+
+def test_public_names() -> None:
+    assert set(halovae.__all__) >= PUBLIC
+    assert list(halovae.__all__) == sorted(halovae.__all__)
+
+
+@pytest.mark.parametrize("name", halovae.__all__)
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    assert getattr(halovae, name).__doc__
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'parallelise'"):
+        halovae.parallelise  # noqa: B018
+
+
+def test_the_version_is_a_version() -> None:
+    assert [part.isdigit() for part in halovae.__version__.split(".")] == [True, True, True]
+
+
+def test_importing_the_package_imports_neither_torch_nor_diffusers() -> None:
+    code = "import sys, halovae; print(sorted({'torch', 'diffusers', 'numpy', 'av'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_core_imports_no_diffusers() -> None:
+    code = "import sys; from halovae import parallelize, sharded; print('diffusers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_errors_are_one_tree() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert all(issubclass(kind, halovae.HalovaeError) for kind in kinds)
+    assert issubclass(halovae.DisagreementError, ValueError)
+    assert issubclass(halovae.NotExactError, NotImplementedError)

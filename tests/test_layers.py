@@ -1,0 +1,141 @@
+"""The layers of the design hold: a module imports only what lies below it, and stays small enough to read."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+
+SOURCE = Path(__file__).parents[1] / "src" / "halovae"
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+
+LAYERS = [
+    {"errors", "geometry", "config"},
+    {"comm", "trees", "memory"},
+    {"target"},
+    {"dataflow", "state", "randomness", "record", "exact", "tile"},
+    {"media", "models", "latents", "fit", "codec", "files"},
+    {"plan", "verify"},
+    {"parallel", "context"},
+    {"launch", "watch", "cli", "report", "quality", "pipelines", "serve", "__main__", "__init__"},
+]  # fmt: skip
+"""From the lowest to the highest; a package stands for all its modules."""
+
+
+def layer(module: str) -> int:
+    top = module.split(".")[0]
+    return next(number for number, names in enumerate(LAYERS) if top in names)
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of imported modules, wherever the import stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    names = {name.removeprefix("halovae.") for name in imports(path) if name.startswith("halovae.")}
+    return {name for name in names if name in MODULES or name.split(".")[0] in MODULES}
+
+
+PATHS = [pytest.param(name, path, id=name) for name, path in MODULES.items() if name != "__init__"]
+
+
+@pytest.mark.parametrize(("name", "path"), PATHS)
+def test_a_module_imports_nothing_from_above(name: str, path: Path) -> None:
+    above = {other for other in own_imports(path) if layer(other) > layer(name)}
+    assert not above, f"{name} (layer {layer(name)}) imports {above}"
+
+
+def test_exact_and_tile_do_not_import_each_other() -> None:
+    for name, path in MODULES.items():
+        for one, other in (("exact", "tile"), ("tile", "exact")):
+            if name.split(".")[0] == one:
+                assert not {m for m in own_imports(path) if m.split(".")[0] == other}, name
+
+
+def test_only_comm_imports_torch_distributed() -> None:
+    users = {name for name, path in MODULES.items() if any(m.startswith("torch.distributed") for m in imports(path))}
+    assert users == {"comm"}
+
+
+@pytest.mark.parametrize("low", ["errors", "geometry", "config"])
+def test_the_lowest_layer_needs_no_torch(low: str) -> None:
+    assert not {m for m in imports(MODULES[low]) if m.split(".")[0] in ("torch", "diffusers")}
+
+
+@pytest.mark.parametrize(("name", "path"), PATHS)
+def test_no_module_is_too_long(name: str, path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize(("name", "path"), PATHS)
+def test_no_function_is_too_long(name: str, path: Path) -> None:
+    long = {
+        node.name: length
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (length := (node.end_lineno or 0) - node.lineno + 1 - docstring_lines(node)) > 40
+    }
+    assert not long
+
+
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = node.body[0]
+    is_text = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
+    return (first.end_lineno or 0) - first.lineno + 1 if is_text else 0
+
+
+def test_exact_mode_knows_no_model() -> None:
+    """Not in code; a comment or docstring may say which model made a rule necessary."""
+    models = {family.model.lower() for family in FAMILIES.values()}
+    words = {
+        "wan",
+        "hunyuan",
+        "cogvideo",
+        "mochi",
+        "ltx",
+        "cosmos",
+        "qwen",
+        "flux",
+        "magvit",
+        "vidtok",
+        "kvae",
+        "allegro",
+    }
+    for name, path in MODULES.items():
+        if name.split(".")[0] not in ("exact", "geometry", "plan", "comm"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            label = next(
+                (getattr(node, field) for field in ("id", "attr", "name", "arg") if hasattr(node, field)), None
+            )
+            if isinstance(label, str):
+                lowered = label.lower()
+                assert lowered not in models, f"{name} names {label}"
+                assert not any(word in lowered.split("_") for word in words), f"{name} names {label}"
+
+
+def test_the_package_has_no_accelerator_name_outside_comm() -> None:
+    """Devices come from torch.accelerator; "cuda" may stand in a docstring's example only."""
+    for name, path in MODULES.items():
+        if name.split(".")[0] not in ("exact", "parallel", "verify", "target", "context", "plan"):
+            continue
+        tree = ast.parse(path.read_text())
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        assert not [text for text in texts if text.startswith("cuda") and name != "exact.elementwise"], name

@@ -1,0 +1,76 @@
+"""Recordings: which calls a VAE makes, what depends on what, and that nothing is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiles import CUTS
+from torch import nn
+
+from halovae.errors import TilingError
+from halovae.record import Recorder, Recording
+from halovae.tile.schedule import find_chains
+
+
+def recorded(name: str, half: str) -> tuple[Any, Recording]:
+    cut = CUTS[name]
+    vae = cut.build()
+    vae.use_tiling = True
+    picture = cut.picture(half)
+    kwargs = cut.family.decode_kwargs(picture) if half == "decode" else {}
+    return vae, Recorder(vae, half, getattr(vae, half)).record((picture,), kwargs)
+
+
+@pytest.mark.parametrize("name", ["wan21", "cogvideox", "magvit", "vidtok"])
+def test_caches_of_every_kind_make_chains(name: str) -> None:
+    _, recording = recorded(name, "decode")
+    chains = find_chains(recording.calls)
+    length = len(recording.calls) // 4
+    assert length > 1
+    assert [chain.calls for chain in chains] == [tuple(range(i, i + length)) for i in range(0, 4 * length, length)]
+
+
+def test_tiles_in_time_are_apart() -> None:
+    _, recording = recorded("hunyuan_video_framewise", "decode")
+    assert len(find_chains(recording.calls)) == len(recording.calls) == 8
+
+
+def test_only_what_the_vae_uses_travels() -> None:
+    _, recording = recorded("cogvideox", "decode")
+    call = recording.calls[0]
+    assert call.used == (0,)
+    assert len(call.leaves) > 10, "the caches"
+
+
+def test_nothing_runs_and_nothing_stays() -> None:
+    vae, recording = recorded("magvit", "decode")
+    assert recording.result.sample.is_meta
+    assert "decoder" not in vars(vae)
+    caches = [module.prev_features for module in vae.modules() if hasattr(module, "prev_features")]
+    assert caches == [None] * len(caches)
+
+
+def test_noise_is_noted_and_not_drawn() -> None:
+    before = torch.random.get_rng_state()
+    _, recording = recorded("ltx091", "decode")
+    assert all(call.draws for call in recording.calls)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Recurrent(nn.Module):
+    """Gives its network the network's own output, doubled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Conv2d(3, 3, 1)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.decoder(2 * self.decoder(z))
+
+
+def test_feedback_is_refused() -> None:
+    vae = Recurrent()
+    with pytest.raises(TilingError, match="its own output|network's own output"):
+        Recorder(vae, "decode", vae.decode).record((torch.randn(1, 3, 8, 8),), {})

@@ -1,0 +1,143 @@
+"""Tiles on ranks: how many there are, who waits, who gets the result, and what a failure does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from tiles import CUTS, run, run_alone, tensor_of
+
+from halovae import comm
+from halovae.errors import DisagreementError, InputError, RankFailedError
+from halovae.target import Target
+from halovae.tile.run import TileRunner
+
+WAN = CUTS["wan21"]
+
+
+def count(rank: int, name: str, half: str, height: int, width: int) -> tuple[bool, int, float]:
+    """Whether diffusers gives the same bits, the number of chains, and largest over mean load."""
+    cut = CUTS[name]
+    vae = cut.build()
+    picture = cut.picture(half, height, width)
+    found, outcome = run(cut, vae, half, picture)
+    schedule = outcome.plan.schedule
+    return torch.equal(found, run_alone(cut, vae, half, picture)), len(schedule.chains), schedule.spread
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@pytest.mark.parametrize(("name", "height", "width", "tiles"), [("wan21", 64, 64, 1), ("kl", 144, 240, 15)])
+def test_counts(two_ranks: Ranks, name: str, half: str, height: int, width: int, tiles: int) -> None:
+    for equal, found, spread in two_ranks.run(count, name, half, height, width):
+        assert equal
+        assert found == tiles
+        assert 1 <= spread <= (1.1 if tiles > 1 else 2)
+
+
+def with_spares(rank: int, gather: str) -> tuple[bool, tuple[int, ...]]:
+    vae, picture = WAN.build(), WAN.picture("decode")
+    found, _ = run(WAN, vae, "decode", picture, ranks=2, gather=gather)
+    return torch.equal(found, run_alone(WAN, vae, "decode", picture)) if found.numel() else False, tuple(found.shape)
+
+
+def test_spare_ranks_share(three_ranks: Ranks) -> None:
+    assert all(equal for equal, _ in three_ranks.run(with_spares, "all"))
+
+
+def test_only_the_first_gets_the_result(three_ranks: Ranks) -> None:
+    (equal, _), *others = three_ranks.run(with_spares, "first")
+    assert equal
+    assert others == [(False, (1, 3, 9, 0, 0))] * 2
+
+
+def in_sub_group(rank: int) -> bool:
+    groups = [dist.new_group([0]), dist.new_group([1, 2])]
+    vae, picture = WAN.build(), WAN.picture("encode")
+    found, outcome = run(WAN, vae, "encode", picture, group=groups[min(rank, 1)])
+    assert set(outcome.plan.schedule.owners) == ({0} if rank == 0 else {0, 1})
+    return torch.equal(found, run_alone(WAN, vae, "encode", picture))
+
+
+def test_sub_groups(three_ranks: Ranks) -> None:
+    assert all(three_ranks.run(in_sub_group))
+
+
+def failing(rank: int, bad_rank: int) -> tuple[str, bool]:
+    """The error when a tile fails, and whether the group works afterwards."""
+    vae, picture = WAN.build(), WAN.picture("decode")
+    runner = TileRunner(comm.connect(), Target(vae), ranks=2)
+    runs = 0
+
+    def fail(module: Any, args: Any) -> None:
+        nonlocal runs
+        runs += not args[0].is_meta
+        if rank == bad_rank and runs == 2:
+            raise ValueError("the weather is bad")
+
+    hook = vae.decoder.register_forward_pre_hook(fail)
+    with torch.no_grad():
+        try:
+            runner.run("decode", (picture,), {})
+            problem = "none"
+        except RankFailedError as error:
+            problem = f"{error.rank}: {error}"
+        hook.remove()
+        found = tensor_of(runner.run("decode", (picture,), {}).result)
+    return problem, torch.equal(found, run_alone(WAN, vae, "decode", picture))
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_failing_tile_fails_on_all_ranks(two_ranks: Ranks, bad_rank: int) -> None:
+    error = f"{bad_rank}: rank {bad_rank} failed: ValueError: the weather is bad"
+    assert two_ranks.run(failing, bad_rank) == [(error, True)] * 2
+
+
+def with_other_tiles(rank: int) -> str:
+    vae, picture = WAN.build(), WAN.picture("decode")
+    vae.tile_sample_min_width -= 8 * rank
+    try:
+        run(WAN, vae, "decode", picture)
+    except DisagreementError as error:
+        return str(error)
+    return "none"
+
+
+def test_other_tiles_on_another_rank(two_ranks: Ranks) -> None:
+    assert all("different tiles" in error for error in two_ranks.run(with_other_tiles))
+
+
+def fitted(rank: int) -> tuple[bool, int, Any]:
+    vae, picture = CUTS["kl"].build(), CUTS["kl"].picture("decode", 64, 64)
+    found, outcome = run(CUTS["kl"], vae, "decode", picture, fit=True)
+    before = vae.tile_sample_min_size
+    vae.__dict__.update(outcome.plan.settings)
+    equal = torch.equal(found, run_alone(CUTS["kl"], vae, "decode", picture))
+    return equal and before == 64, len(set(outcome.plan.schedule.owners)), outcome.plan.tiles
+
+
+def test_fit_gives_every_rank_work(three_ranks: Ranks) -> None:
+    for equal, at_work, tiles in three_ranks.run(fitted):
+        assert equal
+        assert at_work == 3
+        assert tiles.size < (64, 64)
+        assert tiles.overlap == (16, 16)
+
+
+def test_shards_are_refused() -> None:
+    with pytest.raises(InputError, match="'all' or 'first'"):
+        TileRunner(comm.SoloComm(), Target(WAN.build()), ranks=1, gather="shard")
+
+
+def raising(rank: int) -> str:
+    try:
+        run(WAN, WAN.build(), "decode", torch.randn(1, 5, 3, 12, 12))
+    except Exception as error:
+        return type(error).__name__
+    return "none"
+
+
+def test_an_error_of_the_vae_is_shown_as_it_is(two_ranks: Ranks) -> None:
+    assert two_ranks.run(raising) == ["RuntimeError"] * 2
