@@ -146,7 +146,9 @@ def measure(half: str, options: argparse.Namespace) -> None:
         report(half, shape, seconds, found, plan)
 
 
-def report(half: str, shape: tuple[int, ...], seconds: dict[str, list[float]], found: dict[str, Any], plan: Any) -> None:
+def report(
+    half: str, shape: tuple[int, ...], seconds: dict[str, list[float]], found: dict[str, Any], plan: Any
+) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     one, ranks = medians["diffusers, 1 rank"], dist.get_world_size()
     expected = _tensor(found["diffusers, 1 rank"])
@@ -170,7 +172,7 @@ def main(rank: int, options: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC, {_hardware(options)}")
         print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, python {platform.python_version()}")
-        print(f"{options.ranks} ranks, {options.threads} thread(s) each, {dist.get_backend()}, {options.dtype}, ", end="")
+        print(f"{options.ranks} ranks, {options.threads} thread(s) each, {dist.get_backend()}, {options.dtype}")
         print(f"base_dim {options.base_dim}, median of {options.repeats}; load {os.getloadavg()[0]:.1f} at the start")
     for half in ("encode", "decode"):
         measure(half, options)

@@ -16,12 +16,12 @@ MODULES = {
 
 LAYERS = [
     {"errors", "geometry", "config"},
-    {"comm", "trees", "memory"},
+    {"comm", "agreement", "trees", "memory"},
     {"target"},
     {"dataflow", "state", "randomness", "record", "exact", "tile"},
     {"media", "models", "latents", "fit", "codec", "files"},
     {"plan", "verify"},
-    {"parallel", "context"},
+    {"engines", "parallel", "context"},
     {"launch", "watch", "cli", "report", "quality", "pipelines", "serve", "__main__", "__init__"},
 ]  # fmt: skip
 """From the lowest to the highest; a package stands for all its modules."""

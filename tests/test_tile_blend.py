@@ -27,7 +27,8 @@ class Squared(nn.Module):
 
     def blend_v(self, above: torch.Tensor, tile: torch.Tensor, extent: int) -> torch.Tensor:
         for y in range(extent):
-            tile[:, :, y] = above[:, :, y - extent] * (1 - y / extent) ** 2 + tile[:, :, y] * (1 - (1 - y / extent) ** 2)
+            fade = (1 - y / extent) ** 2
+            tile[:, :, y] = above[:, :, y - extent] * fade + tile[:, :, y] * (1 - fade)
         return tile
 
 

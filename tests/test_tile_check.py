@@ -15,7 +15,7 @@ from halovae.tile.blend import Blends
 from halovae.tile.plan import Planner
 
 KL_200 = {"tile_sample_min_size": 200, "tile_latent_min_size": 25}
-COG = factors(64, 8, "tile_overlap_factor_{}") | {"tile_overlap_factor_height": 1 / 6, "tile_overlap_factor_width": 1 / 5}
+COG = factors(64, 8) | {"tile_overlap_factor_height": 1 / 6, "tile_overlap_factor_width": 1 / 5}
 STALE = {"tile_sample_min_height": 128, "tile_sample_min_width": 128}
 LTX2 = strides(128, 96, spatial_compression_ratio=32, temporal_compression_ratio=8)
 

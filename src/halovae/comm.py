@@ -261,7 +261,8 @@ def default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
     generators = torch.get_device_module(device).default_generators
-    return generators[torch.accelerator.current_device_index() if device.index is None else device.index]
+    index: int | None = getattr(device, "index", None)  # None for "cuda", whatever its stub says
+    return generators[torch.accelerator.current_device_index() if index is None else index]
 
 
 def backend_name() -> str:

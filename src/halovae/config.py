@@ -11,9 +11,10 @@ from halovae.geometry import Extent
 Axis = str | tuple[int, int]
 Gather = Literal["all", "first", "shard"]
 
-MODES = ("exact",)
+MODES = ("exact", "tile")
 AXES = ("auto", "height", "width")
 GATHERS = ("all", "first", "shard")
+TILES = ("own", "fit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Options:
     """How a VAE is run on the ranks of a group."""
 
     mode: str = "exact"
-    """"exact": spatial shards with halo exchange; the un-tiled result."""
+    """"exact": spatial shards with halo exchange; the un-tiled result. "tile": the VAE's own tiles, spread."""
     axis: Axis = "auto"
     """"auto", "height", "width", or (rows, columns) of the grid of shards."""
     size: int | None = None
@@ -31,7 +32,11 @@ class Options:
     verify: bool = True
     """Compare a small probe with the un-parallel VAE at the first use of each half."""
 
+    tiles: str = "own"
+    """"own": tiles of the VAE's settings; "fit": smaller ones where some rank would have none."""
+
     def __post_init__(self) -> None:
+        _one_of("tiles", self.tiles, TILES)
         _one_of("mode", self.mode, MODES)
         _one_of("gather", self.gather, GATHERS)
         if isinstance(self.axis, str):
@@ -40,6 +45,11 @@ class Options:
             raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
+
+    @property
+    def cut(self) -> str:
+        """How the picture is cut, in words."""
+        return f"{self.tiles} tiles" if self.mode == "tile" else f"axis {self.axis}, verify {self.verify}"
 
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks in the group.
@@ -71,13 +81,9 @@ class CallReport:
     half: str
     """"encode" or "decode"."""
     mode: str
-    shape: tuple[int, int]
-    """Rows and columns of the grid of shards."""
-    bounds: tuple[tuple[int, ...], tuple[int, ...]]
-    """Where the rows and the columns of the input were cut."""
     seconds: float
     phases: dict[str, float] = field(default_factory=dict[str, float])
-    """Seconds of agreement, probe (first call only), network and gather."""
+    """Seconds of agreement, probe (exact mode, first call only), network and gather."""
     messages: int = 0
     """Messages this rank sent."""
     bytes: int = 0
@@ -88,14 +94,25 @@ class CallReport:
     """Most bytes in use during the call: of the accelerator's memory, or of the process on a CPU. None: unknown."""
     extents: dict[str, Extent] = field(default_factory=dict[str, Extent])
     """Rows and columns of the output that this rank computed, as {"height": (low, high), "width": (low, high)}."""
+    shape: tuple[int, int] = (1, 1)
+    """Exact mode: rows and columns of the grid of shards."""
+    bounds: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """Exact mode: where the rows and the columns of the input were cut."""
+    tiles: int = 0
+    """Tile mode: how many tiles there were, each with all its frames."""
+    spread: float = 1.0
+    """Tile mode: largest over mean load of the ranks."""
+    tile_sizes: str = ""
+    """Tile mode: sizes and overlaps."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
         rows, cols = self.shape
+        cut = f"{self.tiles} tiles (spread {self.spread:.2f})" if self.tiles else f"{rows} x {cols} shards"
         memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
         return (
-            f"{self.half} {self.mode} on {rows} x {cols} shards: {self.seconds:.3f} s, {self.messages} messages, "
+            f"{self.half} {self.mode} on {cut}: {self.seconds:.3f} s, {self.messages} messages, "
             f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}"
         )

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halovae.agreement import together
 from halovae.comm import Comm, Group, Traffic, connect
 from halovae.config import Axis, CallReport, Options
-from halovae.errors import DisagreementError, InputError, RankFailedError
-from halovae.exact.mesh import Mesh
-from halovae.exact.run import is_picture, run_on_group
+from halovae.engines import make_engine
+from halovae.errors import InputError
+from halovae.exact.run import is_picture
 from halovae.memory import PeakMemory
-from halovae.plan import ShardPlan, plan_shards
 from halovae.target import Target
-from halovae.verify import compression, make_probe, verify
 
 
 def parallelize(
@@ -32,6 +29,7 @@ def parallelize(
     size: int | None = None,
     gather: str = "all",
     verify: bool = True,
+    tiles: str = "own",
 ) -> Handle:
     """Run a VAE's `encode` and `decode` on all ranks of a group. Called on every rank of it, with equal weights.
 
@@ -41,12 +39,14 @@ def parallelize(
     Args:
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
         group: the ranks to use; default: the world. In a world of one the VAE runs as one shard.
-        mode: "exact": spatial shards with halo exchange; the un-tiled result, up to rounding.
+        mode: "exact": spatial shards with halo exchange; the un-tiled result, up to rounding. "tile": diffusers' own
+            tiles, spread over the ranks; the result of the VAE's own tiled encode and decode, bit for bit.
         axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard).
         size: use the first `size` ranks only; the others wait and share the result.
         gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard), or nobody
-            ("shard"; `handle.last.extents` says which part).
-        verify: compare a small probe with the un-parallel VAE at the first use of each half.
+            ("shard"; `handle.last.extents` says which part; exact mode only).
+        verify: compare a small probe with the un-parallel VAE at the first use of each half (exact mode).
+        tiles: "own": the sizes that the VAE is set to; "fit": smaller ones where some rank would have no tile to run.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
@@ -61,8 +61,8 @@ def parallelize(
         >>> video = pipe(image=image, prompt=prompt).frames[0]
     """
     comm = connect(group)
-    with _together(comm) as said:
-        options = Options(mode=mode, axis=axis, size=size, gather=gather, verify=verify)
+    with together(comm) as said:
+        options = Options(mode=mode, axis=axis, size=size, gather=gather, verify=verify, tiles=tiles)
         options.check_ranks(comm.size)
         target = Target(vae)
         said.update({"options": options, "VAE": target.name, "weights": target.digest()})
@@ -80,8 +80,7 @@ class Handle:
         self.last: CallReport | None = None
         self._target, self._comm, self._options = target, comm, options
         self._lock = threading.RLock()
-        self._verified: set[tuple[str, tuple[int, int]]] = set()
-        self._ratio: int | None = None
+        self._engine = make_engine(comm, target, options)
         self._calls = 0
         self._running = False
         for half, original in target.originals.items():
@@ -103,15 +102,11 @@ class Handle:
         rows = [
             ("vae", self._target.name),
             ("halves", ", ".join(self._target.originals)),
-            ("rank", f"{self._comm.rank} of {self._comm.size}, {self._ranks} at work"),
-            ("mode", f"{options.mode}, axis {options.axis}, gather {options.gather}, verify {options.verify}"),
+            ("rank", f"{self._comm.rank} of {self._comm.size}, {options.size or self._comm.size} at work"),
+            ("mode", f"{options.mode}, {options.cut}, gather {options.gather}"),
             ("last", str(self.last or "no call yet")),
         ]
         return "\n".join(["halovae.Handle", *(f"  {name:<7}{value}" for name, value in rows)])
-
-    @property
-    def _ranks(self) -> int:
-        return self._options.size or self._comm.size
 
     def _call(self, half: str, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
@@ -135,91 +130,33 @@ class Handle:
 
     def _run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], started: float) -> Any:
         memory, agreed = PeakMemory(picture.device), time.perf_counter()
-        plan = self._plan(half, picture)
-        self._verify_once(half, plan, args, kwargs)
-        probed, traffic = time.perf_counter(), self._comm.traffic
-        self._comm.traffic = Traffic()
-        call = functools.partial(self._target.run_untiled, half)
-        outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, self._options.gather)
+        ran = self._engine.run(half, picture, args, kwargs)
         traffic = self._comm.traffic
         self.last = CallReport(
-            half=half, mode=self._options.mode, shape=plan.shape, bounds=plan.bounds,
+            half=half,
+            mode=self._options.mode,
             seconds=time.perf_counter() - started,
-            phases={"agree": agreed - started, "probe": probed - agreed, "network": outcome.network_seconds,
-                    "gather": outcome.gather_seconds},
-            messages=traffic.messages, bytes=traffic.bytes, wait_seconds=traffic.wait_seconds,
-            peak_memory=memory.read(), extents=outcome.extents,
-        )  # fmt: skip
-        return outcome.result
+            phases={"agree": agreed - started, **ran.phases},
+            messages=traffic.messages,
+            bytes=traffic.bytes,
+            wait_seconds=traffic.wait_seconds,
+            peak_memory=memory.read(),
+            **ran.report,
+        )
+        return ran.result
 
     def _agree_on_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Check that the call can be run, and is the same, on every rank; returns the picture to cut."""
         self._calls += 1
-        with _together(self._comm) as said:
+        with together(self._comm) as said:
             pictures = [value for value in (*args, *kwargs.values()) if is_picture(value)]
             self._check(half, pictures)
             shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
             said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
         return pictures[0]
 
-    def _plan(self, half: str, picture: Tensor) -> ShardPlan:
-        ratio = 1
-        if half == "encode":
-            if self._ratio is None:
-                self._ratio = compression(self._target, picture)
-            ratio = self._ratio
-        height, width = picture.shape[-2:]
-        return plan_shards(height, width, ratio, self._ranks, self._options.axis)
-
-    def _verify_once(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The first time a half runs on a grid of this shape; every rank learns how it ended."""
-        if not self._options.verify or plan.shape == (1, 1) or (half, plan.shape) in self._verified:
-            return
-        with _together(self._comm):
-            if self._comm.rank < plan.shape[0] * plan.shape[1]:
-                ratio = self._ratio if half == "encode" and self._ratio else 1
-                probe = make_probe(plan.shape, ratio, args, kwargs)
-                verify(Mesh(self._comm, plan.shape), self._target, half, probe)
-        self._verified.add((half, plan.shape))
-
 
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device.type}"
     return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
-
-
-@contextmanager
-def _together(comm: Comm) -> Iterator[dict[str, Any]]:
-    """A step that ends alike on all ranks: what goes wrong on one is raised on each, what they say must be the same.
-
-    Yields:
-        An empty dict; what a rank puts in is compared with the others'.
-
-    Raises:
-        RankFailedError: on the ranks on which nothing was wrong.
-        DisagreementError: on all ranks, with both values.
-    """
-    said: dict[str, Any] = {}
-    problem: Exception | None = None
-    try:
-        yield said
-    except Exception as error:
-        problem = error
-    everyone = comm.all_gather_object((problem and str(problem), {name: str(value) for name, value in said.items()}))
-    if problem:
-        raise problem
-    for rank, (message, _) in enumerate(everyone):
-        if message is not None:
-            raise RankFailedError(rank, message)
-    _compare([other for _, other in everyone])
-
-
-def _compare(everyone: list[dict[str, str]]) -> None:
-    for rank, other in enumerate(everyone):
-        for name, value in other.items():
-            if value != everyone[0].get(name):
-                raise DisagreementError(
-                    f"ranks disagree on {name}: rank 0 has {everyone[0].get(name)}, rank {rank} has {value}; "
-                    "call with the same on all ranks"
-                )

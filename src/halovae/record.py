@@ -175,9 +175,7 @@ class _Heard:
 class _Listener:
     """Answers calls with results on the meta device, and notes what depends on what."""
 
-    def __init__(
-        self, network: nn.Module, state: ModuleState, effects: dict[Any, _Effect], flow: Dataflow
-    ) -> None:
+    def __init__(self, network: nn.Module, state: ModuleState, effects: dict[Any, _Effect], flow: Dataflow) -> None:
         self.flow = flow
         self._network, self._state, self._effects = network, state, effects
         self._heard: list[_Heard] = []
@@ -189,6 +187,9 @@ class _Listener:
         self._note_use(self.flow.reads)
         state = self._state.changed()
         before, structure = pytree.tree_flatten((args, kwargs, state))
+        for leaf in before:
+            if isinstance(leaf, Tensor):
+                self.flow.follow(leaf, self.flow.origin(leaf))
         key = (structure, tuple((type(leaf), _described(leaf)) for leaf in before))
         if key not in self._effects:
             self._effects[key] = self._run(args, kwargs, before)

@@ -52,7 +52,8 @@ class TileSettings:
         """What the VAE's attributes say; None where they go by names that are not known here."""
         sizes = _pair(vae, "tile_sample_min_{}", "tile_sample_min_size")
         latents = _pair(vae, "tile_latent_min_{}", "tile_latent_min_size")
-        ratio: int | None = getattr(vae, "spatial_compression_ratio", None)
+        known: dict[str, Any] = {**dict(getattr(vae, "config", {})), **vae.__dict__}
+        ratio: int | None = known.get("spatial_compression_ratio")
         if sizes and latents and not ratio:
             ratio = round(sizes[0] / latents[0])
         if not sizes or not ratio:
