@@ -12,7 +12,8 @@ from torch import Tensor
 
 from halovae.exact.mesh import Mesh
 from halovae.exact.mode import ShardMode
-from halovae.exact.partition import Bounds, gather, map_tensors, scatter
+from halovae.exact.partition import Bounds, gather, scatter
+from halovae.trees import map_tensors
 
 EXACT = 1e-12
 """Tolerance relative to the largest value, in float64: only the order of summation may differ."""

@@ -11,8 +11,9 @@ from halovae.config import Axis, Options
 from halovae.errors import InputError
 from halovae.exact.mesh import Mesh
 from halovae.exact.mode import ShardMode
-from halovae.exact.partition import gather, map_tensors, scatter
+from halovae.exact.partition import gather, scatter
 from halovae.plan import plan_shards
+from halovae.trees import map_tensors
 
 
 class Sharded(ShardMode):

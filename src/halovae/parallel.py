@@ -15,9 +15,10 @@ from halovae.comm import Comm, Group, Traffic, connect
 from halovae.config import Axis, CallReport, Options
 from halovae.engines import make_engine
 from halovae.errors import InputError
-from halovae.exact.run import is_picture
 from halovae.memory import PeakMemory
 from halovae.target import Target
+from halovae.tile.settings import described
+from halovae.trees import is_picture
 
 
 def parallelize(
@@ -153,6 +154,8 @@ class Handle:
             self._check(half, pictures)
             shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
             said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
+            if self._options.mode == "tile":
+                said["tile settings"] = described(self._target.vae)
         return pictures[0]
 
 

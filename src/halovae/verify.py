@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from halovae.comm import default_generator
 from halovae.errors import NotExactError, VerificationError
 from halovae.exact.mesh import Mesh
-from halovae.exact.partition import Bounds, first_tensor, gather, map_tensors
-from halovae.exact.run import is_picture, run_sharded
+from halovae.exact.partition import Bounds, first_tensor, gather
+from halovae.exact.run import run_sharded
 from halovae.plan import plan_shards
 from halovae.target import Call, Target
+from halovae.trees import is_picture, map_tensors
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest relative L2 distance of the probe's two results. Rounding stays 10 times below: some VAEs compute in

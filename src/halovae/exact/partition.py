@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from halovae.exact.halo import extend, gather_dim, own
 from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.geometry import Extent, cut_at
+from halovae.trees import pictures_in
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 """Where rows and where columns are cut: (0, ..., height) and (0, ..., width)."""
@@ -96,41 +96,13 @@ def extents(mesh: Mesh, tensor: Tensor) -> dict[str, Extent]:
     return found
 
 
-def map_tensors(function: Callable[[Any], Any], value: Any, kind: type = Tensor) -> Any:
-    """A copy of a result with every tensor (or other `kind` of leaf) in it replaced.
-
-    Knows tensors, lists, tuples, dicts and plain objects with tensors as attributes, such as output classes and
-    distributions, at any depth.
-    """
-    if isinstance(value, kind):
-        return function(value)
-    if isinstance(value, tuple):
-        items = [map_tensors(function, item, kind) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [map_tensors(function, item, kind) for item in value]
-    if type(value) is dict:
-        return {key: map_tensors(function, item, kind) for key, item in value.items()}
-    if not hasattr(value, "__dict__") or isinstance(value, (type, torch.nn.Module, torch.Generator)):
-        return value
-    replaced = copy.copy(value)
-    for name, item in vars(value).items():
-        mapped = map_tensors(function, item, kind)
-        if mapped is not item:
-            setattr(replaced, name, mapped)
-    return replaced
-
-
 def first_tensor(value: Any) -> Tensor:
-    """The first picture-like tensor (4-D or 5-D) in a result."""
-    found: list[Tensor] = []
+    """The first picture-like tensor (4-D or 5-D) in a result.
 
-    def look(tensor: Tensor) -> Tensor:
-        if tensor.ndim in (4, 5):
-            found.append(tensor)
-        return tensor
-
-    map_tensors(look, value)
-    if not found:
+    Raises:
+        NotExactError: there is none.
+    """
+    pictures = pictures_in(value)
+    if not pictures:
         raise NotExactError(f"the result {type(value).__name__} holds no picture or video tensor")
-    return found[0]
+    return pictures[0]

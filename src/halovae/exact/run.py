@@ -16,15 +16,11 @@ from halovae.errors import InputError, NotExactError, RankFailedError
 from halovae.exact.layout import layout_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.mode import ShardMode
-from halovae.exact.partition import Bounds, extents, first_tensor, gather, map_tensors, own_rows, scatter
+from halovae.exact.partition import Bounds, extents, first_tensor, gather, own_rows, scatter
 from halovae.geometry import Extent
+from halovae.trees import is_picture, map_tensors
 
 Call = Callable[..., Any]
-
-
-def is_picture(value: object) -> bool:
-    """Whether a tensor has the shape of images (4-D) or video (5-D)."""
-    return isinstance(value, Tensor) and value.ndim in (4, 5)
 
 
 def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds) -> Any:
