@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
-from harness import interleaved, report, run_ranks
+from harness import EAGER_FREE, interleaved, report, run_ranks
 
 import halovae
 from halovae.memory import PeakMemory
@@ -34,6 +36,7 @@ CASES = [
 def build(case: dict[str, Any]) -> AutoencoderKLWan:
     """A VAE of Wan 2.1's architecture with random weights, the same on every rank."""
     torch.manual_seed(0)
+    logging.disable(logging.WARNING)  # diffusers warns of .to(dtype) for an empty list of modules
     vae = AutoencoderKLWan(base_dim=case["base_dim"]).to(getattr(torch, case["dtype"]))
     return vae.eval().requires_grad_(False)
 
@@ -112,23 +115,25 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of the cases to run")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for index in options.cases:
         for half in ("encode", "decode"):
-            rows.append(row(CASES[index], half, options.ranks, options.repeats))
-            print(rows[-1], flush=True)
+            rows.append(row(CASES[index], half, options.ranks, options.repeats, options.memory))
+            print(rows[-1], file=sys.stderr, flush=True)
     report(f"exact mode on {options.ranks} ranks", rows, options.json)
 
 
-def row(case: dict[str, Any], half: str, ranks: int, repeats: int) -> dict[str, Any]:
+def row(case: dict[str, Any], half: str, ranks: int, repeats: int, with_memory: bool) -> dict[str, Any]:
     per_rank = run_ranks(ranks, measure_time, case, half, repeats)
     times = per_rank[0]
     has_peer = "peer" in times
-    memory = {
-        name: max(run_ranks(ranks, measure_memory, case, half, name)) / 2**20
+    memory: dict[str, float] = {
+        name: max(run_ranks(ranks, measure_memory, case, half, name, env=EAGER_FREE)) / 2**20
         for name in ("one", "exact", *(["peer"] if has_peer else []))
+        if with_memory
     }
     name = f"base_dim {case['base_dim']} {case['dtype']} {'x'.join(map(str, case['size']))}"
     return {
@@ -145,11 +150,15 @@ def row(case: dict[str, Any], half: str, ranks: int, repeats: int) -> dict[str, 
         "DistVAE error": f"{times['peer_error']:.0e}" if has_peer else "-",
         "messages": max(r["messages"] for r in per_rank),
         "MiB sent": max(r["bytes"] for r in per_rank) / 2**20,
-        "one MiB": round(memory["one"]),
-        "exact MiB": round(memory["exact"]),
-        "DistVAE MiB": round(memory["peer"]) if has_peer else "-",
-        "memory": memory["exact"] / memory["one"],
+        "one MiB": _rounded(memory, "one"),
+        "exact MiB": _rounded(memory, "exact"),
+        "DistVAE MiB": _rounded(memory, "peer"),
+        "memory": memory["exact"] / memory["one"] if memory else "-",
     }
+
+
+def _rounded(memory: dict[str, float], name: str) -> Any:
+    return round(memory[name]) if name in memory else "-"
 
 
 if __name__ == "__main__":
