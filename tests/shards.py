@@ -70,3 +70,27 @@ def picture_bounds(draw: st.DrawFn, least: int = 2, most: int = 6, ratio: int = 
     rows = draw(axis_bounds(least, most, 3, ratio))
     cols = draw(axis_bounds(least, most, 2, ratio).filter(lambda b: len(b) > 2 or len(rows) > 2))
     return rows, cols
+
+
+GRID: Bounds = ((0, 4, 12), (0, 6, 10, 18))
+"""Two rows and three columns of uneven shards."""
+
+SIZES = {"h": 12, "w": 18}
+
+
+def image() -> Tensor:
+    return draw(2, 4, 12, 18)
+
+
+def video() -> Tensor:
+    return draw(1, 4, 3, 12, 18)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[batch, height * width, channels]"""
+    return x.flatten(2).transpose(1, 2)
+
+
+def heads(x: Tensor) -> Tensor:
+    """[batch, 2 heads, height * width, channels of a head]"""
+    return tokens(x).unflatten(2, (2, 2)).transpose(1, 2)

@@ -1,0 +1,205 @@
+"""The probe, VAEs that are not from diffusers, and other machinery around the network."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import EXACT
+from pictures import error, kl, latents, pixels, raises
+from ranks import Ranks
+from torch import Tensor, nn
+
+import halovae
+from halovae.errors import InputError, NotExactError, VerificationError
+
+
+class Sharpen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.roll(x, 1, dims=-2)
+
+
+class Small(nn.Module):
+    """A VAE that is not from diffusers: methods, no config."""
+
+    def __init__(self, middle: nn.Module | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3, 1, 1))
+        up = nn.ConvTranspose2d(4, 8, 4, 2, 1)
+        self.decoder = nn.Sequential(up, middle or nn.Identity(), nn.Conv2d(8, 3, 3, 1, 1))
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+        self.eval().requires_grad_(False).double()
+
+
+class Methods(Small):
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+
+def wrong_rule(rank: int) -> None:
+    from halovae.exact.layout import layout_of, mark
+    from halovae.exact.registry import RULES, rule
+
+    vae = Methods(nn.Sequential(nn.Identity(), Sharpen()))
+    with halovae.parallelize(vae, axis="height"), raises(NotExactError, r"torch\.roll in decoder\.1\.1 \(Sharpen\)"):
+        vae.decode(latents())
+
+    @rule(torch.roll)
+    def roll(mesh: Any, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return mark(func(tensor, *args, **kwargs), layout_of(tensor))
+
+    try:
+        with halovae.parallelize(vae, axis="height"):
+            vae.encode(pixels())
+            with raises(VerificationError, r"the first submodule that differs is decoder\.1\.1"):
+                vae.decode(latents())
+    finally:
+        RULES.pop(torch.roll)
+
+
+def test_a_wrong_rule_is_found_and_its_submodule_named(two_ranks: Ranks) -> None:
+    two_ranks.run(wrong_rule)
+
+
+def verified_once(rank: int) -> None:
+    vae = kl()
+    calls: list[int] = []
+    vae.decoder.register_forward_hook(lambda *_: calls.append(1))
+    with halovae.parallelize(vae):
+        vae.decode(latents())
+        assert len(calls) == 3  # un-parallel and sharded probe, then the call
+        vae.decode(latents())
+        assert len(calls) == 4
+    calls.clear()
+    with halovae.parallelize(vae, verify=False):
+        vae.decode(latents())
+        assert len(calls) == 1
+
+
+def test_each_half_is_verified_once(two_ranks: Ranks) -> None:
+    two_ranks.run(verified_once)
+
+
+# ---- what can be parallelized ----------------------------------------------------------------------------------------
+
+
+def foreign(rank: int) -> None:
+    x, z = pixels(), latents(6, 8)
+    for vae in (Methods(), Small()):
+        encode = vae.encode if isinstance(vae, Methods) else vae.encoder
+        decode = vae.decode if isinstance(vae, Methods) else vae.decoder
+        expected = encode(x), decode(z)
+        with halovae.parallelize(vae, axis="width"):
+            found = (vae.encode(x), vae.decode(z)) if isinstance(vae, Methods) else (vae.encoder(x), vae.decoder(z))
+        assert max(map(error, found, expected)) <= EXACT
+    vae.config = SimpleNamespace(name="not a mapping")
+    halovae.parallelize(vae).restore()
+
+
+def test_vaes_that_are_not_from_diffusers(two_ranks: Ranks) -> None:
+    two_ranks.run(foreign)
+
+
+class Nested(Methods):
+    def decode(self, z: Tensor, again: bool = True) -> Tensor:
+        return self.decode(2 * z, again=False) if again else self.decoder(z)
+
+
+def nested(rank: int) -> None:
+    vae = Nested()
+    expected = vae.decode(latents())
+    with halovae.parallelize(vae):
+        assert error(vae.decode(latents()), expected) <= EXACT
+
+
+def test_a_half_that_calls_itself(two_ranks: Ranks) -> None:
+    two_ranks.run(nested)
+
+
+def composing(rank: int) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+    from diffusers.hooks import apply_group_offloading
+
+    x, z = pixels(), latents()
+    vae = kl()
+    expected = vae.encode(x)[0].parameters, vae.decode(z)[0]
+
+    def same() -> bool:
+        return max(error(vae.encode(x)[0].parameters, expected[0]), error(vae.decode(z)[0], expected[1])) <= EXACT
+
+    with halovae.parallelize(vae):
+        with torch.inference_mode():
+            assert same()
+        assert same()
+        vae.to(torch.float32)
+        assert vae.decode(z.float())[0].dtype == torch.float32
+        vae.to(torch.float64)
+
+    seen: list[nn.Module] = []
+
+    class Seen(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            seen.append(module)
+            return args, kwargs
+
+    vae = kl()
+    add_hook_to_module(vae, Seen())
+    for module in vae.encoder.modules():
+        add_hook_to_module(module, Seen())
+    with halovae.parallelize(vae):
+        assert same()
+    assert vae in seen
+    remove_hook_from_module(vae, recurse=True)
+
+    vae = kl()
+    cpu = torch.device("cpu")
+    apply_group_offloading(vae, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    with halovae.parallelize(vae):
+        assert same()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_composes_with_offloading_hooks_and_inference_mode(two_ranks: Ranks) -> None:
+    two_ranks.run(composing)
+
+
+def plain_stack(rank: int) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 3, 1, 1)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            parameter.data = torch.randn(parameter.shape)
+    network, x = network.double().requires_grad_(False), pixels()
+    expected = network(x)
+    for axis in ("height", "width", (1, 2)):
+        with halovae.sharded(axis=axis) as shards:
+            shard = shards.scatter(x, ratio=2)
+            assert shard.numel() == x.numel()  # a size is the whole picture's
+            result = shards.gather({"picture": network(shard)})["picture"]
+        assert error(result, expected) <= EXACT
+    with raises(InputError, "makes 4 shards but the group has 2 ranks"):
+        halovae.sharded(axis=(2, 2))
+    with halovae.sharded() as shards, raises(InputError, "too small"):
+        shards.scatter(x[..., :2, :])
+
+
+def test_a_plain_stack_of_modules(two_ranks: Ranks) -> None:
+    two_ranks.run(plain_stack)
+
+
+def test_a_world_of_one_runs_un_parallel() -> None:
+    vae, z = kl(), latents()
+    expected = vae.decode(z)[0]
+    with halovae.parallelize(vae) as handle:
+        assert torch.equal(vae.decode(z)[0], expected)
+        assert handle.last is not None
+        assert (handle.last.shape, handle.last.messages) == ((1, 1), 0)
