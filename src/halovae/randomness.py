@@ -26,3 +26,8 @@ class Generators:
         """Bring all of them back to the states they were in."""
         for generator, state in self._states:
             generator.set_state(state)
+
+    def seed(self, seed: int) -> None:
+        """Start all of them from one seed."""
+        for generator, _ in self._states:
+            generator.manual_seed(seed)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halovae.comm import default_generator
 from halovae.errors import NotExactError, VerificationError
 from halovae.exact.mesh import Mesh
 from halovae.exact.partition import Bounds, first_tensor, gather
 from halovae.exact.run import run_sharded
 from halovae.plan import plan_shards
+from halovae.randomness import Generators
 from halovae.target import Call, Target
 from halovae.trees import is_picture, map_tensors
 
@@ -185,12 +185,9 @@ def _outputs(vae: nn.Module, seen: list[tuple[str, Tensor]], take: Callable[[Ten
 @contextmanager
 def frozen_generators(device: torch.device) -> Iterator[None]:
     """Within it, random numbers start from seed 0; afterwards the generators are as they were."""
-    generators = [default_generator(d) for d in {torch.device("cpu"), device}]
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(0)
+    generators = Generators(device)
+    generators.seed(0)
     try:
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        generators.rewind()
