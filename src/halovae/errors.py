@@ -18,6 +18,10 @@ class DisagreementError(InputError):
     """Ranks of one group were called with different shapes, dtypes, options or weights."""
 
 
+class TooLittleMemoryError(InputError):
+    """A call would need more memory than is free; nothing was allocated."""
+
+
 class NotExactError(HalovaeError, NotImplementedError):
     """Exact mode can't run this VAE: an operator mixes positions in a way no rule covers."""
 
@@ -35,10 +39,11 @@ class RankFailedError(HalovaeError, RuntimeError):
 
     Attributes:
         rank: index in the group of the rank that failed.
+        message: what it said.
         details: the failing rank's traceback as text.
     """
 
     def __init__(self, rank: int, message: str, details: str = "") -> None:
         super().__init__(f"rank {rank} failed: {message}")
-        self.rank = rank
+        self.rank, self.message = rank, message
         self.details = details

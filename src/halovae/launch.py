@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -101,14 +101,32 @@ def run_ranks(arguments: Sequence[str], ranks: int, program: Sequence[str] = PRO
     Returns:
         The exit code: 0; 2 for bad input; 1 for any other failure; 128 + the signal's number after a signal.
     """
-    group = _Group()
+    group = Group()
     with _signals_to(group):
         try:
             group.start([*program, *arguments], ranks)
             group.wait()
         finally:
             group.kill()
-    return group.verdict()
+    return group.verdict().say()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the ranks of a run have ended."""
+
+    exit_code: int = 0
+    messages: tuple[str, ...] = ()
+    """What went wrong, each a line of its own. None: all is well."""
+    details: str = ""
+    """More of it, for a failure that nobody expected."""
+
+    def say(self) -> int:
+        """Write it to standard error; returns the exit code."""
+        if self.exit_code:
+            restore_terminal()
+        sys.stderr.write(self.details + "".join(f"halovae: error: {message}\n" for message in self.messages))
+        return self.exit_code
 
 
 @dataclass
@@ -129,8 +147,12 @@ class _Rank:
             return None
 
 
-class _Group:
-    """The ranks of one run."""
+class Group:
+    """The ranks of one run. `start`, `wait`, and in any case `kill`; then `verdict`.
+
+    Attributes:
+        interrupted_by: set it to a signal's number, on any thread, to end the ranks.
+    """
 
     def __init__(self) -> None:
         self.interrupted_by = 0
@@ -140,7 +162,8 @@ class _Group:
         # Nothing is ever written to this pipe: ranks see its end when this process dies. See `watch`.
         self._life_read, self._life_write = os.pipe()
 
-    def start(self, command: Sequence[str], ranks: int) -> None:
+    def start(self, command: Sequence[str], ranks: int, first: Mapping[str, int] | None = None) -> None:
+        """Start `command` on `ranks` processes; the first one inherits the files `first`, by environment variable."""
         shared = {
             "WORLD_SIZE": ranks,
             "LOCAL_WORLD_SIZE": ranks,
@@ -152,14 +175,15 @@ class _Group:
         }
         for index in range(ranks):
             report_read, report_write = os.pipe()
-            own = {"RANK": index, "LOCAL_RANK": index, REPORT_FD: report_write}
+            files = {} if index or first is None else first
+            own = {"RANK": index, "LOCAL_RANK": index, REPORT_FD: report_write, **files}
             process = subprocess.Popen(
                 command,
                 env={**os.environ, **{name: str(value) for name, value in (shared | own).items()}},
                 stdin=subprocess.DEVNULL,
                 # Rank 0 draws the progress bar; the others are heard only if they die.
                 stderr=None if index == 0 else subprocess.PIPE,
-                pass_fds=(report_write, self._life_read),
+                pass_fds=(report_write, self._life_read, *files.values()),
                 # Ctrl-C in a terminal would reach a rank while it can't clean up; here it comes by way of us.
                 start_new_session=True,
             )
@@ -226,36 +250,28 @@ class _Group:
         os.close(self._life_write)
         os.close(self._life_read)
 
-    def verdict(self) -> int:
-        """Say what went wrong, and the exit code that says it too."""
-        if self.interrupted_by or self._failed_first:
-            restore_terminal()
+    def verdict(self) -> Verdict:
+        """What went wrong, and the exit code that says it too."""
         if self.interrupted_by:
-            sys.stderr.write("halovae: interrupted\n")
-            return 128 + self.interrupted_by
+            return Verdict(128 + self.interrupted_by, details="halovae: interrupted\n")
         killed = [rank for rank in self._failed_first if rank.process.returncode < 0]
         if killed:
-            return _say([_death(rank) for rank in killed], 1)
+            return _verdict([_death(rank) for rank in killed])
         reported = sorted((f for rank in self._ranks if (f := rank.failure)), key=lambda failure: failure.time)
         causes = [failure for failure in reported if not failure.consequence] or reported
         expected = [failure for failure in causes if failure.expected]
         if expected:
-            return _say([failure.message for failure in expected], max(f.exit_code for f in expected))
+            return _verdict([failure.message for failure in expected], max(f.exit_code for f in expected))
         if causes:
-            sys.stderr.write(causes[0].details)
-            return _say([causes[0].message], 1)
-        for rank in self._failed_first:
-            sys.stderr.write(b"".join(rank.tail).decode(errors="replace"))
-        return _say(
-            [f"rank {rank.index} ended with exit code {rank.process.returncode}" for rank in self._failed_first], 1
-        )
+            return _verdict([causes[0].message], details=causes[0].details)
+        tails = b"".join(line for rank in self._failed_first for line in rank.tail)
+        words = [f"rank {rank.index} ended with exit code {rank.process.returncode}" for rank in self._failed_first]
+        return _verdict(words, details=tails.decode(errors="replace"))
 
 
-def _say(messages: Sequence[str], exit_code: int) -> int:
+def _verdict(messages: Sequence[str], exit_code: int = 1, details: str = "") -> Verdict:
     """Each different message once. No message: all is well."""
-    for message in dict.fromkeys(messages):
-        sys.stderr.write(f"halovae: error: {message}\n")
-    return exit_code if messages else 0
+    return Verdict(exit_code if messages else 0, tuple(dict.fromkeys(messages)), details)
 
 
 def _death(rank: _Rank) -> str:
@@ -265,7 +281,7 @@ def _death(rank: _Rank) -> str:
 
 
 @contextmanager
-def _signals_to(group: _Group) -> Iterator[None]:
+def _signals_to(group: Group) -> Iterator[None]:
     def note(signum: int, frame: FrameType | None) -> None:
         group.interrupted_by = group.interrupted_by or signum
 

@@ -1,0 +1,27 @@
+"""The only door to torch.distributed: groups of ranks, exchanges of tensors, small agreements, and who has failed.
+
+Ranks here are always indices in the group; only this package knows global ranks.
+"""
+
+from halovae.comm.api import Comm, Message, Pending, SoloComm, Traffic, all_gather
+from halovae.comm.env import backend_name, default_device, default_generator, init_from_env, mesh, shutdown
+from halovae.comm.group import Group, GroupComm, connect, world
+
+__all__ = [
+    "Comm",
+    "Group",
+    "GroupComm",
+    "Message",
+    "Pending",
+    "SoloComm",
+    "Traffic",
+    "all_gather",
+    "backend_name",
+    "connect",
+    "default_device",
+    "default_generator",
+    "init_from_env",
+    "mesh",
+    "shutdown",
+    "world",
+]

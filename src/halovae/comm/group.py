@@ -1,0 +1,237 @@
+"""A torch.distributed process group as a `Comm`: tensors by its kind of backend, everything else by the link."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import traceback
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from halovae.comm.api import Comm, Message, Nothing, Pending, SoloComm, Traffic
+from halovae.comm.env import default_device
+from halovae.comm.lanes import DeviceLane, GlooLane, store_of
+from halovae.comm.link import Link
+from halovae.errors import InputError, RankFailedError
+
+Group = dist.ProcessGroup | DeviceMesh
+"""What callers name their ranks by; a mesh of one dimension."""
+
+_NEWS_SECONDS = 5.0
+"""How long after a broken exchange the news of who broke it may take."""
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """Messages that a process group is moving; holds on to their memory."""
+
+    comm: GroupComm
+    works: Sequence[dist.Work]
+    receives: Sequence[Message]
+    landing: Sequence[Message]
+    staged: Sequence[Message]
+
+    def wait(self) -> None:
+        started = time.perf_counter()
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise self.comm.blamed(error) from error
+        for (_, buffer), (_, landed) in zip(self.receives, self.landing, strict=True):
+            if landed is not buffer:
+                buffer.copy_(landed)
+        self.comm.traffic.waited_since(started)
+
+
+class GroupComm:
+    """A torch.distributed process group. Made by all its ranks together.
+
+    Where a backend can't move the device's tensors (gloo with accelerator tensors), messages are staged through host
+    memory.
+
+    Args:
+        group: the process group this process belongs to.
+
+    Raises:
+        InputError: this process is not in `group`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise InputError(
+                f"process {dist.get_rank()} is not in the given group: call parallelize only on the group's ranks"
+            )
+        self.size = dist.get_world_size(group)
+        self.traffic = Traffic()
+        self._group = group
+        self._lanes: dict[str, GlooLane | DeviceLane] = {}
+        self._era = -1
+
+        def share(value: Any) -> list[Any]:
+            values: list[Any] = [None] * self.size
+            dist.all_gather_object(values, value, group=group)
+            return values
+
+        self._name = share(secrets.token_hex(8))[0]
+        # Weak, and closed at the end: the thread of the link must not outlive what nobody uses any more.
+        abort = weakref.WeakMethod(self._abort)
+        self._link = Link(self.rank, self.size, share, lambda: (found := abort()) and found())
+        self._closed = weakref.finalize(self, self._link.close)
+        self._connect()
+
+    @property
+    def patience(self) -> float:
+        return self._link.patience
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._link.patience = seconds
+
+    @property
+    def key(self) -> object:
+        return self._group
+
+    # ---- tensors -------------------------------------------------------------------------------------------------
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.post(sends, receives).wait()
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        self._link.check()
+        if not sends and not receives:
+            return Nothing()
+        started = time.perf_counter()
+        landing = [(peer, self._landing(buffer)) for peer, buffer in receives]
+        staged = [(peer, self._staged(tensor)) for peer, tensor in sends]
+        lane = self._lanes[(landing or staged)[0][1].device.type]
+        try:
+            works = lane.post([(p, _raw(t)) for p, t in staged], [(p, _raw(t)) for p, t in landing])
+        except RuntimeError as error:
+            raise self.blamed(error) from error
+        self.traffic.messages += len(sends)
+        self.traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
+        self.traffic.waited_since(started)
+        return _Posted(self, works, receives, landing, staged)
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device.type in self._lanes else tensor.cpu()
+
+    def _landing(self, buffer: Tensor) -> Tensor:
+        return buffer if buffer.device.type in self._lanes else torch.empty_like(buffer, device="cpu")
+
+    def blamed(self, error: RuntimeError) -> RuntimeError:
+        """Why an exchange broke: the failure of another rank, of which news may still be under way, or `error`."""
+        deadline = time.monotonic() + _NEWS_SECONDS
+        while not self._link.troubled and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            self._link.check()
+        except RankFailedError as known:
+            return known
+        return error
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self._link.gather(value)
+
+    def begin(self) -> None:
+        self._link.check()
+        self._link.busy = True
+        if self._era != self._link.era:
+            self._connect()
+
+    def check(self) -> None:
+        if self._link.troubled:
+            self._link.check()
+
+    def finish(self) -> None:
+        if len(self._lanes) > 1:  # What a device still has to do may depend on messages that never come.
+            torch.accelerator.synchronize()
+        self._link.gather(None)
+        self._link.busy = False
+
+    def fail(self, error: BaseException) -> None:
+        message = f"{type(error).__name__}: {error}"
+        self._link.fail(message, "".join(traceback.format_exception(error)))
+        self._abort()
+        self._link.busy = False
+        self._link.next_era()
+
+    def close(self) -> None:
+        self._closed()
+        self._lanes = {}
+
+    def _connect(self) -> None:
+        """New lanes for this era."""
+        self._lanes, self._era = {}, self._link.era
+        try:
+            lanes: dict[str, GlooLane | DeviceLane] = {"cpu": GlooLane(self._link, self.rank, self.size)}
+            kind, device = _device_backend(self._group)
+            if kind != "gloo":
+                prefix = f"halovae/{self._name}/{self._era}"
+                store = dist.PrefixStore(prefix, store_of(self._group))
+                lanes[device.type] = DeviceLane(kind, device, store, self.rank, self.size)
+        except RuntimeError as error:
+            raise self.blamed(error) from error
+        self._lanes = lanes
+        if self._link.troubled:  # It came too late to break them.
+            self._abort()
+            self._link.check()
+
+    def _abort(self) -> None:
+        for lane in self._lanes.values():
+            lane.abort()
+
+
+def connect(group: Group | None = None) -> Comm:
+    """The `Comm` of a process group, of a one-dimensional device mesh, or (None) of the world. Called on all its ranks.
+
+    Without an initialised torch.distributed the world is this one process.
+
+    Raises:
+        InputError: the mesh has more than one dimension, or this process is not in the group.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise InputError(
+                f"group is a {group.ndim}-dimensional DeviceMesh: pass one of its dimensions, as in mesh['vae']"
+            )
+        group = group.get_group()
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return SoloComm()
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise InputError(
+            f"group is {group!r}, not a process group that this process belongs to: call parallelize on its ranks only"
+        )
+    return GroupComm(group) if dist.get_world_size(group) > 1 else SoloComm()
+
+
+def world() -> Comm:
+    """The `Comm` of the whole world."""
+    return connect(None)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """As bytes: no backend then needs to know the dtype."""
+    assert tensor.is_contiguous(), "only contiguous tensors travel"
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+
+
+def _device_backend(group: dist.ProcessGroup) -> tuple[str, torch.device]:
+    """The backend that serves the default device in `group`; one may have several ("cpu:gloo,cuda:nccl")."""
+    device = default_device()
+    config = dist.get_backend_config(group)
+    pairs = dict(part.split(":", 1) for part in config.split(",") if ":" in part)
+    return ("gloo" if device.type == "cpu" else pairs.get(device.type, config)), device
