@@ -1,0 +1,148 @@
+"""Convolution of joined and padded tensors: one buffer, the dtype that is fastest here, weights packed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.kernels import gpu
+from halovae.kernels.borders import Fill
+from halovae.kernels.deferred import plain, recipe_of
+from halovae.kernels.formats import memory_format
+from halovae.kernels.joined import Joined
+from halovae.kernels.packed import convolve, prepared
+from halovae.kernels.precision import working_dtype
+from halovae.kernels.slabs import WINDOW_BYTES, threads
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A convolution without its input: weight in the dtype of the model, geometry by dimension."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    first_tap: int = 0
+    """Taps in time before this one meet zeros alone and are left out."""
+
+    def out_size(self, size: int, dim: int) -> int:
+        taps = self.weight.shape[2 + dim] - (self.first_tap if dim == 0 else 0)
+        return (size - self.dilation[dim] * (taps - 1) - 1) // self.stride[dim] + 1
+
+    def reach(self, dim: int) -> int:
+        return self.dilation[dim] * (self.weight.shape[2 + dim] - 1)
+
+
+def convolution(
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The convolution of `[B, C, (T,) H, W]`, which may be deferred. One group; sizes are torch's."""
+    n = weight.ndim - 2
+    joined = _as_joined(tensor)
+    pads = {2 + i: (p, p) for i, p in enumerate(padding) if p}
+    joined = joined.padded(pads, Fill()) or Joined((plain(tensor),)).padded(pads, Fill())
+    assert joined is not None
+    window = Window(weight, bias, tuple(stride), tuple(dilation))
+    if n == 3:
+        joined, window = _without_zero_frames(joined, window)
+    if joined.device.type != "cpu":
+        return on_gpu(joined, window)
+    work = working_dtype(tensor.dtype)
+    if work == tensor.dtype and _is_alone(joined):
+        return _at_once(joined, window, work)
+    shape = [joined.shape[0], weight.shape[0], *(window.out_size(joined.shape[2 + i], i) for i in range(n))]
+    return _by_rows(joined, window, shape, work)
+
+
+def _as_joined(tensor: Tensor) -> Joined:
+    recipe = recipe_of(tensor)
+    return recipe if isinstance(recipe, Joined) and recipe.dim >= 2 else Joined((plain(tensor),))
+
+
+def _without_zero_frames(joined: Joined, window: Window) -> tuple[Joined, Window]:
+    """Leave out zeros before the first frame, and the taps that meet them, where each tap meets nothing else."""
+    before, after = joined.pads.get(2, (0, 0))
+    zeros = joined.fill == Fill()
+    once = window.out_size(joined.shape[2], 0) == 1 and window.stride[0] == 1 and window.dilation[0] == 1
+    if not (before and zeros and once and before < window.weight.shape[2]):
+        return joined, window
+    pads = {**joined.pads, 2: (0, after)}
+    return replace(joined, pads={d: p for d, p in pads.items() if p != (0, 0)}), replace(window, first_tap=before)
+
+
+def on_gpu(joined: Joined, window: Window) -> Tensor:
+    """At once: join and pad in time, let the operator pad height and width where it can."""
+    n = len(joined.shape) - 2
+    size = tuple(window.out_size(joined.shape[2 + i], i) for i in range(n))
+    (top, bottom), (left, right) = (joined.pads.get(dim, (0, 0)) for dim in (n, n + 1))
+    zeros = joined.fill == Fill()
+    frames = replace(joined, pads={dim: pad for dim, pad in joined.pads.items() if dim < n})
+    if zeros and gpu.convolves(window.weight, window.stride, window.dilation, joined.shape[0] * prod(size)):
+        return gpu.convolve(
+            frames.settled(), window.weight, window.bias, first_tap=window.first_tap, stride=window.stride[-1],
+            before=(top, left), size=(size[-2], size[-1]),
+        )  # fmt: skip
+    if zeros and (top, left) == (bottom, right):
+        return _run(frames.settled(), window, [*[0] * (n - 2), top, left], joined.dtype)
+    return _run(joined.settled(), window, [0] * n, joined.dtype)
+
+
+def _is_alone(joined: Joined) -> bool:
+    """Whether the operator itself can do the padding, and there is nothing to join."""
+    symmetric = all(low == high for low, high in joined.pads.values())
+    return len(joined.parts) == 1 and symmetric and (not joined.pads or joined.fill == Fill())
+
+
+def _at_once(joined: Joined, window: Window, work: torch.dtype) -> Tensor:
+    n = len(joined.shape) - 2
+    source = joined.parts[0].contiguous(memory_format=memory_format(n + 2, True))
+    return _run(source, window, [joined.pads.get(2 + i, (0, 0))[0] for i in range(n)], work)
+
+
+def _by_rows(joined: Joined, window: Window, shape: Sequence[int], work: torch.dtype) -> Tensor:
+    """Some rows at a time, so that only they exist joined and padded, and in the working dtype."""
+    n, rows = len(shape) - 2, shape[-2]
+    out = torch.empty(shape, dtype=joined.dtype, device=joined.device, memory_format=memory_format(n + 2, True))
+    stride, reach = window.stride[-2], window.reach(n - 2)
+    step = _rows_at_once(joined, stride, work)
+    if max(joined.pads.get(n, (0, 0))) > reach:  # a piece could lie in the padding alone
+        step = rows
+    for low in range(0, rows, step):
+        count = min(step, rows - low)
+        source = joined.rows(low * stride, (low + count - 1) * stride + reach + 1, work, True)
+        out.narrow(-2, low, count).copy_(_run(source, window, [0] * n, work))
+    return out
+
+
+def _rows_at_once(joined: Joined, stride: int, work: torch.dtype) -> int:
+    shape = joined.shape
+    row = work.itemsize * stride
+    for size in (*shape[:-2], shape[-1]):
+        row *= size
+    return max(4, WINDOW_BYTES * threads() // row)
+
+
+def _run(source: Tensor, window: Window, padding: Sequence[int], work: torch.dtype) -> Tensor:
+    first = window.first_tap
+
+    def make() -> Tensor:
+        weight = window.weight.narrow(2, first, window.weight.shape[2] - first) if first else window.weight
+        return weight.to(work).contiguous(memory_format=memory_format(weight.ndim, True))
+
+    kind: Any = ("convolution", work, first)
+    weight = prepared(window.weight, kind, make, source.shape, window.stride, padding, window.dilation)
+    bias = None if window.bias is None else window.bias.to(work)
+    return convolve(source, weight, bias, window.stride, padding, window.dilation)

@@ -1,0 +1,29 @@
+"""How a picture lies in memory: channels first, or channels last (next to each other)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the channels of a picture are next to each other in memory. False where there is one channel only."""
+    return tensor.ndim in (4, 5) and tensor.shape[1] > 1 and tensor.stride(1) == 1
+
+
+def memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return formats[ndim] if channels_last and ndim in formats else torch.contiguous_format
+
+
+@functools.lru_cache(maxsize=4096)
+def strides_of(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    """Strides of a dense tensor, in elements."""
+    order = [0, *range(2, len(shape)), 1] if channels_last else range(len(shape))
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(list(order)):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return tuple(strides)

@@ -1,0 +1,177 @@
+"""What an accelerator gets: Triton's kernels where they win, the vendor library on channels-last memory elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.kernels.formats import memory_format
+from halovae.kernels.precision import LOW
+from halovae.kernels.weights import derived
+
+FEW_POSITIONS = 1 << 14
+"""Of the output. Below, the vendor library has kernels that share out the sum; above, ours fills the device."""
+
+
+@functools.cache
+def supports(device: torch.device) -> bool:
+    """Whether there are kernels for this device: Triton has to be there, as it is with torch for CUDA and ROCm."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def chain(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any]) -> Tensor:
+    """The steps of a `Chain`, calculated in `wide`, rounded once to `dtype`: in one pass where they are of one form."""
+    if (form := _one_pass(base, wide, steps)) is None:
+        work = base.to(wide, copy=True)
+        for step in steps:
+            step.run(work)
+        return work.to(dtype)
+    from halovae.kernels import gpu_chain
+
+    last = memory_format(base.ndim, True)
+    out = _with_room(base, dtype)
+    gpu_chain.run(_positions(base.contiguous(memory_format=last)), _positions(out), **form)
+    return out
+
+
+_frames_before: dict[tuple[int, ...], int] = {}
+"""How many frames were joined before a result of this shape: the next one gets room for them."""
+
+
+def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised channels-last tensor of the shape of `base`, in memory that begins with room to join frames."""
+    shape, last = list(base.shape), memory_format(base.ndim, True)
+    frames = _frames_before.get(tuple(shape), 0)
+    if not frames:
+        return torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
+    shape[2] += frames
+    room = torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
+    out = room.narrow(2, frames, base.shape[2])
+    out.room = room  # type: ignore[attr-defined]
+    return out
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    """Frames of one video joined in time by copying all but the last part, into the room before that one.
+
+    To be used at once: joining other frames before the same part overwrites them. None where there is no room.
+    """
+    last = parts[-1]
+    if dim != 2 or len(parts) < 2 or last.ndim != 5 or len(last) != 1:
+        return None
+    lengths = [part.shape[2] for part in parts[:-1]]
+    room = getattr(last, "room", None)
+    if room is None or room.shape[2] != sum(lengths) + last.shape[2]:
+        _frames_before[tuple(last.shape)] = sum(lengths)
+        return None
+    for part, place in zip(parts, room.split([*lengths, last.shape[2]], 2), strict=True):
+        if part is not last:
+            place.copy_(part)
+    return room
+
+
+def _positions(picture: Tensor) -> Tensor:
+    """A channels-last picture as `[positions, C]`."""
+    return picture.movedim(1, -1).reshape(-1, picture.shape[1])
+
+
+def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str, Any] | None:
+    """Arguments for `gpu_chain.run`: a norm over channels, a factor, a term, an activation, each at most once."""
+    form: dict[str, Any] = {"normalize": None, "times": None, "plus": None, "silu": False}
+    kinds = [step.kind for step in steps]
+    if wide != torch.float32 or base.shape[1] == 1 or kinds != [kind for kind in form if kind in kinds]:
+        return None
+    for step in steps:
+        value: Any = step.value
+        if step.kind == "normalize":
+            dim, value = value
+            if dim != 1:
+                return None
+        elif step.kind == "silu":
+            value = True
+        elif isinstance(value, Tensor) and (value := _by_channel(value, base)) is None:
+            return None
+        form[step.kind] = value
+    return form
+
+
+def _by_channel(parameter: Tensor, base: Tensor) -> Tensor | None:
+    """A parameter that broadcasts along everything but channels, as `[C]`."""
+    place = parameter.ndim - (base.ndim - 1)
+    varies = parameter.numel() > 1
+    if varies and (place < 0 or parameter.shape[place] != parameter.numel()):
+        return None
+    return parameter.flatten().expand(base.shape[1]).contiguous()
+
+
+def convolves(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], positions: int) -> bool:
+    """Whether the convolution is one that Triton's kernel is faster at than the vendor library, as measured on Hopper.
+
+    It is where the library pads channels (few of them, or 96, to 128), and with the padding of one side only that
+    strided convolutions have.
+    """
+    outputs, inputs, *taps = weight.shape
+    fits = weight.dtype in LOW and stride[-1] == stride[-2] and {*dilation} == {1} and (*stride[:-2], 1)[0] == 1
+    wins = outputs <= 128 or inputs <= 16 or stride[-1] == 2
+    return fits and wins and taps[-1] == taps[-2] == 3 and positions >= FEW_POSITIONS
+
+
+def convolve(
+    picture: Tensor, weight: Tensor, bias: Tensor | None, *, first_tap: int, stride: int, before: tuple[int, int],
+    size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """Convolve `[B, C, (T,) H, W]` without padding in time.
+
+    Args:
+        picture: the input.
+        weight: `[outputs, C, (taps,) 3, 3]`.
+        bias: of the outputs, or None.
+        first_tap: taps in time before this one are left out.
+        stride: in height and width.
+        before: zeros above and to the left; as many follow as `size` asks for.
+        size: rows and columns of the output.
+    """
+    from halovae.kernels import gpu_convolution
+
+    tile = gpu_convolution.tile_for(weight.shape[1], weight.shape[0])
+    used = weight.narrow(2, first_tap, weight.shape[2] - first_tap) if first_tap else weight
+    packed = derived(weight, ("gpu", first_tap, tile), lambda: gpu_convolution.pack(used, tile))
+    taps = (1, *used.shape[2:])[-3:]
+    length = picture.shape[2] - taps[0] + 1
+    shape = (len(picture), len(weight), *((length,) if picture.ndim == 5 else ()), *size)
+    return _by_frames(picture, shape, packed, bias, tile, kernel=taps, stride=stride, before=before)
+
+
+def convolve_upsampled(picture: Tensor, weight: Tensor, bias: Tensor | None, bordered: Collection[int] = ()) -> Tensor:
+    """Double `[B, C, H, W]` in height and width by repeating, and convolve it with `[outputs, C, 3, 3]`, padding 1.
+
+    In `bordered` dimensions the picture has one more row before and after, and no padding is due.
+    """
+    from halovae.kernels import gpu_convolution
+
+    tile = gpu_convolution.tile_for(weight.shape[1], weight.shape[0])
+    packed = derived(weight, ("gpu upsampled", tile), lambda: gpu_convolution.pack_upsampled(weight, tile))
+    top, left = (0 if dim in bordered else 1 for dim in (2, 3))
+    size = (2 * (picture.shape[2] - 2 * (1 - top)), 2 * (picture.shape[3] - 2 * (1 - left)))
+    shape = (len(picture), len(weight), *size)
+    return _by_frames(picture, shape, packed, bias, tile, kernel=(1, 2, 2), stride=1, before=(top, left), upsample=2)
+
+
+def _by_frames(
+    picture: Tensor, shape: Sequence[int], packed: Tensor, bias: Tensor | None, tile: Any, **geometry: Any
+) -> Tensor:
+    """Pictures are frames without a kernel in time; videos are taken one by one."""
+    from halovae.kernels.gpu_convolution import convolve as convolve_frames
+
+    last = memory_format(picture.ndim, True)
+    picture = picture.contiguous(memory_format=last)
+    out = torch.empty(shape, dtype=picture.dtype, device=picture.device, memory_format=last)
+    videos = [(picture, out)] if picture.ndim == 4 else zip(picture.transpose(1, 2), out.transpose(1, 2), strict=True)
+    for source, target in videos:
+        convolve_frames(source.movedim(1, -1), packed, bias, tile, out=target.movedim(1, -1), **geometry)
+    return out

@@ -1,0 +1,204 @@
+"""The table of functions that have a faster way: one registered function for each.
+
+A rule takes the arguments of the torch function and returns its result, or NotImplemented where the way does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.functions import named, registrar
+from halovae.kernels import gpu
+from halovae.kernels.borders import Fill
+from halovae.kernels.chain import Chain, uncut_by
+from halovae.kernels.convolution import DTYPES, convolution
+from halovae.kernels.deferred import Deferred, plain, recipe_of
+from halovae.kernels.joined import Joined
+from halovae.kernels.precision import LOW
+from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
+
+Rule = Callable[..., Any]
+
+RULES: dict[Any, Rule] = {}
+rule = registrar(RULES)
+"""Registers a rule for torch functions."""
+
+
+def fits(tensor: Any) -> bool:
+    """Whether the kernels are for this tensor: a picture or video in a floating dtype, on a device that has kernels."""
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.ndim not in (4, 5)
+        or (tensor.requires_grad and torch.is_grad_enabled())
+    ):
+        return False
+    has_kernels = tensor.device.type == "cpu" or gpu.supports(tensor.device)
+    return has_kernels and tensor.dtype in DTYPES and 0 not in tensor.shape
+
+
+@rule(torch.conv2d, torch.conv3d)
+def convolve(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Any:  # fmt: skip
+    n = weight.ndim - 2
+    if (
+        not fits(input)
+        or input.ndim != n + 2
+        or groups != 1
+        or isinstance(padding, str)
+        or (weight.requires_grad and torch.is_grad_enabled())
+    ):
+        return NotImplemented
+    if weight.dtype != input.dtype:
+        return NotImplemented  # torch says what is wrong
+    steps, pads, gaps = (_each(value, n) for value in (stride, padding, dilation))
+    if n == 2 and (recipe := foldable(input, weight, steps, pads, gaps)):
+        return upsampled_convolution(recipe, weight, bias)
+    return convolution(input, weight, bias, steps, pads, gaps)
+
+
+def _each(value: Any, n: int) -> Sequence[int]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * n if len(values) == 1 else values
+
+
+@rule(F.pad)
+def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    amounts = {input.ndim - 1 - i // 2: (int(pad[i]), int(pad[i + 1])) for i in range(0, len(pad), 2)}
+    if not fits(input) or mode not in ("constant", "replicate") or min(map(min, amounts.values()), default=0) < 0:
+        return NotImplemented
+    if any(dim < 2 and amount != (0, 0) for dim, amount in amounts.items()):
+        return NotImplemented
+    recipe = recipe_of(input)
+    fill = Fill(mode, float(value or 0.0))
+    joined = recipe.padded(amounts, fill) if isinstance(recipe, Joined) else None
+    joined = joined or Joined((plain(input),)).padded(amounts, fill)
+    return Deferred(joined) if joined else NotImplemented
+
+
+@rule(*named("cat", "concat", "concatenate"))
+def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+    if kwargs or not isinstance(dim, int) or not all(fits(tensor) for tensor in tensors):
+        return NotImplemented
+    first = tensors[0]
+    alike = all(t.dtype == first.dtype and t.ndim == first.ndim for t in tensors)
+    if not alike or first.ndim != 5 or dim % 5 != 2:
+        return NotImplemented
+    sizes = {(*tensor.shape[:2], *tensor.shape[3:]) for tensor in tensors}
+    return Deferred(Joined(tuple(part for t in tensors for part in _parts(t)))) if len(sizes) == 1 else NotImplemented
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    recipe = recipe_of(tensor)
+    return recipe.parts if isinstance(recipe, Joined) and not recipe.pads and recipe.dim == 2 else (plain(tensor),)
+
+
+@rule(F.interpolate)
+def interpolate(
+    input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *others: Any, **more: Any
+) -> Any:
+    doubled = scale_factor is not None and size is None and _twice(scale_factor)
+    if not fits(input) or input.ndim != 4 or not doubled or mode not in ("nearest", "nearest-exact"):
+        return NotImplemented
+    if any(others) or any(more.values()):
+        return NotImplemented
+    recipe = recipe_of(input)
+    casts_only = isinstance(recipe, Chain) and not recipe.steps and torch.promote_types(
+        recipe.base.dtype, input.dtype) == input.dtype  # fmt: skip
+    base = recipe.base if isinstance(recipe, Chain) and casts_only else plain(input)
+    return Deferred(Upsampled(base, input.dtype, mode))
+
+
+def _twice(factor: Any) -> bool:
+    return all(f == 2 for f in factor) if isinstance(factor, (list, tuple)) else factor == 2
+
+
+@rule(Tensor.float)
+def to_float(tensor: Tensor, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _cast(tensor, torch.float32)
+
+
+@rule(Tensor.to)
+def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _cast(tensor, args[0]) if len(args) == 1 and not kwargs else NotImplemented
+
+
+@rule(Tensor.type_as)
+def type_as(tensor: Tensor, other: Tensor) -> Any:
+    return _cast(tensor, other.dtype) if other.device == tensor.device else NotImplemented
+
+
+def _cast(tensor: Tensor, dtype: Any) -> Any:
+    """Casts between low precision and float32 become part of what stands before or behind them."""
+    if not fits(tensor) or dtype not in (torch.float32, *LOW):
+        return NotImplemented
+    recipe = recipe_of(tensor)
+    if tensor.dtype == dtype:
+        return tensor
+    if isinstance(recipe, (Chain, Upsampled)):
+        return Deferred(recipe.cast(dtype)) if recipe.sources[0].dtype != torch.float64 else NotImplemented
+    if tensor.dtype in LOW and dtype == torch.float32:
+        return Deferred(Chain(plain(tensor), dtype))
+    return NotImplemented
+
+
+@rule(F.normalize)
+def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Any:
+    chain = _chain(input)
+    if chain is None or p != 2 or not isinstance(dim, int) or out is not None or chain.wide != input.dtype:
+        return NotImplemented
+    dim %= input.ndim
+    return Deferred(chain.normalized(dim, eps))
+
+
+def _chain(tensor: Tensor) -> Chain | None:
+    """What a chain can go on from: the chain so far, or a tensor."""
+    if not fits(tensor):
+        return None
+    recipe = recipe_of(tensor)
+    return recipe if isinstance(recipe, Chain) else Chain(plain(tensor), tensor.dtype)
+
+
+@rule(*(f for f in named("mul") if not f.__name__.startswith("__i") and not f.__name__.endswith("l_")))
+def multiply(one: Any, other: Any) -> Any:
+    return _with_parameter(one, other, "times")
+
+
+@rule(*(f for f in named("add") if not f.__name__.startswith("__i") and not f.__name__.endswith("d_")))
+def add(one: Any, other: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _with_parameter(one, other, "plus")
+
+
+def _with_parameter(one: Any, other: Any, how: str) -> Any:
+    """Go on with a pending chain, by a number or by parameters that broadcast along the dimensions to be cut."""
+    if not isinstance(recipe_of(one), Chain):
+        one, other = other, one
+    chain = recipe_of(one)
+    if not isinstance(chain, Chain) or isinstance(other, (Deferred, bool)):
+        return NotImplemented
+    uncut: frozenset[int] = frozenset()
+    if isinstance(other, Tensor):
+        widens = other.ndim > 0 and torch.promote_types(one.dtype, other.dtype) != one.dtype
+        if widens or other.is_complex() or other.ndim > one.ndim or other.device != one.device:
+            return NotImplemented
+        uncut = uncut_by(other, one.ndim)
+        if len(uncut) > 1 or any(other.numel() != one.shape[dim] for dim in uncut):
+            return NotImplemented
+    elif not isinstance(other, (int, float)):
+        return NotImplemented
+    return Deferred(getattr(chain, how)(other, uncut))
+
+
+@rule(F.silu)
+def silu(input: Tensor, inplace: bool = False) -> Any:
+    """As the end of a chain; by itself it gains nothing."""
+    chain = recipe_of(input)
+    if inplace or not isinstance(chain, Chain):
+        return NotImplemented
+    return Deferred(chain.activated())

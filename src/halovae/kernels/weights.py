@@ -1,0 +1,74 @@
+"""What is made of weights once and used many times: converted, summed or packed for the library that convolves."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 64
+
+
+@dataclass
+class _Entry:
+    """What was made of one weight, and how to tell that it has changed since."""
+
+    weight: weakref.ref[Tensor]
+    address: int
+    sample: Tensor
+    made: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
+
+    def holds_for(self, weight: Tensor) -> bool:
+        return (
+            self.weight() is weight
+            and self.address == weight.data_ptr()
+            and (
+                # Reading from an accelerator waits for it; `forget_changed` does that once for a call.
+                weight.device.type != "cpu" or torch.equal(self.sample, _sample(weight))
+            )
+        )
+
+
+_entries: dict[int, _Entry] = {}
+
+
+def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what it gave before for the same weight and kind.
+
+    A weight has changed when its memory moved or when 64 elements spread over it differ, which any dense update does.
+    """
+    entry = _entries.get(id(weight))
+    if entry is None or not entry.holds_for(weight):
+        key = id(weight)
+        entry = _Entry(weakref.ref(weight, lambda _: _entries.pop(key, None)), weight.data_ptr(), _sample(weight))
+        _entries[key] = entry
+    if kind not in entry.made:
+        entry.made[kind] = make()
+    return entry.made[kind]
+
+
+def forget_changed() -> None:
+    """Free what was made of weights on accelerators that have changed since."""
+    differ: dict[torch.device, dict[int, Tensor]] = {}
+    for key, entry in list(_entries.items()):
+        weight = entry.weight()
+        # One whose memory has moved is found out by `holds_for`; it may have another shape as well.
+        if weight is not None and weight.device.type != "cpu" and weight.data_ptr() == entry.address:
+            differ.setdefault(weight.device, {})[key] = (entry.sample != _sample(weight)).any()
+    for flags in differ.values():  # One wait for each device, not one for each weight.
+        for key, changed in zip(flags, torch.stack(list(flags.values())).tolist(), strict=True):
+            if changed:
+                _entries.pop(key, None)
+
+
+def forget() -> None:
+    """Free everything."""
+    _entries.clear()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
