@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from halovae import timeline
 from halovae.agreement import together
 from halovae.comm import Comm, Traffic
-from halovae.config import Options
+from halovae.config import Options, gather_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import run_on_group
+from halovae.memory import PeakMemory
 from halovae.plan import ShardPlan, plan_shards
+from halovae.room import Room
 from halovae.target import Target
 from halovae.tile.run import TileRunner
 from halovae.verify import compression, make_probe, verify
@@ -25,6 +29,7 @@ class Ran:
     """A result, and what the engine has to report of it: fields of `CallReport`."""
 
     result: Any
+    mode: str
     report: dict[str, Any]
     phases: dict[str, float]
 
@@ -34,66 +39,107 @@ class Engine(Protocol):
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran: ...
 
+    def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
+        """After a call has failed on all ranks: whether all are to make it again, in a way that takes less memory."""
+        return False
+
 
 def make_engine(comm: Comm, target: Target, options: Options) -> Engine:
-    ranks = options.size or comm.size
     if options.mode == "tile":
-        return TileEngine(TileRunner(comm, target, ranks=ranks, gather=options.gather, fit=options.tiles == "fit"))
+        return TileEngine(comm, target, options)
+    if options.mode == "auto":
+        from halovae.choice import AutoEngine
+
+        return AutoEngine(comm, target, options)
     return ExactEngine(comm, target, options)
 
 
-class TileEngine:
+def _note(network_seconds: float, gather_seconds: float) -> None:
+    """Keep the two phases that have just ended in the timeline."""
+    ended = time.perf_counter()
+    timeline.note("network", ended - gather_seconds - network_seconds, ended - gather_seconds)
+    timeline.note("gather", ended - gather_seconds, ended)
+
+
+class TileEngine(Engine):
     """The VAE's own tiles, spread over the ranks."""
 
-    def __init__(self, runner: TileRunner) -> None:
-        self._runner = runner
+    def __init__(self, comm: Comm, target: Target, options: Options) -> None:
+        ranks, fit = options.size or comm.size, options.tiles == "fit"
+        self._runner = TileRunner(comm, target, ranks=ranks, gather=options.gather, fit=fit)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
         outcome = self._runner.run(half, args, kwargs)
+        _note(outcome.network_seconds, outcome.gather_seconds)
         report = {"tiles": outcome.tiles, "spread": outcome.spread, "tile_sizes": outcome.cut}
-        return Ran(outcome.result, report, {"network": outcome.network_seconds, "gather": outcome.gather_seconds})
+        phases = {"network": outcome.network_seconds, "gather": outcome.gather_seconds}
+        return Ran(outcome.result, "tile", report, phases)
+
+    def settings(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the VAE's settings for tiles are changed to. Called on every rank.
+
+        Raises:
+            TilingError: the VAE's tiles can't be used.
+        """
+        return self._runner.plan(half, args, kwargs).settings
 
 
-class ExactEngine:
+class ExactEngine(Engine):
     """Spatial shards with halo exchange; plans, probes once, runs."""
 
     def __init__(self, comm: Comm, target: Target, options: Options) -> None:
         self._comm, self._target, self._options = comm, target, options
         self._verified: set[tuple[str, tuple[int, int]]] = set()
         self._ratio: int | None = None
+        self._room = Room(target)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
         started = time.perf_counter()
-        plan = self._plan(half, picture)
+        plan = self.plan(half, picture)
+        keep = gather_of(self._options.gather, half)
+        if self._comm.rank < prod(plan.shape):
+            self._room.check(half, plan, self.ratio(half, picture), keep, picture, args, kwargs)
         self._verify_once(half, plan, args, kwargs)
         probed = time.perf_counter()
         self._comm.traffic = Traffic()  # the probe's messages are not the call's
+        memory = PeakMemory(picture.device)
         call = functools.partial(self._target.run_untiled, half)
-        outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, self._options.gather)
+        outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep)
+        self._room.learn(half, plan, picture, memory.growth)
+        _note(outcome.network_seconds, outcome.gather_seconds)
+        timeline.note("probe", started, probed)
         report = {"shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents}
         phases = {
             "probe": probed - started,
             "network": outcome.network_seconds,
             "gather": outcome.gather_seconds,
         }
-        return Ran(outcome.result, report, phases)
+        return Ran(outcome.result, "exact", report, phases)
 
-    def _plan(self, half: str, picture: Tensor) -> ShardPlan:
-        ratio = 1
-        if half == "encode":
-            if self._ratio is None:
-                self._ratio = compression(self._target, picture)
-            ratio = self._ratio
-        height, width = picture.shape[-2:]
-        return plan_shards(height, width, ratio, self._options.size or self._comm.size, self._options.axis)
+    def ratio(self, half: str, picture: Tensor) -> int:
+        """Rows of the input per latent row."""
+        if half == "decode" or self._comm.size == 1:
+            return 1
+        if self._ratio is None:
+            self._ratio = compression(self._target, picture)
+        return self._ratio
+
+    def plan(self, half: str, picture: Tensor) -> ShardPlan:
+        """How a picture is cut."""
+        ranks, (height, width) = self._options.size or self._comm.size, picture.shape[-2:]
+        return plan_shards(height, width, self.ratio(half, picture), ranks, self._options.axis)
 
     def _verify_once(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The first time a half runs on a grid of this shape; every rank learns how it ended."""
         if not self._options.verify or plan.shape == (1, 1) or (half, plan.shape) in self._verified:
             return
+        verdict = None
+        if self._comm.rank < plan.shape[0] * plan.shape[1]:
+            ratio = self._ratio if half == "encode" and self._ratio else 1
+            probe = make_probe(plan.shape, ratio, args, kwargs)
+            # What fails in there fails the call at once: others may wait for a message of this rank.
+            verdict = verify(Mesh(self._comm, plan.shape), self._target, half, probe)
         with together(self._comm):
-            if self._comm.rank < plan.shape[0] * plan.shape[1]:
-                ratio = self._ratio if half == "encode" and self._ratio else 1
-                probe = make_probe(plan.shape, ratio, args, kwargs)
-                verify(Mesh(self._comm, plan.shape), self._target, half, probe)
+            if verdict:
+                raise verdict
         self._verified.add((half, plan.shape))

@@ -1,4 +1,4 @@
-"""How much memory a call took at its peak."""
+"""How much memory a call took at its peak, and whether the next one has enough."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 
+from halovae.errors import HalovaeError, TooLittleMemoryError
+
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+_SHORTAGE = "out of memory", "can't allocate memory"
+"""What backends say that have no error class for it."""
+_TELLING = 256 * 2**20
+"""Bytes below which a peak says more of caches and libraries than of the picture."""
 
 
 class PeakMemory:
@@ -19,6 +26,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._known = self._reset()
+        self._before = self.read() or 0
 
     def read(self) -> int | None:
         """Bytes, or None where the system can't tell."""
@@ -28,6 +36,11 @@ class PeakMemory:
             return torch.get_device_module(self._device).max_memory_allocated(self._device)
         lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+    @property
+    def growth(self) -> int:
+        """Bytes by which the peak is above what was in use at first; 0 where the system can't tell."""
+        return max(0, (self.read() or 0) - self._before)
 
     def _reset(self) -> bool:
         if self._device.type != "cpu":
@@ -41,3 +54,49 @@ class PeakMemory:
         except OSError:
             return False
         return True
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a call may take, or None where the system can't tell."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if not hasattr(module, "mem_get_info"):
+            return None
+        # What the allocator keeps for later is free too.
+        return module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
+    if not _MEMINFO.exists():
+        return None
+    lines = _MEMINFO.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+class Needs:
+    """What calls of each half have taken, and so what a call of another size will: memory grows with the positions."""
+
+    def __init__(self) -> None:
+        self._per_position: dict[str, float] = {}
+
+    def learn(self, half: str, positions: int, growth: int) -> None:
+        """Take in the peak of a call.
+
+        Args:
+            half: "encode" or "decode".
+            positions: elements of the rank's part of the input.
+            growth: bytes at the peak above those before.
+        """
+        if growth >= _TELLING:
+            self._per_position[half] = growth / positions
+
+    def expected(self, half: str, positions: int) -> int | None:
+        """Bytes, or None before the first call that told."""
+        per_position = self._per_position.get(half)
+        return None if per_position is None else int(per_position * positions)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an exception on this rank says that there is not enough memory."""
+    if isinstance(error, HalovaeError):  # Of another rank's error only the words are here.
+        return isinstance(error, TooLittleMemoryError)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORTAGE)

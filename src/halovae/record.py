@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from halovae.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.errors import TilingError
 from halovae.state import ModuleState, refill
-from halovae.trees import map_tensors, tensors_in
+from halovae.trees import on_meta, tensors_in
 
 NETWORKS = {"encode": "encoder", "decode": "decoder"}
 """Name of the network that each half calls."""
@@ -105,15 +105,11 @@ class Recorder:
         """
         network = getattr(self._vae, NETWORKS[self._half])
         listener = _Listener(network, self._state, self._effects, Dataflow(self._known))
-        args, kwargs = _on_meta(args), _on_meta(kwargs)
+        args, kwargs = on_meta(args), on_meta(kwargs)
         eager = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager, self._state.kept(), answering(self._vae, self._half, listener), listener.flow:
             result = self._method(*args, **kwargs)
         return Recording(listener.finish(result), result)
-
-
-def _on_meta(value: Any) -> Any:
-    return map_tensors(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), value)
 
 
 @contextmanager

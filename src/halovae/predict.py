@@ -1,0 +1,194 @@
+"""What an encode or decode will take on N ranks: the real code runs on shapes alone, against a clock on paper.
+
+Nothing is computed and no rank is started. One rank is followed, the one with the most work; its peers are taken to be
+in step with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halovae.config import Axis
+from halovae.errors import HalovaeError, InputError, TilingError
+from halovae.exact.run import run_on_group
+from halovae.files import first_line
+from halovae.link_speed import LinkSpeed
+from halovae.meter import Meter, MeteredComm
+from halovae.plan import ShardPlan, plan_shards
+from halovae.record import NETWORKS
+from halovae.speed import Speed
+from halovae.state import ModuleState
+from halovae.target import Target
+from halovae.tile.blend import Blends
+from halovae.tile.check import Checker
+from halovae.tile.move import Mover
+from halovae.tile.schedule import assign, find_chains
+from halovae.tile.settings import applied
+from halovae.tile.work import put_together, run_own_tiles
+from halovae.trees import on_meta, pictures_in, tensors_in
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One half, in one mode, on so many ranks. Of one rank: the one that takes longest."""
+
+    half: str
+    mode: str
+    ranks: int
+    cut: str
+    """Rows x columns of shards, or the number of tiles."""
+    seconds: float
+    exposed: float
+    """Seconds of them in which the rank only waits for messages."""
+    messages: int
+    """That the rank sends."""
+    bytes: int
+    """In them."""
+    flops: int
+    """Of convolutions, matrix products and attention."""
+    memory: int
+    """Bytes of input, output and whatever is alive in between, at the most; without the weights."""
+    result: Any
+    """What the half returns, on the meta device."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "result"}
+
+
+class Predictor:
+    """Predicts the calls of one VAE.
+
+    Args:
+        target: the VAE; its weights may be on the meta device, and are not read anywhere else.
+        speed: of each rank's device.
+        link: between the ranks.
+    """
+
+    def __init__(self, target: Target, speed: Speed, link: LinkSpeed) -> None:
+        self._target, self._speed, self._link = target, speed, link
+
+    def exact(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, axis: Axis = "auto",
+        ratio: int = 1, gather: str = "all",
+    ) -> Prediction:  # fmt: skip
+        """Exact mode; on one rank, the un-parallel VAE without tiles.
+
+        Args:
+            half: "encode" or "decode".
+            args: its arguments; tensors count by shape only.
+            kwargs: likewise.
+            ranks: in the group.
+            axis: what to cut.
+            ratio: pixels per latent for encode, 1 for decode.
+            gather: who holds the result.
+
+        Raises:
+            NotExactError: exact mode refuses the VAE.
+            InputError: the VAE's code needs values where there are only shapes.
+        """
+        args, kwargs = on_meta(args), on_meta(kwargs)
+        height, width = pictures_in((args, kwargs))[0].shape[-2:]
+        plan = plan_shards(height, width, ratio, ranks, axis)
+        meter = Meter(self._speed)
+        comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
+        call = functools.partial(self._target.run_untiled, half)
+        with self._running(half), meter.running():
+            outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
+        return _prediction(half, "exact", ranks, f"{plan.shape[0]}x{plan.shape[1]}", meter, comm, args, outcome.result)
+
+    def tile(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, gather: str = "all"
+    ) -> Prediction:
+        """Tile mode; on one rank, the VAE's own tiled half.
+
+        Args:
+            half: "encode" or "decode".
+            args: its arguments; tensors count by shape only.
+            kwargs: likewise.
+            ranks: in the group.
+            gather: who holds the result.
+
+        Raises:
+            TilingError: the half has no tiles, or they give a picture of a wrong size.
+            InputError: the VAE's code needs values where there are only shapes.
+        """
+        vae, method = self._target.vae, self._target.originals[half]
+        if "use_tiling" not in vars(vae) or not hasattr(vae, NETWORKS[half]):
+            raise TilingError(f"{self._target.name}.{half} has no tiles")
+        args, kwargs = on_meta(args), on_meta(kwargs)
+        blends = Blends(vae)
+        meter = Meter(self._speed)
+        with self._running(half), applied(vae, {"use_tiling": True}):
+            calls = _calls(Checker(self._target, half, blends), args, kwargs)
+            schedule = assign(find_chains(calls), ranks)
+            rank = schedule.loads.index(max(schedule.loads))
+            comm = MeteredComm(rank, ranks, self._link, meter)
+            mover = Mover(comm, calls, schedule, range(ranks if gather == "all" else 1), _META)
+            with meter.running():
+                mine = schedule.calls_of(rank)
+                run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, blends, _META)
+                mover.finish()
+                result = put_together(vae, half, method, args, kwargs, calls, mover, blends, _META)
+        cut = f"{len(schedule.chains)} tiles"
+        return _prediction(half, "tile", ranks, cut, meter, comm, args, result)
+
+    @contextmanager
+    def _running(self, half: str) -> Iterator[None]:
+        try:
+            with torch.no_grad(), ModuleState(self._target.vae).kept(), torch.compiler.set_stance("force_eager"):
+                yield
+        except HalovaeError:
+            raise
+        except Exception as error:  # Whatever a model's code raises where a value should be.
+            name = f"{self._target.name}.{half}"
+            raise InputError(f"{name} can't be followed on shapes alone: {first_line(error)}") from error
+
+
+def _calls(checker: Checker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The network calls of the tiled half; refused where its result has another size than without tiles."""
+    try:
+        tiled, whole = checker.recorded(args, kwargs), checker.untiled(args, kwargs)
+    except TilingError:
+        raise
+    except Exception as error:  # Whatever a model's own tiled method raises.
+        raise TilingError(f"its tiles fail: {error}") from error
+    if whole and pictures_in(tiled.result)[0].shape != pictures_in(whole.result)[0].shape:
+        raise TilingError("its tiles give a picture of a wrong size")
+    return tiled.calls
+
+
+def _prediction(
+    half: str, mode: str, ranks: int, cut: str, meter: Meter, comm: MeteredComm, args: Any, result: Any
+) -> Prediction:
+    return Prediction(
+        half=half,
+        mode=mode,
+        ranks=ranks,
+        cut=cut,
+        seconds=meter.seconds,
+        exposed=meter.exposed,
+        messages=comm.traffic.messages,
+        bytes=comm.traffic.bytes,
+        flops=meter.flops,
+        memory=meter.peak + sum(tensor.nbytes for tensor in tensors_in(args)),
+        result=result,
+    )
+
+
+def _busiest(plan: ShardPlan) -> int:
+    """The rank of the largest shard; among equals, of one with most neighbours."""
+
+    def part(bounds: tuple[int, ...]) -> int:
+        sizes = [high - low for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        inner = range(len(sizes))
+        return max(inner, key=lambda i: (sizes[i], 0 < i < len(sizes) - 1))
+
+    return part(plan.bounds[0]) * plan.shape[1] + part(plan.bounds[1])

@@ -1,0 +1,116 @@
+"""Whether a call fits into the memory that is free, told before its first allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from math import ceil, inf, prod
+from typing import Any
+
+from torch import Tensor
+
+from halovae.errors import HalovaeError, TooLittleMemoryError
+from halovae.link_speed import LinkSpeed
+from halovae.memory import Needs, free_bytes
+from halovae.plan import ShardPlan
+from halovae.predict import Prediction, Predictor
+from halovae.randomness import Generators
+from halovae.speed import GivenSpeed
+from halovae.target import Target
+from halovae.trees import on_meta, tensors_in
+
+_GROWTH = {"encode": 2**10, "decode": 2**15}
+"""Bytes at the peak per byte of input, more than known networks take: below that there is nothing to predict."""
+_TIMELESS = GivenSpeed(flops=inf, bandwidth=inf, overhead=0.0), LinkSpeed(latency=0.0, bandwidth=inf)
+
+
+class Room:
+    """Checks the calls of exact mode on one rank.
+
+    Args:
+        target: the VAE.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._predictor = Predictor(target, *_TIMELESS)
+        self._needs = Needs()
+        self._predicted: dict[Any, int | None] = {}
+
+    def learn(self, half: str, plan: ShardPlan, picture: Tensor, growth: int) -> None:
+        """Take in by how many bytes a call has grown at its peak."""
+        self._needs.learn(half, _largest_part(plan, picture), growth)
+
+    def check(
+        self, half: str, plan: ShardPlan, ratio: int, gather: str, picture: Tensor,
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Refuse a call that needs more than is free: by what earlier calls took, else by a run on shapes alone.
+
+        Args:
+            half: "encode" or "decode".
+            plan: how the picture is cut.
+            ratio: pixels per latent for encode, 1 for decode.
+            gather: who holds the result.
+            picture: the first one of the arguments.
+            args: of the call.
+            kwargs: likewise.
+
+        Raises:
+            TooLittleMemoryError: it does; with what would do.
+        """
+        part, ranks, free = _largest_part(plan, picture), prod(plan.shape), free_bytes(picture.device)
+        if free is None:
+            return
+        learned = self._needs.expected(half, part)
+        if learned is not None:
+            if learned > free:
+                fitting = f"use {ceil(ranks * learned / max(free, 1))} ranks, a smaller picture, or mode='tile'"
+                raise _too_little(half, learned, ranks, free, fitting)
+            return
+        if part * picture.element_size() * _GROWTH[half] <= free:
+            return
+
+        def exact(count: int, axis: Any) -> int | None:
+            options = {"ranks": count, "axis": axis, "ratio": ratio, "gather": gather}
+            return self._predict(self._predictor.exact, half, args, kwargs, options)
+
+        needed = exact(ranks, plan.shape)
+        if needed is not None and needed > free:
+            fits = [f"{n} ranks" for n in (2 * ranks, 4 * ranks, 8 * ranks) if (exact(n, "auto") or inf) <= free][:1]
+            tiles = self._predict(self._predictor.tile, half, args, kwargs, {"ranks": ranks, "gather": "all"})
+            fits += ["mode='tile'"] if tiles is not None and tiles <= free else []
+            raise _too_little(half, needed, ranks, free, f"use {' or '.join([*fits, 'a smaller picture'])}")
+
+    def _predict(
+        self, predict: Callable[..., Prediction], half: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+        options: dict[str, Any],
+    ) -> int | None:  # fmt: skip
+        """Bytes besides the arguments, which are there already; None where it can't be told. Once per shape."""
+        given = tensors_in((args, kwargs))
+        key = predict.__name__, half, *((tuple(t.shape), t.dtype) for t in given), repr(options)
+        if key not in self._predicted:
+            generators = Generators(given[0].device, *args, *kwargs.values())
+            try:
+                found = predict(half, on_meta(args), on_meta(kwargs), **options)
+                self._predicted[key] = found.memory - sum(tensor.nbytes for tensor in given)
+            except HalovaeError:  # The call itself says what is wrong, if anything is.
+                self._predicted[key] = None
+            finally:
+                generators.rewind()
+        return self._predicted[key]
+
+
+def _too_little(half: str, needed: int, ranks: int, free: int, remedy: str) -> TooLittleMemoryError:
+    return TooLittleMemoryError(
+        f"{half} needs about {_size(needed)} on each of {ranks} ranks, but {_size(free)} are free: {remedy}"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _largest_part(plan: ShardPlan, picture: Tensor) -> int:
+    """Elements of the largest shard of the picture."""
+    rows, cols = (max(high - low for low, high in pairwise(bounds)) for bounds in plan.bounds)
+    return picture[..., :1, :1].numel() * rows * cols

@@ -1,0 +1,151 @@
+"""Every mode, cut and number of ranks for one VAE and one clip, predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.codec import decode_calls
+from halovae.config import HALVES, Axis
+from halovae.errors import HalovaeError, InputError
+from halovae.fit import Fit, Limits, decode_arguments, latent_of
+from halovae.link_speed import LinkSpeed
+from halovae.models import quiet
+from halovae.predict import Prediction, Predictor
+from halovae.speed import Speed
+from halovae.target import Target
+from halovae.trees import on_meta
+
+_CUTS = ("auto", "height", "width")
+MOST_RANKS = 1024
+"""Where the search for enough ranks ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to run one half of a VAE."""
+
+    half: str
+    mode: str
+    ranks: int
+    prediction: Prediction | None
+    """None: refused."""
+    refusal: str = ""
+    """Why."""
+    memory: int = 0
+    """Bytes on a rank, weights included."""
+    efficiency: float | None = None
+    """Time of one rank without tiles, over ranks * time; None where that can't be run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        found = self.prediction.to_dict() if self.prediction else {}
+        named = {"half": self.half, "mode": self.mode, "ranks": self.ranks, "refusal": self.refusal}
+        return {**found, **named, "memory": self.memory, "efficiency": self.efficiency}
+
+
+class Survey:
+    """Predicts the halves of one VAE for one clip.
+
+    Args:
+        vae: it may be without weights.
+        limits: of the VAE.
+        fit: of the clip.
+        dtype: of weights and pictures.
+        speed: of each rank's device.
+        link: between the ranks.
+    """
+
+    def __init__(
+        self, vae: nn.Module, limits: Limits, fit: Fit, dtype: torch.dtype, speed: Speed, link: LinkSpeed
+    ) -> None:
+        self._alone: dict[str, Row] = {}
+        with quiet():
+            self._vae = vae.to(dtype)
+        self._limits, self._fit, self._dtype = limits, fit, dtype
+        self._predictor = Predictor(Target(vae), speed, link)
+        self.weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))
+        self._inputs = {"encode": self._clip()}
+        self._inputs["decode"] = self._latents()
+
+    def rows(self, half: str, ranks: Sequence[int]) -> Iterator[Row]:
+        """Exact mode on each number of ranks and cut, then tile mode."""
+        for count in ranks:
+            seen: set[str] = set()
+            for axis in _CUTS:
+                row = self.exact(half, count, axis)
+                cut = row.prediction.cut if row.prediction else row.refusal
+                if cut not in seen:
+                    yield row
+                seen.add(cut)
+        for count in ranks:
+            yield self.tile(half, count)
+
+    def exact(self, half: str, ranks: int, axis: Axis = "auto") -> Row:
+        return self._row(half, "exact", ranks, axis=axis, ratio=self._limits.ratio if half == "encode" else 1)
+
+    def tile(self, half: str, ranks: int) -> Row:
+        return self._row(half, "tile", ranks)
+
+    def enough_ranks(self, half: str, memory: int) -> int | None:
+        """The smallest power of two of ranks on each of which exact mode takes at most `memory` bytes."""
+        ranks, last = 1, None
+        while ranks <= MOST_RANKS:
+            row = self.exact(half, ranks)
+            if row.prediction is None or row.prediction.cut == last:
+                return None
+            if row.memory <= memory:
+                return ranks
+            ranks, last = 2 * ranks, row.prediction.cut
+        return None
+
+    def _row(self, half: str, mode: str, ranks: int, **options: Any) -> Row:
+        picture, calls = self._inputs[half]
+        kwargs = decode_arguments(self._vae, picture) if half == "decode" else {}
+        predict = self._predictor.exact if mode == "exact" else self._predictor.tile
+        try:
+            found = predict(half, (picture,), kwargs, ranks=ranks, **options)
+        except HalovaeError as error:
+            return Row(half=half, mode=mode, ranks=ranks, prediction=None, refusal=str(error))
+        found = replace(
+            found, seconds=calls * found.seconds, exposed=calls * found.exposed, flops=calls * found.flops,
+            messages=calls * found.messages, bytes=calls * found.bytes,
+        )  # fmt: skip
+        row = Row(half=half, mode=mode, ranks=ranks, prediction=found, memory=self.weights + found.memory)
+        alone = row if (mode, ranks) == ("exact", 1) else self._run_alone(half)
+        return row if alone.prediction is None else replace(row, efficiency=_efficiency(alone.prediction, found))
+
+    def _run_alone(self, half: str) -> Row:
+        if half not in self._alone:
+            self._alone[half] = self.exact(half, 1)
+        return self._alone[half]
+
+    def _clip(self) -> tuple[Tensor, int]:
+        """What encode gets, and how often it is called."""
+        limits, fit = self._limits, self._fit
+        frames = 1 if limits.per_frame else fit.padded_frames
+        middle = (frames,) if limits.has_frame_dim else ()
+        shape = 1, limits.channels, *middle, fit.padded_height, fit.padded_width
+        return torch.empty(shape, dtype=self._dtype, device="meta"), fit.padded_frames // frames
+
+    def _latents(self) -> tuple[Tensor, int]:
+        """What decode gets, and how often it is called."""
+        alone = self._run_alone("encode")
+        found = alone.prediction or self.tile("encode", 1).prediction
+        if found is None:
+            raise InputError(alone.refusal)
+        latent = latent_of(found.result)
+        calls = self._inputs["encode"][1]
+        latents = on_meta(torch.cat([latent] * calls))
+        calls = decode_calls(self._vae, self._limits, latents)
+        return latents[: len(latents) // calls], calls
+
+
+def _efficiency(alone: Prediction, found: Prediction) -> float:
+    return alone.seconds / (found.ranks * found.seconds)
+
+
+__all__ = ["HALVES", "MOST_RANKS", "Row", "Survey"]
