@@ -92,6 +92,8 @@ def _ending_like(sizes: tuple[int, ...], asked: Layout | None) -> Layout | None:
 
 def _share(mesh: Mesh, generator: torch.Generator, device: torch.device) -> None:
     """Bring every rank's generator to the state of the first one's."""
+    if device.type == "meta":
+        return  # on shapes alone there are no numbers
     state = generator.get_state().to(device)
     others = [rank for rank in range(mesh.size) if rank != mesh.comm.rank]
     if mesh.comm.rank == 0:

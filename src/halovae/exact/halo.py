@@ -6,25 +6,16 @@ Every operator that sees beyond a pixel says which rows it needs; `extend` gets 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from halovae.errors import NotExactError
 from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.geometry import Cut, Extent, covering, cut_at, missing, overlap
-
-
-@dataclass(frozen=True)
-class Fill:
-    """What lies beyond the picture: torch's pad mode ("constant", "replicate" or "reflect") and its value."""
-
-    mode: str = "constant"
-    value: float = 0.0
-
+from halovae.kernels.borders import Fill, fill_outside, region_of
+from halovae.kernels.formats import is_channels_last, memory_format
 
 ZEROS = Fill()
 
@@ -56,15 +47,15 @@ def extend(
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     buffer = _new_like(tensor, shape)
-    _region(buffer, valid).copy_(_narrow_to(mesh, tensor, layout, covered, clip=True))
+    region_of(buffer, valid).copy_(_narrow_to(mesh, tensor, layout, covered, clip=True))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
-        _fill_outside(buffer, dim, valid, fill)
+        fill_outside(buffer, dim, valid, fill)
         low, high = need[mesh.part(require_axis(layout, dim).axis)]
         valid[dim] = (low - starts[dim], high - starts[dim])
     for dim in pads:
-        _fill_outside(buffer, dim, valid, fill)
-    return _region(buffer, valid)
+        fill_outside(buffer, dim, valid, fill)
+    return region_of(buffer, valid)
 
 
 def own(mesh: Mesh, tensor: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
@@ -209,40 +200,10 @@ _CONTIGUOUS = torch.contiguous_format
 def _rows(buffer: Tensor, dim: int, rows: Extent, start: int, valid: list[Extent]) -> Tensor:
     region = list(valid)
     region[dim] = (rows[0] - start, rows[1] - start)
-    return _region(buffer, region)
-
-
-def _region(buffer: Tensor, region: list[Extent]) -> Tensor:
-    for dim, (low, high) in enumerate(region):
-        if high - low != buffer.shape[dim]:
-            buffer = buffer.narrow(dim, low, high - low)
-    return buffer
-
-
-def _fill_outside(buffer: Tensor, dim: int, valid: list[Extent], fill: Fill) -> None:
-    """Fill one dimension before and after its valid rows, and widen `valid`."""
-    low, high = valid[dim]
-    for rows, edge, step in (((0, low), low, 1), ((high, buffer.shape[dim]), high - 1, -1)):
-        count = rows[1] - rows[0]
-        if not count:
-            continue
-        target = _region(buffer, [*valid[:dim], rows, *valid[dim + 1 :]])
-        if fill.mode == "constant":
-            target.fill_(fill.value)
-        elif fill.mode == "replicate":
-            target.copy_(_region(buffer, [*valid[:dim], (edge, edge + 1), *valid[dim + 1 :]]).expand_as(target))
-        elif fill.mode == "reflect" and high - low > count:
-            mirrored = (edge + 1, edge + 1 + count) if step == 1 else (edge - count, edge)
-            target.copy_(_region(buffer, [*valid[:dim], mirrored, *valid[dim + 1 :]]).flip(dim))
-        else:
-            raise NotExactError(f"padding of {count} rows in mode {fill.mode!r} on a shard of {high - low} rows")
-    valid[dim] = (0, buffer.shape[dim])
+    return region_of(buffer, region)
 
 
 def _new_like(tensor: Tensor, shape: list[int]) -> Tensor:
     """An uninitialised tensor of another shape in the same memory format."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    # A shard may lie in memory with gaps; that its channels are next to each other is what counts.
-    channels_last = tensor.ndim in formats and tensor.shape[1] > 1 and tensor.stride(1) == 1
-    memory_format = formats[tensor.ndim] if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
+    kept = memory_format(tensor.ndim, is_channels_last(tensor))
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kept)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -55,13 +57,18 @@ class Layout:
     def ndim(self) -> int:
         return len(self.dims)
 
-    @property
+    @cached_property
     def sharded_dims(self) -> list[int]:
         return [i for i, dim in enumerate(self.dims) if is_sharded(dim)]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(length(dim) for dim in self.dims)
+
+    @cached_property
+    def cuts(self) -> list[Cut]:
+        """Of all sharded factors."""
+        return [factor.cut for dim in self.dims for factor in dim if isinstance(factor, AxisFactor)]
 
     def replace(self, dim: int, factors: Dim) -> Layout:
         dim %= len(self.dims)
@@ -131,10 +138,10 @@ def require_rows(cut: Cut) -> None:
 def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Attach a layout (None, or one without sharded dimensions: none) and return the tensor."""
     if layout is not None and layout.sharded_dims:
-        for factor in (f for dim in layout.dims for f in dim if isinstance(f, AxisFactor)):
-            require_rows(factor.cut)
-        if layout.shape != tuple(tensor.shape):
-            raise NotExactError(f"its result has the shape {tuple(tensor.shape)} where the shard's is {layout.shape}")
+        for cut in layout.cuts:
+            require_rows(cut)
+        if layout.shape != (shape := tuple(tensor.shape)):
+            raise NotExactError(f"its result has the shape {shape} where the shard's is {layout.shape}")
         setattr(tensor, _ATTRIBUTE, layout)
     elif hasattr(tensor, _ATTRIBUTE):
         delattr(tensor, _ATTRIBUTE)
@@ -270,3 +277,15 @@ def _dim_at(layout: Layout | None, shape: tuple[int, ...], position: int) -> Dim
     if -position > len(shape):
         return plain(1)
     return layout.dims[position] if layout else plain(shape[position])
+
+
+def each(value: Any, n: int) -> list[Any]:
+    """One value per dimension, where torch takes one for all."""
+    values = [value] if isinstance(value, (int, float)) else list(value)
+    return values * n if len(values) == 1 else values
+
+
+def with_lengths(layout: Layout, result: Tensor) -> Layout:
+    """The layout with the plain dimensions' lengths taken from the result."""
+    dims = zip(layout.dims, result.shape, strict=True)
+    return Layout(tuple(dim if is_sharded(dim) else plain(size) for dim, size in dims))

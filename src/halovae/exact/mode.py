@@ -10,12 +10,37 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from halovae.errors import NotExactError
-from halovae.exact import attention, elementwise, factories, indexing, masks, norms, reductions, sizes, views, windows
+from halovae.exact import (
+    attention,
+    elementwise,
+    factories,
+    indexing,
+    masks,
+    norms,
+    reductions,
+    resampling,
+    sizes,
+    views,
+    windows,
+)
 from halovae.exact.layout import is_uniform, keep_uniform, layout_of, unmark_uniform
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import RULES, writes
+from halovae.functions import QUESTIONS
 
-RULE_MODULES = (attention, elementwise, factories, indexing, masks, norms, reductions, sizes, views, windows)
+RULE_MODULES = (
+    attention,
+    elementwise,
+    factories,
+    indexing,
+    masks,
+    norms,
+    reductions,
+    resampling,
+    sizes,
+    views,
+    windows,
+)
 """Imported for their rules."""
 
 
@@ -27,6 +52,7 @@ class ShardMode(TorchFunctionMode):
 
     Raises:
         NotExactError: (while running) a function that mixes positions and has no rule met a sharded tensor.
+        RankFailedError: (while running) another rank has failed.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -37,8 +63,9 @@ class ShardMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _HARMLESS:
+        if func in QUESTIONS:
             return func(*args, **kwargs)
+        self._mesh.comm.check()
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
         tensors = list(_tensors(args, kwargs))
@@ -114,15 +141,3 @@ def _place() -> str:
         return ""
     path = next((path for path, module in modules[-1].named_modules() if module is modules[0]), "")
     return f" in {path} ({type(modules[0]).__name__})" if path else f" in {type(modules[0]).__name__}"
-
-
-_HARMLESS = {
-    getattr(Tensor, name).__get__
-    for name in ("dtype", "device", "ndim", "requires_grad", "layout", "grad", "grad_fn", "is_leaf",
-                 "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "itemsize", "nbytes")
-} | {
-    Tensor.dim, Tensor.stride, Tensor.is_contiguous, Tensor.element_size,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.data_ptr, Tensor.get_device,
-    Tensor.is_inference, Tensor.__hash__, Tensor.is_pinned,
-}  # fmt: skip
-"""Questions about a tensor that every shard answers for itself."""

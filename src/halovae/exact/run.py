@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from halovae.comm import Comm
-from halovae.errors import InputError, NotExactError, RankFailedError
-from halovae.exact.layout import layout_of
+from halovae.errors import InputError, NotExactError
+from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
 from halovae.exact.mode import ShardMode
 from halovae.exact.partition import Bounds, extents, first_tensor, gather, own_rows, scatter
 from halovae.geometry import Extent
+from halovae.kernels.mode import FastMode, finished
 from halovae.trees import is_picture, map_tensors
 
 Call = Callable[..., Any]
@@ -35,8 +36,10 @@ def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     def cut(value: Any) -> Any:
         return scatter(mesh, value, _scaled(bounds, value)) if is_picture(value) else value
 
-    with ShardMode(mesh):
+    # Rules call torch functions; the fast mode, entered first, receives them.
+    with FastMode(), ShardMode(mesh) if mesh.size > 1 else nullcontext():
         result = call(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+    result = map_tensors(lambda t: mark(finished(t), layout_of(t)), result)
     if mesh.size > 1:
         first_tensor(result)  # there is one
         map_tensors(_check_tracked, result)
@@ -90,16 +93,11 @@ def run_on_group(
         result = _wait_for_result(comm, keep, _device_of((*args, *kwargs.values())))
         return Outcome(result, {"height": (0, 0), "width": (0, 0)}, 0.0, time.perf_counter() - started)
     mesh = Mesh(comm, shape)
-    try:
-        started = time.perf_counter()
-        result = run_sharded(mesh, call, args, kwargs, bounds)
-        mine = extents(mesh, first_tensor(result))
-        ran = time.perf_counter()
-        result = map_tensors(lambda t: _collect(mesh, t, keep), result)
-    except Exception as error:
-        if spares:
-            comm.all_gather_object(_Failure(str(error), traceback.format_exc()))
-        raise
+    started = time.perf_counter()
+    result = run_sharded(mesh, call, args, kwargs, bounds)
+    mine = extents(mesh, first_tensor(result))
+    ran = time.perf_counter()
+    result = map_tensors(lambda t: _collect(mesh, t, keep), result)
     if spares:
         _share_result(comm, result, spares, keep)
     return Outcome(result, mine, ran - started, time.perf_counter() - ran)
@@ -121,12 +119,6 @@ class _Slot:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class _Failure:
-    message: str
-    details: str
-
-
 def _share_result(comm: Comm, result: Any, spares: range, keep: str) -> None:
     """Tell the spare ranks the shape of the result and, if they are to hold it, its tensors from the first rank."""
     tensors: list[Tensor] = []
@@ -136,15 +128,13 @@ def _share_result(comm: Comm, result: Any, spares: range, keep: str) -> None:
         return _Slot(tuple(tensor.shape), tensor.dtype)
 
     skeleton = map_tensors(leave_slot, result)
-    said = comm.all_gather_object(skeleton if comm.rank == 0 else None)
-    _raise_failure(said)
+    comm.all_gather_object(skeleton if comm.rank == 0 else None)
     if comm.rank == 0 and keep == "all":
         comm.exchange([(spare, tensor) for spare in spares for tensor in tensors], [])
 
 
 def _wait_for_result(comm: Comm, keep: str, device: torch.device) -> Any:
     said = comm.all_gather_object(None)
-    _raise_failure(said)
     buffers: list[Tensor] = []
 
     def fill_slot(slot: _Slot) -> Tensor:
@@ -156,9 +146,3 @@ def _wait_for_result(comm: Comm, keep: str, device: torch.device) -> Any:
     if keep == "all":
         comm.exchange([], [(0, buffer) for buffer in buffers])
     return result
-
-
-def _raise_failure(said: list[Any]) -> None:
-    for rank, value in enumerate(said):
-        if isinstance(value, _Failure):
-            raise RankFailedError(rank, value.message, value.details)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import ZEROS, Fill, extend, own, recut
-from halovae.exact.layout import Layout, global_length, is_sharded, layout_of, mark, plain, require_axis, require_rows
+from halovae.exact.layout import Layout, each, is_sharded, layout_of, mark, require_axis, require_rows, with_lengths
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import rule
-from halovae.exact.sizes import whole
-from halovae.geometry import Cut, Extent, Window, coarsen, divides, padded, refine, transposed_window, window
+from halovae.exact.resampling import upsampled_convolution
+from halovae.geometry import Cut, Extent, Window, padded, transposed_window, window
+from halovae.kernels.upsampling import foldable
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -40,14 +41,17 @@ def convolution(
         return func(tensor, weight, bias, stride, padding, dilation, groups)
     n = CONVOLUTIONS[func]
     if isinstance(padding, str):
-        padding = _named_padding(padding, weight.shape[2:], _each(dilation, n))
-    geometry = list(zip(weight.shape[2:], _each(stride, n), _each(padding, n), _each(dilation, n), strict=True))
+        padding = _named_padding(padding, weight.shape[2:], each(dilation, n))
+    steps, pads, gaps = (each(value, n) for value in (stride, padding, dilation))
+    if n == 2 and groups == 1 and (recipe := foldable(tensor, weight, steps, pads, gaps)):
+        return upsampled_convolution(mesh, recipe, layout, weight, bias)
+    geometry = list(zip(weight.shape[2:], steps, pads, gaps, strict=True))
     windows = {
         dim: window(cut, *geometry[dim - layout.ndim])
         for dim, cut in _spatial_cuts(layout, n, [g == (1, 1, 0, 1) for g in geometry]).items()
     }
     tensor = extend(mesh, tensor, layout, _needs(windows))
-    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(_each(padding, n))]
+    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
     result = func(tensor, weight, bias, stride, rest, dilation, groups)
     return mark(result, _window_layout(mesh, layout, windows, result))
 
@@ -69,7 +73,7 @@ def transposed_convolution(
     if layout is None:
         return func(tensor, weight, bias, stride, padding, output_padding, groups, dilation)
     n = TRANSPOSED[func]
-    steps, pads, extras, dilations = (_each(v, n) for v in (stride, padding, output_padding, dilation))
+    steps, pads, extras, dilations = (each(v, n) for v in (stride, padding, output_padding, dilation))
     geometry = list(zip(weight.shape[2:], steps, pads, dilations, extras, strict=True))
     cuts = _spatial_cuts(layout, n, [g == (1, 1, 0, 1, 0) for g in geometry])
     windows = {dim: transposed_window(cut, *geometry[dim - layout.ndim]) for dim, cut in cuts.items()}
@@ -100,7 +104,7 @@ def pad(
     sharded = {dim: amount for dim, amount in amounts.items() if is_sharded(layout.dims[dim]) and amount != (0, 0)}
     if not sharded:
         result = func(tensor, pad, mode, value)
-        return mark(result, _with_lengths(layout, result))
+        return mark(result, with_lengths(layout, result))
     if any(amount < 0 for pair in amounts.values() for amount in pair):
         raise NotExactError("a negative padding of a sharded dimension")
     if mode == "circular":
@@ -114,7 +118,7 @@ def pad(
     result = extend(mesh, tensor, layout, needs, local, Fill(mode, value or 0.0))
     for dim, w in windows.items():
         layout = recut(mesh, layout, dim, w.out)
-    return mark(result, _with_lengths(layout, result))
+    return mark(result, with_lengths(layout, result))
 
 
 def _reflects(cut: Cut, window: Window) -> bool:
@@ -140,7 +144,7 @@ def average_pool(
     layout = layout_of(tensor)
     if layout is None:
         return func(tensor, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
-    if any(_each(padding, n)) and (not count_include_pad or ceil_mode):
+    if any(each(padding, n)) and (not count_include_pad or ceil_mode):
         raise NotExactError("an average that leaves out the padding")
     result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, 1, ceil_mode, ZEROS)
     result = func(result, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
@@ -183,8 +187,8 @@ def _pool(
     fill: Fill,
 ) -> tuple[Tensor, dict[int, Window], list[int]]:
     """The input with its halos, the windows, and the padding that is left to the pooling function."""
-    kernels, pads = _each(kernel, n), _each(padding, n)
-    geometry = list(zip(kernels, _each(stride or kernel, n), pads, _each(dilation, n), strict=True))
+    kernels, pads = each(kernel, n), each(padding, n)
+    geometry = list(zip(kernels, each(stride or kernel, n), pads, each(dilation, n), strict=True))
     cuts = _spatial_cuts(layout, n, [g[:3] == (1, 1, 0) for g in geometry])
     windows = {dim: window(cut, *geometry[dim - layout.ndim], ceil_mode) for dim, cut in cuts.items()}
     tensor = extend(mesh, tensor, layout, _needs(windows), fill=fill)
@@ -192,75 +196,10 @@ def _pool(
     return tensor, windows, rest
 
 
-@rule(F.interpolate)
-def interpolate(
-    mesh: Mesh,
-    func: Any,
-    tensor: Tensor,
-    size: Any = None,
-    scale_factor: Any = None,
-    mode: str = "nearest",
-    align_corners: bool | None = None,
-    recompute_scale_factor: bool | None = None,
-    antialias: bool = False,
-) -> Tensor:
-    """Nearest by whole factors is local; linear modes need one row on each side, cropped afterwards."""
-    options = (mode, align_corners, recompute_scale_factor, antialias)
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, size, scale_factor, *options)
-    tensor, layout = own(mesh, tensor, layout)
-    n = layout.ndim - 2
-    wholes = [global_length(dim) for dim in layout.dims[2:]]
-    targets = [whole(target) for target in _each(size, n)] if size is not None else [
-        int(length * factor) for length, factor in zip(wholes, _each(scale_factor, n), strict=True)
-    ]  # fmt: skip
-    resized = layout
-    for dim, (length, target) in enumerate(zip(wholes, targets, strict=True), start=2):
-        resized = resized.replace(dim, plain(target)) if not is_sharded(layout.dims[dim]) else recut(
-            mesh, resized, dim, _resampled(require_axis(layout, dim).cut, length, target, mode)
-        )  # fmt: skip
-    if mode in ("nearest", "nearest-exact"):
-        local = resized.shape[2:] if size is not None else None
-        return mark(func(tensor, local, scale_factor, *options), resized)
-    if mode not in ("linear", "bilinear", "trilinear") or align_corners or antialias:
-        raise NotExactError(f"resampling in mode {mode!r} looks at more than neighbours")
-    if any(target % length for length, target in zip(wholes, targets, strict=True)):
-        raise NotExactError("linear resampling by a factor that is not whole")
-    factors = [target // length for length, target in zip(wholes, targets, strict=True)]
-    return mark(_linear(mesh, func, tensor, layout, factors, options), resized)
-
-
-def _resampled(cut: Cut, length: int, target: int, mode: str) -> Cut:
-    if target % length == 0:
-        return refine(cut, target // length)
-    if length % target == 0 and mode == "nearest" and divides(cut, length // target):
-        return coarsen(cut, length // target)
-    raise NotExactError(f"resampling {length} rows to {target} is not by a whole factor")
-
-
-def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, factors: list[int], options: Any) -> Tensor:
-    needs = {
-        dim: tuple((low - 1, high + 1) for low, high in require_axis(layout, dim).cut.extents)
-        for dim in layout.sharded_dims
-        if dim >= 2
-    }
-    wide = extend(mesh, tensor, layout, needs, fill=Fill("replicate"))
-    result = func(wide, [f * s for f, s in zip(factors, wide.shape[2:], strict=True)], None, *options)
-    for dim in needs:
-        result = result.narrow(dim, factors[dim - 2], factors[dim - 2] * tensor.shape[dim])
-    return result
-
-
 def _named_padding(name: str, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
     if name == "same" and any(k % 2 == 0 for k in kernel):
         raise NotExactError("padding='same' with an even kernel")
     return [d * (k - 1) // 2 if name == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-
-
-def _each(value: Any, n: int) -> list[Any]:
-    values = [value] if isinstance(value, (int, float)) else list(value)
-    return values * n if len(values) == 1 else values
 
 
 def _spatial_cuts(layout: Layout, n: int, trivial: Sequence[bool]) -> dict[int, Cut]:
@@ -282,10 +221,4 @@ def _needs(windows: dict[int, Window]) -> dict[int, tuple[Extent, ...]]:
 def _window_layout(mesh: Mesh, layout: Layout, windows: dict[int, Window], result: Tensor) -> Layout:
     for dim, w in windows.items():
         layout = recut(mesh, layout, dim, w.out)
-    return _with_lengths(layout, result)
-
-
-def _with_lengths(layout: Layout, result: Tensor) -> Layout:
-    """The layout with the plain dimensions' lengths taken from the result."""
-    dims = zip(layout.dims, result.shape, strict=True)
-    return Layout(tuple(dim if is_sharded(dim) else plain(size) for dim, size in dims))
+    return with_lengths(layout, result)
