@@ -55,7 +55,7 @@ class Blends:
     def _checked(self, name: str, own: Blend) -> Blend:
         def blend(above: Tensor, tile: Tensor, extent: int) -> Tensor:
             key = (name, tile.ndim, tile.dtype, tile.device.type)
-            if self._same.get(key):
+            if self._same.get(key) or tile.is_meta:  # shapes alone have no bits
                 return blend_rows(above, tile, extent, DIMS[name])
             if self._same.get(key) is None and min(above.shape[DIMS[name]], tile.shape[DIMS[name]], extent) > 2:
                 mine = blend_rows(above, tile.clone(), extent, DIMS[name])

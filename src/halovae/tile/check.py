@@ -78,7 +78,7 @@ class Checker:
         """How far a small probe in tiles is from the same probe without, relative to how much it varies."""
         failure: Exception | None = None
         for frames in (1, None):
-            small, small_kwargs = _shrunk((args, kwargs), frames)
+            small, small_kwargs = shrunk((args, kwargs), frames)
             try:
                 tiled, whole = self.recorded(small, small_kwargs), self.untiled(small, small_kwargs)
             except Exception as error:
@@ -120,7 +120,7 @@ def _relative(gap: Tensor, signal: Tensor) -> float:
     return float(torch.nan_to_num(gap, nan=float("inf")).norm() / signal.norm().clamp_min(1e-30))
 
 
-def _shrunk(values: Any, frames: int | None) -> Any:
+def shrunk(values: Any, frames: int | None) -> Any:
     """The arguments with one picture of noise in the batch, the same in all frames, and only so many frames."""
     batch = pictures_in(values)[0].shape[0]
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Mover:
         return number < len(mine) and mine[number].calls[-1] == call
 
     def post(self) -> None:
-        """Begin the next round. What this rank has failed to compute is sent as it comes: nobody waits for it."""
+        """Begin the next round."""
         sends: list[Message] = []
         receives: list[Message] = []
         for rank, chains in enumerate(self._chains):
@@ -61,8 +61,7 @@ class Mover:
         flat: list[Tensor] = []
         for call in chain.calls:
             specs = self._calls[call].specs
-            tensors = self.results.get(call) or [spec.empty(self._device) for spec in specs]
-            flat += [spec.flat(tensor) for spec, tensor in zip(specs, tensors, strict=True)]
+            flat += [spec.flat(tensor) for spec, tensor in zip(specs, self.results[call], strict=True)]
         return [(rank, tensor) for rank in others for tensor in flat]
 
     def _incoming(self, chain: Chain) -> list[Tensor]:
@@ -73,12 +72,9 @@ class Mover:
             flat += [spec.flat(tensor) for spec, tensor in zip(specs, self.results[call], strict=True)]
         return flat
 
-    def finish(self, agree: Callable[[], None]) -> None:
-        """Post what is left, let the ranks `agree` that all went well, and wait until everything has arrived."""
+    def finish(self) -> None:
+        """Post what is left, and wait until everything has arrived."""
         while len(self._posted) < self._rounds:
             self.post()
-        try:
-            agree()
-        finally:
-            for pending in self._posted:
-                pending.wait()
+        for pending in self._posted:
+            pending.wait()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-import traceback
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
+from halovae.agreement import together
 from halovae.comm import Comm
-from halovae.errors import DisagreementError, InputError, RankFailedError
+from halovae.config import HALVES, Gather, gather_of
+from halovae.errors import DisagreementError, InputError
 from halovae.randomness import Generators
 from halovae.target import Target
 from halovae.tile.blend import Blends
 from halovae.tile.move import Mover
 from halovae.tile.plan import Planner, TilePlan
 from halovae.tile.settings import applied, described
-from halovae.tile.work import put_together, run_own_tiles
+from halovae.tile.work import Watched, put_together, run_own_tiles
+from halovae.timeline import span
 from halovae.trees import is_picture, map_tensors
 
 
@@ -55,18 +57,18 @@ class TileRunner:
         comm: the group.
         target: the VAE.
         ranks: how many of the ranks run tiles; the others wait and share the result.
-        gather: "all" or "first": who gets the whole result.
+        gather: "all" or "first": who gets the whole result; or a mapping that says it for each half.
         fit: choose smaller tiles where some ranks would have none to run.
 
     Raises:
         InputError: `gather` is "shard": tiles overlap, so no rank has a part of its own.
     """
 
-    def __init__(self, comm: Comm, target: Target, *, ranks: int, gather: str = "all", fit: bool = False) -> None:
-        if gather == "shard":
+    def __init__(self, comm: Comm, target: Target, *, ranks: int, gather: Gather = "all", fit: bool = False) -> None:
+        if "shard" in (gather_of(gather, half) for half in HALVES):
             raise InputError("gather is 'shard', but tiles overlap and are blended: use 'all' or 'first' in tile mode")
         self._comm, self._target, self._ranks, self._fit = comm, target, ranks, fit
-        self._holders = range(comm.size) if gather == "all" else range(1)
+        self._gather = gather
         self._blends = Blends(target.vae)
         self._planners: dict[str, Planner] = {}
         self._plans: dict[tuple[str, ...], TilePlan] = {}
@@ -76,63 +78,49 @@ class TileRunner:
 
         Raises:
             TilingError: the VAE's tiles can't be used.
-            RankFailedError: a tile failed; the same on all ranks.
+            RankFailedError: another rank has failed.
         """
         device = next(value.device for value in (*args, *kwargs.values()) if is_picture(value))
-        plan = self._plan(half, args, kwargs)
+        plan = self.plan(half, args, kwargs)
         vae, method, calls = self._target.vae, self._target.originals[half], plan.recording.calls
         generators = Generators(device, *args, *kwargs.values())
-        mover = Mover(self._comm, calls, plan.schedule, self._holders, device)
+        holders = range(self._comm.size if gather_of(self._gather, half) == "all" else 1)
+        mover = Mover(self._comm, calls, plan.schedule, holders, device)
         started = time.perf_counter()
-        failure: Exception | None = None
         with applied(vae, plan.settings):
             if mine := plan.schedule.calls_of(self._comm.rank):
-                try:
+                with Watched(self._comm):
                     run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, self._blends, device)
-                except Exception as error:
-                    failure = error
             worked = time.perf_counter()
-            mover.finish(lambda: self._agree(failure))
-            if self._comm.rank in self._holders:
+            mover.finish()
+            if self._comm.rank in holders:
                 generators.rewind()
-                result = put_together(vae, half, method, args, kwargs, calls, mover, self._blends, device)
+                with span("blend"):
+                    result = put_together(vae, half, method, args, kwargs, calls, mover, self._blends, device)
             else:
                 result = map_tensors(lambda t: _nothing(t, device), plan.recording.result)
         return TileOutcome(result, plan, worked - started, time.perf_counter() - worked)
 
-    def _plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
-        """Known after the first call with arguments of these shapes."""
+    def plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
+        """Known after the first call with arguments of these shapes. Called on every rank.
+
+        Raises:
+            TilingError: the VAE's tiles can't be used.
+        """
         key = half, described(self._target.vae), repr([*map(_signature, args), *map(_signature, kwargs.items())])
         if key not in self._plans:
-            problem: Exception | None = None
-            plan: TilePlan | None = None
-            try:
+            with together(self._comm):
                 if half not in self._planners:
                     self._planners[half] = Planner(self._target, half, self._blends, self._ranks, self._fit)
                 plan = self._planners[half].plan(args, kwargs)
-            except Exception as error:
-                problem = error
-            said = self._comm.all_gather_object(str(problem) if problem else repr(plan.schedule if plan else None))
-            if problem:
-                raise problem
-            if len(set(said)) > 1:
-                rank = next(rank for rank, other in enumerate(said) if other != said[0])
+            schedules = self._comm.all_gather_object(repr(plan.schedule))
+            if len(set(schedules)) > 1:
+                rank = next(rank for rank, other in enumerate(schedules) if other != schedules[0])
                 raise DisagreementError(
                     f"rank 0 and rank {rank} cut different tiles: enable_tiling() with the same sizes on all ranks"
                 )
-            assert plan
             self._plans[key] = plan
         return self._plans[key]
-
-    def _agree(self, failure: Exception | None) -> None:
-        """Every rank raises the first failing rank's error, or none does."""
-        said = None
-        if failure:
-            message = f"{type(failure).__name__}: {failure}"
-            said = message, "".join(traceback.format_exception(failure))
-        for rank, problem in enumerate(self._comm.all_gather_object(said)):
-            if problem:
-                raise RankFailedError(rank, *problem) from failure
 
 
 def _signature(value: Any) -> Any:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from halovae.comm import Comm
 from halovae.dataflow import repeat
 from halovae.errors import TilingError
 from halovae.record import NETWORKS, Function, NetworkCall, answering
@@ -17,6 +19,24 @@ from halovae.tile.move import Mover
 
 class _Finished(BaseException):
     """The network has answered its last call: what the VAE goes on to do is of no use yet."""
+
+
+class Watched(TorchFunctionMode):
+    """Within it, torch functions raise once another rank has failed: a tile can take minutes.
+
+    Args:
+        comm: the group.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        super().__init__()
+        self._comm = comm
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._comm.check()
+        return func(*args, **(kwargs or {}))
 
 
 class _Pass:
