@@ -1,0 +1,95 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from halovae.quality import ClipComparison, Gate
+from halovae.quality.numbers import decibel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number, its name, and what it means."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+def clip_figures(found: ClipComparison) -> list[Figure]:
+    """The numbers of a clip over all frames, the most important first."""
+    worst = found.frames[found.worst]
+    figures = [
+        ("PSNR", decibel(found.psnr), f"worst frame {worst.frame}: {decibel(worst.psnr)}"),
+        ("SSIM", fixed(found.ssim), "structure kept, 1 is all"),
+        ("MS-SSIM", fixed(found.ms_ssim), "the same over five scales"),
+        ("Largest difference", level(found.largest), "of 255 levels"),
+        ("Mean difference", level(found.mean), "levels"),
+        ("Pixels off", f"{found.share_off:.2%}", "by more than 1% of the range"),
+        ("Drift", _signed(found.drift), "levels gained from first frame to last"),
+        ("Flicker", level(found.flicker), "levels the difference changes per frame"),
+        ("Colour shift", _shift(found.colour_shift), "levels of red, green and blue"),
+        ("Seam energy", _seam(found), _seam_meaning(found)),
+    ]
+    return [Figure(name=name, value=value, meaning=meaning) for name, value, meaning in figures if value]
+
+
+def level(value: float | None) -> str:
+    """Levels with three digits; nothing for what is not known."""
+    if value is None:
+        return ""
+    return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.3f}"
+
+
+def fixed(value: float | None) -> str:
+    """Four digits; nothing for what is not known."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def ratio(value: float) -> str:
+    """A PSNR whose unit stands elsewhere."""
+    return "identical" if math.isinf(value) else f"{value:.2f}"
+
+
+def grouped(value: float) -> str:
+    """5000000 as "5 000 000", with spaces that don't break."""
+    return f"{value:,.0f}".replace(",", "\u202f")
+
+
+def gate_limit(gate: Gate) -> str:
+    return f"{'≥' if gate.is_minimum else '≤'} {gate.limit:g}{gate.unit}"
+
+
+def gate_value(gate: Gate) -> str:
+    return "identical" if math.isinf(gate.found) and gate.is_minimum else f"{gate.found:.4g}{gate.unit}"
+
+
+def _signed(value: float | None) -> str:
+    if value is None:
+        return ""
+    text = level(value)
+    return text.replace("-", "\u2212", 1) if value <= 0 else f"+{text}"
+
+
+def _shift(shift: tuple[float, float, float]) -> str:
+    if max(map(abs, shift)) < 0.005:
+        return "0" if not any(shift) else "below 0.01"
+    return " ".join(f"{value:+.2f}" for value in shift).replace("-", "\u2212")
+
+
+def _seam(found: ClipComparison) -> str:
+    if found.seam is None:
+        return "none" if found.detected and not found.grid else ""
+    return "only there" if math.isinf(found.seam) else f"{found.seam:.2f}"
+
+
+def _seam_meaning(found: ClipComparison) -> str:
+    if found.seam is None:
+        return "no grid shows in the difference"
+    return "difference at the borders over elsewhere" + (", at a grid that shows" if found.detected else "")
