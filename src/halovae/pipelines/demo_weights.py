@@ -1,0 +1,162 @@
+"""The weights of the demonstration transformer: set by construction, so that it copies the given image to every frame.
+
+Each token is a patch of 2 x 2 latents. Its hidden state is used as slots: the given latents, the result, whether the
+token's frame is the given one, and two large constants. Layer norms divide by the deviation of the whole state, which
+the constants dominate: they act as one known factor, and what is between them stays linear.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADS = 8
+WIDTH = 24
+"""Of a head: 8 numbers each for the position in time, height and width."""
+_AXIS = 8
+_LARGE = 100.0
+"""The constant that dominates a layer norm: its square is large against the latents' squares."""
+_SHARP = 9.0
+"""Scale of queries and keys: the right patch then outweighs the next best, and all others, by e^10 or more."""
+_PROMPT = 0.02
+"""Size of what cross-attention adds."""
+
+
+def still_map(vae: Any, pictures: int) -> tuple[Tensor, Tensor]:
+    """How latents of a standing picture's later frames follow from the first one's.
+
+    Args:
+        vae: a causal video VAE with `latents_mean` and `latents_std`, in float32.
+        pictures: how many random pictures to fit on.
+
+    Returns:
+        Matrix (channels, channels) and offset (channels,) on normalised latents: least squares over all positions.
+    """
+    clips = _random_pictures(pictures).unsqueeze(2).expand(-1, -1, 17, -1, -1)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(clip.unsqueeze(0)).latent_dist.mode() for clip in clips])
+    shape = (1, -1, 1, 1, 1)
+    latents = (latents - torch.tensor(vae.config.latents_mean).view(shape)) / torch.tensor(vae.config.latents_std).view(
+        shape
+    )
+    later = latents[:, :, 1:]
+    first = latents[:, :, :1].expand_as(later)
+    known, wanted = (t.movedim(1, -1).flatten(0, -2).double() for t in (first, later))
+    known = torch.cat([known, torch.ones_like(known[:, :1])], dim=1)
+    found = torch.linalg.lstsq(known, wanted).solution.T.float()
+    return found[:, :-1], found[:, -1]
+
+
+def _random_pictures(count: int) -> Tensor:
+    """(count, 3, 64, 96) of -1 to 1 with the spectrum of photographs: amplitude falls with frequency."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 3, 64, 96, generator=generator)
+    noise = 0.8 * noise.mean(1, keepdim=True) * math.sqrt(3) + 0.4 * noise
+    down, across = torch.meshgrid(torch.fft.fftfreq(64) * 64, torch.fft.fftfreq(96) * 96, indexing="ij")
+    falling = 1 / (down**2 + across**2).sqrt().clamp(min=1)
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * falling).real
+    return (smooth / smooth.std() * 0.5 + 0.2 * torch.randn(count, 3, 1, 1, generator=generator)).clamp(-1, 1)
+
+
+def build_still_transformer(transformer: Any, matrix: Tensor, offset: Tensor) -> None:
+    """Overwrite all weights of a one-block transformer that takes (noisy latents, 4 mask channels, given latents).
+
+    Args:
+        transformer: a WanTransformer3DModel with `HEADS` heads of `WIDTH`, patches of 1 x 2 x 2.
+        matrix: of `still_map`.
+        offset: of `still_map`.
+    """
+    patch = 4 * len(offset)
+    slots = _Slots(patch, HEADS * WIDTH)
+    with torch.no_grad():
+        _embed(transformer, slots, len(offset))
+        block = transformer.blocks[0]
+        block.scale_shift_table.zero_()
+        block.scale_shift_table[:, (2, 5)] = 1  # the gates
+        _copy_from_first_frame(block.attn1, slots)
+        block.attn2.to_out[0].weight.mul_(0)
+        block.attn2.to_out[0].weight[slots.result] = _PROMPT * torch.randn(patch, HEADS * WIDTH) / math.sqrt(WIDTH)
+        block.attn2.to_out[0].bias.zero_()
+        _map_later_frames(block.ffn, slots, torch.block_diag(*[matrix] * 4), offset.repeat(4))
+        for time in (transformer.condition_embedder.time_proj, transformer.condition_embedder.time_embedder.linear_2):
+            time.weight.zero_()
+            time.bias.zero_()
+        transformer.scale_shift_table.zero_()
+        transformer.proj_out.weight.zero_()
+        transformer.proj_out.weight[torch.arange(patch), slots.result] = slots.unit
+        transformer.proj_out.bias.zero_()
+
+
+class _Slots:
+    """Which numbers of the hidden state mean what."""
+
+    def __init__(self, patch: int, size: int) -> None:
+        self.given = torch.arange(patch)
+        self.result = torch.arange(patch, 2 * patch)
+        self.is_first, self.plus, self.minus, self.balance = range(2 * patch, 2 * patch + 4)
+        self.unit = _LARGE * math.sqrt(2 / size)
+        """What a layer norm divides by."""
+
+    def balanced(self, weight: Tensor) -> None:
+        """Make the new state's sum zero, so that a layer norm's mean takes nothing away."""
+        weight[self.balance] = 0
+        weight[self.balance] = -weight.sum(0)
+
+
+def _embed(transformer: Any, slots: _Slots, channels: int) -> None:
+    weight, bias = transformer.patch_embedding.weight, transformer.patch_embedding.bias
+    weight.zero_()
+    bias.zero_()
+    for place in range(4):
+        for channel in range(channels):
+            weight[slots.given[place * channels + channel], channels + 4 + channel, 0, place // 2, place % 2] = 1
+    weight[slots.is_first, channels, 0, 0, 0] = 1
+    bias[slots.plus], bias[slots.minus] = _LARGE, -_LARGE
+    slots.balanced(weight)
+
+
+def _copy_from_first_frame(attention: Any, slots: _Slots) -> None:
+    """Queries ask for the token's own row and column; only keys of the first frame answer.
+
+    A key is a constant along height and width in the first frame, along time in all others: rotary embeddings then
+    make the score fall with the distance in rows and columns, and keys of other frames have no part in it.
+    """
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    even = torch.arange(0, _AXIS, 2)
+    heads = torch.arange(HEADS)[:, None] * WIDTH
+    along_time = (heads + even).flatten()
+    along_space = (heads + torch.cat([even + _AXIS, even + 2 * _AXIS])).flatten()
+    attention.to_q.bias[along_space] = 1
+    attention.to_k.weight[along_space, slots.is_first] = slots.unit
+    attention.to_k.weight[along_time, slots.is_first] = -slots.unit
+    attention.to_k.bias[along_time] = 1
+    attention.norm_q.weight.fill_(_SHARP)
+    attention.norm_k.weight.fill_(_SHARP)
+    rows = torch.arange(len(slots.given))
+    attention.to_v.weight[rows, slots.given] = slots.unit
+    attention.to_out[0].weight[slots.result, rows] = 1
+    slots.balanced(attention.to_out[0].weight)
+
+
+def _map_later_frames(feed_forward: Any, slots: _Slots, matrix: Tensor, offset: Tensor) -> None:
+    """Add (matrix - 1) result + offset to the result where the frame is not the first.
+
+    gelu(x) - gelu(-x) = x makes a linear map of two gelus; a large negative number silences both.
+    """
+    patch = len(offset)
+    enter, leave = feed_forward.net[0].proj, feed_forward.net[2]
+    for layer in (enter, leave):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    change = (matrix - torch.eye(patch)) * slots.unit
+    for sign, rows in ((1, torch.arange(patch)), (-1, torch.arange(patch, 2 * patch))):
+        enter.weight[rows[:, None], slots.result] = sign * change
+        enter.bias[rows] = sign * offset
+        enter.weight[rows, slots.is_first] = -1000 * slots.unit
+        leave.weight[slots.result, rows] = float(sign)
+    slots.balanced(leave.weight)

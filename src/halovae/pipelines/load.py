@@ -1,0 +1,169 @@
+"""Find and load a whole pipeline: a folder or a model of the Hugging Face hub, in diffusers' format."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from halovae.errors import InputError
+from halovae.files import first_line
+from halovae.pipelines.quiet import quiet
+from halovae.pipelines.settings import Setup
+from halovae.pipelines.signature import does
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_INDEX = "model_index.json"
+_TABLES = {
+    "image-to-video": "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING",
+    "text-to-video": "AUTO_TEXT2VIDEO_PIPELINES_MAPPING",
+    "image-to-image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+}
+"""Where diffusers lists, for each task, the pipelines that one set of weights can be loaded into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSource:
+    """Where a pipeline is, and what is in it, found without loading any weights."""
+
+    model: str
+    """As the user named it."""
+    location: str
+    """What `from_pretrained` gets."""
+    cls: Any
+    """The class of diffusers that it is loaded into."""
+    index: Mapping[str, Any]
+    """The content of model_index.json."""
+    stated: bool = True
+    """Whether model_index.json names this class; if not, it is another of the same family."""
+    notes: tuple[str, ...] = ()
+    """What a user might not expect of the choice."""
+
+
+def find_pipeline(model: str, task: str) -> PipelineSource:
+    """Find the pipeline of `model` that does `task`.
+
+    Args:
+        model: the folder of a pipeline, or a hub id such as "Wan-AI/Wan2.2-I2V-A14B-Diffusers".
+        task: one of `TASKS`.
+
+    Raises:
+        InputError: there is no such model, it is no pipeline, it has no VAE, or can't do the task.
+    """
+    folder = Path(model).expanduser()
+    location = str(folder.resolve()) if folder.is_dir() else model
+    index = _read_index(model, folder)
+    name = str(index.get("_class_name"))
+    with quiet():
+        stated: Any = getattr(diffusers, name, None) if re.fullmatch(r"\w+", name) else None
+    if not isinstance(stated, type) or not issubclass(stated, DiffusionPipeline):
+        raise InputError(f"--model {model} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
+    if not isinstance(index.get("vae"), list) or index["vae"][1] is None:
+        raise InputError(f"--model {model} is a {name} without a VAE")
+    with quiet():
+        cls = stated if does(stated, task) else _counterpart(stated, task, index)
+    if cls is None:
+        raise InputError(f"--model {model} is a {name}, which can't do {task}: {_lacks(stated, task)}")
+    notes = () if cls is stated else (f"{model} says {name}: loaded as {cls.__name__} for {task}",)
+    return PipelineSource(model=model, location=location, cls=cls, index=index, stated=cls is stated, notes=notes)
+
+
+def load_pipeline(source: PipelineSource, setup: Setup) -> Any:
+    """Load all parts of the pipeline, on the CPU.
+
+    Raises:
+        InputError: a part is missing or damaged.
+    """
+    dtypes = {"default": getattr(torch, setup.dtype), "vae": getattr(torch, setup.vae_dtype or setup.dtype)}
+    try:
+        with quiet():
+            pipeline = source.cls.from_pretrained(source.location, torch_dtype=dtypes)
+    except Exception as error:  # diffusers, transformers, the hub and safetensors each have their own families.
+        raise InputError(f"can't load {source.model}: {first_line(error)}") from error
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    return pipeline
+
+
+def _read_index(model: str, folder: Path) -> dict[str, Any]:
+    if folder.is_dir():
+        path = folder / _INDEX
+        if not path.is_file():
+            raise InputError(f"--model {model} has no {_INDEX}: give the folder of a whole diffusers pipeline")
+    elif folder.exists():
+        raise InputError(f"--model {model} is a file: give the folder of a diffusers pipeline")
+    elif _HUB_ID.fullmatch(model):
+        path = _download_index(model)
+    else:
+        raise InputError(f"--model {model}: no such folder, and no hub id of the form owner/name")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't read {path}: {first_line(error)}") from error
+    if not isinstance(index, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return cast("dict[str, Any]", index)
+
+
+def _download_index(model: str) -> Path:
+    try:
+        with quiet():
+            return Path(hf_hub_download(model, _INDEX))
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"--model {model}: not in the local cache, and the hub can't be reached") from error
+    except EntryNotFoundError as error:
+        raise InputError(f"--model {model} has no {_INDEX}: it is no diffusers pipeline") from error
+    except Exception as error:  # The hub, its HTTP library and the system below it.
+        _refuse(model, error)
+
+
+def _refuse(model: str, error: Exception) -> NoReturn:
+    raise InputError(f"--model {model}: {first_line(error)}") from error
+
+
+def _counterpart(stated: Any, task: str, index: Mapping[str, Any]) -> Any:
+    """Another pipeline of the same family that does `task` with the parts that are there, or None."""
+    tables = vars(importlib.import_module("diffusers.pipelines.auto_pipeline"))
+    families = {
+        family
+        for name, table in tables.items()
+        if name.startswith("AUTO_") and isinstance(table, Mapping)
+        for family, cls in table.items()
+        if cls is stated
+    }
+    listed = tables.get(_TABLES[task], {})
+    for family in sorted(families & set(listed)):
+        if does(listed[family], task):
+            return listed[family]
+    if task == "image-to-image":
+        return None  # Siblings that take an image often take a mask or a control picture with it.
+    package = importlib.import_module(stated.__module__.rpartition(".")[0])
+    names = getattr(package, "_import_structure", {})
+    siblings = [getattr(package, name) for group in names.values() for name in group if name.endswith("Pipeline")]
+    fitting = [cls for cls in siblings if isinstance(cls, type) and does(cls, task) and _has_parts(cls, index)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _has_parts(cls: Any, index: Mapping[str, Any]) -> bool:
+    """Whether the pipeline's parts, all that are not optional, are those of the model."""
+    needed, _ = cls._get_signature_keys(cls)
+    return set(needed) - set(cls._optional_components) <= {name for name in index if not name.startswith("_")}
+
+
+def _lacks(cls: Any, task: str) -> str:
+    if task == "text-to-video":
+        return "it makes no video from text alone"
+    return "it takes no image" if not does(cls, "image-to-image") and not does(cls, "image-to-video") else (
+        "it makes no video" if task == "image-to-video" else "it makes videos"
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""A pipeline without weights: its parts built from their configs on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from halovae.errors import InputError
+from halovae.files import first_line
+from halovae.pipelines.load import PipelineSource
+from halovae.pipelines.quiet import quiet
+
+
+def outline(source: PipelineSource) -> dict[str, Any]:
+    """The parts of a pipeline by name, as far as configs tell them: networks without weights, and the scheduler.
+
+    Tokenizers and other parts that are no networks are left out.
+
+    Raises:
+        InputError: a config is missing or can't be used.
+    """
+    parts: dict[str, Any] = {}
+    for name, entry in source.index.items():
+        if not isinstance(entry, list) or len(entry) != 2:
+            continue
+        library, class_name = entry
+        cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+        try:
+            with quiet():
+                part = _built(source.location, name, cls)
+        except Exception as error:  # The hub, the file system, and the constructors of whatever class it is.
+            raise InputError(f"can't build {name} of {source.model} from its config: {first_line(error)}") from error
+        if part is not None:
+            parts[name] = part
+    return parts
+
+
+def _built(location: str, name: str, cls: Any) -> Any:
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        kind: Any = cls.config_class
+        config = kind.from_pretrained(location, subfolder=name)
+        with torch.device("meta"):
+            return cls(config)
+    if not hasattr(cls, "from_config") or not hasattr(cls, "load_config"):
+        return None
+    config = cls.load_config(location, subfolder=name)
+    device = "meta" if nn.Module in cls.__mro__ else "cpu"
+    with torch.device(device):
+        return cls.from_config(config)

@@ -1,0 +1,141 @@
+"""A pipeline at work on ranks: prepared once, then called for one video or picture after another."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from halovae.comm import Comm
+from halovae.config import CallReport
+from halovae.errors import InputError
+from halovae.files import first_line
+from halovae.pipelines.offload import place
+from halovae.pipelines.quiet import quiet
+from halovae.pipelines.scheduler import prepare_scheduler
+from halovae.pipelines.seed import agreed_seed, generator
+from halovae.pipelines.settings import Generation, Setup
+from halovae.pipelines.signature import arguments
+from halovae.pipelines.timing import OTHER, PROBE, Timeline, watched
+from halovae.pipelines.transformers import degree, prepare_denoisers, shared_sequences
+from halovae.pipelines.vae import parallel_vae
+
+OnStep = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one call made, and what it took on this rank."""
+
+    frames: NDArray[np.uint8] | None
+    """(frames, height, width, 3), RGB; on the first rank. Elsewhere None."""
+    seed: int
+    """That the noise was drawn with."""
+    seconds: dict[str, float]
+    """Of the stages in `timing.STAGES`, as far as there were any."""
+    peak_memory: dict[str, int]
+    """Bytes, of the stages: of the accelerator, or of the whole process on a CPU."""
+    calls: list[tuple[str, CallReport]] = field(default_factory=list[tuple[str, CallReport]])
+    """Half ("encode" or "decode") and report of each parallel call of the VAE."""
+
+
+class Runner:
+    """A pipeline, spread over the ranks as a `Setup` asks. Made, called and closed on every rank.
+
+    Args:
+        pipeline: of diffusers, loaded, on the CPU.
+        setup: how to spread it.
+        comm: the world.
+        device: of this rank.
+
+    Raises:
+        InputError: this pipeline or this machine can't do what is asked.
+
+    Example:
+        >>> with Runner(load_pipeline(source, setup), setup, comm.world(), device) as runner:
+        ...     result = runner.run(Generation(prompt="a cup of coffee", image=image))
+    """
+
+    def __init__(self, pipeline: Any, setup: Setup, comm: Comm, device: torch.device) -> None:
+        setup.check_ranks(comm.size)
+        self.pipeline, self.setup, self.comm, self.device = pipeline, setup, comm, device
+        self._calls: list[tuple[str, CallReport]] = []
+        self._timeline = Timeline(device)
+        self._open = ExitStack()
+        prepare_scheduler(pipeline, setup)
+        prepare_denoisers(pipeline.components, setup, comm.size, device)
+        place(pipeline, setup, device)
+        self._open.enter_context(parallel_vae(pipeline.vae, setup, comm, self.note))
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the VAE its own halves back."""
+        self._open.close()
+
+    def run(self, generation: Generation, on_step: OnStep = lambda done, total: None) -> Result:
+        """Make one video or picture. Called on every rank with the same settings.
+
+        Args:
+            generation: what to make.
+            on_step: called with the number of denoising steps done, and of all (None: unknown).
+
+        Raises:
+            InputError: the pipeline can't honour a setting, or refuses its values.
+        """
+        generation = replace(generation, seed=agreed_seed(self.comm, generation.seed))
+        assert generation.seed is not None
+        chosen = arguments(type(self.pipeline), generation)
+        self._calls, self._timeline = [], Timeline(self.device)
+        with quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
+            output = self._called(chosen, generation.seed)
+        frames = to_frames(output[0]) if self.comm.rank == 0 else None
+        return Result(
+            frames=frames,
+            seed=generation.seed,
+            seconds=dict(self._timeline.seconds),
+            peak_memory=dict(self._timeline.peak_memory),
+            calls=list(self._calls),
+        )
+
+    def _called(self, chosen: dict[str, Any], seed: int) -> Any:
+        try:
+            with self._timeline.stage(OTHER):
+                return self.pipeline(**chosen, generator=generator(seed), output_type="np")
+        except ValueError as error:
+            # The pipelines' own checks of their arguments are all in methods of this name.
+            if "check_inputs" in _functions(error):
+                raise InputError(f"{type(self.pipeline).__name__}: {first_line(error)}") from error
+            raise
+
+    def note(self, half: str, report: CallReport) -> None:
+        """Take in the report of one parallel call of the VAE."""
+        self._calls.append((half, report))
+        self._timeline.move(f"vae {half}", PROBE, report.phases.get("probe", 0.0))
+
+
+def to_frames(pictures: Any) -> NDArray[np.uint8]:
+    """A pipeline's first video (frames, height, width, 3) or all its pictures, of 0 to 1, in 8 bits.
+
+    Raises:
+        InputError: there are numbers in it that are none: the run has gone wrong.
+    """
+    values = np.asarray(pictures, dtype=np.float32)
+    values = values[0] if values.ndim == 5 else values
+    if not np.isfinite(values).all():
+        raise InputError("the pipeline's output is not a number in places: try --dtype bfloat16 or --vae-dtype float32")
+    return (values.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _functions(error: BaseException) -> set[str]:
+    return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
