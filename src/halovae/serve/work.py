@@ -1,0 +1,180 @@
+"""The three things that ranks do for clients: make a video, encode a clip, decode latents. Run on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halovae import codec, latents, media
+from halovae.cli.generation import Job, settled
+from halovae.cli.session import Session
+from halovae.errors import InputError
+from halovae.fit import Fit, Limits
+from halovae.latents import LatentsInfo, scaling_of
+from halovae.pipelines.grid import Grid
+from halovae.pipelines.load import PipelineSource
+from halovae.pipelines.runner import Runner
+from halovae.pipelines.scheduler import prepare_scheduler
+from halovae.pipelines.settings import Generation
+from halovae.pipelines.timing import WRITE, Timeline
+
+OnStep = Callable[[int, int | None], None]
+"""Called by all ranks together, with the number of steps done and of all."""
+_PER_CALL = ("flow_shift", "boundary_ratio")
+"""Settings of a pipeline's setup that a request may change for itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A pipeline that is loaded and spread over the ranks."""
+
+    source: PipelineSource
+    job: Job
+    """What the server was started with."""
+    runner: Runner
+    grid: Grid
+    limits: Limits
+    """Of the VAE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One job, as every rank gets it."""
+
+    id: str
+    kind: str
+    """One of the kinds in `store`."""
+    settings: Mapping[str, Any]
+    input: Path | None
+    """This rank's copy of what the client has sent."""
+    output: Path
+    """Of the first rank."""
+
+
+def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> dict[str, Any]:
+    """Make a video and, on the first rank, write it; returns what it took.
+
+    Raises:
+        InputError: settings that this pipeline can't honour, or an image that can't be read.
+    """
+    given = dict(task.settings)
+    fps = int(given.pop("fps"))
+    per_call = {name: given.pop(name) for name in _PER_CALL if name in given}
+    seconds = given.pop("seconds", None)
+    if seconds is not None:
+        given["num_frames"] = model.grid.nearest_count(seconds * fps)
+    job = replace(model.job, image=task.input, generation=Generation(**given, frame_rate=fps))
+    generation = settled(model.source.cls, model.runner.pipeline.components, model.grid, job)
+    with _scheduled(model, per_call):
+        on_step(0, generation.num_inference_steps)
+        result = model.runner.run(generation, on_step)
+    timeline = Timeline(session.device)
+    if result.frames is None:
+        return {}
+    with timeline.stage(WRITE):
+        media.write(task.output, result.frames, Fraction(fps), crf=model.job.crf)
+    frames, height, width = result.frames.shape[:3]
+    sizes = {"num_frames": frames, "height": height, "width": width, "fps": fps}
+    peak = max(result.peak_memory.values(), default=0)
+    return {**sizes, "seed": result.seed, "timings": {**result.seconds, **timeline.seconds}, "peak_memory": peak}
+
+
+def encode_clip(session: Session, model: Model, task: Task, on_step: OnStep) -> dict[str, Any]:
+    """Encode a clip to latents, as `halovae encode` does.
+
+    Raises:
+        InputError: no clip that can be read.
+    """
+    assert task.input is not None
+    clip = _read_clip(task.input, **task.settings)
+    fit = model.limits.fit(*clip.frames.shape[:3])
+    vae = model.runner.pipeline.vae
+    padded = fit.pad(codec.to_tensor(clip.frames, vae.dtype, session.device))
+    calls = fit.padded_frames if model.limits.per_frame else 1
+    with _stepping(on_step, calls) as after:
+        encoded = codec.encode(vae, model.limits, padded, after)
+    if not session.is_first:
+        return {}
+    info = LatentsInfo(
+        model=model.source.model,
+        model_class=type(vae).__name__,
+        scaling=scaling_of(vae.config),
+        fps=clip.fps,
+        **vars(fit),
+    )
+    latents.save(task.output, encoded, info)
+    return {"shape": list(encoded.shape)}
+
+
+def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) -> dict[str, Any]:
+    """Decode latents to a video, as `halovae decode` does.
+
+    Raises:
+        InputError: no latents, or those of another VAE.
+    """
+    assert task.input is not None
+    encoded, info = latents.load(task.input)
+    _check_size(info.frames, info.height, info.width, **task.settings)
+    vae = model.runner.pipeline.vae
+    latents.check_shape(encoded, info, model.limits, type(vae).__name__)
+    encoded = encoded.to(session.device, vae.dtype)
+    calls = codec.decode_calls(vae, model.limits, encoded)
+    with _stepping(on_step, calls) as after:
+        sample = codec.decode(vae, model.limits, encoded, after)
+    if not session.is_first:
+        return {}
+    fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
+    media.write(task.output, codec.to_frames(fit.crop(sample)), info.fps)
+    return {"num_frames": info.frames, "height": info.height, "width": info.width}
+
+
+def _read_clip(path: Path, pixels: int, frames: int) -> media.Clip:
+    header, count = media.inspect(path), 0
+
+    def advance() -> None:
+        nonlocal count
+        count += 1
+        _check_size(count, header.height, header.width, pixels, frames)
+
+    return media.read(path, advance=advance)
+
+
+def _check_size(count: int, height: int, width: int, pixels: int, frames: int) -> None:
+    if count > frames:
+        raise InputError(f"the clip has more than {frames} frames: send it in parts")
+    if height * width > pixels:
+        raise InputError(f"the clip has frames of {width}x{height}: {pixels} pixels at most")
+
+
+@contextmanager
+def _stepping(on_step: OnStep, calls: int) -> Iterator[Callable[[], None]]:
+    done = 0
+
+    def after() -> None:
+        nonlocal done
+        done += 1
+        on_step(done, calls)
+
+    on_step(0, calls)
+    with torch.inference_mode():
+        yield after
+
+
+@contextmanager
+def _scheduled(model: Model, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, the scheduler is as one request wants it."""
+    pipeline = model.runner.pipeline
+    scheduler, ratio = pipeline.scheduler, pipeline.config.get("boundary_ratio")
+    prepare_scheduler(pipeline, replace(model.job.setup, **{**dict.fromkeys(_PER_CALL), **changes}))
+    try:
+        yield
+    finally:
+        pipeline.scheduler = scheduler
+        if "boundary_ratio" in changes:
+            pipeline.register_to_config(boundary_ratio=ratio)

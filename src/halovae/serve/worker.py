@@ -1,0 +1,164 @@
+"""One rank of a server: the pipeline is loaded once, then tasks come, one after another, until the front has gone.
+
+The first rank gets them over its wire and hands each to the others, with what the client has sent: ranks on other
+machines have no files of the front.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from halovae.cli.generation import Job, loaded
+from halovae.cli.session import Session
+from halovae.errors import HalovaeError
+from halovae.fit import limits_of
+from halovae.pipelines.runner import Runner
+from halovae.pipelines.sizes import grid_of
+from halovae.serve.store import DECODE, ENCODE, VIDEO
+from halovae.serve.votes import Outcome, Votes
+from halovae.serve.wire import Message, Wire
+from halovae.serve.work import Model, OnStep, Task, decode_latents, encode_clip, make_video
+
+TICK = 2.0
+"""Seconds between two signs of life of an idle group."""
+_WORK = {VIDEO: make_video, ENCODE: encode_clip, DECODE: decode_latents}
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the first rank hands to all."""
+
+    message: Message
+    content: bytes | None
+    """What the client has sent."""
+
+
+def serve_ranks(session: Session, job: Job, wire: Wire | None) -> None:
+    """Load the pipeline, then work for the front. Called on every rank; does not return.
+
+    Args:
+        session: of this rank.
+        job: what the server was started with.
+        wire: to the front, on the first rank.
+
+    Raises:
+        HalovaeError: the model can't be loaded, a rank has died, or the front has gone.
+    """
+    model = _opened(session, job)
+    if wire is not None:
+        wire.send(
+            {
+                "event": "ready",
+                "ranks": session.group.size,
+                "pipeline": model.source.cls.__name__,
+                "grid": asdict(model.grid),
+            }
+        )
+    with model.runner, tempfile.TemporaryDirectory(prefix="halovae-serve-") as folder:
+        while True:
+            order = session.group.all_gather_object(_next_order(wire))[0]
+            if order is not None:
+                _Turn(session, model, wire, order, Path(folder)).run()
+            elif wire is not None:
+                _tell(wire, {"event": "alive"})
+
+
+def _opened(session: Session, job: Job) -> Model:
+    source, setup, pipeline = loaded(session, job)
+    grid = session.together("sizes", lambda advance: grid_of(pipeline.components))
+    limits = session.together("limits", lambda advance: limits_of(pipeline.vae))
+    runner = session.together("spread", lambda advance: Runner(pipeline, setup, session.group, session.device))
+    return Model(source=source, job=replace(job, setup=setup), runner=runner, grid=grid, limits=limits)
+
+
+def _next_order(wire: Wire | None) -> _Order | None:
+    """On the first rank: the next task, or None after a while without one."""
+    if wire is None:
+        return None
+    message = _heard(wire, TICK)
+    if message is None or "kind" not in message:  # Nothing, or a late word on a task that is over.
+        return None
+    path = message.pop("input")
+    return _Order(message, None if path is None else Path(path).read_bytes())
+
+
+def _tell(wire: Wire, message: Mapping[str, Any]) -> None:
+    try:
+        wire.send(message)
+    except OSError as error:
+        raise HalovaeError("the front of the server has ended") from error
+
+
+def _heard(wire: Wire, seconds: float) -> Message | None:
+    try:
+        return wire.receive(seconds)
+    except EOFError as error:
+        raise HalovaeError(str(error)) from error
+
+
+class _Turn:
+    """One task on this rank."""
+
+    def __init__(self, session: Session, model: Model, wire: Wire | None, order: _Order, folder: Path) -> None:
+        self._session, self._model, self._wire = session, model, wire
+        self._id, self._content = order.message["id"], order.content
+        self._task = Task(
+            id=self._id,
+            kind=order.message["kind"],
+            settings=order.message["settings"],
+            input=None if order.content is None else folder / "input",
+            output=Path(order.message["output"]),
+        )
+        self._votes = Votes(session.group, self._is_cancelled)
+        self._result: dict[str, Any] = {}
+
+    def run(self) -> None:
+        outcome = self._votes.outcome(self._work)
+        if self._task.input is not None:
+            self._task.input.unlink(missing_ok=True)
+        self._say(outcome)
+        if outcome.details:
+            # A traceback holds on to tensors until it is collected; and an accelerator that has failed for good says
+            # so here, which ends this process and brings a fresh one.
+            gc.collect()
+            self._session.synchronize()
+
+    def _work(self) -> None:
+        if self._task.input is not None:
+            assert self._content is not None
+            self._task.input.write_bytes(self._content)
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step())
+
+    def _on_step(self) -> OnStep:
+        def on_step(done: int, total: int | None) -> None:
+            self._votes.step()
+            if self._wire is not None:
+                _tell(self._wire, {"event": "progress", "id": self._id, "done": done, "total": total})
+
+        return on_step
+
+    def _is_cancelled(self) -> bool:
+        assert self._wire is not None
+        while (message := _heard(self._wire, 0)) is not None:
+            if message.get("cancel") == self._id:
+                return True
+        return False
+
+    def _say(self, outcome: Outcome) -> None:
+        if self._wire is None:
+            return
+        if outcome.cancelled:
+            _tell(self._wire, {"event": "cancelled", "id": self._id})
+        elif outcome.code is None:
+            _tell(self._wire, {"event": "done", "id": self._id, "result": self._result})
+        else:
+            sys.stderr.write(outcome.details)
+            # The path is this machine's own affair.
+            message = outcome.message.replace(str(self._task.input), "the file").replace("--", "")
+            _tell(self._wire, {"event": "failed", "id": self._id, "code": outcome.code, "message": message})
