@@ -8,7 +8,9 @@ from halovae.errors import InputError
 from halovae.files import check_input, check_output
 
 
-def check_files(source: Path, output: Path, suffixes: tuple[str, ...], json: Path | None) -> None:
+def check_files(
+    source: Path, output: Path, suffixes: tuple[str, ...], json: Path | None, report: Path | None = None
+) -> None:
     """Refuse files that can't be read or written, and one file given for two things.
 
     Raises:
@@ -18,5 +20,9 @@ def check_files(source: Path, output: Path, suffixes: tuple[str, ...], json: Pat
     check_output(output, suffixes)
     if json is not None:
         check_output(json, (".json",))
+    if report is not None:
+        from halovae.report.page import check_report
+
+        check_report(report)
     if output.exists() and output.samefile(source):
         raise InputError(f"output {output} is the input: give another name")

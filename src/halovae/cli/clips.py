@@ -27,9 +27,11 @@ def read_clip(
     return clip
 
 
-def write_clip(session: Session, output: Path, frames: NDArray[np.uint8], fps: Fraction) -> None:
+def write_clip(
+    session: Session, output: Path, frames: NDArray[np.uint8], fps: Fraction, crf: int | None = None
+) -> None:
     """Write on this rank alone."""
     with session.stages.stage("write", len(frames)) as advance:
-        notes = media.write(output, frames, fps, advance)
+        notes = media.write(output, frames, fps, advance, crf)
     for note in notes:
         session.stages.note(f"{output}: {note}")

@@ -10,9 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae import codec
-from halovae.cli.report import decibel, finite, psnr, table
+from halovae.cli.report import table
 from halovae.cli.session import Half, Loaded, Session
 from halovae.fit import Fit
+from halovae.quality.numbers import decibel, finite
+from halovae.quality.scores import psnr
+
+GATHER = {"encode": "all", "decode": "first"}
+"""Decoding takes whole latents on every rank; what comes out is written by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +26,14 @@ class Result:
 
     latents: Tensor
     sample: Tensor
-    """(3, frames, height, width), cropped, not clamped."""
+    """(3, frames, height, width), cropped, not clamped; on further ranks what they hold of it."""
     frames: NDArray[np.uint8]
     encode: Half
     decode: Half
+
+    @property
+    def halves(self) -> dict[str, Half]:
+        return {"encode": self.encode, "decode": self.decode}
 
 
 def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle: Any, label: str = "") -> Result:
@@ -47,7 +56,7 @@ def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle
     sample, decode = session.measured(
         f"decode{label}", lambda after: codec.decode(vae, limits, latents, after), handle, calls
     )
-    sample = fit.crop(sample)
+    sample = fit.crop(sample) if session.is_first else sample
     return Result(latents=latents, sample=sample, frames=codec.to_frames(sample), encode=encode, decode=decode)
 
 
@@ -63,6 +72,18 @@ def differences(one: Result, other: Result) -> dict[str, float]:
         "pixels": pixels,
         "levels": levels,
     }
+
+
+def to_source(source: NDArray[np.uint8], result: Result) -> tuple[str, float | None]:
+    """The PSNR to the source, in words and for `--json`."""
+    ratio = psnr(source, result.frames)
+    return f"PSNR to the source: {decibel(ratio)}\n", finite(ratio)
+
+
+def told(ranks: int, source: NDArray[np.uint8], parallel: Result, alone: Result) -> tuple[str, dict[str, Any]]:
+    """What `--compare` prints, and the same for `--json`."""
+    found = differences(parallel, alone)
+    return text(ranks, source, parallel, alone, found), as_document(source, alone, found)
 
 
 def text(ranks: int, source: NDArray[np.uint8], parallel: Result, alone: Result, found: dict[str, float]) -> str:

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halovae.cli import options
+from halovae.cli import modes, options
 from halovae.cli.options import RunOptions
-from halovae.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halovae.cli.session import Loaded, Session
-    from halovae.latents import LatentsInfo
+    from halovae.cli.session import Session
 
 _Latents = Annotated[
     Path, typer.Argument(metavar="LATENTS", help="A file that halovae encode has made.", show_default=False)
@@ -41,6 +37,11 @@ def decode(
     model: _Model = None,
     ranks: options.Ranks = None,
     axis: options.Axis = "auto",
+    mode: modes.Mode = None,
+    tile_size: modes.TileSize = None,
+    tile_overlap: modes.TileOverlap = None,
+    vae_use_tiling: modes.UseTiling = False,
+    vae_patch_parallel_size: modes.PatchParallelSize = None,
     dtype: options.DtypeOption = None,
     device: options.Device = None,
     json: options.Json = None,
@@ -50,7 +51,9 @@ def decode(
     from halovae.cli.run import run
     from halovae.media import SUFFIXES
 
-    run_options = RunOptions(model=model, ranks=ranks, axis=options.parse_axis(axis), dtype=dtype, device=device)
+    work = modes.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = options.parse_axis(axis, work.mode)
+    run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     check_files(source, output, SUFFIXES, json)
     job = _Job(source=source, output=output, json=json)
     return run(context, run_options, lambda session: _on_rank(session, job))
@@ -69,38 +72,23 @@ def _on_rank(session: Session, job: _Job) -> None:
     if session.options.model is None:
         session.options = replace(session.options, model=info.model)
     loaded = session.load()
-    _check(encoded, info, loaded)
+    latents.check_shape(encoded, info, loaded.limits, loaded.source.class_name)
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
     encoded = encoded.to(session.device, session.dtype)
     calls = codec.decode_calls(loaded.vae, loaded.limits, encoded)
-    with session.parallel(loaded.vae) as handle:
+    with session.parallel(loaded.vae, gather="first") as handle:
         sample, half = session.measured(
             "decode", lambda after: codec.decode(loaded.vae, loaded.limits, encoded, after), handle, calls
         )
-    sample = fit.crop(sample)
     document = report.document(session, loaded, fit, {"decode": half})
     if not session.is_first:
         return
+    sample = fit.crop(sample)
     if loaded.source.class_name != info.model_class:
         session.stages.note(f"the latents were made by {info.model} ({info.model_class})")
     write_clip(session, job.output, codec.to_frames(sample), info.fps)
     if job.json is not None:
         write_json(job.json, document | {"input": str(job.source), "output": str(job.output)})
     typer.echo(f"{job.output}: {report.clip_line(fit, info.fps)}")
-    typer.echo(report.described(session, loaded, half.shards))
+    typer.echo(report.described(session, loaded, half))
     typer.echo(report.seconds_table({"decode": half}), nl=False)
-
-
-def _check(encoded: Tensor, info: LatentsInfo, loaded: Loaded) -> None:
-    """Refuse latents that this VAE didn't make, before any of them is decoded."""
-    limits = loaded.limits
-    batch = info.padded_frames if limits.per_frame else 1
-    height, width = info.padded_height // limits.ratio, info.padded_width // limits.ratio
-    middle = () if not limits.has_frame_dim else (encoded.shape[2] if not limits.per_frame else 1,)
-    wanted = (batch, limits.latent_channels, *middle, height, width)
-    if tuple(encoded.shape) != wanted:
-        raise InputError(
-            f"latents of shape {tuple(encoded.shape)} are not of {loaded.source.class_name}, whose shape for "
-            f"{info.padded_frames} frames of {info.padded_width}x{info.padded_height} is {wanted}: "
-            f"they were made by {info.model} ({info.model_class})"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
@@ -19,12 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from halovae.cli.session import Session
-    from halovae.comm import Comm
 
 _PACKAGES = ("halovae", "torch", "diffusers", "safetensors", "av", "pillow", "numpy")
-_ROUNDS = 50
-_BIG = 16 * 2**20
-"""Bytes of a message that shows the bandwidth: longer than any latency hides."""
 _LIMITS = {"float64": 1e-12, "float32": 1e-2}
 """Of the largest value. A missing or misplaced halo is off by the values themselves; in float32 an accelerator may
 compute with the 10 bits of TF32, another algorithm for another shape."""
@@ -73,8 +68,9 @@ def _too_few_devices(ranks: int) -> bool:
 def _on_rank(session: Session) -> None:
     from halovae import comm
     from halovae.cli.report import columns
+    from halovae.link_speed import measure_all
 
-    links = _links(session)
+    links = measure_all(session.group, session.device)
     rows = [
         ("devices", _devices()),
         ("ranks", f"{session.group.size} on {session.device.type}, backend {comm.backend_name()}"),
@@ -97,39 +93,6 @@ def _devices() -> str:
     count = torch.accelerator.device_count()
     accelerator = torch.accelerator.current_accelerator() if count else None
     return "cpu" if accelerator is None else f"cpu, {count} {accelerator.type}"
-
-
-def _links(session: Session) -> list[str]:
-    """What each rank and the next have measured, while all others are idle."""
-    group = session.group
-    measured: list[str | None] = []
-    for one in range(group.size - 1):
-        mine = _link(session, 2 * one + 1 - group.rank) if group.rank in (one, one + 1) else None
-        measured.append(group.all_gather_object(mine)[one])
-    return [words for words in measured if words is not None]
-
-
-def _link(session: Session, peer: int) -> str:
-    latency = _exchange_seconds(session, peer, 8, _ROUNDS)
-    seconds = _exchange_seconds(session, peer, _BIG, 5)
-    return f"{latency * 1e3:.2f} ms, {_BIG / seconds / 1e9:.2f} GB/s each way"
-
-
-def _exchange_seconds(session: Session, peer: int, size: int, rounds: int) -> float:
-    """Seconds that two ranks take to swap `size` bytes, both ways at once as halos do; the median."""
-    import torch
-
-    group: Comm = session.group
-    mine = torch.zeros(size, dtype=torch.uint8, device=session.device)
-    theirs = torch.empty_like(mine)
-    seconds: list[float] = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        group.exchange([(peer, mine)], [(peer, theirs)])
-        session.synchronize()
-        seconds.append(time.perf_counter() - started)
-    # The first one sets the connection up.
-    return sorted(seconds[1:])[rounds // 2]
 
 
 def _exactness(session: Session) -> tuple[dict[str, float], float, str]:

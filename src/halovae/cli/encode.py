@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from halovae.cli import options
+from halovae.cli import modes, options
 from halovae.cli.options import RunOptions
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ def encode(
     model: options.Model = None,
     ranks: options.Ranks = None,
     axis: options.Axis = "auto",
+    mode: modes.Mode = None,
+    tile_size: modes.TileSize = None,
+    tile_overlap: modes.TileOverlap = None,
+    vae_use_tiling: modes.UseTiling = False,
+    vae_patch_parallel_size: modes.PatchParallelSize = None,
     frames: options.Frames = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -47,7 +52,9 @@ def encode(
     from halovae.cli.run import run
     from halovae.media import FrameRange, inspect
 
-    run_options = RunOptions(model=model, ranks=ranks, axis=options.parse_axis(axis), dtype=dtype, device=device)
+    work = modes.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = options.parse_axis(axis, work.mode)
+    run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     frame_range = None if frames is None else FrameRange.parse(frames)
     check_files(source, output, (".safetensors",), json)
     inspect(source)
@@ -66,7 +73,7 @@ def _on_rank(session: Session, job: _Job) -> None:
     fit = session.fit(loaded, clip.frames.shape[:3])
     padded = fit.pad(codec.to_tensor(clip.frames, session.dtype, session.device))
     calls = fit.padded_frames if loaded.limits.per_frame else 1
-    with session.parallel(loaded.vae) as handle:
+    with session.parallel(loaded.vae, gather="first") as handle:
         encoded, half = session.measured(
             "encode", lambda after: codec.encode(loaded.vae, loaded.limits, padded, after), handle, calls
         )
@@ -78,7 +85,7 @@ def _on_rank(session: Session, job: _Job) -> None:
         write_json(job.json, document | {"input": str(job.source), "output": str(job.output)})
     shape = "x".join(map(str, encoded.shape))
     typer.echo(f"{job.output}: latents {shape} of {report.clip_line(fit, clip.fps)}")
-    typer.echo(report.described(session, loaded, half.shards))
+    typer.echo(report.described(session, loaded, half))
     typer.echo(report.seconds_table({"encode": half}), nl=False)
 
 

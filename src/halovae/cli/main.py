@@ -10,10 +10,17 @@ from typing import Any, NoReturn
 import typer
 
 from halovae import launch
+from halovae.cli.compare_files import compare
 from halovae.cli.decode import decode
 from halovae.cli.doctor import doctor
 from halovae.cli.encode import encode
+from halovae.cli.image_to_image import image_to_image
+from halovae.cli.image_to_video import image_to_video
+from halovae.cli.make_demo_model import make_demo_model
+from halovae.cli.plan import plan
 from halovae.cli.roundtrip import roundtrip
+from halovae.cli.serve import serve
+from halovae.cli.text_to_video import text_to_video
 from halovae.watch import Interrupted, failure_of, report
 
 # Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
@@ -26,7 +33,11 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for command in (roundtrip, encode, decode, doctor):
+COMMANDS = (
+    image_to_video, text_to_video, image_to_image, serve, make_demo_model, roundtrip, encode, decode, compare, plan,
+    doctor,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from halovae.cli.modes import Work
 from halovae.errors import InputError
 
 
@@ -77,6 +78,11 @@ Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.", show_default=False)
 ]
 
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="DIR", help="Write a page with pictures and numbers here.", show_default=False),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -87,14 +93,17 @@ class RunOptions:
     axis: str | tuple[int, int] = "auto"
     dtype: str | None = None
     device: str | None = None
+    work: Work = field(default_factory=Work)
 
 
-def parse_axis(text: str) -> str | tuple[int, int]:
+def parse_axis(text: str, mode: str = "exact") -> str | tuple[int, int]:
     """From the words of `--axis`.
 
     Raises:
-        InputError: another word, or a grid without rows or columns.
+        InputError: another word, a grid without rows or columns, or a cut where there are tiles.
     """
+    if mode == "tile" and text != "auto":
+        raise InputError(f"--axis {text}: tiles are not cut; leave it out, or use --mode exact")
     if text in ("auto", "height", "width"):
         return text
     match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from halovae.cli.session import Half, Loaded, Session
 from halovae.fit import Fit
@@ -30,33 +26,16 @@ def columns(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<12}{words}" for name, words in rows)
 
 
-def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of 8-bit frames in dB, over all frames together; infinite when they are equal."""
-    # Frame by frame: the differences of a long clip take eight times its memory.
-    squares = [np.square(a.astype(np.float64) - b).sum() for a, b in zip(one, other, strict=True)]
-    return math.inf if not any(squares) else 10 * math.log10(255**2 * one.size / sum(squares))
-
-
-def decibel(value: float) -> str:
-    return "identical" if math.isinf(value) else f"{value:.2f} dB"
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity: null stands for a picture that is identical."""
-    return None if math.isinf(value) else value
-
-
-def described(session: Session, loaded: Loaded, shards: tuple[int, int]) -> str:
+def described(session: Session, loaded: Loaded, half: Half) -> str:
     """One line on what ran where."""
     ranks = session.group.size
-    cut = f", cut {shards[0]}x{shards[1]}" if ranks > 1 else ""
-    idle = ranks - shards[0] * shards[1]
-    cut += f" ({idle} had nothing to do)" if idle else ""
+    cut = ", " * bool(half.cut(ranks)) + half.cut(ranks)
     dtype = str(session.dtype).removeprefix("torch.")
     where = session.device.type
     if where == "cpu":
         where += f", {session.threads} thread{'s' * (session.threads != 1)} each"
-    return f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {_ranks(ranks)} on {where}{cut}"
+    chosen = f"\nauto: {half.choice}" if half.choice else ""
+    return f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {_ranks(ranks)} on {where}{cut}{chosen}"
 
 
 def clip_line(fit: Fit, fps: Any) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from halovae.cli import options
+from halovae.cli import modes, options
 from halovae.cli.options import RunOptions
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class _Job:
     width: int | None
     compare: bool
     json: Path | None
+    report: Path | None
+    words: tuple[str, ...]
 
 
 def roundtrip(
@@ -34,6 +36,11 @@ def roundtrip(
     model: options.Model = None,
     ranks: options.Ranks = None,
     axis: options.Axis = "auto",
+    mode: modes.Mode = None,
+    tile_size: modes.TileSize = None,
+    tile_overlap: modes.TileOverlap = None,
+    vae_use_tiling: modes.UseTiling = False,
+    vae_patch_parallel_size: modes.PatchParallelSize = None,
     frames: options.Frames = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -41,52 +48,65 @@ def roundtrip(
     device: options.Device = None,
     compare: options.Compare = False,
     json: options.Json = None,
+    report: options.ReportFolder = None,
 ) -> int:
     """Encode a video or an image, decode it again, and write what came out."""
     from halovae.cli.checks import check_files
     from halovae.cli.run import run
     from halovae.media import SUFFIXES, FrameRange, check_still, inspect
 
-    run_options = RunOptions(model=model, ranks=ranks, axis=options.parse_axis(axis), dtype=dtype, device=device)
+    work = modes.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = options.parse_axis(axis, work.mode)
+    run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     frame_range = None if frames is None else FrameRange.parse(frames)
-    check_files(source, output, SUFFIXES, json)
+    check_files(source, output, SUFFIXES, json, report)
     if inspect(source).is_image:
         check_still(output, 1)
-    job = _Job(source=source, output=output, frames=frame_range, height=height, width=width, compare=compare, json=json)
+    job = _Job(
+        source=source, output=output, frames=frame_range, height=height, width=width, compare=compare, json=json,
+        report=report, words=tuple(context.obj),
+    )  # fmt: skip
     return run(context, run_options, lambda session: _on_rank(session, job))
 
 
 def _on_rank(session: Session, job: _Job) -> None:
     from halovae import codec
-    from halovae.cli import compare, report
+    from halovae.cli import compare, pages, report, seams
     from halovae.cli.clips import read_clip, write_clip
     from halovae.files import write_json
     from halovae.media import check_still
+    from halovae.report import write_report
 
     clip = read_clip(session, job.source, job.frames, job.height, job.width)
     check_still(job.output, len(clip.frames))
     loaded = session.load()
     fit = session.fit(loaded, clip.frames.shape[:3])
     padded = fit.pad(codec.to_tensor(clip.frames, session.dtype, session.device))
-    with session.parallel(loaded.vae) as handle:
+    with session.parallel(loaded.vae, gather=compare.GATHER) as handle, pages.recorded(session) as timeline:
         result = compare.run_through(session, loaded, fit, padded, handle)
-    halves = {"encode": result.encode, "decode": result.decode}
-    document = report.document(session, loaded, fit, halves)
+    in_tiles = job.compare and "tile" in (result.encode.mode, result.decode.mode)
+    exact = seams.run_exact(session, loaded, fit, padded) if in_tiles else None
+    document = report.document(session, loaded, fit, result.halves)
+    spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
         return
     write_clip(session, job.output, result.frames, clip.fps)
-    ratio = report.psnr(clip.frames, result.frames)
-    lines = f"{job.output}: {report.clip_line(fit, clip.fps)}\n"
-    lines += report.described(session, loaded, result.encode.shards) + "\n"
-    document |= {"input": str(job.source), "output": str(job.output), "psnr": report.finite(ratio)}
-    if job.compare:
-        # On one rank while the others have ended: nobody needs them any more.
+    words, ratio = compare.to_source(clip.frames, result)
+    numbers, alone = {}, None
+    # On one rank while the others have ended: nobody needs them any more.
+    if in_tiles:
+        found, numbers, alone = seams.told(session, loaded, fit, padded, clip.frames, result, exact)
+    elif job.compare:
         alone = compare.run_through(session, loaded, fit, padded, None, " un-parallel")
-        found = compare.differences(result, alone)
-        lines += compare.text(session.group.size, clip.frames, result, alone, found)
-        document |= compare.as_document(clip.frames, alone, found)
+        found, numbers = compare.told(session.group.size, clip.frames, result, alone)
     else:
-        lines += report.seconds_table(halves) + f"PSNR to the source: {report.decibel(ratio)}\n"
+        found = report.seconds_table(result.halves) + words
+    document |= numbers | {"input": str(job.source), "output": str(job.output), "psnr": ratio}
+    typer.echo(f"{job.output}: {report.clip_line(fit, clip.fps)}")
+    typer.echo(f"{report.described(session, loaded, result.encode)}\n{found}", nl=False)
     if job.json is not None:
         write_json(job.json, document)
-    typer.echo(lines, nl=False)
+    if job.report is not None:
+        ways = pages.Ways(clip=clip, result=result, alone=alone, handle=handle, spans=spans)
+        page = pages.roundtrip_report(session, loaded, fit, ways, job.source.name, job.words)
+        typer.echo(f"report: {write_report(job.report, page)}")

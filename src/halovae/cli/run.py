@@ -31,13 +31,16 @@ def run(context: typer.Context, options: RunOptions, body: Callable[[Session], N
         HalovaeError: on a rank, or before there are any.
     """
     here = launch.place()
-    asked = 1 if options.ranks is None else options.ranks
+    busy = options.work.ranks
+    asked = busy or 1 if options.ranks is None else options.ranks
     ranks = asked if here is None else here.world_size
     if options.ranks not in (None, ranks):
         raise InputError(f"--ranks {options.ranks}: torchrun has started {ranks}; leave --ranks out")
     if here is None:
         launch.check_ranks(ranks)
-    _check_axis(options.axis, ranks)
+    if busy is not None and busy > ranks:
+        raise InputError(f"--vae-patch-parallel-size {busy}: there are only {ranks} ranks; start more or ask for fewer")
+    _check_axis(options.axis, busy or ranks)
     if here is None and ranks > 1:
         return launch.run_ranks(context.obj, ranks)
     with guarded():

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from halovae import comm, fit, launch, models
+from halovae import comm, fit, launch, models, timeline
 from halovae.cli.options import RunOptions
 from halovae.cli.progress import Stages
 from halovae.errors import HalovaeError, InputError
@@ -32,9 +32,17 @@ class Half:
     """What encoding or decoding one clip took on this rank, over all the VAE's calls for it."""
 
     seconds: float = 0.0
-    """Without the probe that the first parallel call makes."""
+    """Without the choice of a mode and the probe that a first parallel call makes."""
     calls: int = 0
+    mode: str = "exact"
     shards: tuple[int, int] = (1, 1)
+    """Exact mode."""
+    tiles: int = 0
+    """Tile mode: how many each call of the VAE has; 0 in exact mode."""
+    spread: float = 1.0
+    tile_sizes: str = ""
+    choice: str = ""
+    """Auto mode: which mode was chosen, and why."""
     messages: int = 0
     bytes: int = 0
     wait_seconds: float = 0.0
@@ -42,13 +50,25 @@ class Half:
 
     def add(self, report: Any) -> None:
         """Take in the report of one parallel call."""
-        self.seconds -= report.phases.get("probe", 0.0)
-        self.shards = report.shape
+        self.seconds -= report.phases.get("choose", 0.0) + report.phases.get("probe", 0.0)
+        self.mode, self.shards = report.mode, report.shape
+        self.tiles, self.spread, self.tile_sizes = report.tiles, report.spread, report.tile_sizes
+        self.choice = report.choice
         self.messages += report.messages
         self.bytes += report.bytes
         self.wait_seconds += report.wait_seconds
         if report.peak_memory is not None:
             self.peak_memory = max(self.peak_memory or 0, report.peak_memory)
+
+    def cut(self, ranks: int) -> str:
+        """What ran where on so many ranks, in words; nothing for the VAE as it is."""
+        if self.mode == "tile":
+            idle = max(0, ranks - self.tiles)
+            words = f"{self.tiles} {self.tile_sizes}"
+        else:
+            idle = ranks - self.shards[0] * self.shards[1]
+            words = f"cut {self.shards[0]}x{self.shards[1]}" if ranks > 1 else ""
+        return words + (f" ({idle} had nothing to do)" if idle else "")
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "shards": list(self.shards)}
@@ -108,6 +128,7 @@ class Session:
         def step(advance: Callable[[], None]) -> Loaded:
             source = models.find(self.options.model)
             vae = models.load(source, dtype=self.dtype, device=self.device)
+            self.options.work.set_tiles(vae)
             return Loaded(source=source, vae=vae, limits=fit.limits_of(vae))
 
         return self.together("load", step)
@@ -120,14 +141,22 @@ class Session:
         return found
 
     @contextmanager
-    def parallel(self, vae: Any) -> Iterator[Any]:
-        """Within it, `vae` runs on all ranks. Yields the handle, or None in a world of one."""
-        if self.group.size == 1:
+    def parallel(self, vae: Any, **options: Any) -> Iterator[Any]:
+        """Within it, `vae` runs on all ranks as the user asked. Yields the handle, or None where one rank runs it as
+        it is.
+
+        Args:
+            vae: to run.
+            options: for `parallelize`, before what the user asked for.
+        """
+        work = self.options.work
+        options = {"mode": work.mode, "axis": self.options.axis, "size": work.ranks, **options}
+        if self.group.size == 1 and options["mode"] == "exact":
             yield None
             return
         from halovae.parallel import parallelize
 
-        with parallelize(vae, axis=self.options.axis) as handle:
+        with parallelize(vae, **options) as handle:
             yield handle
 
     def measured(
@@ -156,6 +185,7 @@ class Session:
         self.synchronize()
         half.seconds += time.perf_counter() - started
         self.seconds[name] = half.seconds
+        timeline.note(name, started)
         return result, half
 
     def synchronize(self) -> None:
@@ -185,6 +215,7 @@ def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
     )
     if device.type == "cpu" and place.local_world_size > launch.cores():
         opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one each")
+    options.work.announce(opened.stages)
     yield opened
     # Not after an exception: leaving may wait for ranks that are gone.
     comm.shutdown()

@@ -1,0 +1,230 @@
+"""`halovae compare`: two results in numbers, with gates for scripts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halovae.cli import options
+from halovae.errors import InputError
+
+if TYPE_CHECKING:
+    from halovae.quality import ClipComparison, Gate, Grid, LatentComparison
+
+_One = Annotated[
+    Path, typer.Argument(metavar="A", help="The reference: a video, an image, or latents.", show_default=False)
+]
+_Other = Annotated[Path, typer.Argument(metavar="B", help="The result, of the same kind.", show_default=False)]
+_MinSsim = Annotated[
+    float | None,
+    typer.Option(min=-1, max=1, metavar="VALUE", help="Fail if a frame's SSIM is below this.", show_default=False),
+]
+_MinPsnr = Annotated[
+    float | None, typer.Option(metavar="DB", help="Fail if a frame's PSNR is below this.", show_default=False)
+]
+_MaxL2 = Annotated[
+    float | None,
+    typer.Option(
+        "--max-l2", min=0, metavar="VALUE", help="Latents: fail if a frame's relative L2 is above.", show_default=False
+    ),
+]
+_Grid = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HxW[+O]",
+        help="Tiles every H rows and W columns, overlapping by O: measure seams there.",
+        show_default="where they show",
+    ),
+]
+_Trim = Annotated[bool, typer.Option("--trim", help="Compare what two files of different sizes or lengths share.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    one: Path
+    other: Path
+    min_ssim: float | None
+    min_psnr: float | None
+    max_l2: float | None
+    grid: tuple[int, int, int] | None
+    trim: bool
+    json: Path | None
+    report: Path | None
+    words: tuple[str, ...]
+
+
+def compare(
+    context: typer.Context,
+    one: _One,
+    other: _Other,
+    min_ssim: _MinSsim = None,
+    min_psnr: _MinPsnr = None,
+    max_l2: _MaxL2 = None,
+    grid: _Grid = None,
+    trim: _Trim = False,
+    json: options.Json = None,
+    report: options.ReportFolder = None,
+) -> int:
+    """Compare two videos, two images or two latents files; exit code 1 if a gate fails."""
+    from halovae.cli.pairs import is_latents
+    from halovae.files import check_input, check_output
+    from halovae.watch import guarded
+
+    job = _Job(
+        one=one, other=other, min_ssim=min_ssim, min_psnr=min_psnr, max_l2=max_l2, grid=_parse_grid(grid), trim=trim,
+        json=json, report=report, words=tuple(context.obj),
+    )  # fmt: skip
+    for path in (one, other):
+        check_input(path)
+    if json is not None:
+        check_output(json, (".json",))
+    if report is not None:
+        from halovae.report import check_report
+
+        check_report(report)
+    kinds = is_latents(one), is_latents(other)
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{one} and {other} are latents and a picture: compare two of one kind")
+    _check_gates(job, *kinds)
+    with guarded():
+        gates = _compare_latents(job) if kinds[0] else _compare_clips(job)
+    failed = [gate for gate in gates if not gate.passed]
+    for gate in failed:
+        sys.stderr.write(f"halovae: gate failed: {gate}\n")
+    return 1 if failed else 0
+
+
+def _check_gates(job: _Job, one: bool, other: bool) -> None:
+    pictures_only = {"--min-ssim": job.min_ssim, "--min-psnr": job.min_psnr, "--grid": job.grid}
+    wrong = [name for name, value in pictures_only.items() if value is not None] if one else []
+    if wrong:
+        raise InputError(f"{wrong[0]} is for pictures, but {job.one} holds latents: use --max-l2")
+    if job.max_l2 is not None and not one:
+        raise InputError(f"--max-l2 is for latents, but {job.one} is a picture: use --min-ssim or --min-psnr")
+
+
+def _compare_clips(job: _Job) -> list[Gate]:
+    from halovae.cli.pairs import read_clips
+    from halovae.cli.progress import Stages
+    from halovae.quality import Grid, clip_gates, compare_clips
+
+    stages = Stages(speaks=True)
+    with stages.stage("read") as advance:
+        pair = read_clips(job.one, job.other, trim=job.trim, advance=advance)
+    for note in pair.notes:
+        stages.note(note)
+    a, b = pair.reference.frames, pair.result.frames
+    grid = None
+    if job.grid is not None:
+        height, width, overlap = job.grid
+        grid = Grid.every((height, width), (a.shape[1], a.shape[2]), (overlap, overlap))
+    with stages.stage("compare", len(a)) as advance:
+        found = compare_clips(a, b, grid, advance)
+    gates = clip_gates(found, min_ssim=job.min_ssim, min_psnr=job.min_psnr)
+    frames = f"{len(a)} frame{'s' * (len(a) != 1)} of {a.shape[2]}x{a.shape[1]}"
+    _finish(job, frames, _clip_text(found), found.to_dict(), gates)
+    if job.report is not None:
+        from halovae.cli.pages import clips_report
+        from halovae.report import write_report
+
+        page = clips_report(job.one, job.other, a, b, found, gates, job.words)
+        typer.echo(f"report: {write_report(job.report, page)}")
+    return gates
+
+
+def _compare_latents(job: _Job) -> list[Gate]:
+    from halovae.cli.pairs import read_latents
+    from halovae.cli.progress import Stages
+    from halovae.quality import compare_latents, latent_gates
+
+    pair = read_latents(job.one, job.other, trim=job.trim)
+    for note in pair.notes:
+        Stages(speaks=True).note(note)
+    found = compare_latents(pair.reference, pair.result)
+    gates = latent_gates(found, max_l2=job.max_l2)
+    shape = "latents " + "x".join(map(str, pair.reference.shape))
+    _finish(job, shape, _latent_text(found), found.to_dict(), gates)
+    if job.report is not None:
+        from halovae.cli.pages import latents_report
+        from halovae.report import write_report
+
+        page = latents_report(job.one, job.other, found, gates, job.words)
+        typer.echo(f"report: {write_report(job.report, page)}")
+    return gates
+
+
+def _finish(job: _Job, what: str, text: str, numbers: dict[str, Any], gates: list[Gate]) -> None:
+    from halovae.files import write_json
+
+    typer.echo(f"{job.other} against {job.one}: {what}\n{text}", nl=False)
+    if job.json is not None:
+        document = {"reference": str(job.one), "result": str(job.other), **numbers}
+        write_json(job.json, document | {"gates": [gate.to_dict() for gate in gates]})
+
+
+def _clip_text(found: ClipComparison) -> str:
+    from halovae.cli.report import table
+    from halovae.quality.numbers import decibel
+
+    worst = found.frames[found.worst]
+    rows = [("", "all", f"worst frame ({worst.frame})")]
+    if found.ssim is not None and worst.ssim is not None:
+        rows.append(("SSIM", f"{found.ssim:.4f}", f"{worst.ssim:.4f}"))
+    if found.ms_ssim is not None and worst.ms_ssim is not None:
+        rows.append(("MS-SSIM", f"{found.ms_ssim:.4f}", f"{worst.ms_ssim:.4f}"))
+    rows += [
+        ("PSNR", decibel(found.psnr), decibel(worst.psnr)),
+        ("largest difference, of 255", f"{found.largest:.4g}", f"{worst.largest:.4g}"),
+        ("mean difference", f"{found.mean:.3g}", f"{worst.mean:.3g}"),
+        ("pixels off by more than 1%", f"{found.share_off:.2%}", f"{worst.share_off:.2%}"),
+        ("colour shift, red green blue", _shift(found.colour_shift), _shift(worst.colour_shift)),
+    ]
+    if found.drift is not None and found.flicker is not None:
+        rows.append(("drift, first frame to last", f"{found.drift:+.3g}", ""))
+        rows.append(("flicker", f"{found.flicker:.3g}", "" if worst.flicker is None else f"{worst.flicker:.3g}"))
+    rows.append(("seam energy", _seam(found), ""))
+    return table(rows) + _lines(found.grid)
+
+
+def _shift(shift: tuple[float, float, float]) -> str:
+    return " ".join(f"{value:+.2f}" for value in shift)
+
+
+def _seam(found: ClipComparison) -> str:
+    if found.seam is None:
+        return "none found" if found.detected and found.largest else "none"
+    return f"{found.seam:.2f}"
+
+
+def _lines(grid: Grid) -> str:
+    if not grid:
+        return ""
+    rows, columns = (" ".join(map(str, lines)) or "none" for lines in (grid.rows, grid.columns))
+    return f"seams at rows {rows}, columns {columns}\n"
+
+
+def _latent_text(found: LatentComparison) -> str:
+    from halovae.cli.report import table
+
+    rows = [("", "relative L2", "largest", "shift")]
+    rows += [
+        (f"channel {c.channel}", f"{c.relative_l2:.3e}", f"{c.largest:.3e}", f"{c.shift:+.2e}") for c in found.channels
+    ]
+    rows.append(("all", f"{found.relative_l2:.3e}", f"{found.largest:.3e}", ""))
+    rows.append((f"worst frame ({found.worst})", f"{found.frames[found.worst]:.3e}", "", ""))
+    return table(rows)
+
+
+def _parse_grid(text: str | None) -> tuple[int, int, int] | None:
+    """Rows, columns and overlap; 0 rows or columns: no lines between them."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:\+(\d{1,5}))?", text)
+    if match is None or not (int(match[1]) or int(match[2])):
+        raise InputError(f"--grid {text}: give rows and columns from tile to tile such as 192x192, or 192x192+64")
+    return int(match[1]), int(match[2]), int(match[3] or 0)

@@ -1,0 +1,189 @@
+"""`--dry-run`: what a run would do, from configs alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import typer
+from torch import nn
+
+from halovae.cli.generation import Job, settled
+from halovae.cli.report import table
+from halovae.config import HALVES
+from halovae.errors import HalovaeError
+from halovae.files import write_json
+from halovae.fit import limits_of
+from halovae.link_speed import LINKS
+from halovae.pipelines.load import find_pipeline
+from halovae.pipelines.outline import outline
+from halovae.pipelines.scheduler import shifted
+from halovae.pipelines.signature import parameters
+from halovae.pipelines.sizes import Grid, grid_of
+from halovae.pipelines.transformers import check_degrees, degree
+from halovae.plan import ShardPlan, plan_shards
+from halovae.speed import GivenSpeed
+from halovae.survey import Row, Survey
+
+if TYPE_CHECKING:
+    from halovae.pipelines.settings import Generation, Setup
+
+
+def dry_run(job: Job, ranks: int) -> int:
+    """Check all that configs can tell of a run, and print its plan. In this process alone.
+
+    Args:
+        job: what was asked for.
+        ranks: that it would run on.
+
+    Raises:
+        InputError: what the run itself would refuse too, as far as configs tell.
+    """
+    source = find_pipeline(job.model, job.task)
+    for note in (*job.notes, *source.notes):
+        sys.stderr.write(f"halovae: note: {note}\n")
+    components = outline(source)
+    check_degrees(components, job.setup)
+    if job.setup.flow_shift is not None:
+        shifted(components["scheduler"], job.setup.flow_shift)
+    grid = grid_of(components)
+    generation = settled(source.cls, components, grid, job)
+    sizes = _sizes(source.cls, grid, generation)
+    found: dict[str, Any] = {
+        "task": job.task,
+        "model": source.model,
+        "pipeline": source.cls.__name__,
+        "ranks": ranks,
+        **sizes,
+        "vae": _vae(grid, generation, job.setup, ranks),
+        "vae_memory": _memory(components["vae"], sizes, job.setup, ranks),
+        "ranks_per_sequence": degree(job.setup),
+        "parts": _parts(components, job.setup),
+    }
+    if "tokens" in found:
+        found["tokens_per_rank"] = found["tokens"] // degree(job.setup)
+    if job.json is not None:
+        write_json(job.json, found)
+    typer.echo(_text(found, job.setup), nl=False)
+    return 0
+
+
+def _sizes(cls: Any, grid: Grid, generation: Generation) -> dict[str, Any]:
+    known = parameters(cls)
+    frames = generation.num_frames or (known["num_frames"].default if "num_frames" in known else 1) or 1
+    if generation.height is None or generation.width is None:
+        return {"frames": frames}
+    tokens = grid.tokens(generation.height, generation.width, frames)
+    return {"height": generation.height, "width": generation.width, "frames": frames, "tokens": tokens}
+
+
+def _vae(grid: Grid, generation: Generation, setup: Setup, ranks: int) -> dict[str, Any]:
+    """Mode, and for each half how many ranks cut what where."""
+    workers = setup.vae_size or ranks
+    halves: dict[str, Any] = {}
+    for half, wanted, ratio in (("encode", setup.vae_encode, grid.ratio), ("decode", setup.vae_decode, 1)):
+        halves[half] = {"ranks": workers if wanted else 1}
+        if setup.vae_mode == "exact" and generation.height and generation.width:
+            scale = grid.ratio // ratio
+            plan = plan_shards(
+                generation.height // scale, generation.width // scale, ratio, workers if wanted else 1, setup.vae_axis
+            )
+            halves[half] |= {"shards": list(plan.shape), "largest_shard": _largest(plan, scale)}
+    return {"mode": setup.vae_mode, **halves}
+
+
+def _memory(vae: nn.Module, sizes: dict[str, Any], setup: Setup, ranks: int) -> list[dict[str, Any]]:
+    """What each half takes on a rank, weights included, alone and in each mode; nothing where sizes are not known.
+
+    Encode is followed for a clip as long as the video: pipelines that encode less need less.
+    """
+    if "tokens" not in sizes:
+        return []
+    limits = limits_of(vae)
+    fit = limits.fit(sizes["frames"], sizes["height"], sizes["width"])
+    workers, dtype = setup.vae_size or ranks, getattr(torch, setup.vae_dtype or setup.dtype)
+    try:
+        # Rates tell times, which are not shown: memory follows from shapes alone.
+        survey = Survey(vae, limits, fit, dtype, GivenSpeed(flops=1e12, bandwidth=1e12), LINKS["pcie"])
+    except HalovaeError as error:
+        return [
+            {"half": half, "mode": "exact", "ranks": workers, "bytes": None, "refusal": str(error)} for half in HALVES
+        ]
+    rows: list[Row] = []
+    for half in HALVES:
+        rows.append(survey.exact(half, 1))
+        if workers > 1:
+            rows += [survey.exact(half, workers, setup.vae_axis), survey.tile(half, workers)]
+    return [
+        {
+            "half": row.half, "mode": row.mode, "ranks": row.ranks,
+            "bytes": row.memory if row.prediction else None, "refusal": row.refusal,
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def _largest(plan: ShardPlan, scale: int) -> list[int]:
+    """Height and width in pixels."""
+    return [scale * max(high - low for low, high in zip(cut[:-1], cut[1:], strict=True)) for cut in plan.bounds]
+
+
+def _parts(components: Mapping[str, Any], setup: Setup) -> list[dict[str, Any]]:
+    """Parameters and bytes of each network."""
+    rows: list[dict[str, Any]] = []
+    for name, part in components.items():
+        if isinstance(part, nn.Module):
+            kind = getattr(torch, (setup.vae_dtype if name == "vae" else None) or setup.dtype)
+            count = sum(parameter.numel() for parameter in part.parameters())
+            rows.append(
+                {"part": name, "class": type(part).__name__, "parameters": count, "bytes": count * kind.itemsize}
+            )
+    return rows
+
+
+def _text(found: dict[str, Any], setup: Setup) -> str:
+    ranks, parts = found["ranks"], found["ranks_per_sequence"]
+    lines = [f"{found['model']} ({found['pipeline']}), {found['task']} on {ranks} rank{'s' * (ranks != 1)}"]
+    if "tokens" in found:
+        lines.append(
+            f"{found['frames']} frame{'s' * (found['frames'] != 1)} of {found['width']}x{found['height']}: "
+            f"{found['tokens']} tokens, {found['tokens_per_rank']} on each of {parts} rank{'s' * (parts != 1)}"
+        )
+    lines += [f"VAE {half}: {_half(found['vae'], half)}" for half in ("encode", "decode")]
+    lines.append(_memory_text(found["vae_memory"]))
+    rows: list[tuple[str, ...]] = [("part", "class", "parameters", "weights")]
+    rows += [
+        (part["part"], part["class"], f"{part['parameters'] / 1e6:.1f} M", f"{part['bytes'] / 2**30:.2f} GiB")
+        for part in found["parts"]
+    ]
+    total = sum(part["bytes"] for part in found["parts"])
+    where = "on the host" if setup.layerwise_offload or setup.cpu_offload else "on each rank's device"
+    return (
+        "\n".join(line for line in lines if line) + "\n" + table(rows) + f"weights {where}: {total / 2**30:.2f} GiB\n"
+    )
+
+
+def _memory_text(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines: list[tuple[str, ...]] = [("VAE", "mode", "ranks", "memory of a rank, predicted")]
+    refused: list[str] = []
+    for row in rows:
+        if row["bytes"] is None:
+            refused.append(f"VAE {row['half']}, {row['mode']} on {row['ranks']}: {row['refusal']}")
+        else:
+            lines.append((row["half"], row["mode"], str(row["ranks"]), f"{row['bytes'] / 2**30:.2f} GiB"))
+    return "\n".join([table(lines).rstrip("\n"), *refused])
+
+
+def _half(vae: dict[str, Any], half: str) -> str:
+    plan = vae[half]
+    if plan["ranks"] == 1:
+        return "each rank alone"
+    if "shards" not in plan:
+        return f"{vae['mode']} on {plan['ranks']} ranks"
+    rows, columns = plan["shards"]
+    height, width = plan["largest_shard"]
+    return f"exact on {plan['ranks']} ranks, {rows} x {columns} shards of up to {width}x{height} pixels"

@@ -1,0 +1,278 @@
+"""What the commands that run a whole pipeline share: from flags to files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from halovae import launch
+from halovae.cli.options import RunOptions, parse_axis
+from halovae.errors import HalovaeError, InputError
+from halovae.files import check_output, first_line
+from halovae.pipelines.settings import Generation, Setup
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from halovae.cli.session import Session
+    from halovae.pipelines.load import PipelineSource
+    from halovae.pipelines.runner import Result, Runner
+    from halovae.pipelines.sizes import Grid
+    from halovae.timeline import Span
+
+_RENAMED = {
+    "guidance_scale_high": "guidance_scale_2",
+    "fps": "frame_rate",
+    "vae_use_slicing": "vae_slicing",
+    "vae_patch_parallel_size": "vae_size",
+    "enable_layerwise_offload": "layerwise_offload",
+    "enable_cpu_offload": "cpu_offload",
+    "axis": "vae_axis",
+}
+"""Flags whose setting has another name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one run of a command shall do."""
+
+    task: str
+    model: str
+    output: Path
+    image: Path | None
+    last_image: Path | None
+    generation: Generation
+    """Without the images, which every rank reads for itself."""
+    setup: Setup
+    fps: int
+    crf: int | None
+    """Of the mp4, None: halovae's own."""
+    dry_run: bool
+    json: Path | None
+    report: Path | None
+    words: tuple[str, ...]
+    """The command line."""
+    notes: tuple[str, ...]
+    """What of the flags a user might not expect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a run made on this rank, for whoever writes or shows it."""
+
+    source: PipelineSource
+    generation: Generation
+    """With the sizes that were chosen."""
+    setup: Setup
+    result: Result
+    spans: list[list[Span]]
+    """The timeline of every rank."""
+    document: dict[str, Any]
+    """What `--json` writes. On every rank."""
+
+
+def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
+    """Check a command's flags, and run it.
+
+    Args:
+        context: of the command.
+        task: one of `pipelines.settings.TASKS`.
+        given: the command's arguments by name.
+
+    Returns:
+        The exit code.
+    """
+    from halovae.cli.run import run
+
+    job = job_of(task, given, tuple(context.obj))
+    place = launch.place()
+    ranks = place.world_size if place else given["ranks"] or 1
+    job.setup.check_ranks(ranks)
+    _check_files(job)
+    if job.dry_run:
+        from halovae.cli.dry_run import dry_run
+
+        return dry_run(job, ranks)
+    options = RunOptions(
+        model=job.model, ranks=given["ranks"], axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
+    )
+    return run(context, options, lambda session: _on_rank(session, job))
+
+
+def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> Job:
+    """What a command's arguments, by name, ask for; `words` as the user typed them."""
+    values = {_RENAMED.get(name, name): value for name, value in given.items()}
+    values["vae_axis"] = parse_axis(given["axis"])
+    values["vae_mode"] = "tile" if given["vae_use_tiling"] else given["vae_mode"].value
+    for name in ("dtype", "vae_dtype"):
+        values[name] = None if given[name] is None else given[name].value
+    values["dtype"] = values["dtype"] or Setup.dtype
+    names = {field.name for field in fields(Generation)} - {"image", "last_image"}
+    return Job(
+        task=task,
+        model=given["model"],
+        output=given["output"],
+        image=given.get("image"),
+        last_image=given.get("last_image"),
+        generation=Generation(**{name: values[name] for name in names & set(values)}),
+        setup=Setup(**{field.name: values[field.name] for field in fields(Setup) if field.name in values}),
+        fps=given.get("fps", 1),
+        crf=given.get("crf"),
+        dry_run=given["dry_run"],
+        json=given["json"],
+        report=given["report"],
+        words=words,
+        notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
+    )
+
+
+def _check_files(job: Job) -> None:
+    """Refuse files that can't be read or written, before anything is loaded."""
+    from halovae.media import SUFFIXES, check_still, inspect
+
+    check_output(job.output, (".png",) if job.task == "image-to-image" else SUFFIXES)
+    if job.json is not None:
+        check_output(job.json, (".json",))
+    if job.report is not None:
+        from halovae.report import check_report
+
+        check_report(job.report)
+    for path in (job.image, job.last_image):
+        if path is None:
+            continue
+        if not inspect(path).is_image:
+            raise InputError(f"{path} is a video: give a still image")
+        if job.output.exists() and job.output.samefile(path):
+            raise InputError(f"output {job.output} is the input: give another name")
+    if job.generation.num_frames is not None:
+        check_still(job.output, job.generation.num_frames)
+
+
+def _on_rank(session: Session, job: Job) -> None:
+    from halovae.cli.clips import write_clip
+    from halovae.cli.generation_report import page, text
+    from halovae.files import write_json
+    from halovae.pipelines.timing import WRITE, Timeline
+
+    made = make(session, job)
+    if made.result.frames is None:
+        return
+    from fractions import Fraction
+
+    writing = Timeline(session.device)
+    with writing.stage(WRITE):
+        write_clip(session, job.output, made.result.frames, Fraction(job.fps), job.crf)
+    made.document["seconds"] |= writing.seconds
+    if job.json is not None:
+        write_json(job.json, made.document)
+    typer.echo(text(session, job, made), nl=False)
+    if job.report is not None:
+        from halovae.report import write_report
+
+        typer.echo(f"report: {write_report(job.report, page(session, job, made))}")
+
+
+def make(session: Session, job: Job) -> Made:
+    """Load the pipeline, run it once, and account for it. Called on every rank."""
+    from halovae.cli.generation_report import document
+    from halovae.cli.pages import recorded
+    from halovae.pipelines.runner import Runner
+    from halovae.pipelines.sizes import grid_of
+    from halovae.pipelines.timing import LOAD, Timeline
+
+    loading = Timeline(session.device)
+    with loading.stage(LOAD):
+        source, setup, pipeline = loaded(session, job)
+        parts = pipeline.components
+        generation = session.together("sizes", lambda advance: settled(source.cls, parts, grid_of(parts), job))
+        runner = session.together("spread", lambda advance: Runner(pipeline, setup, session.group, session.device))
+    with runner, recorded(session) as timeline:
+        try:
+            result = _run(session, runner, generation)
+        except RuntimeError as error:
+            if isinstance(error, HalovaeError) or source.stated:
+                raise
+            # Weights of one task in the pipeline of another: they load, and then the shapes of tensors don't fit.
+            raise InputError(
+                f"--model {source.model} has no weights for {job.task}: {source.cls.__name__} fails with them "
+                f"({first_line(error)})"
+            ) from error
+    result = replace(
+        result,
+        seconds={**loading.seconds, **result.seconds},
+        peak_memory={**loading.peak_memory, **result.peak_memory},
+    )
+    return Made(
+        source=source,
+        generation=generation,
+        setup=setup,
+        result=result,
+        spans=session.group.all_gather_object(timeline.spans),
+        document=document(session, job, source, generation, setup, result),
+    )
+
+
+def loaded(session: Session, job: Job) -> tuple[PipelineSource, Setup, Any]:
+    """The pipeline of a job, where it comes from, and its setup with this rank's dtype. Called on every rank."""
+    from halovae.pipelines.load import find_pipeline, load_pipeline
+
+    setup = replace(job.setup, dtype=str(session.dtype).removeprefix("torch."))
+    source = session.together("find", lambda advance: find_pipeline(job.model, job.task))
+    for note in (*job.notes, *source.notes):
+        session.stages.note(note)
+    return source, setup, session.together("load", lambda advance: load_pipeline(source, setup))
+
+
+def settled(cls: Any, components: Mapping[str, Any], grid: Grid, job: Job) -> Generation:
+    """The job's settings with its images, and with sizes that this pipeline takes.
+
+    Args:
+        cls: of the pipeline.
+        components: of the pipeline; their weights are not touched.
+        grid: of the pipeline.
+        job: what was asked for.
+
+    Raises:
+        InputError: a setting that can't be honoured, or a size that doesn't fit.
+    """
+    from halovae.pipelines.signature import arguments
+    from halovae.pipelines.sizes import check_sizes, fill_in
+
+    size = None
+    if job.image is not None:
+        first = _read(job.image, None, None)
+        size = first.height, first.width
+    generation = fill_in(cls, grid, job.generation, size)
+    height, width = generation.height, generation.width
+    check_sizes(cls, grid, generation, job.setup)
+    generation = replace(
+        generation,
+        image=None if job.image is None else _read(job.image, height, width),
+        last_image=None if job.last_image is None else _read(job.last_image, height, width),
+    )
+    arguments(cls, generation)
+    if generation.guidance_scale_2 is not None and components.get("transformer_2") is None:
+        raise InputError(f"--guidance-scale-high can't be honoured: {cls.__name__} has one expert here; leave it out")
+    return generation
+
+
+def _read(path: Path, height: int | None, width: int | None) -> Image:
+    from PIL import Image
+
+    from halovae import media
+
+    return Image.fromarray(media.read(path, height=height, width=width).frames[0])
+
+
+def _run(session: Session, runner: Runner, generation: Generation) -> Result:
+    with session.stages.stage("run", generation.num_inference_steps) as advance:
+
+        def on_step(done: int, total: int | None) -> None:
+            if done:
+                advance()
+
+        return runner.run(generation, on_step)

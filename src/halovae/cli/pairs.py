@@ -1,0 +1,109 @@
+"""Two files to compare: of one kind and one size, or trimmed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from halovae import latents, media
+from halovae.errors import InputError
+from halovae.latents import LatentsInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trimmed:
+    """Two things of one size."""
+
+    notes: tuple[str, ...]
+    """What was left out to get there, one line each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips(Trimmed):
+    """Two clips, or images, of one size."""
+
+    reference: media.Clip
+    result: media.Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(Trimmed):
+    """Two latents of one shape."""
+
+    reference: Tensor
+    result: Tensor
+    info: LatentsInfo
+    """Of the reference."""
+
+
+def is_latents(path: Path) -> bool:
+    return path.suffix.lower() == latents.SUFFIX
+
+
+def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None] = lambda: None) -> Clips:
+    """Read two videos or images.
+
+    Args:
+        one: the reference.
+        other: the result.
+        trim: cut both to what they have in common; sizes around the centre.
+        advance: called after each frame.
+
+    Raises:
+        InputError: a file can't be read; or they differ in length, size or rate, and `trim` is not set.
+    """
+    reference, result = media.read(one, advance=advance), media.read(other, advance=advance)
+    lengths = len(reference.frames), len(result.frames)
+    sizes = [f"{clip.frames.shape[2]}x{clip.frames.shape[1]}" for clip in (reference, result)]
+    differing = [
+        f"{what} {first} and {second}"
+        for what, first, second in (
+            ("frames", *lengths),
+            ("size", *sizes),
+            ("rate", reference.fps, result.fps),
+        )
+        if first != second
+    ]
+    if differing and not trim:
+        raise InputError(f"{one} and {other} differ: {', '.join(differing)}: use --trim to compare what they share")
+    frames, height, width = map(min, reference.frames.shape[:3], result.frames.shape[:3])
+    return Clips(
+        reference=_cut(reference, frames, height, width),
+        result=_cut(result, frames, height, width),
+        notes=tuple(f"trimmed: {text}" for text in differing),
+    )
+
+
+def _cut(clip: media.Clip, frames: int, height: int, width: int) -> media.Clip:
+    top, left = (clip.frames.shape[1] - height) // 2, (clip.frames.shape[2] - width) // 2
+    return replace(clip, frames=clip.frames[:frames, top : top + height, left : left + width])
+
+
+def read_latents(one: Path, other: Path, *, trim: bool) -> Latents:
+    """Read two latents files.
+
+    Args:
+        one: the reference.
+        other: the result.
+        trim: cut both to what they have in common, from the start of each dimension.
+
+    Raises:
+        InputError: a file can't be read; they differ in shape and `trim` is not set; or no trimming makes them alike.
+    """
+    (reference, info), (result, _) = latents.load(one), latents.load(other)
+    shapes = [tuple(tensor.shape) for tensor in (reference, result)]
+    if reference.ndim != result.ndim or reference.shape[1] != result.shape[1]:
+        raise InputError(f"{one} and {other} hold latents of shapes {shapes[0]} and {shapes[1]}: not of one VAE")
+    notes: tuple[str, ...] = ()
+    if shapes[0] != shapes[1]:
+        if not trim:
+            raise InputError(
+                f"{one} and {other} differ: shapes {shapes[0]} and {shapes[1]}: use --trim to compare what they share"
+            )
+        notes = (f"trimmed: shapes {shapes[0]} and {shapes[1]}",)
+        shared = tuple(slice(min(pair)) for pair in zip(*shapes, strict=True))
+        reference, result = reference[shared], result[shared]
+    return Latents(reference=reference, result=result, info=info, notes=notes)

@@ -1,0 +1,202 @@
+"""`halovae plan`: what a VAE will take on so many ranks, before there are any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halovae import launch
+from halovae.cli import options
+from halovae.cli.options import RunOptions
+from halovae.errors import InputError
+
+if TYPE_CHECKING:
+    from halovae.cli.session import Session
+    from halovae.link_speed import LinkSpeed
+    from halovae.predict import Prediction
+    from halovae.survey import Row, Survey
+
+_GIB = 2**30
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR_OR_ID_OR_CONFIG",
+        help="As for roundtrip, or the config.json of a VAE. Only configs are read.",
+        show_default="the small VAE that ships with halovae",
+    ),
+]
+_Height = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Of the clip.")]
+_Width = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Of the clip.")]
+_Frames = Annotated[int, typer.Option("--num-frames", min=1, metavar="N", help="Of the clip.")]
+_Ranks = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of ranks to plan for; none is started.")]
+_Link = Annotated[
+    str, typer.Option(metavar="KIND", help="nvlink, pcie, ethernet, or measured: between 2 ranks of this machine.")
+]
+_Memory = Annotated[
+    float | None,
+    typer.Option(min=1e-6, metavar="GIB", help="Of each device, to fit in.", show_default="what is free on this one"),
+]
+_Flops = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-6, metavar="TFLOPS", help="Arithmetic of each device, with --bandwidth.", show_default="measured here"
+    ),
+]
+_Bandwidth = Annotated[
+    float | None, typer.Option(min=1e-6, metavar="GB", help="Memory traffic of each device, per second.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    sizes: tuple[int, int, int]
+    """Frames, height and width."""
+    ranks: tuple[int, ...]
+    link: str
+    memory: float | None
+    rates: tuple[float, float] | None
+    """Floating-point operations and bytes per second."""
+    json: Path | None
+
+
+def plan(
+    context: typer.Context,
+    height: _Height,
+    width: _Width,
+    num_frames: _Frames = 1,
+    model: _Model = None,
+    ranks: _Ranks = "1,2,4,8",
+    link: _Link = "pcie",
+    dtype: options.DtypeOption = None,
+    device: options.Device = None,
+    memory: _Memory = None,
+    flops: _Flops = None,
+    bandwidth: _Bandwidth = None,
+    json: options.Json = None,
+) -> int:
+    """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
+    from halovae.cli.run import run
+    from halovae.files import check_output
+
+    if link not in ("nvlink", "pcie", "ethernet", "measured"):
+        raise InputError(f"--link {link}: give nvlink, pcie, ethernet or measured")
+    if (flops is None) != (bandwidth is None):
+        raise InputError("--flops and --bandwidth belong together: give both, or none to measure this device")
+    if json is not None:
+        check_output(json, (".json",))
+    rates = None if flops is None or bandwidth is None else (flops * 1e12, bandwidth * 1e9)
+    job = _Job(
+        sizes=(num_frames, height, width), ranks=_counts(ranks), link=link, memory=memory, rates=rates, json=json
+    )
+    started = 2 if link == "measured" and launch.place() is None else None
+    run_options = RunOptions(model=model, ranks=started, dtype=dtype, device=device)
+    return run(context, run_options, lambda session: _on_rank(session, job))
+
+
+def _counts(words: str) -> tuple[int, ...]:
+    from halovae.survey import MOST_RANKS
+
+    counts = [int(word) if word.isdecimal() else 0 for word in words.split(",")]
+    if not all(1 <= count <= MOST_RANKS for count in counts):
+        raise InputError(f"--ranks {words}: give numbers from 1 to {MOST_RANKS} such as 1,2,4,8")
+    return tuple(dict.fromkeys(counts))
+
+
+def _on_rank(session: Session, job: _Job) -> None:
+    from halovae import fit, models
+    from halovae.files import write_json
+    from halovae.link_speed import LINKS, measure
+    from halovae.speed import GivenSpeed, MeasuredSpeed
+    from halovae.survey import HALVES, Survey
+
+    link = measure(session.group, session.device) if job.link == "measured" else LINKS[job.link]
+    if not session.is_first:
+        return
+    name, vae = models.find_skeleton(session.options.model)
+    limits = fit.limits_of(vae)
+    padded = limits.fit(*job.sizes)
+    for note in padded.notes:
+        session.stages.note(note)
+    speed: Any = (
+        GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1])
+        if job.rates
+        else MeasuredSpeed(session.device, session.dtype)
+    )
+    survey = Survey(vae, limits, padded, session.dtype, speed, link)
+    room = job.memory * _GIB if job.memory is not None else _free(session)
+    typer.echo(_heading(session, name, type(vae).__name__, job, survey, link, room))
+    found: dict[str, list[Row]] = {}
+    for half in HALVES:
+        with session.stages.stage(half):
+            found[half] = list(survey.rows(half, job.ranks))
+        typer.echo(f"\n{half}\n{_table(found[half], room)}", nl=False)
+    rows = [row.to_dict() | {"fits": row.memory <= room} for half in HALVES for row in found[half]]
+    if job.json is not None:
+        write_json(job.json, {"model": name, "weights": survey.weights, "link": vars(link), "room": room, "rows": rows})
+    _check_room(survey, found, room)
+
+
+def _heading(session: Session, name: str, kind: str, job: _Job, survey: Survey, link: LinkSpeed, room: float) -> str:
+    frames, height, width = job.sizes
+    dtype = str(session.dtype).removeprefix("torch.")
+    device = f"{session.device.type}, {session.threads} threads" if session.device.type == "cpu" else session.device
+    device = f"{job.rates[0] / 1e12:g} TFLOP/s, {job.rates[1] / 1e9:g} GB/s" if job.rates else f"{device}, measured"
+    return (
+        f"{name} ({kind}), {dtype}, {survey.weights / _GIB:.3g} GiB of weights\n"
+        f"{frames} frame{'s' * (frames != 1)} of {width}x{height}\n"
+        f"device {device}, {room / _GIB:.3g} GiB free; link {job.link}, {link}"
+    )
+
+
+def _table(rows: list[Row], room: float) -> str:
+    from halovae.cli.report import table
+
+    lines: list[tuple[str, ...]] = [_HEADS]
+    refused: list[str] = []
+    for row in rows:
+        if row.prediction is None:
+            refused.append(f"{row.mode} on {row.ranks}: {row.refusal}\n")
+        else:
+            fits = row.memory <= room
+            lines.append((*_cells(row, row.prediction), f"{row.memory / _GIB:.3g}", "" if fits else "does not fit"))
+    return table(lines) + "".join(dict.fromkeys(refused))
+
+
+_HEADS = "mode", "ranks", "cut or tiles", "seconds", "waiting", "messages", "MiB sent", "efficiency", "GiB", ""
+
+
+def _cells(row: Row, found: Prediction) -> tuple[str, ...]:
+    counts = str(found.messages), f"{found.bytes / 2**20:.1f}"
+    efficiency = "" if row.efficiency is None else f"{row.efficiency:.2f}"
+    return row.mode, str(row.ranks), found.cut, f"{found.seconds:.3f}", f"{found.exposed:.3f}", *counts, efficiency
+
+
+def _check_room(survey: Survey, found: dict[str, list[Row]], room: float) -> None:
+    """Refuse a clip of which a half fits in none of the ways that were asked for.
+
+    Raises:
+        InputError: with the number of ranks on which it would.
+    """
+    for half, rows in found.items():
+        able = [row for row in rows if row.prediction is not None]
+        if not able:
+            raise InputError(f"{half} can be run in no mode: {rows[0].refusal}")
+        least = min(row.memory for row in able)
+        if least <= room:
+            continue
+        enough = survey.enough_ranks(half, int(room))
+        remedy = f"{enough} ranks in exact mode would do" if enough else "no number of ranks would do"
+        raise InputError(
+            f"{half} needs {least / _GIB:.3g} GiB on a rank at the least, and {room / _GIB:.3g} are free: {remedy}"
+        )
+
+
+def _free(session: Session) -> int:
+    """Bytes free on this device now; far more than there are where the system can't tell."""
+    from halovae.memory import free_bytes
+
+    free = free_bytes(session.device)
+    return 2**60 if free is None else free

@@ -1,0 +1,153 @@
+"""`halovae serve`: a pipeline behind HTTP."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halovae import launch
+from halovae.cli import generation_options as flags
+from halovae.cli import options
+from halovae.cli.generation import Job, job_of
+from halovae.cli.options import RunOptions
+from halovae.errors import InputError
+
+if TYPE_CHECKING:
+    from halovae.cli.session import Session
+    from halovae.serve.settings import ServeOptions
+
+_TASKS = ("image-to-video", "text-to-video")
+_Task = Annotated[str, typer.Option("--task", metavar="WORD", help="image-to-video or text-to-video.")]
+_Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is open to all machines.")]
+_Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")]
+_Name = Annotated[
+    str | None,
+    typer.Option("--served-model-name", metavar="NAME", help="What clients call it.", show_default="as --model"),
+]
+_Store = Annotated[Path, typer.Option("--store", metavar="DIR", help="Where jobs and their files are kept.")]
+_Keep = Annotated[
+    str, typer.Option("--keep", metavar="TIME", help="How long jobs are kept after their end: 90s, 30m, 12h, 7d.")
+]
+_KeyFile = Annotated[
+    Path | None,
+    typer.Option("--api-key-file", metavar="FILE", help="A key that every request must show.", show_default=False),
+]
+_MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, metavar="N", help="Jobs that may wait.")]
+_MaxUpload = Annotated[int, typer.Option("--max-upload", min=1, metavar="MIB", help="Size of a request.")]
+_MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, metavar="N", help="Of a frame.")]
+_MaxFrames = Annotated[int, typer.Option("--max-frames", min=1, metavar="N", help="Of a video.")]
+_MaxSteps = Annotated[int, typer.Option("--max-steps", min=1, metavar="N", help="Of denoising.")]
+
+
+def serve(
+    context: typer.Context,
+    model: flags.PipelineModel,
+    task: _Task = "image-to-video",
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    served_model_name: _Name = None,
+    store: _Store = Path("halovae-jobs"),
+    keep: _Keep = "7d",
+    api_key_file: _KeyFile = None,
+    max_queue: _MaxQueue = 64,
+    max_upload: _MaxUpload = 32,
+    max_pixels: _MaxPixels = 1920 * 1088,
+    max_frames: _MaxFrames = 257,
+    max_steps: _MaxSteps = 100,
+    crf: flags.Crf = None,
+    boundary_ratio: flags.BoundaryRatio = None,
+    flow_shift: flags.FlowShift = None,
+    ranks: options.Ranks = None,
+    ulysses_degree: flags.Ulysses = 1,
+    ring_degree: flags.Ring = 1,
+    vae_mode: flags.VaeModeOption = flags.VaeMode.exact,
+    vae_use_tiling: flags.VaeUseTiling = False,
+    vae_use_slicing: flags.VaeUseSlicing = False,
+    vae_encode: flags.VaeEncode = True,
+    vae_decode: flags.VaeDecode = True,
+    vae_patch_parallel_size: flags.VaeSize = None,
+    axis: options.Axis = "auto",
+    enable_layerwise_offload: flags.LayerwiseOffload = False,
+    enable_cpu_offload: flags.CpuOffload = False,
+    dtype: options.DtypeOption = None,
+    vae_dtype: flags.VaeDtype = None,
+    attention_backend: flags.AttentionBackend = None,
+    compile: flags.Compile = False,
+    device: options.Device = None,
+) -> int:
+    """Keep a pipeline loaded on several devices, and serve it over HTTP, as OpenAI's videos API and with a web page."""
+    return _start(context, locals())
+
+
+def _start(context: typer.Context, given: dict[str, Any]) -> int:
+    """Become the front, or one of the ranks that a front or torchrun has started."""
+    if given["task"] not in _TASKS:
+        raise InputError(f"--task {given['task']}: give {' or '.join(_TASKS)}")
+    job = job_of(given["task"], {**given, "output": Path("video.mp4"), "dry_run": False, "json": None, "report": None})
+    place, ranks = launch.place(), given["ranks"]
+    count = place.world_size if place else 1 if ranks is None else ranks
+    if place is None and not _has_ranks():
+        launch.check_ranks(count)
+    job.setup.check_ranks(count)
+    chosen = _options(given, count)
+    if place is None:
+        return _front(chosen, context.obj)
+    from halovae.cli.run import run
+
+    options = RunOptions(
+        model=job.model, ranks=ranks, axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
+    )
+    return run(context, options, lambda session: _on_rank(session, job, context.obj))
+
+
+def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
+    from halovae.serve.settings import Limits, ServeOptions, parse_keep, read_key
+
+    path = given["api_key_file"]
+    return ServeOptions(
+        model=given["served_model_name"] or given["model"],
+        task=given["task"],
+        ranks=ranks,
+        host=given["host"],
+        port=given["port"],
+        store=given["store"],
+        keep=parse_keep(given["keep"]),
+        key=None if path is None else read_key(path),
+        limits=Limits(
+            upload_bytes=given["max_upload"] * 2**20,
+            pixels=given["max_pixels"],
+            frames=given["max_frames"],
+            steps=given["max_steps"],
+            queue=given["max_queue"],
+        ),
+    )
+
+
+def _front(chosen: ServeOptions, arguments: list[str]) -> int:
+    try:
+        from halovae.serve.front import serve as run_front
+    except ModuleNotFoundError as error:
+        raise InputError(f"halovae serve needs {error.name}: pip install 'halovae[serve]'") from error
+    return run_front(chosen, arguments)
+
+
+def _has_ranks() -> bool:
+    """Whether torchrun's first rank has started this process as its front."""
+    import os
+
+    from halovae.serve.wire import FRONT_FD
+
+    return FRONT_FD in os.environ
+
+
+def _on_rank(session: Session, job: Job, arguments: list[str]) -> None:
+    from halovae.serve.wire import RANK_FD, Wire
+    from halovae.serve.worker import serve_ranks
+
+    wire = Wire.inherited(RANK_FD)
+    if wire is None and session.is_first:  # Torchrun's ranks: the front is started by them, and not they by it.
+        wire = Wire.to_new_front([sys.executable, "-m", "halovae", *arguments, "--ranks", str(session.group.size)])
+    serve_ranks(session, job, wire)

@@ -1,0 +1,52 @@
+"""`halovae text-to-video`: a prompt to a video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from halovae.cli import generation_options as flags
+from halovae.cli import options
+from halovae.cli.generation import start
+
+
+def text_to_video(
+    context: typer.Context,
+    model: flags.PipelineModel,
+    output: flags.Output = Path("t2v_output.mp4"),
+    prompt: flags.Prompt = None,
+    negative_prompt: flags.NegativePrompt = None,
+    height: flags.Height = None,
+    width: flags.Width = None,
+    num_frames: flags.NumFrames = None,
+    num_inference_steps: flags.Steps = None,
+    guidance_scale: flags.GuidanceScale = None,
+    guidance_scale_high: flags.GuidanceScaleHigh = None,
+    boundary_ratio: flags.BoundaryRatio = None,
+    flow_shift: flags.FlowShift = None,
+    seed: flags.Seed = None,
+    fps: flags.Fps = 16,
+    crf: flags.Crf = None,
+    ranks: options.Ranks = None,
+    ulysses_degree: flags.Ulysses = 1,
+    ring_degree: flags.Ring = 1,
+    vae_mode: flags.VaeModeOption = flags.VaeMode.exact,
+    vae_use_tiling: flags.VaeUseTiling = False,
+    vae_use_slicing: flags.VaeUseSlicing = False,
+    vae_decode: flags.VaeDecode = True,
+    vae_patch_parallel_size: flags.VaeSize = None,
+    axis: options.Axis = "auto",
+    enable_layerwise_offload: flags.LayerwiseOffload = False,
+    enable_cpu_offload: flags.CpuOffload = False,
+    dtype: options.DtypeOption = None,
+    vae_dtype: flags.VaeDtype = None,
+    attention_backend: flags.AttentionBackend = None,
+    compile: flags.Compile = False,
+    device: options.Device = None,
+    dry_run: flags.DryRun = False,
+    json: options.Json = None,
+    report: options.ReportFolder = None,
+) -> int:
+    """Make a video from a prompt, with any text-to-video pipeline of diffusers, on several devices."""
+    return start(context, "text-to-video", locals())
