@@ -130,5 +130,5 @@ def _zoom(clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     theta[:, 0, 0] = theta[:, 1, 1] = scales
     # The zoomed window stays inside the frame, so no border is ever invented.
     theta[:, :, 2] = (1 - scales)[:, None] * centre
-    grid = F.affine_grid(theta, list(clip.shape), align_corners=False)
+    grid = F.affine_grid(theta.to(clip.device), list(clip.shape), align_corners=False)
     return F.grid_sample(clip, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from data import VIDEO_SIZES, ClipSource, held_out_clip, read_photographs, training_clip, training_videos
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from model import LossWeights, build_vae, loss_of, use_faster_norms
+from optimizer import Optimizer
+from passes import Passes
 from PIL import Image
 
-Z_DIM = 16
 # A step sees short clips and a long one. Trained on 9 frames at most, the model lost its colours after frame 12: the
 # causal caches of stacked convolutions reach back tens of frames, and zeros stand for those before the first.
-SHORT_CLIPS: tuple[tuple[int, int, int], ...] = ((5, 2, 64), (9, 1, 64))
-LONG_CLIPS: tuple[tuple[int, int, int], ...] = ((21, 1, 64), (33, 1, 48), (49, 1, 48))
-"""(frames, clips, crop)."""
+# (frames, clips, crop):
+CPU_CLIPS = (((5, 2, 64), (9, 1, 64)), ((21, 1, 64), (33, 1, 48), (49, 1, 48)))
+GPU_CLIPS = (((5, 14, 128), (9, 8, 128)), ((21, 6, 96), (33, 4, 96), (49, 3, 96)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,106 +39,13 @@ class Recipe:
 
     learning_rate: float = 2e-3
     warmup_steps: int = 100
-    kl_weight: float = 1e-4
-    """Times the mean KL per latent value: too small to cost quality, enough to keep latents near unit range."""
-    squared_weight: float = 5.0
-    """Squared error against `absolute_weight`: their gradients are alike near 30 dB."""
-    absolute_weight: float = 0.5
+    loss: LossWeights = field(default_factory=LossWeights)
     clip_norm: float = 1.0
     ema_decay: float = 0.998
     longest_step: float = 10.0
     """Seconds a step may add to the clock; a process that was suspended keeps its schedule."""
     checkpoint_every: float = 120.0
     """Seconds of training between two checkpoints."""
-
-
-def build_vae() -> AutoencoderKLWan:
-    """Return an untrained VAE with 8 x 8 x 4 compression and 2.7 million parameters."""
-    vae = AutoencoderKLWan(
-        base_dim=16,
-        z_dim=Z_DIM,
-        dim_mult=[1, 2, 4, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        # The parameter-free shortcuts of residual blocks carry colour and layout from the first step on.
-        is_residual=True,
-        latents_mean=[0.0] * Z_DIM,
-        latents_std=[1.0] * Z_DIM,
-    )
-    with torch.no_grad():
-        # Start with little posterior noise; at log-variance 0 the decoder would first learn to ignore the latents.
-        vae.quant_conv.bias[Z_DIM:] = -6.0
-    return vae
-
-
-def faster_norm(norm: WanRMS_norm, features: torch.Tensor) -> torch.Tensor:
-    """Compute `norm(features)`: same numbers, a third of the time of `F.normalize` and its backward on a CPU."""
-    mean_square = features.square().mean(dim=1, keepdim=True)
-    return features * torch.rsqrt(mean_square + 1e-12) * norm.gamma
-
-
-def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Do what `vae.decode` does, less its final clamp, which has no gradient for overshooting pixels."""
-    vae.clear_cache()
-    latents = vae.post_quant_conv(latents)
-    chunks = []
-    for index in range(latents.shape[2]):
-        chunks.append(
-            vae.decoder(
-                latents[:, :, index : index + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=index == 0
-            )
-        )
-    vae.clear_cache()
-    return torch.cat(chunks, dim=2)
-
-
-def loss_of(vae: AutoencoderKLWan, clips: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, float]:
-    """Return the training loss and the mean squared error."""
-    posterior = vae.encode(clips).latent_dist
-    error = decode_unclamped(vae, posterior.sample()) - clips
-    squared = error.square().mean()
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
-    loss = recipe.squared_weight * squared + recipe.absolute_weight * error.abs().mean() + recipe.kl_weight * kl
-    return loss, squared.item()
-
-
-class Optimizer:
-    """Muon for the kernels inside the network, AdamW for its two ends, biases and gains."""
-
-    def __init__(self, vae: AutoencoderKLWan, recipe: Recipe) -> None:
-        ends = ("conv_in", "conv_out", "quant_conv")
-        self.parameters = list(vae.parameters())
-        self.kernels = [
-            p for name, p in vae.named_parameters() if p.ndim >= 4 and p.shape[0] > 3 and not any(map(name.count, ends))
-        ]
-        # Muon takes matrices: these share the kernels' memory.
-        self.matrices = [p.detach().flatten(1) for p in self.kernels]
-        chosen = {id(p) for p in self.kernels}
-        others = [p for p in self.parameters if id(p) not in chosen]
-        self.muon = torch.optim.Muon(
-            self.matrices, lr=recipe.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
-        self.adam = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        self.clip_norm = recipe.clip_norm
-
-    def step(self, learning_rate: float) -> None:
-        """Update the parameters from their gradients, then drop the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
-            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-        for optimizer in (self.muon, self.adam):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def state_dict(self) -> dict[str, object]:
-        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
-
-    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
 
 
 @dataclass(kw_only=True)
@@ -172,8 +80,7 @@ class Run:
     def update_ema(self, decay: float) -> None:
         # Young averages forget faster, or they would remember the untrained weights.
         decay = min(decay, (1 + self.steps) / (10 + self.steps))
-        for name, value in self.vae.state_dict().items():
-            self.ema[name].lerp_(value, 1 - decay)
+        torch._foreach_lerp_(list(self.ema.values()), list(self.vae.state_dict().values()), 1 - decay)
 
 
 def learning_rate(run: Run, budget: float, recipe: Recipe) -> float:
@@ -185,28 +92,28 @@ def learning_rate(run: Run, budget: float, recipe: Recipe) -> float:
 
 def train(run: Run, source: ClipSource, *, minutes: float, checkpoint: Path, recipe: Recipe) -> None:
     """Train until `minutes` of training time, counted over all resumed runs, are used up."""
-    for module in run.vae.modules():
-        if isinstance(module, WanRMS_norm):
-            module.forward = partial(faster_norm, module)
+    use_faster_norms(run.vae)
+    passes = Passes(partial(loss_of, run.vae, weights=recipe.loss))
+    clips_of_a_step = GPU_CLIPS if run.vae.device.type == "cuda" else CPU_CLIPS
     rng = np.random.default_rng(run.steps)
     torch.manual_seed(run.steps)
     saved, errors, stopped = run.seconds, [], threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     while run.seconds < minutes * 60 and not stopped.is_set():
         started = time.perf_counter()
-        for shapes in (SHORT_CLIPS, LONG_CLIPS):
+        for shapes in clips_of_a_step:
             frames, size, crop = shapes[run.steps % len(shapes)]
-            loss, squared = loss_of(run.vae, source.batch(size, frames, crop, rng).to(run.vae.device), recipe)
-            loss.backward()
-            errors.append(squared)
+            errors.append(passes.run(source.batch(size, frames, crop, rng)))
         run.optimizer.step(learning_rate(run, minutes * 60, recipe))
         run.steps += 1
-        run.update_ema(recipe.ema_decay)
-        run.seconds += min(time.perf_counter() - started, recipe.longest_step)
+        with torch.no_grad():
+            run.update_ema(recipe.ema_decay)
         if run.steps % 50 == 0:
-            decibel = 10 * math.log10(4 / np.mean(errors[-100:]))
+            decibel = 10 * math.log10(4 / torch.stack(errors).mean().item())
+            errors.clear()
             report = f"step {run.steps}, {run.seconds / 60:.1f} min, training {decibel:.2f} dB"
             print(report, file=sys.stderr, flush=True)
+        run.seconds += min(time.perf_counter() - started, recipe.longest_step)
         if run.seconds - saved >= recipe.checkpoint_every:
             run.save(checkpoint)
             saved = run.seconds
@@ -257,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="file to write while training, to resume and to export")
     parser.add_argument("--minutes", type=float, default=75.0, help="training time, over all resumed runs")
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
-    parser.add_argument("--device", default="cpu", help="where to train; evaluation is on the CPU")
+    parser.add_argument("--device", default="cpu", help="where to train, cpu or cuda; evaluation is on the CPU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write --checkpoint as a model")
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="measure a model on the held-out frames")
@@ -288,10 +195,14 @@ def main() -> None:
     torch.manual_seed(0)
     vae = build_vae().to(arguments.device)
     ema = {name: value.clone() for name, value in vae.state_dict().items()}
-    run = Run(vae=vae, ema=ema, optimizer=Optimizer(vae, recipe))
+    optimizer = Optimizer(vae, learning_rate=recipe.learning_rate, clip_norm=recipe.clip_norm)
+    run = Run(vae=vae, ema=ema, optimizer=optimizer)
     if arguments.resume:
         run.load(arguments.checkpoint)
-    source = ClipSource(videos=training_videos(arguments.video), photographs=read_photographs(arguments.images))
+    source = ClipSource(
+        videos=[video.to(vae.device) for video in training_videos(arguments.video)],
+        photographs=[picture.to(vae.device) for picture in read_photographs(arguments.images)],
+    )
     train(run, source, minutes=arguments.minutes, checkpoint=arguments.checkpoint, recipe=recipe)
 
 
