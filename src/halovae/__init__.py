@@ -16,7 +16,7 @@ from halovae.errors import (
 if TYPE_CHECKING:
     from halovae.config import CallReport
     from halovae.context import Sharded, sharded
-    from halovae.parallel import Handle, parallelize
+    from halovae.parallel import Handle, optimize, parallelize
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "RankFailedError",
     "Sharded",
     "VerificationError",
+    "optimize",
     "parallelize",
     "sharded",
 ]
@@ -38,6 +39,7 @@ _HOMES = {
     "CallReport": "config",
     "Handle": "parallel",
     "Sharded": "context",
+    "optimize": "parallel",
     "parallelize": "parallel",
     "sharded": "context",
 }

@@ -38,15 +38,20 @@ def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = l
     Returns:
         (1, channels, latent frames, latent height, latent width), or for a VAE of images the frames as the batch.
     """
-    if limits.channels > clip.shape[0]:
-        clip = torch.cat([clip, torch.ones_like(clip[:1])])  # Alpha: opaque.
     latents: list[Tensor] = []
-    # One by one, where it is possible: a batch of all frames would hold all their activations at once.
-    for part in clip.split(1, dim=1) if limits.per_frame else (clip,):
-        batch = part.unsqueeze(0)
-        latents.append(latent_of(vae.encode(batch if limits.has_frame_dim else batch.squeeze(2))))
+    for picture in encode_inputs(limits, clip):
+        latents.append(latent_of(vae.encode(picture)))
         after()
     return torch.cat(latents)
+
+
+def encode_inputs(limits: Limits, clip: Tensor) -> list[Tensor]:
+    """What the VAE's `encode` gets for a clip, call by call."""
+    if limits.channels > clip.shape[0]:
+        clip = torch.cat([clip, torch.ones_like(clip[:1])])  # Alpha: opaque.
+    # One by one, where it is possible: a batch of all frames would hold all their activations at once.
+    parts = clip.split(1, dim=1) if limits.per_frame else (clip,)
+    return [part.unsqueeze(0) if limits.has_frame_dim else part.transpose(0, 1) for part in parts]
 
 
 def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from halovae.errors import InputError
 from halovae.geometry import Extent
 
 Axis = str | tuple[int, int]
-Gather = Literal["all", "first", "shard"]
+Gather = str | Mapping[str, str]
+"""One of `GATHERS` for both halves, or {"encode": ..., "decode": ...}; a half left out has "all"."""
 
-MODES = ("exact", "tile")
+HALVES = ("encode", "decode")
+MODES = ("exact", "tile", "auto")
 AXES = ("auto", "height", "width")
 GATHERS = ("all", "first", "shard")
 TILES = ("own", "fit")
@@ -22,34 +25,41 @@ class Options:
     """How a VAE is run on the ranks of a group."""
 
     mode: str = "exact"
-    """"exact": spatial shards with halo exchange; the un-tiled result. "tile": the VAE's own tiles, spread."""
+    """"exact": spatial shards with halo exchange; the un-tiled result. "tile": the VAE's own tiles, spread. "auto":
+    exact where the link is fast enough for it, else tile."""
     axis: Axis = "auto"
     """"auto", "height", "width", or (rows, columns) of the grid of shards."""
     size: int | None = None
     """Use the first `size` ranks only; the others wait and share the result. None: all."""
-    gather: str = "all"
-    """Who holds the whole output: "all" ranks, the "first", or none ("shard": each rank its own part)."""
+    gather: Gather = "all"
+    """Who holds the whole output: "all" ranks, the "first", or none ("shard": each rank its own part); or a mapping
+    with one of them for each half."""
     verify: bool = True
     """Compare a small probe with the un-parallel VAE at the first use of each half."""
 
     tiles: str = "own"
     """"own": tiles of the VAE's settings; "fit": smaller ones where some rank would have none."""
+    timeout: float = 60.0
+    """Seconds without a sign of life after which a rank counts as stopped."""
 
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
         _one_of("mode", self.mode, MODES)
-        _one_of("gather", self.gather, GATHERS)
+        _check_gather(self.gather)
         if isinstance(self.axis, str):
             _one_of("axis", self.axis, AXES, "a (rows, columns) pair")
         elif not isinstance(self.axis, tuple) or [type(n) is int and n > 0 for n in self.axis] != [True, True]:
             raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
+            raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
 
     @property
     def cut(self) -> str:
         """How the picture is cut, in words."""
-        return f"{self.tiles} tiles" if self.mode == "tile" else f"axis {self.axis}, verify {self.verify}"
+        exact = f"axis {self.axis}, verify {self.verify}"
+        return {"exact": exact, "tile": f"{self.tiles} tiles", "auto": f"{exact}, {self.tiles} tiles"}[self.mode]
 
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks in the group.
@@ -68,6 +78,32 @@ class Options:
             )
 
 
+def gather_of(gather: Gather, half: str) -> str:
+    """Who holds the output of one half."""
+    return gather if isinstance(gather, str) else gather.get(half, "all")
+
+
+def _check_gather(gather: Gather) -> None:
+    if not isinstance(gather, (str, Mapping)):
+        raise InputError(f"gather is {gather!r}: give {', '.join(GATHERS)}, or one of them for each half")
+    if not isinstance(gather, str):
+        for half in gather:
+            _one_of("a half of gather", half, HALVES)
+    for half in HALVES:
+        _one_of("gather", gather_of(gather, half), GATHERS)
+
+
+def checked_halves(halves: Sequence[str]) -> tuple[str, ...]:
+    """`halves` in the order of `HALVES`, each once.
+
+    Raises:
+        InputError: something else than "encode" and "decode", or nothing.
+    """
+    if not halves or isinstance(halves, str) or not set(halves) <= set(HALVES):
+        raise InputError(f"halves is {halves!r}: give a list of 'encode', 'decode' or both")
+    return tuple(half for half in HALVES if half in halves)
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...], also: str = "") -> None:
     if value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
@@ -83,7 +119,8 @@ class CallReport:
     mode: str
     seconds: float
     phases: dict[str, float] = field(default_factory=dict[str, float])
-    """Seconds of agreement, probe (exact mode, first call only), network and gather."""
+    """Seconds of attempts that ran out of memory (auto mode), agreement, choice (auto mode), probe (exact mode, first
+    call only), network and gather."""
     messages: int = 0
     """Messages this rank sent."""
     bytes: int = 0
@@ -104,6 +141,8 @@ class CallReport:
     """Tile mode: largest over mean load of the ranks."""
     tile_sizes: str = ""
     """Tile mode: sizes and overlaps."""
+    choice: str = ""
+    """Auto mode: what was chosen, and why; after memory has run out, how it is run since."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,6 +13,44 @@ Origin = frozenset[int]
 """Numbers of the network calls that a tensor comes from."""
 
 
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""A view whose schema doesn't say so."""
+
+
+class Shapes:
+    """Runs operators on the meta device: it finds shapes, computes and allocates nothing.
+
+    Args:
+        known: results of operators by shapes of their arguments; it may outlive this.
+    """
+
+    def __init__(self, known: dict[Any, Any]) -> None:
+        self._known = known
+        self._makes: dict[Any, bool] = {}
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator's result on the meta device, wherever its arguments are."""
+        if not self.makes(func):
+            return func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
+        key = func, key_of(args), key_of(kwargs)
+        if key not in self._known:
+            self._known[key] = func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
+        return mapped(_fresh, self._known[key])
+
+    def makes(self, func: Any) -> bool:
+        """Whether an operator only makes new tensors: it runs once for arguments of equal shapes."""
+        if func not in self._makes:
+            schema = func._schema
+            plain = all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+            self._makes[func] = plain and func is not _UNSAFE_VIEW
+        return self._makes[func]
+
+
+def meets_meta(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator has to run on the meta device: a tensor of its arguments is there, or its result will be."""
+    return any(t.is_meta for t in tensors_of((args, kwargs))) or str(kwargs.get("device")) == "meta"
+
+
 class Dataflow(TorchDispatchMode):
     """Every operator that meets a meta tensor runs on meta tensors: it finds shapes, computes and allocates nothing.
 
@@ -29,8 +67,7 @@ class Dataflow(TorchDispatchMode):
         self.reads: set[int] = set()
         self.draws: list[Draw] = []
         self._origins: dict[int, tuple[Tensor, Origin]] = {}
-        self._known = known
-        self._makes: dict[Any, bool] = {}
+        self._shapes = Shapes(known)
 
     def follow(self, tensor: Tensor, origin: Origin) -> None:
         """Remember where a tensor comes from; the tensor is kept, so that its id stays its own."""
@@ -42,61 +79,48 @@ class Dataflow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_of((args, kwargs)))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.draws.append(Draw(func, args, kwargs))
-        if not any(t.is_meta for t in tensors) and str(kwargs.get("device")) != "meta":
+        if not meets_meta(args, kwargs):
             return func(*args, **kwargs)
         self.reads.update(id(t) for t in tensors if id(t) in self._origins)
         origin = Origin().union(*(self.origin(t) for t in tensors))
-        result = self._on_meta(func, _mapped(_to_meta, args), _mapped(_to_meta, kwargs))
-        for tensor in _tensors(result):
+        result = self._shapes.run(func, args, kwargs)
+        for tensor in tensors_of(result):
             self.follow(tensor, origin | self.origin(tensor))
         return result
 
-    def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operator on meta tensors; one that only makes new tensors runs once for arguments of equal shapes."""
-        if func not in self._makes:
-            schema = func._schema
-            self._makes[func] = all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
-        if not self._makes[func]:
-            return func(*args, **kwargs)
-        key = func, _key(args), _key(kwargs)
-        if key not in self._known:
-            self._known[key] = func(*args, **kwargs)
-            return self._known[key]
-        return _mapped(_fresh, self._known[key])
 
-
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors in an operator's arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in cast("list[Any]", value):
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, dict):
-        yield from _tensors(list(cast("dict[str, Any]", value).values()))
+        yield from tensors_of(list(cast("dict[str, Any]", value).values()))
 
 
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """An operator's arguments or results with every leaf replaced."""
     if isinstance(value, (list, tuple)):
-        items = [_mapped(function, item) for item in cast("list[Any]", value)]
+        items = [mapped(function, item) for item in cast("list[Any]", value)]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {name: _mapped(function, item) for name, item in cast("dict[str, Any]", value).items()}
+        return {name: mapped(function, item) for name, item in cast("dict[str, Any]", value).items()}
     return function(value)
 
 
-def _key(value: Any) -> Any:
+def key_of(value: Any) -> Any:
     """What tells calls of an operator apart: shapes, not values of tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):
-        return tuple(map(_key, cast("list[Any]", value)))
+        return tuple(map(key_of, cast("list[Any]", value)))
     if isinstance(value, dict):
-        return tuple((name, _key(item)) for name, item in cast("dict[str, Any]", value).items())
+        return tuple((name, key_of(item)) for name, item in cast("dict[str, Any]", value).items())
     return type(value), value
 
 
@@ -106,7 +130,7 @@ def _fresh(leaf: Any) -> Any:
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
 
 
-def _to_meta(leaf: Any) -> Any:
+def to_meta(leaf: Any) -> Any:
     """A leaf for an operator that runs on the meta device, where no generator is needed."""
     if isinstance(leaf, torch.device):
         return torch.device("meta")
@@ -177,7 +201,7 @@ class Draw:
 
     def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
         self._func = func
-        self._args, self._kwargs = _mapped(_to_spec, args), _mapped(_to_spec, kwargs)
+        self._args, self._kwargs = mapped(_to_spec, args), mapped(_to_spec, kwargs)
 
     def repeat(self, device: torch.device) -> None:
         def real(leaf: Any) -> Any:
@@ -185,7 +209,7 @@ class Draw:
                 return leaf.empty(device)
             return device if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
 
-        self._func(*_mapped(real, self._args), **_mapped(real, self._kwargs))
+        self._func(*mapped(real, self._args), **mapped(real, self._kwargs))
 
 
 def _to_spec(leaf: Any) -> Any:

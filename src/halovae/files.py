@@ -61,6 +61,10 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
         raise InputError(f"output {path}: the name must end with {' or '.join(suffixes)}")
     if path.is_dir():
         raise InputError(f"output {path} is a folder: give the name of a file in it")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"output folder {path.parent} does not exist: create it first")
     try:
@@ -68,6 +72,17 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
         tempfile.TemporaryFile(dir=path.parent, prefix=".halovae-").close()
     except OSError as error:
         raise InputError(f"can't write to folder {path.parent}: {reason(error)}") from error
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a place for a new folder before any work is done for it.
+
+    Raises:
+        InputError: something of that name is there already, or its parent is missing or read-only.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} is there already: give the name of a new folder")
+    _check_parent(folder)
 
 
 def check_input(path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from halovae.errors import InputError
 from halovae.files import first_line
-from halovae.models import quiet
+from halovae.models import skeleton
 
 _SIDE = 128
 """Pixels of the trial's picture: a multiple of every compression ratio in use, and large enough for every padding."""
@@ -209,14 +209,7 @@ class _Trial:
 
     def _twin(self) -> Any:
         vae: Any = self._vae
-        with quiet():
-            try:
-                with torch.device("meta"):
-                    twin = type(vae).from_config(vae.config)
-            except RuntimeError:  # A constructor that computes with values, which meta tensors have not.
-                twin = type(vae).from_config(vae.config)
-        # Some modules make tensors in a way that overlooks the device context.
-        return twin.to("meta").eval()
+        return skeleton(type(vae), vae.config)
 
 
 def _decode(twin: Any, latent: Tensor) -> Tensor:

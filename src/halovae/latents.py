@@ -21,6 +21,7 @@ from torch import Tensor
 
 from halovae.errors import InputError
 from halovae.files import atomic, check_input, first_line
+from halovae.fit import Limits
 
 FORMAT = "halovae-latents-1"
 KEY = "latents"
@@ -141,6 +142,30 @@ def load(path: Path) -> tuple[Tensor, LatentsInfo]:
         raise InputError(f"{path} is no safetensors file, or a damaged one: {first_line(error)}") from error
     _check_values(path, latents)
     return latents, info
+
+
+def check_shape(latents: Tensor, info: LatentsInfo, limits: Limits, name: str) -> None:
+    """Refuse latents that a VAE didn't make, before any of them is decoded.
+
+    Args:
+        latents: with `info`, as `load` returns them.
+        info: their metadata.
+        limits: of the VAE.
+        name: of the VAE's class.
+
+    Raises:
+        InputError: another shape than this VAE makes of such a clip.
+    """
+    batch = info.padded_frames if limits.per_frame else 1
+    height, width = info.padded_height // limits.ratio, info.padded_width // limits.ratio
+    middle = () if not limits.has_frame_dim else (latents.shape[2] if not limits.per_frame else 1,)
+    wanted = (batch, limits.latent_channels, *middle, height, width)
+    if tuple(latents.shape) != wanted:
+        raise InputError(
+            f"latents of shape {tuple(latents.shape)} are not of {name}, whose shape for "
+            f"{info.padded_frames} frames of {info.padded_width}x{info.padded_height} is {wanted}: "
+            f"they were made by {info.model} ({info.model_class})"
+        )
 
 
 def _check_values(path: Path, latents: Tensor) -> None:

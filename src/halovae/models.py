@@ -86,6 +86,45 @@ def load(source: Source, *, dtype: torch.dtype, device: torch.device) -> nn.Modu
     return vae.to(device=device).eval().requires_grad_(False)
 
 
+def skeleton(cls: Any, config: Mapping[str, Any]) -> Any:
+    """A VAE without weights: its parameters are on the meta device, where there are shapes and no values."""
+    with quiet():
+        try:
+            with torch.device("meta"):
+                vae = cls.from_config(config)
+        except RuntimeError:  # A constructor that computes with values, which meta tensors have not.
+            vae = cls.from_config(config)
+    # Some modules make tensors in a way that overlooks the device context.
+    return vae.to("meta").eval()
+
+
+def find_skeleton(model: str | None) -> tuple[str, Any]:
+    """What to call the VAE of `model`, and the VAE without weights. Reads configs, and no weights.
+
+    Args:
+        model: as for `find`, or the config.json of a VAE.
+
+    Raises:
+        InputError: there is no such model, no VAE in it, or no config that its class takes.
+    """
+    path = Path(model or "").expanduser()
+    if model is not None and path.is_file():
+        config = _read_json(path)
+        class_name, name = str(config.get("_class_name")), str(path)
+        if _autoencoder(class_name) is None:
+            raise InputError(f"{path} is of a {class_name}, which is no autoencoder of diffusers")
+    else:
+        source = find(model)
+        class_name, name = source.class_name, source.model
+        options: dict[str, Any] = {} if source.subfolder is None else {"subfolder": source.subfolder}
+        with quiet():
+            config = _autoencoder(class_name).load_config(source.location, **options)
+    try:
+        return name, skeleton(_autoencoder(class_name), config)
+    except Exception as error:  # Whatever a class says of values that it can't take.
+        raise InputError(f"can't build the {class_name} of {name} from its config: {first_line(error)}") from error
+
+
 def _find_demo() -> Source:
     folder = Path(str(importlib.resources.files("halovae"))) / "assets" / "demo_vae"
     if not (folder / "config.json").is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,3 +33,14 @@ class Generators:
         """Start all of them from one seed."""
         for generator, _ in self._states:
             generator.manual_seed(seed)
+
+
+@contextmanager
+def rewound_by_failure(device: torch.device, *values: Any) -> Iterator[None]:
+    """After an exception in it, generators are as before it, so that the same call can be made again."""
+    generators = Generators(device, *values)
+    try:
+        yield
+    except BaseException:
+        generators.rewind()
+        raise

@@ -57,6 +57,25 @@ class ModuleState:
             self.set(before)
 
 
+@contextmanager
+def undone_by_failure(network: nn.Module) -> Iterator[None]:
+    """After an exception in it, all attributes are as before it.
+
+    Some networks keep caches as attributes and clear them at the end of a call; a call that is broken off leaves them
+    full, and the next one would go on with them.
+    """
+    before = [(module, dict(vars(module))) for module in network.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before:
+            now = vars(module)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update(attributes)
+        raise
+
+
 def refill(old: Any, new: Any) -> Any:
     """`new`, put into the very lists and dicts of `old`: who holds on to those sees it too."""
     if isinstance(old, list) and isinstance(new, list):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halovae.config import HALVES
 from halovae.errors import InputError, NotExactError
 
-HALVES = ("encode", "decode")
 _OURS = "_halovae_call"
 _MODULES = {"encode": "encoder", "decode": "decoder"}
 
@@ -25,20 +25,22 @@ class Target:
 
     Args:
         vae: the module, or a pipeline that has one as `.vae`.
+        halves: which of the two are meant.
 
     Raises:
         InputError: it has neither, or is parallelized already.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, halves: Sequence[str] = HALVES) -> None:
         vae = vae if isinstance(vae, nn.Module) else getattr(vae, "vae", None)
         if not isinstance(vae, nn.Module):
             raise InputError("there is no VAE: pass an nn.Module with encode or decode, or a pipeline with a .vae")
         self.vae: nn.Module = vae
         self.name = type(vae).__name__
-        self._places = {half: place for half in HALVES if (place := self._find(half))}
+        self._places = {half: place for half in halves if (place := self._find(half))}
         if not self._places:
-            raise InputError(f"{self.name} has no encode, decode, encoder or decoder: it is not a VAE")
+            wanted = ", ".join([*halves, *(_MODULES[half] for half in halves)])
+            raise InputError(f"{self.name} has none of {wanted}: it is not a VAE that can be run so")
         if any(hasattr(getattr(owner, name), _OURS) for owner, name in self._places.values()):
             raise InputError(f"{self.name} is parallelized already: call restore() on its handle first")
         self._own = {half: owner.__dict__.get(name) for half, (owner, name) in self._places.items()}

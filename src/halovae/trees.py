@@ -47,6 +47,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def on_meta(value: Any) -> Any:
+    """A copy of a value whose tensors are on the meta device: shapes, strides and dtypes without data."""
+    return map_tensors(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), value)
+
+
 def is_picture(value: object) -> bool:
     """Whether a tensor has the shape of images (4-D) or video (5-D)."""
     return isinstance(value, Tensor) and value.ndim in (4, 5)

@@ -18,8 +18,10 @@ from halovae.errors import NotExactError, VerificationError
 from halovae.exact.mesh import Mesh
 from halovae.exact.partition import Bounds, first_tensor, gather
 from halovae.exact.run import run_sharded
+from halovae.memory import is_shortage
 from halovae.plan import plan_shards
 from halovae.randomness import Generators
+from halovae.state import undone_by_failure
 from halovae.target import Call, Target
 from halovae.trees import is_picture, map_tensors
 
@@ -52,13 +54,15 @@ def compression(target: Target, picture: Tensor) -> int:
         for count in sorted(frames):
             shape = (1, picture.shape[1], *([count] if count else []), size, size)
             try:
-                with frozen_generators(picture.device):
+                with frozen_generators(picture.device), undone_by_failure(target.vae):
                     latent = first_tensor(target.run_untiled("encode", picture.new_zeros(shape)))
                 return max(1, round(size / latent.shape[-1]))
             except NotExactError:
                 raise
-            except Exception as error:
-                failure = error
+            except Exception as error:  # Of the first size too: a failure of another kind is seen there.
+                if is_shortage(error):
+                    raise
+                failure = failure or error
     raise VerificationError(f"{target.name} encodes no picture of {_RATIO_SIZES} pixels: {failure}") from failure
 
 
@@ -111,11 +115,14 @@ def make_probe(shape: tuple[int, int], ratio: int, args: tuple[Any, ...], kwargs
     return Probe(tuple(map(shrink, args)), {name: shrink(value) for name, value in kwargs.items()}, plan.bounds)
 
 
-def verify(mesh: Mesh, target: Target, half: str, probe: Probe) -> None:
+def verify(mesh: Mesh, target: Target, half: str, probe: Probe) -> VerificationError | None:
     """Compare the un-parallel and the sharded result of a probe.
 
+    Returns:
+        None, or what to raise once all ranks have come to this verdict: they differ, and in which submodule first.
+
     Raises:
-        VerificationError: they differ, naming the first submodule whose output does; or the probe can't run.
+        VerificationError: the probe can't run.
     """
     call = functools.partial(target.run_untiled, half)
     try:
@@ -124,6 +131,8 @@ def verify(mesh: Mesh, target: Target, half: str, probe: Probe) -> None:
     except NotExactError:
         raise
     except Exception as error:
+        if is_shortage(error):
+            raise
         raise VerificationError(
             f"the un-parallel {half} of {target.name} can't run the probe, so it can't be compared: {error}. "
             "Pass verify=False to go without"
@@ -133,9 +142,9 @@ def verify(mesh: Mesh, target: Target, half: str, probe: Probe) -> None:
         found = map_tensors(lambda t: gather(mesh, t), found)
     expected, found = first_tensor(expected), first_tensor(found)
     if distance(found, expected) <= TOLERANCE.get(expected.dtype, 1e-1):
-        return
+        return None
     culprit = _first_difference(mesh, target.vae, call, probe)
-    raise VerificationError(
+    return VerificationError(
         f"{half} of {target.name} on shards differs from the un-parallel one by {distance(found, expected):.1e} "
         f"(allowed {TOLERANCE.get(expected.dtype, 1e-1):.0e}); the first submodule that differs is {culprit}"
     )

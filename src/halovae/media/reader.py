@@ -28,6 +28,10 @@ from halovae.media.options import FrameRange
 Frame = NDArray[np.uint8]
 
 _UNSPECIFIED_COLORSPACE = 2
+_HDR = (16, 18)
+"""The transfer functions PQ and HLG in ITU-T H.273."""
+_EVEN = 0.01
+"""How far the average rate may be from the finest one before the frames count as uneven."""
 _SCALER = 0x200 | 0x2000 | 0x40000
 """SWS_LANCZOS, SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND of libswscale: without the last two, chroma is repeated and not
 interpolated, and pictures come out one level too dark (4 dB on the shipped clip)."""
@@ -250,6 +254,13 @@ def _video_notes(container: InputContainer, stream: VideoStream) -> tuple[str, .
         notes.append("the sound is left out")
     if not (stream.average_rate or stream.guessed_rate):
         notes.append("the file has no frame rate: 25 per second assumed")
+    elif stream.average_rate and stream.base_rate and abs(stream.average_rate / stream.base_rate - 1) > _EVEN:
+        notes.append("the frames come at uneven times: all are taken, at their average rate")
+    context: Any = stream.codec_context
+    if context.format is not None and any(component.is_alpha for component in context.format.components):
+        notes.append("the alpha channel is left out")
+    if context.color_trc in _HDR:
+        notes.append("its colours are HDR: they are taken as they are, without tone mapping")
     return tuple(notes)
 
 

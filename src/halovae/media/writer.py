@@ -19,6 +19,8 @@ from halovae.files import atomic, first_line, reason
 SUFFIXES = (".mp4", ".png")
 CRF = 16
 """Of x264: visually lossless for most content, so that what is seen is the VAE's doing."""
+_ENCODER = {"preset": "medium", "x264-params": "mbtree=0"}
+"""Of x264. Its macroblock tree makes different files of the same frames, one time in five on small noisy ones."""
 _SCALER = 0x200 | 0x40000
 """SWS_LANCZOS and SWS_ACCURATE_RND of libswscale."""
 _BT709 = 1
@@ -30,6 +32,7 @@ def write(
     frames: NDArray[np.uint8],
     fps: Fraction,
     advance: Callable[[], None] = lambda: None,
+    crf: int | None = None,
 ) -> tuple[str, ...]:
     """Write `frames` to `path`; its suffix chooses the format. A file of that name is replaced at the very end.
 
@@ -38,6 +41,7 @@ def write(
         frames: (frames, height, width, 3), RGB. PNG takes one frame only.
         fps: frames per second.
         advance: called after each frame.
+        crf: of x264, 0 to 51; 0 loses nothing but colour resolution. None: `CRF`.
 
     Returns:
         Notes on what a reader might not expect of the file.
@@ -51,7 +55,7 @@ def write(
             Image.fromarray(frames[0]).save(draft, format="PNG")
         advance()
         return ()
-    return _write_mp4(path, frames, fps, advance)
+    return _write_mp4(path, frames, fps, advance, CRF if crf is None else crf)
 
 
 def check_still(path: Path, frames: int) -> None:
@@ -64,13 +68,15 @@ def check_still(path: Path, frames: int) -> None:
         raise InputError(f"output {path} is one image, but there are {frames} frames: name it .mp4")
 
 
-def _write_mp4(path: Path, frames: NDArray[np.uint8], fps: Fraction, advance: Callable[[], None]) -> tuple[str, ...]:
+def _write_mp4(
+    path: Path, frames: NDArray[np.uint8], fps: Fraction, advance: Callable[[], None], crf: int
+) -> tuple[str, ...]:
     height, width = frames.shape[1:3]
     # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
     even = height % 2 == 0 and width % 2 == 0
     try:
         with atomic(path) as draft, av.open(str(draft), mode="w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": str(CRF), "preset": "medium"})
+            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), **_ENCODER})
             _describe(stream, height, width, "yuv420p" if even else "yuv444p")
             for pixels in frames:
                 container.mux(stream.encode(_to_yuv(pixels, stream)))
