@@ -1,17 +1,19 @@
 """Exact mode on N ranks against one rank un-parallel and against DistVAE, in one run.
 
     pip install --no-deps distvae==0.1.0
-    python benchmarks/exact.py --ranks 2
+    python benchmarks/exact.py --ranks 1 2 4 8 --json benchmarks/results/exact.json
 
 One thread per rank. `limit` is what the machine allows: every rank runs the un-parallel VAE on its own part of the
-picture at the same time, with no communication. Times are medians of interleaved rounds, of the slowest rank; memory is
-the growth of the resident memory of a fresh process during one call, on the rank where it grew most.
+picture at the same time, with no communication; `fast limit` is the same with `halovae.optimize` on each rank, and
+`fast s` is one rank with it: exact mode uses the same kernels. Times are medians of interleaved rounds, of the slowest
+rank; memory is the growth of the resident memory of a fresh process during one call, on the rank where it grew most.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
-from harness import EAGER_FREE, interleaved, report, run_ranks
+from harness import EAGER_FREE, interleaved, report, resident, run_ranks
 
 import halovae
 from halovae.memory import PeakMemory
@@ -69,11 +71,15 @@ def measure_time(rank: int, case: dict[str, Any], half: str, repeats: int) -> di
     ranks = dist.get_world_size()
     plain, ours, peer = build(case), build(case), distvae(build(case))
     handle = halovae.parallelize(ours, axis="height")
+    fast = build(case)
+    halovae.optimize(fast)
     whole, part = picture(case, half), picture(case, half, ranks)
     variants = {
         "one": lambda: call(plain, half, whole) if rank == 0 else None,
         "exact": lambda: call(ours, half, whole),
         "limit": lambda: call(plain, half, part),
+        "fast": lambda: call(fast, half, whole) if rank == 0 else None,
+        "fast limit": lambda: call(fast, half, part),
     }
     expected, found = call(plain, half, whole), call(ours, half, whole)
     result: dict[str, Any] = {"error": _distance(found, expected), "peer_error": None}
@@ -82,7 +88,8 @@ def measure_time(rank: int, case: dict[str, Any], half: str, repeats: int) -> di
         result["peer_error"] = _distance(call(peer, half, whole), expected)
     result |= interleaved(variants, repeats)
     assert handle.last is not None
-    return result | {"messages": handle.last.messages, "bytes": handle.last.bytes}
+    last = handle.last
+    return result | {"messages": last.messages, "bytes": last.bytes, "wait": last.wait_seconds}
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -99,31 +106,29 @@ def measure_memory(rank: int, case: dict[str, Any], half: str, variant: str) -> 
     small = tensor[..., : tensor.shape[-2] // 4, : tensor.shape[-1] // 4].contiguous()
     call(vae, half, small)  # libraries load and groups connect outside the measurement
     gc.collect()
-    before = _resident()
+    before = resident()
     memory = PeakMemory(torch.device("cpu"))
     if variant != "one" or rank == 0:
         call(vae, half, tensor)
     return (memory.read() or 0) - before
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of the cases to run")
+    parser.add_argument("--halves", nargs="*", default=["encode", "decode"], choices=["encode", "decode"])
+    parser.add_argument("--size", type=int, nargs=3, metavar=("HEIGHT", "WIDTH", "FRAMES"), help="default: each case's")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for index in options.cases:
-        for half in ("encode", "decode"):
-            rows.append(row(CASES[index], half, options.ranks, options.repeats, options.memory))
-            print(rows[-1], file=sys.stderr, flush=True)
-    report(f"exact mode on {options.ranks} ranks", rows, options.json)
+    for index, half, ranks in itertools.product(options.cases, options.halves, options.ranks):
+        case = CASES[index] | ({"size": tuple(options.size)} if options.size else {})
+        rows.append(row(case, half, ranks, options.repeats, options.memory))
+        print(rows[-1], file=sys.stderr, flush=True)
+    report("exact mode", rows, options.json)
 
 
 def row(case: dict[str, Any], half: str, ranks: int, repeats: int, with_memory: bool) -> dict[str, Any]:
@@ -139,16 +144,20 @@ def row(case: dict[str, Any], half: str, ranks: int, repeats: int, with_memory: 
     return {
         "case": name,
         "half": half,
+        "ranks": ranks,
         "one rank s": times["one"],
         "exact s": times["exact"],
         "DistVAE s": times["peer"] if has_peer else "-",
         "speed-up": times["one"] / times["exact"],
         "limit": times["one"] / times["limit"],
         "of limit": times["limit"] / times["exact"],
+        "fast s": times["fast"],
+        "of fast limit": times["fast limit"] / times["exact"],
         "x DistVAE": times["peer"] / times["exact"] if has_peer else "-",
         "error": f"{times['error']:.0e}",
         "DistVAE error": f"{times['peer_error']:.0e}" if has_peer else "-",
         "messages": max(r["messages"] for r in per_rank),
+        "wait s": max(r["wait"] for r in per_rank),
         "MiB sent": max(r["bytes"] for r in per_rank) / 2**20,
         "one MiB": _rounded(memory, "one"),
         "exact MiB": _rounded(memory, "exact"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
 import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -37,22 +39,21 @@ def run_ranks(ranks: int, work: Callable[..., Any], *args: Any, env: Mapping[str
 
 
 def _run_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_enter, (ranks, port, queue, work, args), nprocs=ranks)
-    results = dict(queue.get() for _ in range(ranks))
-    return [results[rank] for rank in range(ranks)]
+    # Through files: a queue blocks a rank whose result is larger than its pipe, and with it all ranks.
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, (ranks, port, folder, work, args), nprocs=ranks)
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(ranks)]
 
 
-def _enter(rank: int, ranks: int, port: int, queue: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _enter(rank: int, ranks: int, port: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     with torch.inference_mode():
-        queue.put((rank, work(rank, *args)))
+        Path(folder, str(rank)).write_bytes(pickle.dumps(work(rank, *args)))
     dist.destroy_process_group()
 
 
@@ -71,6 +72,11 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def machine() -> dict[str, Any]:

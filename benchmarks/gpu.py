@@ -1,0 +1,206 @@
+"""One GPU: diffusers against halovae in one run, and what N GPUs would take.
+
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json
+
+Wan 2.1 and 2.2 architectures with random weights in bfloat16. Times are medians of interleaved rounds by events of
+the device, memory is the most that was allocated during a call beyond the weights. The error of both is measured
+against the same VAE in float32, at a smaller size.
+
+The time of N GPUs is a projection, not a measurement: the shard of the first, a middle and the last rank runs alone
+on this GPU, with its halos left blank, and the slowest of them counts; to it is added the time of its messages on a
+link of the stated speed, as if nothing of it were hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from harness import report, run_ranks
+from torch import Tensor
+
+import halovae
+from halovae.comm import SoloComm
+from halovae.exact.mesh import Mesh
+from halovae.exact.run import run_sharded
+from halovae.plan import plan_shards
+from halovae.target import Target
+
+WAN_2_2 = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12,
+    "out_channels": 12, "scale_factor_spatial": 16,
+}  # fmt: skip
+MODELS: dict[str, tuple[dict[str, Any], int, int]] = {"Wan 2.1": ({}, 16, 8), "Wan 2.2": (WAN_2_2, 48, 16)}
+"""Configuration, latent channels, spatial ratio."""
+CASES = [("Wan 2.1", (480, 832, 81)), ("Wan 2.1", (720, 1280, 81)), ("Wan 2.2", (480, 832, 81))]
+LINK_BYTES_PER_SECOND = 300e9
+LINK_SECONDS_PER_MESSAGE = 20e-6
+
+
+class LonelyComm(SoloComm):
+    """A rank of many whose neighbours never answer: it counts what it would send, and receives zeros."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Any:
+        self.traffic.messages += len(sends)
+        self.traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
+        for _, buffer in receives:
+            buffer.zero_()
+        return super().post([], [])
+
+
+def build(model: str, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    logging.disable(logging.WARNING)  # diffusers warns of .to(dtype) for an empty list of modules
+    return AutoencoderKLWan(**MODELS[model][0]).to("cuda", dtype).eval().requires_grad_(False)
+
+
+def picture(model: str, size: tuple[int, int, int], half: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    height, width, frames = size
+    _, channels, ratio = MODELS[model]
+    shape = (3, frames, height, width) if half == "encode" else (
+        channels, (frames - 1) // 4 + 1, height // ratio, width // ratio)  # fmt: skip
+    generator = torch.Generator("cuda").manual_seed(1)
+    return torch.randn((1, *shape), generator=generator, device="cuda").clamp_(-1, 1).to(dtype)
+
+
+def call(vae: Any, half: str, tensor: Tensor) -> Tensor:
+    return vae.encode(tensor).latent_dist.parameters if half == "encode" else vae.decode(tensor).sample
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    for variant in variants.values():
+        variant()
+    rounds = [{name: seconds(variant) for name, variant in variants.items()} for _ in range(repeats)]
+    return {name: statistics.median(each[name] for each in rounds) for name in variants}
+
+
+def peak_gib(run: Callable[[], Any]) -> float:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def errors(model: str, half: str) -> tuple[float, float]:
+    """Relative distance of diffusers and of halovae in bfloat16 to diffusers in float32."""
+    size = (256, 256, 17)
+    truth = call(build(model, torch.float32), half, picture(model, size, half).float())
+    plain = call(build(model), half, picture(model, size, half))
+    vae = build(model)
+    with halovae.parallelize(vae):
+        ours = call(vae, half, picture(model, size, half))
+    return tuple(((found.float() - truth).norm() / truth.norm()).item() for found in (plain, ours))  # type: ignore
+
+
+def row(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
+    plain, ours, tensor = build(model), build(model), picture(model, size, half)
+    handle = halovae.parallelize(ours)
+    variants = {"diffusers": partial(call, plain, half, tensor), "halovae": partial(call, ours, half, tensor)}
+    times = interleaved(variants, repeats)
+    memory = {name: peak_gib(variant) for name, variant in variants.items()}
+    handle.restore()
+    error, our_error = errors(model, half)
+    return {
+        "case": f"{model} {'x'.join(map(str, size))}",
+        "half": half,
+        "diffusers s": times["diffusers"],
+        "halovae s": times["halovae"],
+        "speed-up": times["diffusers"] / times["halovae"],
+        "diffusers GiB": memory["diffusers"],
+        "halovae GiB": memory["halovae"],
+        "diffusers error": f"{error:.1e}",
+        "halovae error": f"{our_error:.1e}",
+    }
+
+
+def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, repeats: int) -> dict[str, Any]:
+    """The slowest shard alone, and its messages."""
+    tensor, target = picture(model, size, half), Target(build(model))
+    ratio = MODELS[model][2] if half == "encode" else 1
+    plan = plan_shards(*tensor.shape[-2:], ratio, ranks, "auto")
+    shards: list[tuple[float, LonelyComm]] = []
+    for rank in sorted({0, ranks // 2, ranks - 1}):
+        comm = LonelyComm(rank, ranks)
+        shard = partial(
+            run_sharded, Mesh(comm, plan.shape), partial(target.run_untiled, half), (tensor,), {}, plan.bounds
+        )
+        shard()
+        comm.traffic = type(comm.traffic)()
+        shard()
+        sent = comm.traffic
+        shards.append((statistics.median(seconds(shard) for _ in range(repeats)), comm))
+        comm.traffic = sent
+    slowest, comm = max(shards, key=lambda pair: pair[0])
+    link = comm.traffic.bytes / LINK_BYTES_PER_SECOND + comm.traffic.messages * LINK_SECONDS_PER_MESSAGE
+    return {
+        "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks,
+        "grid": "x".join(map(str, plan.shape)), "slowest shard s": slowest, "messages": comm.traffic.messages,
+        "MiB sent": comm.traffic.bytes / 2**20, "link s": link, "projected s": slowest + link,
+    }  # fmt: skip
+
+
+def two_processes(rank: int) -> float:
+    """Two ranks on one GPU in float64, their messages by way of the host: the largest relative difference."""
+    size, worst = (64, 96, 9), 0.0
+    for half in ("encode", "decode"):
+        plain, ours = build("Wan 2.1", torch.float64), build("Wan 2.1", torch.float64)
+        tensor = picture("Wan 2.1", size, half, torch.float64)
+        halovae.parallelize(ours)
+        expected, found = call(plain, half, tensor), call(ours, half, tensor)
+        worst = max(worst, ((found - expected).abs().max() / expected.abs().max()).item())
+    return worst
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of the cases to run")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8], help="numbers of GPUs to project to")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    halves = ("encode", "decode")
+    rows: list[dict[str, Any]] = []
+    for model, size in [CASES[index] for index in options.cases]:
+        for half in halves:
+            rows.append(row(model, size, half, options.repeats))
+            print(rows[-1], file=sys.stderr, flush=True)
+    if rows:
+        report(f"one {device}", rows, options.json)
+    projected = [projection(*CASES[0], half, n, options.repeats) for half in halves for n in options.ranks]
+    if projected:
+        link = f"{LINK_BYTES_PER_SECOND / 1e9:.0f} GB/s, {LINK_SECONDS_PER_MESSAGE * 1e6:.0f} us a message"
+        second = options.json and options.json.with_stem(f"{options.json.stem}-projection")
+        print()
+        report(f"projection from one {device}: {link}", projected, second)
+    sys.stdout.flush()
+    worst = max(run_ranks(2, two_processes))
+    print(f"\ntwo processes on one GPU, float64: largest difference {worst:.1e} of the largest value")
+
+
+if __name__ == "__main__":
+    main()
