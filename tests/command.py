@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 import torch
 from families import FAMILIES
 
+_PR_SET_PDEATHSIG = 1
 PATIENCE = 300
 """Seconds until a command is taken for stuck: most of its time is spent importing, which a busy machine makes long."""
 
@@ -37,6 +40,12 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     """The program in a process of its own."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen([sys.executable, "-m", "halovae", *arguments], **options)
+
+
+def end_with_parent() -> None:
+    """For `preexec_fn`: the child is killed when the tests are, however they end. On Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

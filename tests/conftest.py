@@ -1,12 +1,31 @@
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
+from pathlib import Path
 
+import hypothesis.core
 import pytest
 import torch
+
+if torch.accelerator.device_count() == 0:
+    # Without an accelerator Triton's interpreter runs the kernels. Read when Triton is imported, as others do too.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from ranks import Ranks
+from servers import Server
+
+from halovae.pipelines.demo import make_demo_model
 
 torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """The seed of this run's random examples; `--hypothesis-seed` gives the same ones again."""
+    if hypothesis.core.global_force_seed is None:
+        hypothesis.core.global_force_seed = random.SystemRandom().randrange(2**32)
+    return f"hypothesis seed {hypothesis.core.global_force_seed}"
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +47,20 @@ def four_ranks() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `halovae make-demo-model` writes."""
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    make_demo_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One on two ranks, for the tests that leave it as it was."""
+    running = Server(demo_model, tmp_path_factory.mktemp("server") / "store", "--ranks", "2").until_ready()
+    yield running
+    code, said = running.stop()
+    assert code == 0, said

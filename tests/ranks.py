@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ class Ranks:
 
     Args:
         size: number of ranks.
+        preload: modules that all ranks of this program need, imported once: makes ranks that soon end cheap.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, preload: Sequence[str] = ()) -> None:
         self.size = size
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver" if preload else "spawn")
+        if preload:
+            context.set_forkserver_preload(list(preload))
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
@@ -39,21 +43,44 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
             process.start()
+            theirs.close()  # Else the end of the process would not end its pipe.
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(rank, *args)` on every rank; the results in rank order. The function is found by its name."""
-        for pipe in self._pipes:
-            pipe.send((function.__module__, function.__qualname__, args))
-        answers = [pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else (False, "no answer in time") for pipe in self._pipes]
+        self.begin(function, *args)
+        answers = [self.answer(rank) for rank in range(self.size)]
         if not all(ok for ok, _ in answers):
             raise RanksFailed("\n".join(f"rank {i}: {value}" for i, (ok, value) in enumerate(answers) if not ok))
         return [value for _, value in answers]
 
+    def begin(self, function: Callable[..., Any], *args: Any) -> None:
+        """As `run`, without waiting."""
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__qualname__, args))
+
+    def answer(self, rank: int, seconds: float = TIMEOUT_SECONDS) -> tuple[bool, Any]:
+        """Whether a rank's function has returned, and what; else the traceback, or why there is none."""
+        pipe = self._pipes[rank]
+        try:
+            return pipe.recv() if pipe.poll(seconds) else (False, "no answer in time")
+        except EOFError:
+            return False, "its process has ended"
+
+    def pid(self, rank: int) -> int:
+        return self._processes[rank].pid
+
+    def kill(self) -> None:
+        """End the processes without a word."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
     def close(self) -> None:
         for pipe in self._pipes:
-            pipe.send(None)
+            with suppress(OSError):
+                pipe.send(None)
         for process in self._processes:
             process.join(5)
             process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from threads import ThreadComm, run_threads
 from torch import Tensor
 
+from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
 from halovae.exact.mode import ShardMode
 from halovae.exact.partition import Bounds, gather, scatter
+from halovae.kernels.mode import FastMode, finished
 from halovae.trees import map_tensors
 
 EXACT = 1e-12
@@ -23,16 +26,18 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def on_shards(function: Callable[..., Any], inputs: tuple[Tensor, ...], bounds: Bounds) -> list[Any]:
-    """Every rank's gathered result of `function` on shards of the inputs."""
+def on_shards(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], bounds: Bounds, fast: bool = False
+) -> list[Any]:
+    """Every rank's gathered result of `function` on shards of the inputs; `fast`: with the kernels of fast mode."""
     shape = len(bounds[0]) - 1, len(bounds[1]) - 1
 
     def work(comm: ThreadComm) -> Any:
         mesh = Mesh(comm, shape)
         shards = [scatter(mesh, tensor, bounds) for tensor in inputs]
-        with ShardMode(mesh):
+        with FastMode() if fast else nullcontext(), ShardMode(mesh):
             result = function(*shards)
-        return map_tensors(lambda t: gather(mesh, t), result)
+        return map_tensors(lambda t: gather(mesh, mark(finished(t), layout_of(t))), result)
 
     return run_threads(shape[0] * shape[1], work)
 

@@ -20,6 +20,7 @@ PUBLIC = {
     "RankFailedError",
     "Sharded",
     "VerificationError",
+    "optimize",
     "parallelize",
     "sharded",
 }

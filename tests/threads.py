@@ -40,6 +40,10 @@ class ThreadComm:
         self.rank, self.size, self._queues = rank, size, queues
         self.traffic = Traffic()
 
+    @property
+    def key(self) -> object:
+        return self
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.post(sends, receives).wait()
 
@@ -55,6 +59,9 @@ class ThreadComm:
         for peer in range(self.size):
             self._queues[self.rank, peer].put(value)
         return [_received(self._queues[peer, self.rank]) for peer in range(self.size)]
+
+    def check(self) -> None:
+        return
 
 
 def run_threads(size: int, work: Callable[[ThreadComm], Any]) -> list[Any]:

@@ -1,0 +1,176 @@
+"""One fails, all know: in time, by name, and the next call is right. With real gloo ranks that raise, die and stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+from families import EXACT, FAMILIES
+from pictures import error, kl, latents, pixels
+from ranks import Ranks
+
+import halovae
+from halovae.errors import RankFailedError
+
+SOON = 10.0
+
+
+class Boom(Exception):
+    """What no other code raises."""
+
+
+def bomb(vae: Any, after: int, action: Any) -> Any:
+    """A hook that acts when the network's submodules have been called `after` times."""
+    count = 0
+
+    def hook(module: Any, args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == after:
+            action()
+
+    handles = [module.register_forward_pre_hook(hook) for module in vae.modules()]
+    return lambda: [handle.remove() for handle in handles]
+
+
+def raise_boom() -> None:
+    raise Boom("the weather is bad")
+
+
+def raise_oom() -> None:
+    raise torch.OutOfMemoryError("out of memory: tried to allocate 80 GiB")
+
+
+def fail_then_succeed(rank: int, size: int, mode: str) -> list[float]:
+    """20 failed calls, of another rank, half and moment each, and after each a right one."""
+    vae, x, z = kl(), pixels(96, 96, batch=1), latents(12, 12, batch=1)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+    vae.use_tiling = mode == "tile"
+    expected = {"encode": vae.encode(x)[0].parameters, "decode": vae.decode(z)[0]}
+    seconds: list[float] = []
+    with halovae.parallelize(vae, mode=mode, verify=False) as handle:
+        vae.encode(x), vae.decode(z)  # The first ones try what the VAE takes: an error there is an answer.
+        for number in range(20):
+            half, picture = (("encode", x), ("decode", z))[number % 2]
+            bad, action = number % size, raise_oom if number % 3 else raise_boom
+            disarm = bomb(vae, 1 + 7 * number % 25, action) if rank == bad else lambda: None
+            started = time.monotonic()
+            with pytest.raises((Boom, torch.OutOfMemoryError) if rank == bad else RankFailedError) as caught:
+                getattr(vae, half)(picture)
+            seconds.append(time.monotonic() - started)
+            disarm()
+            if rank != bad:
+                cause = ("Boom: the weather", "OutOfMemoryError: out of memory")[action is raise_oom]
+                assert caught.value.rank == bad
+                assert cause in str(caught.value)
+                assert f"in {action.__name__}" in caught.value.details
+            found = vae.encode(x)[0].parameters if half == "encode" else vae.decode(z)[0]
+            assert error(found, expected[half]) <= EXACT
+        assert handle.last is not None
+    return seconds
+
+
+@pytest.mark.parametrize("mode", ["exact", "tile"])
+def test_a_failure_is_raised_on_all_and_the_next_call_is_right(three_ranks: Ranks, mode: str) -> None:
+    assert max(max(each) for each in three_ranks.run(fail_then_succeed, 3, mode)) < SOON
+
+
+def with_spares(rank: int) -> None:
+    vae, z = kl(), latents()
+    expected = vae.decode(z)[0]
+    with halovae.parallelize(vae, size=2, verify=False):
+        disarm = bomb(vae, 20, raise_boom) if rank == 1 else lambda: None
+        with pytest.raises(Boom if rank == 1 else RankFailedError):
+            vae.decode(z)
+        disarm()
+        assert error(vae.decode(z)[0], expected) <= EXACT
+
+
+def test_spare_ranks_know_too(three_ranks: Ranks) -> None:
+    three_ranks.run(with_spares)
+
+
+def two_at_once(rank: int) -> None:
+    vae, z = kl(), latents()
+    expected = vae.decode(z)[0]
+    with halovae.parallelize(vae, verify=False):
+        disarm = bomb(vae, 1 + rank, raise_boom)
+        with pytest.raises((Boom, RankFailedError)):
+            vae.decode(z)
+        disarm()
+        assert error(vae.decode(z)[0], expected) <= EXACT
+
+
+def test_several_fail_at_once(three_ranks: Ranks) -> None:
+    three_ranks.run(two_at_once)
+
+
+def caches(rank: int) -> None:
+    family = FAMILIES["magvit"]
+    vae, x = family.build().to(torch.float64), family.sample(torch.float64)
+    expected = vae.encode(x)[0].parameters
+    with halovae.parallelize(vae):
+        vae.encode(x)
+        disarm = bomb(vae, 60, raise_boom) if rank == 0 else lambda: None
+        with pytest.raises(Boom if rank == 0 else RankFailedError):
+            vae.encode(x)
+        disarm()
+        assert error(vae.encode(x)[0].parameters, expected) <= family.encode_tolerance
+
+
+def test_what_a_broken_call_leaves_in_the_network_is_cleared(two_ranks: Ranks) -> None:
+    two_ranks.run(caches)
+
+
+# ---- processes that end or stop --------------------------------------------------------------------------------------
+
+
+def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple[float, int, str]:
+    """Call until a rank fails: seconds since the victim acted, which rank is blamed, and why."""
+    torch.set_grad_enabled(False)
+    vae = FAMILIES["kl"].build().to(torch.float64)
+    z = latents()
+    halovae.parallelize(vae, verify=False, timeout=patience)
+    vae.decode(z)
+    if rank == victim:
+        kind = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
+        bomb(vae, 20, lambda: os.kill(os.getpid(), kind))
+    started = time.monotonic()
+    try:
+        for _ in range(2):
+            vae.decode(z)
+    except RankFailedError as failure:
+        return time.monotonic() - started, failure.rank, failure.message
+    raise AssertionError("no failure")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_at_once(victim: int) -> None:
+    ranks = Ranks(3, preload=["families", "halovae"])
+    ranks.begin(until_failure, victim, "kill", 60.0)
+    for rank in {0, 1, 2} - {victim}:
+        ok, said = ranks.answer(rank)
+        assert ok, said
+        assert said[0] < SOON
+        assert said[1:] == (victim, "its process has ended")
+    ranks.kill()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_named_after_the_time_out(victim: int) -> None:
+    ranks = Ranks(3, preload=["families", "halovae"])
+    ranks.begin(until_failure, victim, "stop", 2.0)
+    for rank in {0, 1, 2} - {victim}:
+        ok, said = ranks.answer(rank)
+        assert ok, said
+        assert 1 < said[0] < SOON
+        assert said[1] == victim
+        assert said[2].startswith("no sign of life for 2 s")
+    os.kill(ranks.pid(victim), signal.SIGCONT)
+    ok, said = ranks.answer(victim)
+    assert ok, said
+    ranks.kill()

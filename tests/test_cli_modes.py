@@ -1,0 +1,124 @@
+"""`--mode`, the sizes of tiles, and the names that other projects have for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from clips import CLIP
+from command import enter, run, saved
+from families import FAMILIES
+
+from halovae.cli.main import main
+from halovae.cli.modes import Work, parse_work
+from halovae.errors import InputError
+from halovae.media import read
+from halovae.tile.settings import TileSettings
+
+RUN = ["roundtrip", str(CLIP), "-o", "o.mp4", "--frames", "0:5", "--height", "48"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved("wan21", tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture(scope="session")
+def without_tiles(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved("vq", tmp_path_factory.mktemp("models") / "vq")
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return enter(tmp_path, monkeypatch)
+
+
+REFUSED = {
+    "word": (["--mode", "tiles"], "--mode tiles: give exact, tile or auto"),
+    "size in exact mode": (["--tile-size", "64,64"], "--tile-size 64,64: exact mode has no tiles; add --mode tile"),
+    "overlap in exact mode": (["--mode", "exact", "--tile-overlap", "16,16"], "--tile-overlap 16,16: exact mode has"),
+    "one size": (["--mode", "tile", "--tile-size", "64"], "--tile-size 64: give height and width"),
+    "no size": (["--mode", "tile", "--tile-size", "0,64"], "--tile-size 0,64: give height and width"),
+    "axis of tiles": (["--mode", "tile", "--axis", "height"], "--axis height: tiles are not cut"),
+    "two modes": (["--vae-use-tiling", "--mode", "auto"], "--vae-use-tiling means --mode tile, but --mode auto"),
+    "patches": (["--vae-patch-parallel-size", "0"], "Invalid value for '--vae-patch-parallel-size'"),
+    "more patches than ranks": (["--ranks", "2", "--vae-patch-parallel-size", "3"], "there are only 2 ranks"),
+    "odd sizes": (
+        ["--mode", "tile", "--tile-size", "60,60"],
+        "tiles of 60 pixels that overlap by 16: AutoencoderKLWan",
+    ),
+    "large overlap": (["--mode", "tile", "--tile-overlap", "256,256"], "tiles of 256 pixels can't overlap by 256"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str, tiny: str, in_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments, message = REFUSED[name]
+    assert main([*RUN, "--model", tiny, *arguments]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("halovae: error: ")
+    assert message in last
+    assert not list(in_folder.iterdir())
+
+
+def test_a_vae_without_tiles(without_tiles: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--model", without_tiles, "--mode", "tile", "--tile-size", "64,64"]) == 2
+    assert "the tiles of VQModel can't be set" in capsys.readouterr().err
+
+
+def test_a_size_alone_keeps_the_share_of_the_overlap() -> None:
+    vae = FAMILIES["wan21"].build()
+    Work(mode="tile", tile_size=(64, 128)).set_tiles(vae)
+    tiles = TileSettings.of(vae)
+    assert tiles is not None
+    assert (tiles.size, tiles.overlap) == ((64, 128), (16, 32))
+
+
+def test_one_setting_for_both_axes() -> None:
+    with pytest.raises(InputError, match="one setting for both axes"):
+        Work(mode="tile", tile_size=(64, 128)).set_tiles(FAMILIES["kl"].build())
+
+
+def test_the_names_of_others_mean_tiles() -> None:
+    work = parse_work(None, None, None, True, 4)
+    assert (work.mode, work.ranks) == ("tile", 4)
+    assert "--mode tile" in work.notes[0]
+
+
+def test_tiles_on_two_ranks(tiny: str) -> None:
+    """Under the names of vLLM-Omni; ranks that hold no picture end well."""
+    names = ["--vae_use_tiling", "--vae_patch_parallel_size", "2", "--tile-size", "32,32", "--tile-overlap", "8,8"]
+    code, output, errors = run(*RUN, "--model", tiny, "--json", "o.json", *names)
+    assert code == 0, errors
+    assert "note: --vae-use-tiling: this is --mode tile" in errors
+    assert "tiles of 32 x 32 that overlap by 8 x 8" in output
+    document = json.loads(Path("o.json").read_text())
+    assert document["ranks"] == 2
+    assert [half["decode"]["mode"] for half in document["per_rank"]] == ["tile"] * 2
+    assert document["per_rank"][0]["decode"]["tiles"] > 2
+    several = read(Path("o.mp4")).frames
+    assert main([*RUN, "--model", tiny, "--mode", "tile", "--tile-size", "32,32", "--tile-overlap", "8,8"]) == 0
+    assert (read(Path("o.mp4")).frames == several).all()
+
+
+def test_compare_shows_the_seams(tiny: str) -> None:
+    arguments = ["--model", tiny, "--mode", "tile", "--tile-size", "32,32", "--ranks", "2", "--compare"]
+    code, output, errors = run(*RUN, *arguments, "--json", "o.json")
+    assert code == 0, errors
+    assert "tiles on 2 ranks against the VAE's own tiles on one rank: same bits" in output
+    assert "within 8 px of tile borders" in output
+    document = json.loads(Path("o.json").read_text())
+    assert document["same_bits"] is True
+    assert 0 < document["near_borders"]["share"] < 1
+    ways = {name: way["to_untiled"] for name, way in document["ways"].items()}
+    assert ways["tile"] == ways["own_tiles"]
+    assert ways["tile"]["largest"] >= ways["tile"]["border_largest"] > 100 * ways["exact"]["largest"]
+    assert ways["untiled"]["largest"] == 0
+
+
+def test_auto_says_what_it_chose(tiny: str) -> None:
+    code, output, errors = run(*RUN, "--model", tiny, "--mode", "auto", "--ranks", "2")
+    assert code == 0, errors
+    assert "\nauto: " in output
+    assert "link " in output

@@ -1,0 +1,153 @@
+"""The commands that run whole pipelines, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clips import CLIP
+from command import enter, names, run
+
+from halovae.cli.main import main
+from halovae.media import read
+
+COFFEE = str(CLIP.parent / "coffee.png")
+SMALL = ["--image", COFFEE, "--prompt", "a cup", "--height", "64", "--width", "96", "--num-frames", "5"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "demo"
+    assert main(["make-demo-model", str(folder)]) == 0
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return enter(tmp_path, monkeypatch)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.square(one.astype(float) - other).mean()))
+
+
+def test_the_published_command_on_two_ranks(demo: str) -> None:
+    """Flag by flag as it stands, but for model, size and steps."""
+    code, output, errors = run(
+        "image-to-video", "--model", demo, "--image", COFFEE, "--prompt", "a cup of coffee", "--negative-prompt",
+        "blurred", "--height", "128", "--width", "192", "--num-frames", "9", "--guidance-scale", "4.0",
+        "--num-inference-steps", "3", "--flow-shift", "12.0", "--fps", "16", "--output", "i2v_output.mp4",
+        "--enable-layerwise-offload", "--ulysses-degree", "2", "--vae-patch-parallel-size", "2", "--vae-use-tiling",
+        "--ranks", "2", "--json", "run.json",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "--vae-use-tiling" in errors
+    clip = read(Path("i2v_output.mp4"))
+    assert clip.frames.shape == (9, 128, 192, 3)
+    assert clip.fps == 16
+    wanted = read(Path(COFFEE), height=128, width=192).frames[0]
+    assert psnr(clip.frames[0], wanted) > 15
+    assert psnr(clip.frames[8], wanted) > 15
+    assert psnr(clip.frames[0], wanted[::-1]) < 12
+    document = json.loads(Path("run.json").read_text())
+    assert document["ranks"] == 2
+    assert document["setup"]["vae_mode"] == "tile"
+    assert [call["mode"] for call in document["per_rank"][1]["vae_calls"]] == ["tile", "tile"]
+    for stage in ("load", "text encode", "vae encode", "denoise", "vae decode", "write"):
+        assert document["seconds"][stage] > 0
+        assert f"\n{stage}" in output
+    assert str(document["settings"]["seed"]) in output
+
+
+def test_one_seed_gives_one_picture(demo: str) -> None:
+    """On one rank and on three, which share the VAE alone. One frame, because a video's codec loses something."""
+    for ranks, name in ((1, "one.png"), (3, "three.png")):
+        arguments = ["--model", demo, *SMALL, "--num-frames", "1", "--num-inference-steps", "2", "--seed", "5"]
+        code, _, errors = run("image-to-video", *arguments, "-o", name, "--ranks", str(ranks))
+        assert code == 0, errors
+    one, three = (read(Path(name)).frames.astype(int) for name in ("one.png", "three.png"))
+    assert one.std() > 20
+    assert np.abs(one - three).max() <= 1
+
+
+def test_dry_run_loads_no_weights(demo: str, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = in_folder / "configs"
+    shutil.copytree(demo, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    arguments = ["--model", str(copy), "--image", COFFEE, "--prompt", "", "--ranks", "4", "--ulysses-degree", "4"]
+    sizes = ["--height", "256", "--width", "384", "--num-frames", "9"]
+    before = names(in_folder)
+    assert main(["image-to-video", *arguments, *sizes, "--dry-run", "--json", "plan.json"]) == 0
+    assert names(in_folder) == before | {"plan.json"}
+    plan = json.loads(Path("plan.json").read_text())
+    assert plan["tokens"] == 3 * 16 * 24
+    assert plan["tokens_per_rank"] == 3 * 16 * 24 // 4
+    assert plan["vae"]["decode"]["shards"] == [2, 2]
+    assert {part["part"] for part in plan["parts"]} == {"vae", "transformer", "text_encoder"}
+    taken = {(row["half"], row["mode"], row["ranks"]): row["bytes"] for row in plan["vae_memory"]}
+    assert len(taken) == 6
+    for half in ("encode", "decode"):
+        assert taken[half, "exact", 1] / 4 < taken[half, "exact", 4] < taken[half, "exact", 1] / 2
+        assert taken[half, "tile", 4] > 0
+    assert "1152 tokens, 288 on each of 4 ranks" in capsys.readouterr().out
+
+
+REFUSED = [
+    (["--height", "100"], "--height 100 is not a multiple of 16: use 96 or 112"),
+    (["--num-frames", "6"], "--num-frames 6 is not a multiple of 4 plus 1: use 5 or 9"),
+    (["--ulysses-degree", "2"], "--ulysses-degree 2 needs 2 ranks, but there are 1: use --ranks 2"),
+    (["--ulysses-degree", "3", "--ranks", "3"], "does not divide the 8 attention heads of WanTransformer3DModel"),
+    (["--ulysses-degree", "8", "--ranks", "8", "--height", "80"], "60 tokens, which 8 ranks can't share evenly"),
+    (["--ring-degree", "2", "--ranks", "3"], "does not divide 3 ranks"),
+    (["--vae-patch-parallel-size", "3", "--ranks", "2"], "--vae-patch-parallel-size 3: give 1 to 2"),
+    (["--guidance-scale-high", "3"], "--guidance-scale-high can't be honoured"),
+    (["--flow-shift", "0"], "--flow-shift 0.0: give a number above 0"),
+    (["--enable-cpu-offload", "--enable-layerwise-offload"], "exclude each other"),
+    (["--image", "nowhere.png"], "nowhere.png does not exist"),
+    (["--image", str(CLIP)], "is a video: give a still image"),
+    (["--model", "nowhere"], "--model nowhere: no such folder"),
+    (["--model", "."], "has no model_index.json"),
+    (["-o", "nowhere/video.mp4"], "output folder nowhere does not exist"),
+    (["-o", "video.gif"], "must end with .mp4 or .png"),
+    (["-o", "video.png"], "is one image, but there are 5 frames"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED)
+def test_bad_input_is_one_line(
+    flags: list[str], message: str, demo: str, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["image-to-video", "--model", demo, *SMALL, *flags, "--dry-run"]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert names(in_folder) == set()
+
+
+def test_a_model_of_another_kind_is_refused(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["text-to-video", "--model", demo, "--prompt", "a cup", "--dry-run"]) == 2
+    assert "is a WanImageToVideoPipeline, which can't do text-to-video" in capsys.readouterr().err
+    assert main(["image-to-image", "--model", demo, "--image", COFFEE, "--prompt", "a cup", "--dry-run"]) == 2
+    assert "which can't do image-to-image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--boundary-ratio=0.5", "--enable-cpu-offload", "--attention-backend=none"])
+def test_what_a_run_can_not_honour_is_refused(flag: str, demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image-to-video", "--model", demo, *SMALL, flag, "--device", "cpu"]) == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_broken_image_stops_all_ranks(demo: str, in_folder: Path) -> None:
+    Path("broken.png").write_bytes(Path(COFFEE).read_bytes()[:5000])
+    arguments = ["--model", demo, *SMALL, "--image", "broken.png", "-o", "o.mp4"]
+    code, output, errors = run("image-to-video", *arguments, "--ranks", "2")
+    assert (code, output) == (2, "")
+    assert errors.count("\n") == 1
+    assert names(in_folder) == {"broken.png"}
+
+
+def test_an_existing_folder_is_no_place_for_a_model(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["make-demo-model", demo]) == 2
+    assert "is there already" in capsys.readouterr().err

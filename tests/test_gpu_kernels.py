@@ -1,0 +1,169 @@
+"""The Triton kernels against torch. Without an accelerator Triton's interpreter runs them (see `conftest.py`)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from halovae.kernels import gpu, gpu_chain
+from halovae.kernels.chain import Step
+from halovae.kernels.convolution import Window, on_gpu
+from halovae.kernels.gpu_convolution import Tile, convolve, pack, pack_upsampled, tile_for
+from halovae.kernels.joined import Joined
+
+SMALL = Tile(positions=32, channels=16, more_channels=16, depth=16, warps=4, stages=2)
+# Sums of a few hundred float32 products, added in another order.
+TOLERANCE = 1e-4
+
+
+def frames(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def picture_of(frames: Tensor) -> Tensor:
+    """(T, H, W, C) to (1, C, T, H, W)."""
+    return frames.permute(3, 0, 1, 2)[None]
+
+
+def frames_of(picture: Tensor) -> Tensor:
+    return picture[0].permute(1, 2, 3, 0)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (24, 5), (3, 40), (32, 96)])
+def test_convolution_over_time_and_space(inputs: int, outputs: int):
+    source, bias = frames(4, 5, 7, inputs), frames(outputs)
+    weight = frames(outputs, inputs, 3, 3, 3)
+    expected = frames_of(F.conv3d(picture_of(source), weight, bias, padding=(0, 1, 1)))
+    found = torch.empty_like(expected, memory_format=torch.contiguous_format)
+    convolve(source, pack(weight, SMALL), bias, SMALL, kernel=(3, 3, 3), stride=1, before=(1, 1), out=found)
+    assert error(found, expected) < TOLERANCE
+
+
+def test_stride_with_padding_after_only():
+    source, bias = frames(2, 6, 8, 16), frames(20)
+    weight = frames(20, 16, 1, 3, 3)
+    expected = frames_of(F.conv3d(F.pad(picture_of(source), (0, 1, 0, 1)), weight, bias, stride=(1, 2, 2)))
+    found = torch.empty_like(expected, memory_format=torch.contiguous_format)
+    convolve(source, pack(weight, SMALL), bias, SMALL, kernel=(1, 3, 3), stride=2, before=(0, 0), out=found)
+    assert error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(4, 6), (3, 5)])
+def test_upsampling_before_the_convolution_is_folded_into_it(size: tuple[int, int]):
+    source, bias = frames(2, *size, 16), frames(24)
+    weight = frames(24, 16, 3, 3)
+    large = F.interpolate(source.permute(0, 3, 1, 2), scale_factor=2, mode="nearest-exact")
+    expected = F.conv2d(large, weight, bias, padding=1).permute(0, 2, 3, 1)
+    found = torch.empty_like(expected, memory_format=torch.contiguous_format)
+    packed = pack_upsampled(weight, SMALL)
+    convolve(source, packed, bias, SMALL, kernel=(1, 2, 2), stride=1, before=(1, 1), out=found, upsample=2)
+    assert error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("outputs", [3, 96, 100, 128, 192, 384])
+@pytest.mark.parametrize("inputs", [3, 48, 96, 192])
+def test_every_tile_covers_all_channels_and_adds_up_to_its_width(inputs: int, outputs: int):
+    tile = tile_for(inputs, outputs)
+    packed = pack(torch.ones(outputs, inputs, 1, 1, 1), tile)
+    assert packed.shape[1] % tile.width == 0
+    assert packed.sum().item() == outputs * inputs
+
+
+@pytest.mark.parametrize("channels", [1, 24, 96])
+@pytest.mark.parametrize("silu", [True, False])
+def test_chain(channels: int, silu: bool):
+    source, factor, term = frames(50, channels), frames(channels), 0.25
+    expected = F.normalize(source, dim=1, eps=1e-12) * factor + term
+    found = torch.empty_like(source)
+    gpu_chain.run(source, found, normalize=1e-12, times=factor, plus=term, silu=silu)
+    assert error(found, F.silu(expected) if silu else expected) < 1e-6  # float32 rounding of a few steps
+
+
+def test_a_chain_without_a_norm():
+    source, factor = frames(10, 16), 3.0
+    found = torch.empty_like(source)
+    gpu_chain.run(source, found, times=factor)
+    assert error(found, source * factor) < 1e-6
+
+
+# ---- the functions that the rules call, on tensors as networks make them ----
+
+
+def video(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return frames(*shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("first_tap", [0, 2])
+def test_a_batch_of_videos(batch: int, first_tap: int):
+    source, weight, bias = video(batch, 16, 3, 6, 8), frames(20, 16, 3, 3, 3), frames(20)
+    expected = F.conv3d(source, weight[:, :, first_tap:], bias, padding=(0, 1, 1))
+    found = gpu.convolve(source, weight, bias, first_tap=first_tap, stride=1, before=(1, 1), size=(6, 8))
+    assert error(found, expected) < TOLERANCE
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_a_batch_of_pictures_upsampled():
+    source, weight, bias = frames(2, 16, 4, 5), frames(20, 16, 3, 3), frames(20)
+    expected = F.conv2d(F.interpolate(source, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    assert error(gpu.convolve_upsampled(source, weight, bias), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("bordered", [(2,), (3,), (2, 3)])
+def test_a_picture_upsampled_with_its_neighbours_rows(bordered: tuple[int, ...]):
+    source, weight, bias = frames(1, 16, 6, 5), frames(20, 16, 3, 3), frames(20)
+    whole = F.conv2d(F.interpolate(source, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    rows, cols = (slice(2, -2) if dim in bordered else slice(None) for dim in (2, 3))
+    assert error(gpu.convolve_upsampled(source, weight, bias, bordered), whole[:, :, rows, cols]) < TOLERANCE
+
+
+@pytest.mark.parametrize("pads", [{}, {2: (2, 0), 3: (1, 1), 4: (1, 1)}, {3: (0, 1), 4: (0, 1)}])
+def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "FEW_POSITIONS", 1)
+    parts = (video(1, 16, 2, 10, 12, dtype=torch.float16), video(1, 16, 1, 10, 12, dtype=torch.float16))
+    weight, bias = frames(8, 16, 3, 3, 3).half(), frames(8).half()
+    stride = (1, 2, 2) if pads.get(3) == (0, 1) else (1, 1, 1)
+    joined = Joined(parts, pads=pads)
+    whole = F.pad(torch.cat(parts, 2), [p for dim in (4, 3, 2) for p in pads.get(dim, (0, 0))])
+    expected = F.conv3d(whole.float(), weight.float(), bias.float(), stride)
+    found = on_gpu(joined, Window(weight, bias, stride, (1, 1, 1)))
+    assert (
+        error(found.float(), expected) < 2**-10
+    )  # one rounding to float16; the interpreter has no products of bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 24, 2, 3, 4), (2, 24, 3, 4)])
+def test_a_chain_of_a_picture(shape: tuple[int, ...], dtype: torch.dtype):
+    source = frames(*shape).to(dtype)
+    gamma = frames(24, *[1] * (len(shape) - 2))
+    steps = [Step("normalize", (1, 1e-12)), Step("times", 3 * gamma), Step("plus", 0.5), Step("silu")]
+    expected = F.silu(F.normalize(source.float(), dim=1) * 3 * gamma + 0.5)
+    found = gpu.chain(source, dtype, torch.float32, steps)
+    assert error(found.float(), expected) < (1e-6 if dtype == torch.float32 else 2**-7)
+    assert found.dtype == dtype
+
+
+def test_a_chain_of_another_form_is_computed_step_by_step():
+    source = frames(1, 4, 2, 3)
+    steps = [Step("silu"), Step("times", 2.0)]
+    assert error(gpu.chain(source, torch.float32, torch.float32, steps), F.silu(source) * 2) < 1e-6
+
+
+def test_frames_are_joined_in_the_room_that_a_chain_has_left():
+    base, before = video(1, 4, 2, 3, 5), video(1, 4, 1, 3, 5) + 1
+    steps = [Step("silu")]
+    first = gpu.chain(base, torch.float32, torch.float32, steps)
+    assert gpu.joined((before, first), 2) is None
+    second = gpu.chain(base, torch.float32, torch.float32, steps)
+    found = gpu.joined((before, second), 2)
+    assert found is not None
+    assert torch.equal(found, torch.cat((before, first), 2))
+    assert found[:, :, 1:].data_ptr() == second.data_ptr()

@@ -1,0 +1,223 @@
+"""The fast kernels: under the fast mode, each composition gives what plain torch gives. In float64, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shards import EXACT, GRID, assert_same, draw, image, on_shards, video
+from torch import Tensor
+
+from halovae.kernels import convolution, slabs, upsampling
+from halovae.kernels.deferred import Deferred, recipe_of
+from halovae.kernels.joined import Joined
+from halovae.kernels.mode import FastMode, finished
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces so small that even a test's picture is cut into several."""
+    monkeypatch.setattr("halovae.kernels.chain.CHAIN_ELEMENTS", 100)
+    for module in (convolution, upsampling):
+        monkeypatch.setattr(module, "WINDOW_BYTES", 1)
+
+
+VIDEO, IMAGE = (1, 4, 5, 12, 9), (2, 4, 12, 9)
+W3, W2, BIAS = draw(6, 4, 3, 3, 3, seed=1), draw(6, 4, 3, 3, seed=1), draw(6, seed=2)
+GAMMA = draw(4, 1, 1, 1, seed=3)
+
+
+def causal(x: Tensor, cache: Tensor | None = None, mode: str = "constant") -> Tensor:
+    """A convolution that looks back in time, at a cache if there is one."""
+    back = 2
+    if cache is not None:
+        x, back = torch.cat([cache, x], dim=2), back - cache.shape[2]
+    return F.conv3d(F.pad(x, (1, 1, 1, 1, back, 0), mode=mode), W3, BIAS)
+
+
+def norm(x: Tensor, gamma: Tensor = GAMMA) -> Tensor:
+    return F.silu(F.normalize(x, dim=1) * 2.0 * gamma.to(x.dtype) + 0.0)
+
+
+def written_later(x: Tensor) -> Tensor:
+    """What waits must see the picture as it was."""
+    padded = F.pad(x, (1, 1, 1, 1))
+    x[:, :, 0] = 7.0
+    x.mul_(2)
+    return F.conv3d(padded, W3) + F.pad(x, (0, 0, 0, 0, 1, 1)).mean()
+
+
+def kept(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A deferred tensor with several users."""
+    y = norm(x)
+    tail = y[:, :, -2:].clone()
+    return causal(y, tail), y + x
+
+
+def grown(x: Tensor) -> Tensor:
+    """A result that grows frame by frame."""
+    out = x[:, :, :1]
+    for frame in range(1, x.shape[2]):
+        out = torch.cat([out, x[:, :, frame : frame + 1]], 2)
+    return out
+
+
+def up(x: Tensor, mode: str = "nearest", **geometry: Any) -> Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode=mode), W2, BIAS, **({"padding": 1} | geometry))
+
+
+CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
+    "conv3d": (lambda x: F.conv3d(x, W3, BIAS, padding=1), VIDEO),
+    "conv3d, strided, dilated": (lambda x: F.conv3d(x, W3, None, (1, 2, 2), 2, (1, 2, 1)), VIDEO),
+    "conv2d": (lambda x: F.conv2d(x, W2, BIAS, padding=1), IMAGE),
+    "conv2d by keywords": (lambda x: F.conv2d(input=x, weight=W2, padding=(2, 0)), IMAGE),
+    "conv2d, padding same": (lambda x: F.conv2d(x, W2, padding="same"), IMAGE),
+    "conv2d, two groups": (lambda x: F.conv2d(x, W2[:, :2], groups=2), IMAGE),
+    "conv2d without a batch": (lambda x: F.conv2d(x[0], W2), IMAGE),
+    "asymmetric padding": (lambda x: F.conv2d(F.pad(x, (0, 1, 0, 1)), W2, BIAS, stride=2), IMAGE),
+    "wide padding": (lambda x: F.conv2d(F.pad(x, (5, 4, 3, 6)), W2, BIAS), IMAGE),
+    "padding of a value": (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), value=2.0), W2, padding=1), IMAGE),
+    "padding twice": (lambda x: F.conv2d(F.pad(F.pad(x, (1, 0, 2, 0)), (0, 3)), W2, padding=1), IMAGE),
+    "negative padding": (lambda x: F.conv2d(F.pad(x, (-1, 1)), W2), IMAGE),
+    "reflect padding": (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), W2), IMAGE),
+    "padding alone": (lambda x: F.pad(x, (1, 2, 0, 1, 2, 0), mode="replicate"), VIDEO),
+    "padded channels": (lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1)), VIDEO),
+    "causal, first frame": (lambda x: causal(x[:, :, :1]), VIDEO),
+    "causal, first frames": (causal, VIDEO),
+    "causal, replicated": (lambda x: causal(x, mode="replicate"), VIDEO),
+    "causal, one cached": (lambda x: causal(x[:, :, 1:], x[:, :, :1]), VIDEO),
+    "causal, two cached": (lambda x: causal(x[:, :, 2:], x[:, :, :2]), VIDEO),
+    "joined in another dimension": (lambda x: torch.cat([x, x], 1), VIDEO),
+    "joined with another dtype": (lambda x: torch.cat([x, x.float()], 2), VIDEO),
+    "norm over channels": (norm, VIDEO),
+    "norm over channels of images": (lambda x: norm(x, GAMMA[..., 0]), IMAGE),
+    "norm over the last dimension": (lambda x: F.normalize(x, dim=-1) * GAMMA[0, 0, 0], IMAGE),
+    "norm, then a full-sized factor": (lambda x: F.normalize(x, dim=1) * x, VIDEO),
+    "norm, shifted": (lambda x: 3 + F.normalize(x, dim=1) * GAMMA + GAMMA, VIDEO),
+    "norm of zeros": (lambda x: F.normalize(x * 0, dim=1), VIDEO),
+    "norm, sum of absolute values": (lambda x: F.normalize(x, p=1.0), VIDEO),
+    "norm into silu in place": (lambda x: F.silu(F.normalize(x, dim=1), inplace=True), VIDEO),
+    "upsampled": (up, IMAGE),
+    "upsampled, nearest-exact": (lambda x: up(x, "nearest-exact"), IMAGE),
+    "upsampled, by pairs": (lambda x: F.conv2d(F.interpolate(x, scale_factor=(2.0, 2.0)), W2, padding=1), IMAGE),
+    "upsampled, unpadded": (lambda x: up(x, padding=0), IMAGE),
+    "upsampled, strided": (lambda x: up(x, stride=2), IMAGE),
+    "upsampled, alone": (lambda x: F.interpolate(x, scale_factor=2.0), IMAGE),
+    "upsampled, linear": (lambda x: up(x, "bilinear"), IMAGE),
+    "upsampled by three": (lambda x: F.conv2d(F.interpolate(x, scale_factor=3.0), W2, padding=1), IMAGE),
+    "upsampled to a size": (lambda x: F.conv2d(F.interpolate(x, size=(24, 18)), W2, padding=1), IMAGE),
+    "several users": (kept, VIDEO),
+    "written later": (written_later, VIDEO),
+    "grown frame by frame": (grown, VIDEO),
+    "views of channels and rows": (lambda x: F.conv3d(x, W3, padding=1).view(1, -1, 9).sum(1), VIDEO),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_plain_torch(name: str, channels_last: bool) -> None:
+    function, shape = CASES[name]
+    x = draw(*shape)
+    if channels_last:
+        x = x.to(memory_format=(torch.channels_last, torch.channels_last_3d)[len(shape) - 4])
+    with torch.no_grad():
+        expected = function(x.clone())
+        with FastMode():
+            found = function(x.clone())
+    results = found if isinstance(found, tuple) else (found,)
+    assert_same(tuple(map(finished, results)), expected if isinstance(expected, tuple) else (expected,), EXACT)
+
+
+SHARDED = [
+    "conv2d", "asymmetric padding", "causal, two cached", "causal, replicated", "norm over channels", "several users",
+    "upsampled", "upsampled, nearest-exact", "upsampled, unpadded", "upsampled, strided", "upsampled, alone",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bounds", [GRID, ((0, 5, 12), (0, 18)), ((0, 12), (0, 6, 12, 18))], ids=str)
+@pytest.mark.parametrize("name", SHARDED)
+def test_same_on_shards(name: str, bounds: Any) -> None:
+    """The operators' rules call the kernels; an upsampling that waits gets its halo from the small picture."""
+    function, shape = CASES[name]
+    x = image() if len(shape) == 4 else video()
+    with torch.no_grad():
+        expected = function(x)
+        for found in on_shards(function, (x,), bounds, fast=True):
+            assert_same(found, expected, EXACT)
+
+
+LOW = ["conv3d", "causal, first frame", "causal, two cached", "asymmetric padding", "several users", "upsampled"]
+
+
+@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_low_precision_is_no_farther_from_the_truth(name: str, dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Than plain torch, but for a fifth of its own rounding; in float32 whatever this processor prefers."""
+    for module in (convolution, upsampling):
+        monkeypatch.setattr(module, "working_dtype", lambda given: torch.float32)
+    function, shape = CASES[name]
+    x = draw(*shape, dtype=dtype)
+    cast = {"W3": W3, "W2": W2, "BIAS": BIAS, "GAMMA": GAMMA}
+    for key, value in cast.items():
+        monkeypatch.setitem(globals(), key, value.to(dtype))
+    plain = function(x)
+    with FastMode():
+        fast = function(x)
+    for key, value in cast.items():
+        monkeypatch.setitem(globals(), key, value.to(dtype).double())
+    truth = function(x.double())
+    first = tuple(r[0] if isinstance(r, tuple) else r for r in (plain, fast, truth))
+    assert first[1].dtype == first[0].dtype
+    errors = [(finished(r).double() - first[2]).norm() / first[2].norm() for r in first[:2]]
+    assert errors[1] <= errors[0] * 1.2 + torch.finfo(dtype).eps / 5
+
+
+def test_nothing_is_written_before_it_is_needed() -> None:
+    x = draw(*VIDEO)
+    with FastMode():
+        padded = F.pad(torch.cat([x, x], 2), (1, 1))
+        assert isinstance(padded, Deferred)
+        assert isinstance(recipe_of(padded), Joined)
+        assert padded.shape == (1, 4, 10, 12, 11)
+        assert recipe_of(padded) is not None, "a question computed it"
+        padded.sum()
+    assert recipe_of(padded) is None
+
+
+def test_a_deferred_tensor_is_a_tensor_outside_the_mode() -> None:
+    x = draw(*VIDEO)
+    with FastMode():
+        padded = F.pad(x, (1, 1))
+    assert_same(padded + 1, F.pad(x, (1, 1)) + 1)
+
+
+@pytest.mark.parametrize("change", ["in place", "behind torch's back", "replaced"])
+def test_a_changed_weight_is_noticed(change: str) -> None:
+    weight = torch.nn.Parameter(draw(6, 4, 3, 3, dtype=torch.float32), requires_grad=False)
+    x = draw(*IMAGE, dtype=torch.float32)
+
+    def both() -> tuple[Tensor, Tensor]:
+        with FastMode():
+            found = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1), F.conv2d(x, weight)
+        return found[0], found[1]
+
+    before = both()
+    if change == "in place":
+        weight.mul_(3)
+    elif change == "behind torch's back":
+        weight.data.mul_(3)
+    else:
+        weight.data = weight.data * 3
+    for old, new in zip(before, both(), strict=True):
+        assert_same(new, 3 * old, 1e-5)
+
+
+def test_pieces_cover_everything_once() -> None:
+    for shape, uncut in (((2, 5, 7), set[int]()), ((2, 5, 7), {0, 2}), ((1, 1), {0})):
+        count = torch.zeros(shape)
+        for piece in slabs.pieces(shape, uncut, 4):
+            slabs.cut_out(count, piece).add_(1)
+        assert count.eq(1).all()

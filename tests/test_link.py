@@ -1,0 +1,125 @@
+"""The link between ranks, with threads for ranks: real sockets, no processes. `test_agreement` has those."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from halovae.comm import link, wire
+from halovae.comm.link import Link
+from halovae.errors import RankFailedError
+
+
+def on_threads(size: int, work: Callable[[int, wire.Share], Any]) -> list[Any]:
+    """`work(rank, share)` on `size` threads; their results in rank order."""
+    table: dict[int, list[Any]] = {}
+    meeting, results = threading.Barrier(size, timeout=20), [None] * size
+
+    def body(rank: int) -> None:
+        rounds = 0
+
+        def share(value: Any) -> list[Any]:
+            nonlocal rounds
+            table.setdefault(rounds, [None] * size)[rank] = value
+            meeting.wait()
+            rounds += 1
+            return table[rounds - 1]
+
+        results[rank] = work(rank, share)
+
+    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def with_links(size: int, work: Callable[[Link, int], Any]) -> list[Any]:
+    def body(rank: int, share: wire.Share) -> Any:
+        made = Link(rank, size, share, lambda: None)
+        try:
+            return work(made, rank)
+        finally:
+            made.close()
+
+    return on_threads(size, body)
+
+
+def test_values_come_in_rank_order() -> None:
+    found = with_links(4, lambda made, rank: [made.gather((rank, turn)) for turn in range(50)])
+    assert found == [[[(rank, turn) for rank in range(4)] for turn in range(50)]] * 4
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_failure_wakes_who_waits_and_the_next_era_is_clean(bad: int) -> None:
+    def work(made: Link, rank: int) -> tuple[int, str, list[int]]:
+        for _ in range(5):
+            if rank == bad:
+                time.sleep(0.05)
+                made.fail("the weather", "a traceback")
+                blamed, message = rank, "the weather"
+            else:
+                with pytest.raises(RankFailedError) as caught:
+                    made.gather(rank)
+                blamed, message = caught.value.rank, caught.value.message
+            made.next_era()
+        return blamed, message, made.gather(rank)
+
+    assert with_links(3, work) == [(bad, "the weather", [0, 1, 2])] * 3
+
+
+def test_who_has_left_is_named() -> None:
+    both_know = threading.Barrier(2, timeout=20)
+
+    def work(made: Link, rank: int) -> int:
+        if rank == 1:
+            return 1
+        with pytest.raises(RankFailedError, match="has left the group") as caught:
+            made.gather(rank)
+        both_know.wait()  # The first of them to leave would be named to the other.
+        return caught.value.rank
+
+    assert with_links(3, work) == [1, 1, 1]
+
+
+def test_who_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "ABSENCE", 1.0)
+    over = threading.Event()
+
+    def work(made: Link, rank: int) -> str:
+        if rank == 1:
+            over.wait(20)
+            return ""
+        with pytest.raises(TimeoutError) as caught:
+            made.gather(rank)
+        over.set()
+        return str(caught.value)
+
+    assert with_links(2, work)[0].endswith("the same call on all ranks: rank 1 has not come")
+
+
+def test_strangers_are_not_let_in() -> None:
+    """Who finds the port but does not know the token is turned away, and the ranks connect all the same."""
+
+    def work(rank: int, share: wire.Share) -> bool:
+        def watched(value: Any) -> list[Any]:
+            said = share(value)
+            if rank == 1 and isinstance(said[0], tuple) and len(said[0]) == 3 and isinstance(said[0][0], list):
+                with socket.create_connection((said[0][0][0], said[0][1])) as stranger:
+                    stranger.sendall(b"x" * 20)  # As long as a greeting.
+                    assert stranger.recv(64) == b""
+            return said
+
+        peers = wire.star(rank, 2, watched)
+        for peer in peers.values():
+            peer.close()
+        return len(peers) == 1
+
+    assert on_threads(2, work) == [True, True]

@@ -1,0 +1,201 @@
+"""The parts that a run of a pipeline is made of, one by one, without ranks."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pipelines
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import raises
+from threads import run_threads
+
+import halovae
+from halovae.errors import InputError
+from halovae.pipelines.load import find_pipeline
+from halovae.pipelines.scheduler import shifted
+from halovae.pipelines.seed import agreed_seed
+from halovae.pipelines.settings import Generation, Setup
+from halovae.pipelines.signature import arguments, does
+from halovae.pipelines.sizes import Grid, check_sizes, fill_in, grid_of
+from halovae.pipelines.timing import DENOISE, OTHER, VAE_DECODE, Timeline, watched
+from halovae.pipelines.transformers import check_degrees, patch, shared_sequences
+
+WAN = diffusers.WanImageToVideoPipeline
+GRID = Grid(ratio=8, period=4, patch_frames=1, patch_side=2)
+
+
+# ---- signatures -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("WanImageToVideoPipeline", "image-to-video"),
+        ("HunyuanVideoImageToVideoPipeline", "image-to-video"),
+        ("LTXImageToVideoPipeline", "image-to-video"),
+        ("CogVideoXImageToVideoPipeline", "image-to-video"),
+        ("WanPipeline", "text-to-video"),
+        ("QwenImageEditPipeline", "image-to-image"),
+        ("FluxKontextPipeline", "image-to-image"),
+        ("StableDiffusionImg2ImgPipeline", "image-to-image"),
+    ],
+)
+def test_pipelines_say_what_they_do(name: str, task: str) -> None:
+    assert does(getattr(diffusers, name), task)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("WanPipeline", "image-to-video"),
+        ("WanAnimatePipeline", "image-to-video"),
+        ("StableDiffusionPipeline", "image-to-image"),
+        ("WanImageToVideoPipeline", "text-to-video"),
+    ],
+)
+def test_pipelines_say_what_they_do_not(name: str, task: str) -> None:
+    assert not does(getattr(diffusers, name), task)
+
+
+def test_a_setting_that_a_call_does_not_take_is_refused() -> None:
+    with raises(InputError, "--last-image can't be honoured: LTXImageToVideoPipeline takes no last_image"):
+        arguments(diffusers.LTXImageToVideoPipeline, Generation(prompt="", image=1, last_image=2))
+    with raises(InputError, "--prompt is missing"):
+        arguments(WAN, Generation(image=1))
+    with raises(InputError, "--image is missing"):
+        arguments(WAN, Generation(prompt=""))
+
+
+def test_what_is_set_is_passed_and_nothing_else() -> None:
+    chosen = arguments(WAN, Generation(prompt="", image=1, seed=3, frame_rate=16, guidance_scale_2=2.0))
+    assert chosen == {"prompt": "", "image": 1, "guidance_scale_2": 2.0}
+    assert arguments(diffusers.LTXPipeline, Generation(prompt="", frame_rate=16))["frame_rate"] == 16
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("two experts", GRID),
+        ("one frame", Grid(ratio=16, period=4, patch_frames=1, patch_side=2)),
+        ("edit", Grid(ratio=2, period=0, patch_frames=1, patch_side=2)),
+    ],
+)
+def test_the_grid_is_learnt_from_the_parts(name: str, expected: Grid) -> None:
+    assert grid_of(pipelines.build(name).components) == expected
+
+
+def test_latents_packed_into_channels_make_larger_patches() -> None:
+    transformer = pipelines.build("edit").transformer
+    assert patch({"transformer": transformer}, 4) == (1, 2)
+    assert patch({"transformer": transformer}, 16) == (1, 1)
+
+
+@given(
+    height=st.integers(1, 40), width=st.integers(1, 40), frames=st.integers(0, 20), parts=st.sampled_from([2, 3, 4, 8])
+)
+def test_what_a_refusal_proposes_is_accepted(height: int, width: int, frames: int, parts: int) -> None:
+    asked = Generation(prompt="", height=16 * height, width=16 * width, num_frames=4 * frames + 1)
+    setup = Setup(ulysses_degree=parts)
+    try:
+        check_sizes(WAN, GRID, asked, setup)
+    except InputError as error:
+        words = str(error).split("use --height ")[1].split()
+        better = Generation(prompt="", height=int(words[0].rstrip(",")), width=16 * width, num_frames=4 * frames + 1)
+        check_sizes(WAN, GRID, better, setup)
+    else:
+        assert GRID.tokens(16 * height, 16 * width, 4 * frames + 1) % parts == 0
+
+
+def test_sizes_follow_the_image() -> None:
+    filled = fill_in(WAN, GRID, Generation(), (400, 600))
+    assert filled.height is not None
+    assert filled.width is not None
+    assert (filled.height % 16, filled.width % 16) == (0, 0)
+    assert abs(filled.height * filled.width / (480 * 832) - 1) < 0.05
+    assert abs(filled.width / filled.height - 1.5) < 0.05
+    assert fill_in(WAN, GRID, Generation(height=64), (400, 600)).width == 96
+    assert fill_in(WAN, GRID, Generation(width=96), (400, 600)).height == 64
+
+
+# ---- the rest -------------------------------------------------------------------------------------------------------
+def test_a_stage_within_a_stage_counts_for_itself() -> None:
+    timeline = Timeline(torch.device("cpu"))
+    with timeline.stage("outer"):
+        time.sleep(0.02)
+        with timeline.stage("inner"):
+            time.sleep(0.2)
+    assert timeline.seconds["inner"] >= 0.2
+    assert 0.02 <= timeline.seconds["outer"] < 0.2
+
+
+def test_a_pipeline_is_watched_and_left_as_it_was() -> None:
+    class Vae:
+        def encode(self) -> None: ...
+        def decode(self) -> str:
+            return "picture"
+
+    class Pipeline:
+        vae = Vae()
+
+        def progress_bar(self, total: int) -> Any: ...
+
+        def __call__(self) -> str:
+            with self.progress_bar(total=2) as bar:
+                for _ in range(2):
+                    bar.update()
+                bar.set_postfix(loss=1)
+            return self.vae.decode()
+
+    pipeline, timeline, steps = Pipeline(), Timeline(torch.device("cpu")), list[Any]()
+    with watched(pipeline, timeline, lambda done, total: steps.append((done, total))), timeline.stage(OTHER):
+        assert pipeline() == "picture"
+    assert steps == [(0, 2), (1, 2), (2, 2)]
+    assert {DENOISE, VAE_DECODE, OTHER} <= set(timeline.seconds)
+    assert pipeline.__dict__ == {}
+    assert pipeline.vae.__dict__ == {}
+
+
+def test_all_ranks_take_the_first_ones_seed() -> None:
+    drawn = run_threads(3, lambda comm: agreed_seed(comm, None))
+    assert len(set(drawn)) == 1
+    assert run_threads(2, lambda comm: agreed_seed(comm, 7)) == [7, 7]
+
+
+def test_halves_that_are_none_are_refused() -> None:
+    for halves in (["both"], [], "encode"):
+        with raises(InputError, "give a list of 'encode', 'decode' or both"):
+            halovae.parallelize(pipelines.build("edit").vae, halves=halves)
+
+
+def test_a_shift_goes_where_the_scheduler_has_one() -> None:
+    assert shifted(pipelines.build("text").scheduler, 12.0).config.flow_shift == 12.0
+    assert shifted(diffusers.FlowMatchEulerDiscreteScheduler(), 5.0).config.shift == 5.0
+    for scheduler in (diffusers.DDIMScheduler(), diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)):
+        with raises(InputError, "--flow-shift can't be honoured"):
+            shifted(scheduler, 5.0)
+
+
+def test_a_transformer_without_a_plan_is_refused_by_name() -> None:
+    unet = torch.nn.Linear(1, 1)
+    with raises(InputError, "has no plan to spread Linear"):
+        check_degrees({"unet": unet}, Setup(ulysses_degree=2))
+    with raises(InputError, "can't share evenly"), shared_sequences(2):
+        raise AssertionError("Tensor size along dimension to be sharded must be divisible by mesh size")
+
+
+def test_weights_that_do_both_are_loaded_into_the_pipeline_that_is_asked_for(tmp_path: Path) -> None:
+    parts = {name: ["diffusers", "X"] for name in ("vae", "transformer", "scheduler", "tokenizer", "text_encoder")}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **parts}))
+    source = find_pipeline(str(tmp_path), "image-to-video")
+    assert source.cls is WAN
+    assert "loaded as WanImageToVideoPipeline" in source.notes[0]
+    assert find_pipeline(str(tmp_path), "text-to-video").notes == ()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "vae": [None, None]}))
+    with raises(InputError, "is a WanPipeline without a VAE"):
+        find_pipeline(str(tmp_path), "text-to-video")

@@ -1,0 +1,148 @@
+"""Predictions on shapes alone: what can be counted is counted right, for every family and in every mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, run_decode, run_encode
+from ranks import Ranks
+from tiles import CUTS
+from torch.utils.flop_counter import FlopCounterMode
+
+import halovae
+from halovae.errors import InputError, NotExactError, TilingError
+from halovae.link_speed import LinkSpeed
+from halovae.predict import Prediction, Predictor
+from halovae.speed import GivenSpeed
+from halovae.target import Target
+
+SPEED = GivenSpeed(flops=1e11, bandwidth=1e10)
+LINK = LinkSpeed(latency=1e-4, bandwidth=1e9)
+NEEDS_VALUES = {("consistency", "decode")}
+"""Its scheduler looks up time steps among the weights."""
+
+
+def predict(name: str, half: str, mode: str, ranks: int, vae: Any = None, link: LinkSpeed = LINK) -> Prediction:
+    family = FAMILIES[name]
+    vae = vae or CUTS.get(name, family).build().to("meta")
+    picture = family.sample() if half == "encode" else family.latent()
+    if mode == "tile" and name in CUTS:
+        picture = CUTS[name].picture(half)
+    kwargs = family.decode_kwargs(picture) if half == "decode" else {}
+    predictor = Predictor(Target(vae), SPEED, link)
+    if mode == "tile":
+        return predictor.tile(half, (picture,), kwargs, ranks=ranks)
+    ratio = family.ratio[0] if half == "encode" else 1
+    return predictor.exact(half, (picture,), kwargs, ranks=ranks, ratio=ratio)
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, half: str) -> None:
+    """Less time and memory on more ranks where exact mode takes the VAE; otherwise the same refusal as its own."""
+    family = FAMILIES[name]
+    if not getattr(family, f"exact_{half}"):
+        with pytest.raises(NotExactError):
+            predict(name, half, "exact", 2)
+    elif (name, half) in NEEDS_VALUES:
+        with pytest.raises(InputError, match="can't be followed on shapes alone"):
+            predict(name, half, "exact", 1)
+    else:
+        vae = family.build().to("meta")
+        one, two = (predict(name, half, "exact", ranks, vae) for ranks in (1, 2))
+        assert two.flops < 0.75 * one.flops
+        assert two.messages > one.messages == 0
+        assert two.exposed > one.exposed == 0
+        assert one.memory > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "half"), [(n, h) for n, c in CUTS.items() for h in ("encode", "decode") if vars(c)[h]]
+)
+def test_every_tiled_family(name: str, half: str) -> None:
+    vae = CUTS[name].build().to("meta")
+    one, two = (predict(name, half, "tile", ranks, vae) for ranks in (1, 2))
+    assert two.flops < 0.75 * one.flops
+    assert one.cut == two.cut == f"{CUTS[name].chains(half)} tiles"
+    assert two.seconds < one.seconds + two.exposed
+
+
+@pytest.mark.parametrize(("name", "half"), [("vq", "encode"), ("hunyuan_image", "encode")])
+def test_tiles_that_cant_be(name: str, half: str) -> None:
+    with pytest.raises(TilingError):
+        predict(name, half, "tile", 2)
+
+
+@pytest.mark.parametrize("name", ["kl", "wan22", "mochi"])
+def test_arithmetic_is_counted_as_torch_counts_it(name: str) -> None:
+    family = FAMILIES[name]
+    with FlopCounterMode(display=False) as counter:
+        run_encode(family.build(), family.sample())
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    found = predict(name, "encode", "exact", 1).flops
+    assert counted <= found <= 1.1 * counted  # torch's counter doesn't know the attention of a CPU
+
+
+def measured(rank: int, name: str, mode: str) -> list[tuple[int, int]]:
+    """Messages and bytes of encode and decode on this rank."""
+    family = FAMILIES[name]
+    vae = CUTS[name].build()
+    found: list[tuple[int, int]] = []
+    with halovae.parallelize(vae, mode=mode, verify=False) as handle:
+        for half in ("encode", "decode"):
+            picture = family.sample() if half == "encode" else family.latent()
+            if mode == "tile":
+                picture = CUTS[name].picture(half)
+            run_encode(vae, picture) if half == "encode" else run_decode(family, vae, picture)
+            assert handle.last is not None
+            found.append((handle.last.messages, handle.last.bytes))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["exact", "tile"])
+@pytest.mark.parametrize("name", ["wan21", "kl"])
+def test_messages_are_those_that_are_sent(two_ranks: Ranks, name: str, mode: str) -> None:
+    ranks = two_ranks.run(measured, name, mode)
+    for number, half in enumerate(("encode", "decode")):
+        found = predict(name, half, mode, 2)
+        messages, sent = max(rank[number] for rank in ranks)
+        assert found.messages == messages
+        # On shapes alone an upsampling is not folded into its convolution, so its halo is one of the large picture.
+        assert sent <= found.bytes <= (1.25 if mode == "exact" else 1.0) * sent
+
+
+def test_a_slow_link_is_seen() -> None:
+    fast, slow = (
+        predict("wan21", "decode", "exact", 2, link=LinkSpeed(latency=latency, bandwidth=1e9))
+        for latency in (1e-6, 1e-2)
+    )
+    assert slow.exposed - fast.exposed == pytest.approx(fast.messages * 1e-2, rel=0.3)
+    assert slow.seconds - fast.seconds == pytest.approx(slow.exposed - fast.exposed)
+
+
+def test_memory_is_what_is_alive() -> None:
+    """Convolutions of known sizes: input, and the two largest neighbours."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = torch.nn.Conv2d(3, 64, 3, padding=1)
+            self.thin = torch.nn.Conv2d(64, 2, 3, padding=1)
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return self.thin(self.wide(x))
+
+    vae = Net().requires_grad_(False)
+    found = Predictor(Target(vae), SPEED, LINK).exact("encode", (torch.zeros(1, 3, 32, 48),), {})
+    assert found.memory == 4 * 32 * 48 * (3 + 64 + 2)
+    assert found.flops == 2 * 9 * 32 * 48 * (3 * 64 + 64 * 2)
+
+
+def test_the_vae_is_as_before() -> None:
+    family = FAMILIES["magvit"]  # keeps its caches on its modules
+    vae = family.build()
+    before = run_encode(vae, family.sample())
+    predict("magvit", "encode", "exact", 2, vae)
+    assert torch.equal(run_encode(vae, family.sample()), before)

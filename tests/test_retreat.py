@@ -1,0 +1,174 @@
+"""`mode="auto"` when memory runs out on one rank: all go on together in a way that takes less, or all fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, run_decode
+from pictures import raises
+from ranks import Ranks
+from speeds import given_speeds
+from tiles import CUTS, run_alone, strides
+from torch import Tensor
+
+import halovae
+from halovae.errors import RankFailedError
+from halovae.randomness import rewound_by_failure
+from halovae.tile.settings import applied
+
+CUT = CUTS["wan21"]
+"""A picture of 96 x 96 in tiles of 64 x 64."""
+QUICK = 1e-9
+"""Seconds: a link on which exact mode is chosen."""
+
+
+def allocate_too_much() -> None:
+    torch.empty(2**46, dtype=torch.uint8)
+
+
+def fail_otherwise(*drawn: Tensor) -> None:
+    raise ValueError("the weather is bad")
+
+
+@contextmanager
+def watched(vae: Any, watch: Callable[[int], None]) -> Iterator[None]:
+    """Within it, `watch` hears how many bytes each submodule of the decoder gets."""
+
+    def hook(module: Any, args: Any) -> None:
+        if args and isinstance(args[0], Tensor) and not args[0].is_meta:
+            watch(args[0].nbytes)
+
+    handles = [module.register_forward_pre_hook(hook) for module in vae.decoder.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def limited(vae: Any, limit: float, action: Callable[[], None] = allocate_too_much) -> Any:
+    """Within it, submodules of the decoder that get more than `limit` bytes act."""
+    return watched(vae, lambda count: action() if count > limit else None)
+
+
+def largest(vae: Any, run: Callable[[], Any]) -> int:
+    """Bytes of the largest tensor that a submodule gets in an un-parallel run."""
+    seen: list[int] = []
+    with watched(vae, seen.append):
+        run()
+    return max(seen)
+
+
+def last(handle: halovae.Handle) -> Any:
+    return handle.last
+
+
+def to_tiles(rank: int) -> list[str]:
+    vae, latent = CUT.build(), CUT.picture("decode")
+    expected = run_alone(CUT, vae, "decode", latent)
+    vae.use_tiling = False
+    # A tile of 64 x 64 is less than half of the picture, which a shard has.
+    limit = 0.47 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) if rank == 1 else inf
+    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", axis="height", verify=False) as handle:
+        with limited(vae, limit):
+            first = run_decode(CUT.family, vae, latent)
+        told = [last(handle).mode, last(handle).choice]
+        again = run_decode(CUT.family, vae, latent)
+        assert last(handle).choice == told[1]
+    assert torch.equal(first, expected)
+    assert torch.equal(again, expected)
+    return told
+
+
+def test_exact_mode_gives_way_to_tiles(two_ranks: Ranks) -> None:
+    for mode, words in two_ranks.run(to_tiles):
+        assert mode == "tile"
+        assert words.startswith("tile: exact was too large for rank 1 (RuntimeError: ")
+        assert "can't allocate memory" in words
+
+
+def to_smaller_tiles(rank: int) -> list[Any]:
+    vae, latent = CUT.build(), CUT.picture("decode")
+    vars(vae).update(strides(96, 72))
+    failures = iter([allocate_too_much] * 2 if rank == 0 else [])
+    too_large = limited(vae, 0, lambda: next(failures, int)())
+    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", verify=False) as handle, too_large:
+        found = run_decode(CUT.family, vae, latent)
+    size = int(last(handle).tile_sizes.split()[2])
+    with applied(vae, strides(size, size - 24)):
+        assert torch.equal(found, run_alone(CUT, vae, "decode", latent))
+    return [size, last(handle).choice]
+
+
+def test_tiles_give_way_to_smaller_ones(two_ranks: Ranks) -> None:
+    for size, words in two_ranks.run(to_smaller_tiles):
+        assert size < 96
+        assert words.startswith("smaller tiles: tile was too large for rank 0 (RuntimeError: ")
+
+
+def to_idle_ranks(rank: int) -> list[Any]:
+    family = FAMILIES["asymmetric"]  # It has no tiles.
+    vae, latent = family.build(), family.latent()
+    expected = run_decode(family, vae, latent)
+    limit = 0.75 * largest(vae, lambda: run_decode(family, vae, latent))
+    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", axis="height", size=1, verify=False) as handle:
+        with limited(vae, limit):
+            assert torch.allclose(run_decode(family, vae, latent), expected, atol=1e-4)
+        return [last(handle).shape, last(handle).choice]
+
+
+def test_idle_ranks_help(two_ranks: Ranks) -> None:
+    for shape, words in two_ranks.run(to_idle_ranks):
+        assert shape[0] * shape[1] == 2
+        assert words.startswith("exact on all ranks: exact was too large for rank 0 (RuntimeError: ")
+
+
+def to_the_end(rank: int, spoiler: int) -> None:
+    """Every way is too large for rank 1; `spoiler` fails otherwise. The next call is right."""
+    vae, latent = CUT.build(), CUT.picture("decode")
+    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", verify=False) as handle:
+        limit = 0 if rank in (1, spoiler) else inf
+        action = fail_otherwise if rank == spoiler else allocate_too_much
+        kind, text = (RankFailedError, "rank .* failed: .*(can't allocate memory|the weather)")
+        if rank in (1, spoiler):
+            kind, text = (Exception, "can't allocate memory|the weather is bad|rank .* failed")
+        with limited(vae, limit, action), raises(kind, text):
+            run_decode(CUT.family, vae, latent)
+        found = run_decode(CUT.family, vae, latent)
+        assert last(handle).mode == ("tile" if spoiler < 0 else "exact")
+    if spoiler < 0:
+        assert torch.equal(found, run_alone(CUT, vae, "decode", latent))
+
+
+def test_after_the_last_way_all_fail(two_ranks: Ranks) -> None:
+    two_ranks.run(to_the_end, -1)
+
+
+@pytest.mark.parametrize("spoiler", [0, 1])
+def test_other_failures_are_raised_at_once(two_ranks: Ranks, spoiler: int) -> None:
+    two_ranks.run(to_the_end, spoiler)
+
+
+def test_alone() -> None:
+    vae, latent = CUT.build(), CUT.picture("decode")
+    expected = run_alone(CUT, vae, "decode", latent)
+    vae.use_tiling = False
+    limit = 0.75 * largest(vae, lambda: run_decode(CUT.family, vae, latent))
+    with halovae.parallelize(vae, mode="auto") as handle:
+        with limited(vae, limit):
+            assert torch.equal(run_decode(CUT.family, vae, latent), expected)
+        assert last(handle).choice.startswith("tile: exact was too large for rank 0")
+
+
+def test_what_a_failed_attempt_drew_is_drawn_again() -> None:
+    given = torch.Generator().manual_seed(3)
+    before = torch.get_rng_state(), given.get_state()
+    with pytest.raises(ValueError, match="weather"), rewound_by_failure(torch.device("cpu"), given):
+        fail_otherwise(torch.rand(1), torch.rand(1, generator=given))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(given.get_state(), before[1])

@@ -1,0 +1,170 @@
+"""The API on two real ranks: as people use it, and as they should not."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from clips import CLIP
+from PIL import Image
+from pipelines import picture
+from safetensors.torch import load
+from servers import SMALL, Server
+
+from halovae.media import read
+
+LONG = {"num_frames": "41", "num_inference_steps": "100"}
+"""A video that takes long enough to be cancelled."""
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    picture(height=80, width=120).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+def test_a_video_from_the_first_request_to_the_file(server: Server, image: Path, tmp_path: Path) -> None:
+    job = server.create(image)
+    assert (job["object"], job["model"], job["prompt"], job["size"]) == ("video", "demo", "a cup", "64x64")
+    assert job["status"] in ("queued", "in_progress")
+    done = server.finished(job["id"])
+    assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
+    assert (done["seed"], done["num_frames"], done["fps"], done["seconds"]) == (3, 5, 16, "0.3125")
+    assert {"denoise", "vae encode", "vae decode", "write"} <= set(done["timings"])
+    content = server.client.get(f"/v1/videos/{job['id']}/content")
+    assert content.headers["content-type"] == "video/mp4"
+    part = server.client.get(f"/v1/videos/{job['id']}/content", headers={"Range": "bytes=10-29"})
+    assert (part.status_code, part.content) == (206, content.content[10:30])
+    (tmp_path / "v.mp4").write_bytes(content.content)
+    assert read(tmp_path / "v.mp4").frames.shape == (5, 64, 64, 3)
+    again = server.post("/v1/videos/sync", image)
+    assert again.content == content.content, "the same seed gives the same file"
+    for each in (job["id"], again.headers["x-video-id"]):
+        assert server.client.delete(f"/v1/videos/{each}").json()["deleted"]
+        assert server.client.get(f"/v1/videos/{each}").status_code == 404
+    assert not list((server.store / "files").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_the_official_client(server: Server, image: Path) -> None:
+    client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+    more = {"num_inference_steps": 2, "fps": 8, "seed": 1}
+    video = client.videos.create_and_poll(
+        prompt="a cup", input_reference=image, seconds="1", size="64x64", extra_body=more, poll_interval_ms=100
+    )  # type: ignore[call-overload]  # It lists the sizes of OpenAI's own models.
+    assert (video.status, video.progress, video.size, video.error) == ("completed", 100, "64x64", None)
+    assert float(video.seconds) == 9 / 8, "one second at 8 frames, to the nearest count that the VAE takes"
+    assert client.videos.download_content(video.id).read()[4:8] == b"ftyp"
+    assert [each.id for each in client.videos.list(limit=1)][:1] == [video.id]
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.videos.delete(video.id).deleted
+    with pytest.raises(openai.NotFoundError, match="there is no video"):
+        client.videos.retrieve(video.id)
+    with pytest.raises(openai.BadRequestError, match="width 65 is not a multiple of 16: use 64 or 80"):
+        client.videos.create(prompt="a cup", input_reference=image, size="65x64")  # type: ignore[arg-type]
+
+
+def test_cancelled_while_it_runs_and_while_it_waits(server: Server, image: Path) -> None:
+    running, waiting = server.create(image, **LONG), server.create(image)
+    server.until(lambda: server.video(running["id"])["status"] == "in_progress")
+    assert server.video(waiting["id"])["jobs_ahead"] == 0
+    for job in (waiting, running):
+        assert server.client.delete(f"/v1/videos/{job['id']}").status_code == 200
+    next_one = server.finished(server.create(image)["id"])
+    assert next_one["status"] == "completed"
+    server.client.delete(f"/v1/videos/{next_one['id']}")
+    assert not list((server.store / "files").iterdir())
+
+
+def test_a_client_that_hangs_up_cancels(server: Server, image: Path) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        openai.OpenAI(base_url=server.address, api_key="none", max_retries=0, timeout=1.0).post(
+            "/v1/videos/sync", body={**SMALL, **LONG}, files={"input_reference": image.read_bytes()}, cast_to=bytes,
+            options={"headers": {"Content-Type": "multipart/form-data"}},
+        )  # fmt: skip
+    server.until(lambda: not server.health()["busy"])
+    assert server.client.get("/v1/videos").json()["data"] == []
+
+
+def test_a_request_that_fails_fails_alone(server: Server, image: Path) -> None:
+    """A broken image passes the look at its header; only the ranks find out."""
+    broken = image.with_name("broken.png")
+    broken.write_bytes(image.read_bytes()[:-400])
+    failed, good = server.create(broken), server.create(image)
+    found = server.finished(failed["id"])
+    assert (found["status"], found["error"]["code"]) == ("failed", "invalid_request")
+    assert found["error"]["message"].startswith("can't read image the file")
+    assert server.client.get(f"/v1/videos/{failed['id']}/content").status_code == 409
+    assert server.finished(good["id"])["status"] == "completed"
+    answer = server.post("/v1/videos/sync", broken)
+    assert answer.status_code == 400
+    assert server.health()["starts"] == 1
+    for job in server.client.get("/v1/videos").json()["data"]:
+        server.client.delete(f"/v1/videos/{job['id']}")
+
+
+def test_progress_comes_by_itself(server: Server, image: Path) -> None:
+    job = server.create(image, num_inference_steps="6")
+    seen: list[int] = []
+    with server.client.stream("GET", f"/v1/videos/{job['id']}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        seen = [json.loads(line[6:])["progress"] for line in answer.iter_lines() if line.startswith("data: ")]
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 3, seen
+    assert seen[-1] == 100
+    server.client.delete(f"/v1/videos/{job['id']}")
+
+
+def test_the_vae_as_a_service(server: Server, tmp_path: Path) -> None:
+    clip = read(CLIP, height=48, width=64).frames[:5]
+    path = tmp_path / "clip.png"
+    Image.fromarray(clip[0]).save(path)
+    encoded = server.client.post("/v1/vae/encode", files={"clip": path.read_bytes()})
+    assert encoded.status_code == 200, encoded.text
+    latents = load(encoded.content)["latents"]
+    assert latents.shape[-2:] == (6, 8)
+    assert torch.isfinite(latents).all()
+    decoded = server.client.post("/v1/vae/decode", files={"latents": encoded.content})
+    (tmp_path / "d.mp4").write_bytes(decoded.content)
+    assert read(tmp_path / "d.mp4").frames.shape == (1, 48, 64, 3)
+    for route, field in (("encode", "clip"), ("decode", "latents")):
+        bad = server.client.post(f"/v1/vae/{route}", files={field: b"neither this nor that"})
+        assert bad.status_code == 400, bad.text
+        assert str(server.store) not in bad.text
+    assert not list((server.store / "files").iterdir())
+
+
+def test_many_at_once(server: Server, image: Path) -> None:
+    """All are answered, each with its own video."""
+    found: dict[int, str] = {}
+
+    def ask(seed: int) -> None:
+        job = server.create(image, seed=str(seed))
+        found[seed] = job["id"]
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done = {seed: server.finished(job) for seed, job in found.items()}
+    assert {job["status"] for job in done.values()} == {"completed"}
+    assert {seed: job["seed"] for seed, job in done.items()} == {seed: seed for seed in range(6)}
+    text = server.client.get("/metrics").text
+    assert 'halovae_jobs_total{kind="video",status="completed"}' in text
+    assert "halovae_ready 1.0" in text
+    for job in found.values():
+        server.client.delete(f"/v1/videos/{job}")
+
+
+def test_a_picture_of_a_million_pixels_more_than_allowed(server: Server) -> None:
+    flat = io.BytesIO()
+    Image.new("1", (8192, 8192)).save(flat, "PNG")
+    answer = server.client.post("/v1/videos", data=SMALL, files={"input_reference": flat.getvalue()})
+    assert answer.status_code == 400
+    assert "more than 33554432" in answer.json()["error"]["message"]

@@ -1,0 +1,185 @@
+"""What the front says to each request, before any rank has to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipelines import picture
+from servers import SMALL
+from starlette.testclient import TestClient
+
+from halovae.pipelines.grid import Grid
+from halovae.serve.app import make_app
+from halovae.serve.group import Ranks
+from halovae.serve.metrics import Metrics
+from halovae.serve.service import Service
+from halovae.serve.settings import Limits, ServeOptions
+from halovae.serve.store import Store
+
+KEY = "a-key-that-nobody-guesses"
+Open = Callable[..., TestClient]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    """A front whose ranks are never started: jobs wait."""
+    closing: list[Any] = []
+
+    def build(**options: Any) -> TestClient:
+        store = Store(tmp_path / "store")
+        chosen = ServeOptions(model="demo", task="image-to-video", ranks=2, store=tmp_path / "store", **options)
+        ranks = Ranks([], 2)
+        ranks.facts = {"grid": vars(Grid(ratio=8, period=4, patch_frames=1, patch_side=2))}
+        client = TestClient(make_app(Service(chosen, store, ranks, Metrics())), base_url="http://127.0.0.1:8000")
+        closing.extend([store, client.__enter__()])
+        return client
+
+    yield build
+    store, client = closing
+    client.__exit__(None, None, None)
+    store.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> bytes:
+    picture().save(tmp_path / "image.png")
+    return (tmp_path / "image.png").read_bytes()
+
+
+def create(client: TestClient, image: bytes | None, **fields: Any) -> Any:
+    files = {} if image is None else {"input_reference": image}
+    data = {name: value for name, value in {**SMALL, **fields}.items() if value is not None}
+    return client.post("/v1/videos", data=data, files=files)
+
+
+WRONG = [
+    ({"prompt": None}, "prompt", "Field required"),
+    ({"size": "64"}, "size", "should match pattern"),
+    ({"size": "65x64"}, "width", "width 65 is not a multiple of 16: use 64 or 80"),
+    ({"size": "64x64", "width": "80"}, "width", "contradict each other"),
+    ({"size": None, "width": "64"}, "width", "width and height go together"),
+    ({"size": "99999x99999"}, "size", "more than 2088960 pixels"),
+    ({"num_frames": "6"}, "num_frames", "6 is not a multiple of 4 plus 1: use 5 or 9"),
+    ({"num_frames": "1001"}, "num_frames", "more than 257"),
+    ({"num_frames": None, "seconds": "1000"}, "num_frames", "16000 frames are more than 257"),
+    ({"seconds": "1"}, "seconds", "exclude each other"),
+    ({"num_inference_steps": "1000"}, "num_inference_steps", "more than 100"),
+    ({"num_inference_steps": "0"}, "num_inference_steps", "greater than or equal to 1"),
+    ({"seed": "-1"}, "seed", "greater than or equal to 0"),
+    ({"seed": "three"}, "seed", "valid integer"),
+    ({"guidance_scale": "nan"}, "guidance_scale", "finite"),
+    ({"boundary_ratio": "2"}, "boundary_ratio", "less than or equal to 1"),
+    ({"flow_shift": "0"}, "flow_shift", "greater than 0"),
+]
+
+
+def test_wrong_fields_are_named(opened: Open, image: bytes) -> None:
+    client = opened()
+    for fields, param, words in WRONG:
+        answer = create(client, image, **fields)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error"), fields
+        assert words in error["message"], error
+    assert client.get("/v1/videos").json()["data"] == []
+
+
+def test_what_is_no_image_is_refused(opened: Open, image: bytes, tmp_path: Path) -> None:
+    client = opened()
+    for content, words in (
+        (None, "input_reference is missing"),
+        (b"", "is empty"),
+        (b"GIF89a, or so it says", "no still image"),
+        (b"no image at all", "no still image"),
+        (b"\x80\x04\x95" + b"pickle" * 9, "no still image"),
+    ):
+        answer = create(client, content)
+        assert answer.status_code == 400, content
+        assert words in answer.json()["error"]["message"], answer.text
+    assert not list((tmp_path / "store" / "files").iterdir())
+
+
+def test_names_of_files_mean_nothing(opened: Open, image: bytes, tmp_path: Path) -> None:
+    client = opened()
+    answer = client.post("/v1/videos", data=SMALL, files={"input_reference": ("../../../evil.png", image)})
+    job = answer.json()["id"]
+    assert [path.name for path in (tmp_path / "store" / "files" / job).iterdir()] == ["input"]
+    for path in (f"/v1/videos/..%2F{job}", "/v1/videos/%2e%2e/content", "/v1/videos/x'--/content"):
+        assert client.get(path).status_code == 404
+
+
+def test_another_model_is_not_here(opened: Open, image: bytes) -> None:
+    answer = create(opened(), image, model="sora-2")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_full_queue_says_when_to_come_back(opened: Open, image: bytes) -> None:
+    client = opened(limits=Limits(queue=2))
+    assert [create(client, image).status_code for _ in range(4)] == [200, 200, 429, 429]
+    full = create(client, image)
+    assert int(full.headers["retry-after"]) >= 1
+    assert full.json()["error"]["type"] == "rate_limit_error"
+    first = client.get("/v1/videos?order=asc&limit=1").json()
+    assert first["has_more"]
+    client.delete(f"/v1/videos/{first['data'][0]['id']}")
+    assert create(client, image).status_code == 200
+
+
+def test_too_much_is_refused(opened: Open, image: bytes) -> None:
+    client = opened(limits=Limits(upload_bytes=100_000))
+    large, kind = image + bytes(200_000), "multipart/form-data; boundary=x"
+    head = b'--x\r\nContent-Disposition: form-data; name="input_reference"; filename="a"\r\n\r\n'
+    of_unknown_length = client.post("/v1/videos", content=iter([head, large]), headers={"Content-Type": kind})
+    for answer in (create(client, large), of_unknown_length):
+        assert answer.status_code == 413, answer.text
+        assert "larger than 100000 bytes" in answer.json()["error"]["message"]
+
+
+def test_a_key_opens(opened: Open, image: bytes) -> None:
+    client = opened(key=KEY)
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}):
+        answer = client.get("/v1/videos", headers=header)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+    assert client.get("/v1/videos", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+    assert client.get("/metrics").status_code == 401
+    assert client.get("/").status_code == 200
+    assert client.get("/health").status_code == 503
+
+
+def test_pages_of_others_may_not_use_it(opened: Open, image: bytes) -> None:
+    client = opened()
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Host": "evil.example"},
+    ):
+        answer = client.post("/v1/videos", data=SMALL, files={"input_reference": image}, headers=headers)
+        assert answer.status_code == 403, headers
+    own = {"Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}
+    assert create(client, image).status_code == 200
+    assert client.get("/v1/videos", headers=own).status_code == 200
+    assert client.get("/v1/videos", headers={"Host": "localhost:8000"}).status_code == 200
+
+
+def test_the_page_needs_nothing_from_elsewhere(opened: Open) -> None:
+    client = opened()
+    for path in ("/", "/page.css", "/page.js"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "//" not in answer.text.replace("// ", "").replace("http://www.w3.org", "")
+
+
+def test_errors_of_every_kind_have_one_shape(opened: Open) -> None:
+    client = opened()
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("PUT", "/v1/videos", 405),
+        ("GET", "/v1/videos?limit=0", 400),
+    ):
+        answer = client.request(method, path)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -1,0 +1,173 @@
+"""Use as a service has it: threads, many calls, nothing that piles up; and values that are no numbers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+from families import EXACT, FAMILIES
+from pictures import error, kl, latents, pixels, raises
+from ranks import Ranks
+
+import halovae
+from halovae.errors import InputError
+from halovae.memory import PeakMemory
+
+
+def held() -> tuple[int, int]:
+    gc.collect()
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+class OneConvolution(torch.nn.Module):
+    """The least that has an inside to exchange halos in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 3, 3, padding=1)
+        torch.nn.init.constant_(self.layer.weight, 0.1)
+        torch.nn.init.zeros_(self.layer.bias)
+        self.requires_grad_(False)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.layer(z)
+
+
+def many_calls(rank: int, calls: int) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Threads and files before and after, and by how much the memory grew from the half of the calls on."""
+    vae, z = OneConvolution(), torch.ones(1, 3, 8, 8)
+    with halovae.parallelize(vae, verify=False):
+        vae.decode(z)
+        before = held()
+        for _ in range(calls // 2):
+            vae.decode(z)
+        gc.collect()
+        memory = PeakMemory(torch.device("cpu"))
+        for _ in range(calls // 2):
+            vae.decode(z)
+        return before, held(), memory.growth
+
+
+def test_a_thousand_calls_leak_nothing(two_ranks: Ranks) -> None:
+    for before, after, growth in two_ranks.run(many_calls, 1000):
+        assert after <= before
+        assert growth < 16 * 2**20
+
+
+def many_handles(rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    vae, z = OneConvolution(), torch.ones(1, 3, 8, 8)
+    for number in range(12):
+        if number == 2:
+            before = held()
+        with halovae.parallelize(vae, verify=False):
+            vae.decode(z)
+    deadline = time.monotonic() + 10
+    while held() > before and time.monotonic() < deadline:  # The backend closes its sockets in threads of its own.
+        time.sleep(0.1)
+    return before, held()
+
+
+def test_handles_leave_nothing_behind(two_ranks: Ranks) -> None:
+    for before, after in two_ranks.run(many_handles):
+        assert after <= before
+
+
+def restored_in_a_call(rank: int) -> None:
+    """`restore` from another thread waits until the call is over."""
+    vae, z = kl(), latents()
+    expected = vae.decode(z)[0]
+    handle = halovae.parallelize(vae, verify=False)
+    kept, inside, over = vae.decode, threading.Event(), threading.Event()
+
+    def slow(module: object, args: object) -> None:
+        inside.set()
+        time.sleep(0.5)
+
+    hook = vae.decoder.conv_in.register_forward_pre_hook(slow)
+
+    def restore() -> None:
+        inside.wait()
+        handle.restore()
+        over.set()
+
+    thread = threading.Thread(target=restore)
+    thread.start()
+    assert error(vae.decode(z)[0], expected) <= EXACT
+    thread.join(20)
+    assert over.is_set()
+    hook.remove()
+    assert "decode" not in vae.__dict__
+    assert torch.equal(kept(z)[0], expected)  # Who has kept the method gets the VAE's own.
+
+
+def test_restore_waits_for_a_call(two_ranks: Ranks) -> None:
+    two_ranks.run(restored_in_a_call)
+
+
+def twice(rank: int) -> None:
+    vae = kl()
+    with halovae.parallelize(vae):
+        for _ in range(3):
+            with raises(InputError, r"parallelized already: call restore\(\) on its handle first"):
+                halovae.parallelize(vae)
+        vae.decode(latents())
+
+
+def test_a_vae_is_parallelized_once(two_ranks: Ranks) -> None:
+    two_ranks.run(twice)
+
+
+# ---- values that are no numbers --------------------------------------------------------------------------------------
+
+
+def no_numbers(rank: int, name: str, value: float) -> None:
+    """What is not finite in the result is so for the VAE alone too, and at the same places."""
+    family = FAMILIES[name]
+    vae = family.build().to(torch.float64)
+    sample = family.sample(torch.float64)
+    sample[..., sample.shape[-2] // 2, 3] = value
+    expected = vae.encode(sample)[0]
+    expected = expected if torch.is_tensor(expected) else expected.parameters
+    with halovae.parallelize(vae, axis="height", verify=False):
+        found = vae.encode(sample)[0]
+    found = found if torch.is_tensor(found) else found.parameters
+    assert not bool(torch.isfinite(expected).all())
+    assert torch.equal(torch.isfinite(found), torch.isfinite(expected))
+    finite = torch.isfinite(expected)
+    if bool(finite.any()):
+        assert error(found[finite], expected[finite]) <= family.encode_tolerance
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["kl", "tiny", "wan21"])
+def test_nan_and_inf_stay_where_they_would_be(two_ranks: Ranks, name: str, value: float) -> None:
+    two_ranks.run(no_numbers, name, value)
+
+
+# ---- many shapes -----------------------------------------------------------------------------------------------------
+
+
+def many_shapes(rank: int, seed: int, axis: str, shapes: int) -> None:
+    """Random sizes and batches, each half compared with the VAE alone."""
+    chance = random.Random(seed)
+    alone, vae = kl(seed=3), kl(seed=3)
+    with halovae.parallelize(vae, axis=axis, verify=False):
+        for number in range(shapes):
+            rows, cols, batch = chance.randint(1, 9), chance.randint(1, 9), chance.randint(1, 2)
+            off = chance.choice((0, 0, chance.randint(1, 7)))
+            x, z = pixels(8 * rows + off, 8 * cols + off, batch, seed=number), latents(rows, cols, batch, seed=number)
+            words = f"seed {seed}, shape {number}: {tuple(x.shape)}, axis {axis}"
+            assert error(vae.encode(x)[0].parameters, alone.encode(x)[0].parameters) <= EXACT, words
+            assert error(vae.decode(z)[0], alone.decode(z)[0]) <= EXACT, words
+
+
+@pytest.mark.parametrize("axis", ["auto", "height", "width"])
+def test_many_shapes_end_to_end(two_ranks: Ranks, axis: str) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    two_ranks.run(many_shapes, seed, axis, 20)
