@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 RANKS ?= 2
+MINUTES ?= 3
 
-.PHONY: demo test lint clean
+.PHONY: demo test chaos lint clean
 
 demo: $(READY)
 	mkdir -p out
 	$(VENV)/bin/halovae roundtrip media/bigbuckbunny.mp4 -o out/demo.mp4 --frames 108:125 --height 256 --width 448 \
-		--ranks $(RANKS) --compare
+		--ranks $(RANKS) --compare --report out/demo-report
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# Random faults in random calls, see docs/reliability.md.
+chaos: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/chaos.py --minutes $(MINUTES)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
