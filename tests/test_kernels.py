@@ -23,6 +23,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halovae.kernels.chain.CHAIN_ELEMENTS", 100)
     for module in (convolution, upsampling):
         monkeypatch.setattr(module, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(convolution, "MANY_ROWS", 1)
 
 
 VIDEO, IMAGE = (1, 4, 5, 12, 9), (2, 4, 12, 9)

@@ -24,11 +24,16 @@ def _received(queue: Queue[Any]) -> Any:
 
 
 class ThreadPending:
-    def __init__(self, receives: list[tuple[Queue[Any], torch.Tensor]]) -> None:
-        self._receives = receives
+    def __init__(self, receives: list[tuple[Queue[Any], torch.Tensor]], earlier: ThreadPending | None) -> None:
+        self._receives, self._earlier = receives, earlier
 
     def wait(self) -> None:
-        for queue, buffer in self._receives:
+        # In the order they were posted, since a queue has one end.
+        earlier, self._earlier = self._earlier, None
+        if earlier:
+            earlier.wait()
+        receives, self._receives = self._receives, []
+        for queue, buffer in receives:
             tensor = _received(queue)
             assert tensor.shape == buffer.shape, f"expected {buffer.shape}, got {tensor.shape}"
             assert tensor.dtype == buffer.dtype
@@ -39,6 +44,7 @@ class ThreadComm:
     def __init__(self, rank: int, size: int, queues: dict[tuple[int, int], Queue[Any]]) -> None:
         self.rank, self.size, self._queues = rank, size, queues
         self.traffic = Traffic()
+        self._last: ThreadPending | None = None
 
     @property
     def key(self) -> object:
@@ -53,9 +59,12 @@ class ThreadComm:
             self._queues[self.rank, peer].put(tensor.clone())
             self.traffic.messages += 1
             self.traffic.bytes += tensor.nbytes
-        return ThreadPending([(self._queues[peer, self.rank], buffer) for peer, buffer in receives])
+        self._last = ThreadPending([(self._queues[peer, self.rank], buffer) for peer, buffer in receives], self._last)
+        return self._last
 
     def all_gather_object(self, value: Any) -> list[Any]:
+        if self._last:
+            self._last.wait()
         for peer in range(self.size):
             self._queues[self.rank, peer].put(value)
         return [_received(self._queues[peer, self.rank]) for peer in range(self.size)]

@@ -33,7 +33,7 @@ class Pending(Protocol):
     """Messages under way. The tensors posted belong to them until `wait` returns."""
 
     def wait(self) -> None:
-        """Return when everything is sent and every buffer is filled.
+        """Return when everything is sent and every buffer is filled. A second call does nothing.
 
         Raises:
             RankFailedError: another rank has failed, so that nothing more will come.

@@ -28,7 +28,7 @@ _NEWS_SECONDS = 5.0
 """How long after a broken exchange the news of who broke it may take."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Posted:
     """Messages that a process group is moving; holds on to their memory."""
 
@@ -39,6 +39,8 @@ class _Posted:
     staged: Sequence[Message]
 
     def wait(self) -> None:
+        if self not in self.comm.under_way:
+            return
         started = time.perf_counter()
         try:
             for work in self.works:
@@ -48,6 +50,7 @@ class _Posted:
         for (_, buffer), (_, landed) in zip(self.receives, self.landing, strict=True):
             if landed is not buffer:
                 buffer.copy_(landed)
+        self.comm.under_way.discard(self)
         self.comm.traffic.waited_since(started)
 
 
@@ -59,6 +62,9 @@ class GroupComm:
 
     Args:
         group: the process group this process belongs to.
+
+    Attributes:
+        under_way: what is posted and not waited for. Their memory must outlive them, also where nobody waits.
 
     Raises:
         InputError: this process is not in `group`.
@@ -72,6 +78,7 @@ class GroupComm:
             )
         self.size = dist.get_world_size(group)
         self.traffic = Traffic()
+        self.under_way: set[_Posted] = set()
         self._group = group
         self._lanes: dict[str, GlooLane | DeviceLane] = {}
         self._era = -1
@@ -120,7 +127,9 @@ class GroupComm:
         self.traffic.messages += len(sends)
         self.traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
         self.traffic.waited_since(started)
-        return _Posted(self, works, receives, landing, staged)
+        posted = _Posted(self, works, receives, landing, staged)
+        self.under_way.add(posted)
+        return posted
 
     def _staged(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.device.type in self._lanes else tensor.cpu()
@@ -155,6 +164,8 @@ class GroupComm:
             self._link.check()
 
     def finish(self) -> None:
+        for posted in list(self.under_way):
+            posted.wait()
         if len(self._lanes) > 1:  # What a device still has to do may depend on messages that never come.
             torch.accelerator.synchronize()
         self._link.gather(None)
@@ -164,6 +175,7 @@ class GroupComm:
         message = f"{type(error).__name__}: {error}"
         self._link.fail(message, "".join(traceback.format_exception(error)))
         self._abort()
+        self.under_way.clear()
         self._link.busy = False
         self._link.next_era()
 

@@ -11,9 +11,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from halovae.exact.later import extend_later
 from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
 from halovae.exact.mesh import Mesh
-from halovae.geometry import Cut, Extent, covering, cut_at, missing, overlap
+from halovae.exact.transfers import transfers
+from halovae.geometry import Cut, Extent, covering, cut_at, overlap
 from halovae.kernels.borders import Fill, fill_outside, region_of
 from halovae.kernels.formats import is_channels_last, memory_format
 
@@ -27,6 +29,7 @@ def extend(
     needs: Mapping[int, tuple[Extent, ...]],
     pads: Mapping[int, Extent] | None = None,
     fill: Fill = ZEROS,
+    later: bool = False,
 ) -> Tensor:
     """This rank's `needs`, as one tensor.
 
@@ -37,6 +40,7 @@ def extend(
         needs: per sharded dimension, the global positions that each part needs. Beyond the axis: `fill`.
         pads: per plain dimension, how many positions to add (before, after), by `fill` too.
         fill: what lies beyond the axis.
+        later: whether a kernel follows that can make use of a tensor that is not computed yet.
 
     Returns:
         A view when everything is already there, else a new tensor. It carries no layout.
@@ -44,6 +48,8 @@ def extend(
     pads = {dim: pad for dim, pad in (pads or {}).items() if pad != (0, 0)}
     if not pads and all(_is_present(layout, dim, need) for dim, need in needs.items()):
         return _narrow_to(mesh, tensor, layout, needs)
+    if later and (deferred := extend_later(mesh, tensor, layout, needs, pads, fill)) is not None:
+        return deferred
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     buffer = _new_like(tensor, shape)
@@ -170,22 +176,15 @@ def _fetch(
 ) -> None:
     """Exchange the missing rows of one dimension with the ranks that own them, and widen `valid`."""
     factor = require_axis(layout, dim)
-    cut, me, peers = factor.cut, mesh.part(factor.axis), mesh.peers(factor.axis)
-    sends, receives, landings = [], [], []
-    for part, peer in enumerate(peers):
-        if part == me:
-            continue
-        for piece in missing(cut.extents[part], needs[part], cut.size):
-            rows = overlap(piece, cut.owned(me))
-            if rows:
-                sends.append((peer, _rows(buffer, dim, rows, start, valid).contiguous()))
-        for piece in missing(cut.extents[me], needs[me], cut.size):
-            rows = overlap(piece, cut.owned(part))
-            if rows:
-                target = _rows(buffer, dim, rows, start, valid)
-                landing = target if target.is_contiguous() else torch.empty_like(target, memory_format=_CONTIGUOUS)
-                receives.append((peer, landing))
-                landings.append((target, landing))
+    cut, me = factor.cut, mesh.part(factor.axis)
+    outgoing, incoming = transfers(mesh, layout, dim, needs)
+    sends = [(peer, _rows(buffer, dim, rows, start, valid).contiguous()) for peer, rows in outgoing]
+    receives, landings = [], []
+    for peer, rows in incoming:
+        target = _rows(buffer, dim, rows, start, valid)
+        landing = target if target.is_contiguous() else torch.empty_like(target, memory_format=_CONTIGUOUS)
+        receives.append((peer, landing))
+        landings.append((target, landing))
     mesh.comm.exchange(sends, receives)
     for target, landing in landings:
         if target is not landing:

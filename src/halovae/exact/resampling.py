@@ -25,7 +25,6 @@ from halovae.exact.registry import rule
 from halovae.exact.sizes import whole
 from halovae.geometry import Cut, coarsen, divides, refine
 from halovae.kernels import upsampling
-from halovae.kernels.deferred import computed
 
 
 @rule(F.interpolate)
@@ -99,6 +98,6 @@ def upsampled_convolution(
         dim: tuple((low - 1, high + 1) for low, high in require_axis(small, dim).cut.extents)
         for dim in small.sharded_dims
     }
-    wide = extend(mesh, computed(recipe.base), small, needs)
+    wide = extend(mesh, recipe.base, small, needs, later=True)
     result = upsampling.upsampled_convolution(recipe, weight, bias, wide, tuple(needs))
     return mark(result, with_lengths(layout, result))

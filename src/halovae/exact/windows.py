@@ -50,7 +50,7 @@ def convolution(
         dim: window(cut, *geometry[dim - layout.ndim])
         for dim, cut in _spatial_cuts(layout, n, [g == (1, 1, 0, 1) for g in geometry]).items()
     }
-    tensor = extend(mesh, tensor, layout, _needs(windows))
+    tensor = extend(mesh, tensor, layout, _needs(windows), later=True)
     rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
     result = func(tensor, weight, bias, stride, rest, dilation, groups)
     return mark(result, _window_layout(mesh, layout, windows, result))
@@ -115,7 +115,7 @@ def pad(
         raise NotExactError(f"reflect padding of {list(sharded.values())} rows on the smallest shard")
     local = {dim: amount for dim, amount in amounts.items() if dim not in sharded}
     needs = {dim: w.needs for dim, w in windows.items()}
-    result = extend(mesh, tensor, layout, needs, local, Fill(mode, value or 0.0))
+    result = extend(mesh, tensor, layout, needs, local, Fill(mode, value or 0.0), later=True)
     for dim, w in windows.items():
         layout = recut(mesh, layout, dim, w.out)
     return mark(result, with_lengths(layout, result))

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halovae.geometry import Extent
 from halovae.kernels import gpu
 from halovae.kernels.borders import Fill
-from halovae.kernels.deferred import plain, recipe_of
+from halovae.kernels.deferred import plain
 from halovae.kernels.formats import memory_format
-from halovae.kernels.joined import Joined
+from halovae.kernels.joined import Joined, joined_in
 from halovae.kernels.packed import convolve, prepared
 from halovae.kernels.precision import working_dtype
 from halovae.kernels.slabs import WINDOW_BYTES, threads
 
+MANY_ROWS = 16
+"""Fewer inner rows than that are not computed by themselves while the halo is under way."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,7 +54,7 @@ def convolution(
 ) -> Tensor:
     """The convolution of `[B, C, (T,) H, W]`, which may be deferred. One group; sizes are torch's."""
     n = weight.ndim - 2
-    joined = _as_joined(tensor)
+    joined = joined_in(tensor)
     pads = {2 + i: (p, p) for i, p in enumerate(padding) if p}
     joined = joined.padded(pads, Fill()) or Joined((plain(tensor),)).padded(pads, Fill())
     assert joined is not None
@@ -61,15 +64,13 @@ def convolution(
     if joined.device.type != "cpu":
         return on_gpu(joined, window)
     work = working_dtype(tensor.dtype)
-    if work == tensor.dtype and _is_alone(joined):
-        return _at_once(joined, window, work)
     shape = [joined.shape[0], weight.shape[0], *(window.out_size(joined.shape[2 + i], i) for i in range(n))]
+    if work == tensor.dtype and _is_alone(joined):
+        if not joined.halo:
+            return _at_once(joined, window, work)
+        if _is_same_size(joined, window, shape):
+            return _inside_first(joined, window, shape, work)
     return _by_rows(joined, window, shape, work)
-
-
-def _as_joined(tensor: Tensor) -> Joined:
-    recipe = recipe_of(tensor)
-    return recipe if isinstance(recipe, Joined) and recipe.dim >= 2 else Joined((plain(tensor),))
 
 
 def _without_zero_frames(joined: Joined, window: Window) -> tuple[Joined, Window]:
@@ -102,8 +103,37 @@ def on_gpu(joined: Joined, window: Window) -> Tensor:
 
 def _is_alone(joined: Joined) -> bool:
     """Whether the operator itself can do the padding, and there is nothing to join."""
-    symmetric = all(low == high for low, high in joined.pads.values())
+    halo = joined.halo
+    symmetric = all(low == high for dim, (low, high) in joined.pads.items() if not halo or dim != halo.dim)
     return len(joined.parts) == 1 and symmetric and (not joined.pads or joined.fill == Fill())
+
+
+def _is_same_size(joined: Joined, window: Window, shape: Sequence[int]) -> bool:
+    """Whether the parts by themselves, padded evenly, give a result of this shape, most of it without the halo."""
+    low, high = _inner_rows(joined, window, shape[-2])
+    same = shape[-2] == joined.parts[0].shape[-2] and 2 * _row_padding(joined) == window.reach(len(shape) - 3)
+    return same and max(window.stride) == 1 and high - low >= MANY_ROWS
+
+
+def _row_padding(joined: Joined) -> int:
+    """Rows before the parts, halo and padding together."""
+    n = len(joined.shape) - 2
+    halo = joined.halo.lengths[0] if joined.halo and joined.halo.dim == n else 0
+    return halo + joined.pads.get(n, (0, 0))[0]
+
+
+def _inner_rows(joined: Joined, window: Window, rows: int) -> Extent:
+    """Rows of the result that need nothing of the halo; none where it lies left and right."""
+    halo, n = joined.halo, len(joined.shape) - 2
+    if halo is None:
+        return 0, rows
+    if halo.dim != n:
+        return 0, 0
+    (before, after), (top, bottom), stride = halo.lengths, joined.pads.get(n, (0, 0)), window.stride[-2]
+    low = -(-(top + before) // stride) if before else 0
+    end = joined.shape[n] - bottom - after
+    high = (end - window.reach(n - 2) - 1) // stride + 1 if after else rows
+    return low, max(low, high)
 
 
 def _at_once(joined: Joined, window: Window, work: torch.dtype) -> Tensor:
@@ -120,11 +150,32 @@ def _by_rows(joined: Joined, window: Window, shape: Sequence[int], work: torch.d
     step = _rows_at_once(joined, stride, work)
     if max(joined.pads.get(n, (0, 0))) > reach:  # a piece could lie in the padding alone
         step = rows
-    for low in range(0, rows, step):
-        count = min(step, rows - low)
-        source = joined.rows(low * stride, (low + count - 1) * stride + reach + 1, work, True)
-        out.narrow(-2, low, count).copy_(_run(source, window, [0] * n, work))
+    for low, high in _in_order(*_inner_rows(joined, window, rows), rows, step):
+        source = joined.rows(low * stride, (high - 1) * stride + reach + 1, work, True)
+        out.narrow(-2, low, high - low).copy_(_run(source, window, [0] * n, work))
     return out
+
+
+def _inside_first(joined: Joined, window: Window, shape: Sequence[int], work: torch.dtype) -> Tensor:
+    """All rows at once, as if zeros were around the parts; then those anew that need the halo."""
+    n, rows = len(shape) - 2, shape[-2]
+    pads = [joined.pads.get(2 + i, (0, 0))[0] for i in range(n)]
+    pads[-2] = _row_padding(joined)
+    out = _run(joined.parts[0].contiguous(memory_format=memory_format(n + 2, True)), window, pads, work)
+    inner = _inner_rows(joined, window, rows)
+    for low, high in ((0, inner[0]), (inner[1], rows)):
+        if low < high:
+            source = joined.rows(low, high + window.reach(n - 2), work, True)
+            out.narrow(-2, low, high - low).copy_(_run(source, window, [0] * n, work))
+    return out
+
+
+def _in_order(low: int, high: int, rows: int, step: int) -> list[Extent]:
+    """Pieces of at most `step` rows: those from `low` to `high` first, if there are enough of them to be worth it."""
+    if high - low < MANY_ROWS:
+        low, high = 0, rows
+    spans = [(low, high), (0, low), (high, rows)]
+    return [(at, min(at + step, end)) for start, end in spans for at in range(start, end, step)]
 
 
 def _rows_at_once(joined: Joined, stride: int, work: torch.dtype) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -11,26 +11,51 @@ from torch import Tensor
 
 from halovae.geometry import Extent
 from halovae.kernels import gpu
-from halovae.kernels.borders import Fill, fill_outside
+from halovae.kernels.borders import Fill, fill_outside, region_of
+from halovae.kernels.deferred import plain, recipe_of
 from halovae.kernels.formats import is_channels_last, memory_format
 
 
 @dataclass(frozen=True)
+class Halo:
+    """What lies before and after the parts along a dimension of height or width, and is under way from elsewhere."""
+
+    dim: int
+    before: Tensor | None
+    after: Tensor | None
+    wait: Callable[[], None]
+    """Returns when both are there; may be called again."""
+
+    @property
+    def lengths(self) -> Extent:
+        before, after = (0 if edge is None else edge.shape[self.dim] for edge in (self.before, self.after))
+        return before, after
+
+
+@dataclass(frozen=True)
 class Joined:
-    """`parts` one after the other along `dim`, with padding around; a recipe."""
+    """`parts` one after the other along `dim`, with a halo and padding around; a recipe."""
 
     parts: tuple[Tensor, ...]
     dim: int = 2
     pads: Mapping[int, Extent] = field(default_factory=dict[int, Extent])
     """Positions to add before and after, by dimension."""
     fill: Fill = field(default_factory=Fill)
+    halo: Halo | None = None
 
     @cached_property
     def inner(self) -> tuple[int, ...]:
         """The shape without padding."""
         shape = list(self.parts[0].shape)
         shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        if self.halo:
+            shape[self.halo.dim] += sum(self.halo.lengths)
         return tuple(shape)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it has neither halo nor padding."""
+        return not self.pads and not self.halo
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,15 +95,15 @@ class Joined:
         return replace(self, pads={d: (a[0] + b[0], a[1] + b[1]) for d, (a, b) in zip(dims, both, strict=True)})
 
     def compute(self) -> Tensor:
-        if not self.pads:
+        if self.is_bare:
             return torch.cat(self.parts, self.dim)
         return self.rows(0, self.shape[-2], self.dtype, self.channels_last)
 
     def settled(self) -> Tensor:
         """Channels-last; the only part itself where nothing is joined or padded."""
-        if len(self.parts) == 1 and not self.pads:
+        if len(self.parts) == 1 and self.is_bare:
             return self.parts[0].contiguous(memory_format=memory_format(len(self.shape), True))
-        if not self.pads and (joined := gpu.joined(self.parts, self.dim)) is not None:
+        if self.is_bare and (joined := gpu.joined(self.parts, self.dim)) is not None:
             return joined
         return self.rows(0, self.shape[-2], self.dtype, True)
 
@@ -97,12 +122,45 @@ class Joined:
         inside = buffer
         for dim, (start, end) in enumerate(valid):
             inside = inside.narrow(dim, start, end - start)
-        at = 0
-        for part in self.parts:
-            source = part.narrow(-2, first, last - first)
-            target = inside if len(self.parts) == 1 else inside.narrow(self.dim, at, part.shape[self.dim])
-            target.copy_(source)
-            at += part.shape[self.dim]
+        self._copy_rows(inside, first, last)
         for dim in range(len(shape)):
             fill_outside(buffer, dim, valid, self.fill)
         return buffer
+
+    def _copy_rows(self, inside: Tensor, first: int, last: int) -> None:
+        """Write the unpadded rows from `first` to `last`; wait for the halo only where one of them is in it."""
+        for block, starts in self._blocks():
+            low, high = max(first, starts[-2]), min(last, starts[-2] + block.shape[-2])
+            if low >= high:
+                continue
+            if self.halo and any(block is edge for edge in (self.halo.before, self.halo.after)):
+                self.halo.wait()
+            region = [(start, start + size) for start, size in zip(starts, block.shape, strict=True)]
+            region[-2] = (low - first, high - first)
+            region_of(inside, region).copy_(block.narrow(-2, low - starts[-2], high - low))
+
+    def _blocks(self) -> Iterator[tuple[Tensor, list[int]]]:
+        """Each tensor it is made of, and where that begins in the unpadded whole."""
+        halo, starts = self.halo, [0] * len(self.shape)
+        if halo and halo.before is not None:
+            yield halo.before, list(starts)
+            starts[halo.dim] = halo.lengths[0]
+        for part in self.parts:
+            yield part, list(starts)
+            starts[self.dim] += part.shape[self.dim]
+        if halo and halo.after is not None:
+            starts = [0] * len(self.shape)
+            starts[halo.dim] = self.inner[halo.dim] - halo.lengths[1]
+            yield halo.after, starts
+
+
+def joined_in(tensor: Tensor) -> Joined:
+    """The join that waits in a tensor, else one of the tensor alone."""
+    recipe = recipe_of(tensor)
+    return recipe if isinstance(recipe, Joined) and recipe.dim >= 2 else Joined((plain(tensor),))
+
+
+def parts_in(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What is joined in time, without anything around it, in a tensor that waits for that; else the tensor."""
+    recipe = recipe_of(tensor)
+    return recipe.parts if isinstance(recipe, Joined) and recipe.is_bare and recipe.dim == 2 else (plain(tensor),)

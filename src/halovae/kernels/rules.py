@@ -18,7 +18,7 @@ from halovae.kernels.borders import Fill
 from halovae.kernels.chain import Chain, uncut_by
 from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.deferred import Deferred, plain, recipe_of
-from halovae.kernels.joined import Joined
+from halovae.kernels.joined import Joined, parts_in
 from halovae.kernels.precision import LOW
 from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
 
@@ -91,12 +91,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     if not alike or first.ndim != 5 or dim % 5 != 2:
         return NotImplemented
     sizes = {(*tensor.shape[:2], *tensor.shape[3:]) for tensor in tensors}
-    return Deferred(Joined(tuple(part for t in tensors for part in _parts(t)))) if len(sizes) == 1 else NotImplemented
-
-
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    recipe = recipe_of(tensor)
-    return recipe.parts if isinstance(recipe, Joined) and not recipe.pads and recipe.dim == 2 else (plain(tensor),)
+    return Deferred(Joined(tuple(part for t in tensors for part in parts_in(t)))) if len(sizes) == 1 else NotImplemented
 
 
 @rule(F.interpolate)

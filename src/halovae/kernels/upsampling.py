@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.kernels import gpu
+from halovae.kernels.borders import Fill
 from halovae.kernels.deferred import plain, recipe_of
 from halovae.kernels.formats import is_channels_last, memory_format
-from halovae.kernels.joined import Joined
+from halovae.kernels.joined import joined_in
 from halovae.kernels.precision import LOW, working_dtype
 from halovae.kernels.slabs import WINDOW_BYTES, threads
 from halovae.kernels.weights import derived
@@ -77,12 +78,12 @@ def upsampled_convolution(
         recipe: the upsampling.
         weight: `[C', C, 3, 3]`.
         bias: `[C']`.
-        base: the small picture, if it is not the recipe's own.
+        base: the small picture, if it is not the recipe's own. It may be deferred.
         bordered: dimensions (2, 3) in which `base` has one more row before and after, and no padding is due.
     """
     base = plain(recipe.base) if base is None else base
     if recipe.device.type != "cpu" and recipe.dtype in LOW:
-        return gpu.convolve_upsampled(base.to(recipe.dtype), weight, bias, bordered)
+        return gpu.convolve_upsampled(plain(base).to(recipe.dtype), weight, bias, bordered)
     dtype, work = recipe.dtype, working_dtype(recipe.dtype)
     folded = derived(weight, ("upsampled", work), lambda: _folded(weight.to(work)))
     bias = None if bias is None else bias.to(work)
@@ -90,8 +91,9 @@ def upsampled_convolution(
     crops = [3 if dim in bordered else 1 for dim in (2, 3)]
     last = memory_format(4, True)
     if work == dtype:
-        return F.conv_transpose2d(base.to(work).contiguous(memory_format=last), folded, bias, 2, crops)
-    joined = Joined((base,), pads={} if 2 in bordered else {2: (1, 1)})
+        return F.conv_transpose2d(plain(base).to(work).contiguous(memory_format=last), folded, bias, 2, crops)
+    joined = joined_in(base).padded({} if 2 in bordered else {2: (1, 1)}, Fill())
+    assert joined is not None, "a base comes without padding, or with zeros"
     batch, channels, rows, _ = joined.shape
     width = 2 * (base.shape[3] - (2 if 3 in bordered else 0))
     out = torch.empty(batch, len(weight), 2 * (rows - 2), width, dtype=dtype, device=base.device, memory_format=last)
