@@ -70,6 +70,11 @@ class Layout:
         """Of all sharded factors."""
         return [factor.cut for dim in self.dims for factor in dim if isinstance(factor, AxisFactor)]
 
+    @cached_property
+    def narrowest(self) -> int:
+        """Positions that the smallest part of any axis owns."""
+        return min(map(narrowest, self.cuts), default=MIN_ROWS)
+
     def replace(self, dim: int, factors: Dim) -> Layout:
         dim %= len(self.dims)
         return Layout((*self.dims[:dim], factors, *self.dims[dim + 1 :]))
@@ -125,21 +130,20 @@ def layout_of(value: object) -> Layout | None:
     return getattr(value, _ATTRIBUTE, None) if isinstance(value, Tensor) else None
 
 
-def require_rows(cut: Cut) -> None:
+def require_rows(thinnest: int) -> None:
     """Check that no part is so thin that its size is ambiguous; the same answer on every rank.
 
     Raises:
         NotExactError: one is.
     """
-    if narrowest(cut) < MIN_ROWS:
+    if thinnest < MIN_ROWS:
         raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
 
 
 def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Attach a layout (None, or one without sharded dimensions: none) and return the tensor."""
     if layout is not None and layout.sharded_dims:
-        for cut in layout.cuts:
-            require_rows(cut)
+        require_rows(layout.narrowest)
         if layout.shape != (shape := tuple(tensor.shape)):
             raise NotExactError(f"its result has the shape {shape} where the shard's is {layout.shape}")
         setattr(tensor, _ATTRIBUTE, layout)
@@ -257,6 +261,8 @@ def broadcast(layouts: Sequence[tuple[Layout | None, tuple[int, ...]]], shape: S
     Raises:
         NotExactError: an operand without layout varies along a dimension that is sharded in another one.
     """
+    if (common := _common(layouts, shape)) is not None:
+        return common
     dims: list[Dim] = []
     for position in range(-len(shape), 0):
         present = [_dim_at(layout, own, position) for layout, own in layouts]
@@ -271,6 +277,23 @@ def broadcast(layouts: Sequence[tuple[Layout | None, tuple[int, ...]]], shape: S
             raise NotExactError(f"an operand that knows nothing of the shards has {max(map(length, present))} rows")
         dims.append(sharded[0])
     return Layout(tuple(dims))
+
+
+def _common(layouts: Sequence[tuple[Layout | None, tuple[int, ...]]], shape: Sequence[int]) -> Layout | None:
+    """The layout that all operands have that have any, where the others don't vary along what is cut: the usual case.
+
+    Nothing is looked at twice, since every operator of a network comes here.
+    """
+    first = next((layout for layout, _ in layouts if layout), None)
+    if first is None or first.shape != tuple(shape):
+        return None
+    for layout, own in layouts:
+        if layout is not first and (
+            layout is not None or any(dim - first.ndim >= -len(own) and own[dim - first.ndim] != 1
+                                      for dim in first.sharded_dims)
+        ):  # fmt: skip
+            return None
+    return first
 
 
 def _dim_at(layout: Layout | None, shape: tuple[int, ...], position: int) -> Dim:

@@ -15,7 +15,7 @@ from halovae.exact.layout import Layout, each, is_sharded, layout_of, mark, requ
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import rule
 from halovae.exact.resampling import upsampled_convolution
-from halovae.geometry import Cut, Extent, Window, padded, transposed_window, window
+from halovae.geometry import Cut, Extent, Window, narrowest, padded, transposed_window, window
 from halovae.kernels.upsampling import foldable
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -214,7 +214,7 @@ def _spatial_cuts(layout: Layout, n: int, trivial: Sequence[bool]) -> dict[int, 
 def _needs(windows: dict[int, Window]) -> dict[int, tuple[Extent, ...]]:
     """What to fetch; refused before anything is sent where a part of the output would be too thin."""
     for w in windows.values():
-        require_rows(w.out)
+        require_rows(narrowest(w.out))
     return {dim: w.needs for dim, w in windows.items()}
 
 
