@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.errors import NotExactError
+from halovae.exact.broadcasting import broadcast
 from halovae.exact.halo import gather_dim, own, own_part
 from halovae.exact.layout import (
     AxisFactor,
@@ -16,7 +17,6 @@ from halovae.exact.layout import (
     GatheredFactor,
     Layout,
     axes_in,
-    broadcast,
     is_sharded,
     layout_of,
     mark,

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.errors import NotExactError
+from halovae.exact.broadcasting import broadcast
 from halovae.exact.halo import own, redistribute
-from halovae.exact.layout import AxisFactor, Layout, axis_factor, broadcast, is_uniform, layout_of, mark
+from halovae.exact.layout import AxisFactor, Layout, axis_factor, is_uniform, layout_of, mark
 from halovae.exact.registry import Mesh, named, rule, writes
 from halovae.exact.sizes import whole
 

@@ -19,6 +19,7 @@ from halovae.kernels.joined import Joined, joined_in
 from halovae.kernels.packed import convolve, prepared
 from halovae.kernels.precision import working_dtype
 from halovae.kernels.slabs import WINDOW_BYTES, threads
+from halovae.kernels.still import copies, is_still, with_frames
 
 MANY_ROWS = 16
 """Fewer inner rows than that are not computed by themselves while the halo is under way."""
@@ -63,9 +64,16 @@ def convolution(
         joined, window = _without_zero_frames(joined, window)
     if joined.device.type != "cpu":
         return on_gpu(joined, window)
-    work = working_dtype(tensor.dtype)
-    shape = [joined.shape[0], weight.shape[0], *(window.out_size(joined.shape[2 + i], i) for i in range(n))]
-    if work == tensor.dtype and _is_alone(joined):
+    frames = window.out_size(joined.shape[2], 0) if n == 3 else 1
+    if frames > 1 and is_still(joined):
+        return copies(_on_cpu(with_frames(joined, window.reach(0) + 1), window), frames)
+    return _on_cpu(joined, window)
+
+
+def _on_cpu(joined: Joined, window: Window) -> Tensor:
+    work, weight = working_dtype(joined.dtype), window.weight
+    shape = [joined.shape[0], len(weight), *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:]))]
+    if work == joined.dtype and _is_alone(joined):
         if not joined.halo:
             return _at_once(joined, window, work)
         if _is_same_size(joined, window, shape):
