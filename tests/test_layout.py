@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halovae.errors import NotExactError
+from halovae.exact.broadcasting import broadcast
 from halovae.exact.layout import (
     AxisFactor,
     Dim,
     Factor,
     Layout,
-    broadcast,
     global_length,
     is_uniform,
     keep_uniform,
