@@ -155,7 +155,7 @@ SHARDED = [
     "upsampled", "upsampled, nearest-exact", "upsampled, unpadded", "upsampled, strided", "upsampled, alone",
     "conv3d", "conv3d, strided, dilated", "wide padding", "padding of a value", "padding twice", "padding alone",
     "reflect padding", "causal, first frame", "causal, one cached", "written later",
-    "still", "still, replicated", "still, strided", "still behind zeros", "still but for a pixel", "padding for nobody",
+    "still", "still, replicated", "still, strided", "still behind zeros", "padding for nobody",
 ]  # fmt: skip
 CUTS = [GRID, ((0, 5, 12), (0, 18)), ((0, 4, 8, 12), (0, 18)), ((0, 12), (0, 6, 12, 18))]
 
