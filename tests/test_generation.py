@@ -108,7 +108,13 @@ REFUSED = [
     (["--num-inference-steps", "400"], "--num-inference-steps 400: UniPCMultistepScheduler can't take it"),
     (["--flow-shift", "0"], "--flow-shift 0.0: give a number above 0"),
     (["--enable-cpu-offload", "--enable-layerwise-offload"], "exclude each other"),
+    (
+        ["--vae-use-tiling", "--vae-mode", "auto"],
+        "--vae-use-tiling means --vae-mode tile, but --vae-mode auto",
+    ),
+    (["--vae-mode", "tile", "--axis", "height"], "--axis can't be honoured with --vae-mode tile"),
     (["--image", "nowhere.png"], "nowhere.png does not exist"),
+    (["--last-image", "nowhere.png"], "nowhere.png does not exist"),
     (["--image", str(CLIP)], "is a video: give a still image"),
     (["--model", "nowhere"], "--model nowhere: no such folder"),
     (["--model", "."], "has no model_index.json"),

@@ -190,7 +190,7 @@ def walk(scheduler: Any, steps: int) -> torch.Tensor:
     return sample
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:__array__ implementation")
 @pytest.mark.parametrize(
     ("scheduler", "steps", "nearest"),
     [

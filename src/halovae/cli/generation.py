@@ -104,7 +104,7 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     """What a command's arguments, by name, ask for; `words` as the user typed them."""
     values = {_RENAMED.get(name, name): value for name, value in given.items()}
     values["vae_axis"] = parse_axis(given["axis"])
-    values["vae_mode"] = "tile" if given["vae_use_tiling"] else given["vae_mode"].value
+    values["vae_mode"] = _vae_mode(given)
     for name in ("dtype", "vae_dtype"):
         values[name] = None if given[name] is None else given[name].value
     values["dtype"] = values["dtype"] or Setup.dtype
@@ -125,6 +125,13 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         words=words,
         notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
     )
+
+
+def _vae_mode(given: Mapping[str, Any]) -> str:
+    asked = None if given["vae_mode"] is None else given["vae_mode"].value
+    if given["vae_use_tiling"] and asked not in (None, "tile"):
+        raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
+    return "tile" if given["vae_use_tiling"] else asked or Setup.vae_mode
 
 
 def _check_files(job: Job) -> None:
