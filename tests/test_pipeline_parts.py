@@ -212,6 +212,19 @@ def test_steps_that_a_scheduler_can_not_take_are_refused(scheduler: Any, steps: 
         walk(scheduler, steps)
 
 
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    """Pipelines round in their own ways: Stable Diffusion down, Flux up."""
+    asked = Generation(num_inference_steps=3, strength=0.1)
+    with raises(InputError, "--strength 0.1 of --num-inference-steps 3 leaves no step"):
+        check_steps(diffusers.StableDiffusionImg2ImgPipeline, diffusers.DDIMScheduler(), asked)
+    check_steps(diffusers.FluxImg2ImgPipeline, diffusers.FlowMatchEulerDiscreteScheduler(), asked)
+    check_steps(
+        diffusers.StableDiffusionImg2ImgPipeline,
+        diffusers.DDIMScheduler(),
+        Generation(num_inference_steps=10, strength=0.1),
+    )
+
+
 def test_a_transformer_without_a_plan_is_refused_by_name() -> None:
     unet = torch.nn.Linear(1, 1)
     with raises(InputError, "has no plan to spread Linear"):

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 from halovae.errors import InputError
@@ -82,6 +83,7 @@ def check_steps(cls: Any, scheduler: Any, generation: Generation) -> None:
     scheduler = deepcopy(scheduler)
     refusal = _refusal(scheduler, steps)
     if refusal is None:
+        _check_strength(cls, scheduler, steps, generation.strength)
         return
     top = scheduler.config.get("num_train_timesteps", 0)
     others = (*range(min(steps - 1, top), 0, -1), *range(steps + 1, top + 1))
@@ -90,6 +92,23 @@ def check_steps(cls: Any, scheduler: Any, generation: Generation) -> None:
     if any((scheduler.config.get(name) or 1) > 1 for name in _SHIFTS):
         remedy += ", or a lower --flow-shift"
     raise InputError(f"--num-inference-steps {steps}: {type(scheduler).__name__} can't take it, {refusal}; {remedy}")
+
+
+def _check_strength(cls: Any, scheduler: Any, steps: int, strength: float | None) -> None:
+    """Refuse a share of the steps that is none; the pipeline's own code says which are left."""
+    known = parameters(cls)
+    if strength is None and "strength" in known:
+        strength = known["strength"].default
+    if not isinstance(strength, float) or not hasattr(cls, "get_timesteps"):
+        return
+    try:
+        left = cls.get_timesteps(SimpleNamespace(scheduler=scheduler), steps, strength, "cpu")[0]
+    except (AttributeError, TypeError):  # It wants more than its scheduler: then it is not known before the run.
+        return
+    if len(left) == 0:
+        raise InputError(
+            f"--strength {strength} of --num-inference-steps {steps} leaves no step to denoise: use more of either"
+        )
 
 
 def _refusal(scheduler: Any, steps: int) -> str | None:
