@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pty
 import select
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from families import FAMILIES
@@ -76,3 +78,29 @@ def read_terminal(descriptor: int, until: bytes | None = None) -> bytes:
             os.close(descriptor)
             break
     return shown
+
+
+def interrupt(*arguments: str, until: bytes) -> bytes:
+    """Start the program on two ranks, and press Ctrl-C as soon as its terminal shows `until`.
+
+    Both ranks have to be gone within 5 seconds, and the exit code has to say why.
+
+    Returns:
+        What the terminal had shown before.
+    """
+    ours, theirs = pty.openpty()
+    process = start(*arguments, "--ranks", "2", stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    before = read_terminal(ours, until)
+    pids = [rank.pid for rank in psutil.Process(process.pid).children()]
+    assert len(pids) == 2
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    after = read_terminal(ours)
+    process.communicate(timeout=20)
+    assert time.monotonic() - started < 5
+    assert process.returncode == 130
+    assert after.endswith(b"halovae: interrupted\r\n")
+    assert b"Traceback" not in after
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    return before

@@ -105,8 +105,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 }
 
 
-NOT_SPREAD = {"cogvideox", "hunyuan", "ltx", "stable diffusion"}
-"""Diffusers has no plan for their denoisers; for LTX's it has one that fails."""
+NOT_SPREAD = {"cogvideox", "hunyuan", "stable diffusion"}
+"""Diffusers has no plan for their denoisers."""
 GRAINY = {"ltx"}
 """Random weights make grain of every pixel, of which a video codec makes something else when one level changes."""
 SIZE = {"height": 64, "width": 64}

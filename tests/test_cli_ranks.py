@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from clips import CLIP as CLIP_PATH
 from clips import cut_after_header
-from command import PATIENCE, enter, names, read_terminal, run, saved, start
+from command import PATIENCE, enter, interrupt, names, run, saved
 
 from halovae.cli.main import main
 from halovae.media import read
@@ -76,24 +71,9 @@ def test_a_bad_file_is_one_line(in_folder: Path, tiny: str) -> None:
 
 def test_interrupted_runs_leave_nothing(in_folder: Path) -> None:
     """And a terminal shows, until then, what is going on."""
-    ours, theirs = pty.openpty()
-    arguments = ["roundtrip", CLIP, "-o", "o.mp4", "--frames", "0:33", "--height", "480", "--ranks", "2"]
-    process = start(*arguments, stderr=theirs, env={**os.environ, "TERM": "xterm"})
-    os.close(theirs)
-    shown = read_terminal(ours, until=b"encode")
+    shown = interrupt("roundtrip", CLIP, "-o", "o.mp4", "--frames", "0:33", "--height", "480", until=b"encode")
     assert b"read" in shown
     assert b"load" in shown
-    pids = [rank.pid for rank in psutil.Process(process.pid).children()]
-    assert len(pids) == 2
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    shown = read_terminal(ours)
-    process.communicate(timeout=20)
-    assert time.monotonic() - started < 5
-    assert process.returncode == 130
-    assert shown.endswith(b"halovae: interrupted\r\n")
-    assert b"Traceback" not in shown
-    assert not any(psutil.pid_exists(pid) for pid in pids)
     assert names(in_folder) == set()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import CLIP
-from command import enter, names, run
+from command import enter, interrupt, names, run
 
 from halovae.cli.main import main
 from halovae.media import read
@@ -103,9 +103,18 @@ REFUSED = [
     (["--ring-degree", "2", "--ranks", "3"], "does not divide 3 ranks"),
     (["--vae-patch-parallel-size", "3", "--ranks", "2"], "--vae-patch-parallel-size 3: give 1 to 2"),
     (["--guidance-scale-high", "3"], "--guidance-scale-high can't be honoured"),
+    (["--attention-backend", "none"], "--attention-backend none: there is none of that name; use one of "),
+    (["--boundary-ratio", "0.5"], "--boundary-ratio can't be honoured"),
+    (["--num-inference-steps", "400"], "--num-inference-steps 400: UniPCMultistepScheduler can't take it"),
     (["--flow-shift", "0"], "--flow-shift 0.0: give a number above 0"),
     (["--enable-cpu-offload", "--enable-layerwise-offload"], "exclude each other"),
+    (
+        ["--vae-use-tiling", "--vae-mode", "auto"],
+        "--vae-use-tiling means --vae-mode tile, but --vae-mode auto",
+    ),
+    (["--vae-mode", "tile", "--axis", "height"], "--axis can't be honoured with --vae-mode tile"),
     (["--image", "nowhere.png"], "nowhere.png does not exist"),
+    (["--last-image", "nowhere.png"], "nowhere.png does not exist"),
     (["--image", str(CLIP)], "is a video: give a still image"),
     (["--model", "nowhere"], "--model nowhere: no such folder"),
     (["--model", "."], "has no model_index.json"),
@@ -126,6 +135,26 @@ def test_bad_input_is_one_line(
     assert names(in_folder) == set()
 
 
+def test_what_configs_tell_is_refused_before_weights_are_loaded(
+    demo: str, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(demo, "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    before = names(in_folder)
+    for flag, value in (("--num-inference-steps", "400"), ("--height", "100"), ("--boundary-ratio", "0.5")):
+        assert main(["image-to-video", "--model", "configs", *SMALL, flag, value, "--device", "cpu"]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith(f"halovae: error: {flag} ")
+        assert errors.count("\n") == 1
+    assert names(in_folder) == before
+
+
+def test_an_interrupted_run_leaves_nothing(demo: str, in_folder: Path) -> None:
+    """Ctrl-C while both ranks denoise."""
+    arguments = ["--model", demo, *SMALL, "--num-inference-steps", "300", "--ulysses-degree", "2", "-o", "o.mp4"]
+    interrupt("image-to-video", *arguments, "--json", "o.json", "--report", "report", until=b"20/300")
+    assert names(in_folder) == set()
+
+
 def test_a_model_of_another_kind_is_refused(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["text-to-video", "--model", demo, "--prompt", "a cup", "--dry-run"]) == 2
     assert "is a WanImageToVideoPipeline, which can't do text-to-video" in capsys.readouterr().err
@@ -133,7 +162,7 @@ def test_a_model_of_another_kind_is_refused(demo: str, capsys: pytest.CaptureFix
     assert "which can't do image-to-image" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--boundary-ratio=0.5", "--enable-cpu-offload", "--attention-backend=none"])
+@pytest.mark.parametrize("flag", ["--enable-cpu-offload", "--attention-backend=flash_varlen"])
 def test_what_a_run_can_not_honour_is_refused(flag: str, demo: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["image-to-video", "--model", demo, *SMALL, flag, "--device", "cpu"]) == 2
     assert flag.split("=")[0] in capsys.readouterr().err

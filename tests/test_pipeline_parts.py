@@ -19,7 +19,7 @@ from threads import run_threads
 import halovae
 from halovae.errors import InputError
 from halovae.pipelines.load import find_pipeline
-from halovae.pipelines.scheduler import shifted
+from halovae.pipelines.scheduler import check_steps, shifted
 from halovae.pipelines.seed import agreed_seed
 from halovae.pipelines.settings import Generation, Setup
 from halovae.pipelines.signature import arguments, does
@@ -181,12 +181,58 @@ def test_a_shift_goes_where_the_scheduler_has_one() -> None:
             shifted(scheduler, 5.0)
 
 
+def walk(scheduler: Any, steps: int) -> torch.Tensor:
+    """What denoising a single zero ends with."""
+    scheduler.set_timesteps(steps)
+    sample = torch.zeros(1, 1, 1, 1)
+    for step in scheduler.timesteps:
+        sample = scheduler.step(sample, step, sample, return_dict=False)[0]
+    return sample
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:__array__ implementation")
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "nearest"),
+    [
+        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0), 400, 333),
+        (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=9.0), 400, 125),
+        (diffusers.DDIMScheduler(), 1001, 1000),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), 1, 2),
+    ],
+)
+def test_steps_that_a_scheduler_can_not_take_are_refused(scheduler: Any, steps: int, nearest: int) -> None:
+    before = scheduler.timesteps.clone()
+    name = type(scheduler).__name__
+    with raises(InputError, rf"--num-inference-steps {steps}: {name} can't take it, .*; use {nearest}\b"):
+        check_steps(WAN, scheduler, Generation(num_inference_steps=steps))
+    check_steps(WAN, scheduler, Generation(num_inference_steps=nearest))
+    assert torch.equal(scheduler.timesteps, before)
+    assert walk(scheduler, nearest).isfinite().all()
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        walk(scheduler, steps)
+
+
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    """Pipelines round in their own ways: Stable Diffusion down, Flux up."""
+    asked = Generation(num_inference_steps=3, strength=0.1)
+    with raises(InputError, "--strength 0.1 of --num-inference-steps 3 leaves no step"):
+        check_steps(diffusers.StableDiffusionImg2ImgPipeline, diffusers.DDIMScheduler(), asked)
+    check_steps(diffusers.FluxImg2ImgPipeline, diffusers.FlowMatchEulerDiscreteScheduler(), asked)
+    check_steps(
+        diffusers.StableDiffusionImg2ImgPipeline,
+        diffusers.DDIMScheduler(),
+        Generation(num_inference_steps=10, strength=0.1),
+    )
+
+
 def test_a_transformer_without_a_plan_is_refused_by_name() -> None:
     unet = torch.nn.Linear(1, 1)
     with raises(InputError, "has no plan to spread Linear"):
         check_degrees({"unet": unet}, Setup(ulysses_degree=2))
     with raises(InputError, "can't share evenly"), shared_sequences(2):
         raise AssertionError("Tensor size along dimension to be sharded must be divisible by mesh size")
+    with raises(InputError, "--ulysses-degree and --ring-degree can't be honoured: the plan of"), shared_sequences(2):
+        torch.zeros(2) + torch.zeros(3)
 
 
 def test_weights_that_do_both_are_loaded_into_the_pipeline_that_is_asked_for(tmp_path: Path) -> None:

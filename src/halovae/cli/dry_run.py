@@ -10,8 +10,9 @@ import torch
 import typer
 from torch import nn
 
-from halovae.cli.generation import Job, settled
+from halovae.cli.generation import Job
 from halovae.cli.report import table
+from halovae.cli.settled import planned
 from halovae.config import HALVES
 from halovae.errors import HalovaeError
 from halovae.files import write_json
@@ -19,10 +20,9 @@ from halovae.fit import limits_of
 from halovae.link_speed import LINKS
 from halovae.pipelines.load import find_pipeline
 from halovae.pipelines.outline import outline
-from halovae.pipelines.scheduler import shifted
 from halovae.pipelines.signature import parameters
-from halovae.pipelines.sizes import Grid, grid_of
-from halovae.pipelines.transformers import check_degrees, degree
+from halovae.pipelines.sizes import Grid
+from halovae.pipelines.transformers import degree
 from halovae.plan import ShardPlan, plan_shards
 from halovae.speed import GivenSpeed
 from halovae.survey import Row, Survey
@@ -45,11 +45,7 @@ def dry_run(job: Job, ranks: int) -> int:
     for note in (*job.notes, *source.notes):
         sys.stderr.write(f"halovae: note: {note}\n")
     components = outline(source)
-    check_degrees(components, job.setup)
-    if job.setup.flow_shift is not None:
-        shifted(components["scheduler"], job.setup.flow_shift)
-    grid = grid_of(components)
-    generation = settled(source.cls, components, grid, job)
+    grid, generation = planned(source, components, job)
     sizes = _sizes(source.cls, grid, generation)
     found: dict[str, Any] = {
         "task": job.task,

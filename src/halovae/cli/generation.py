@@ -16,12 +16,9 @@ from halovae.files import check_output, first_line
 from halovae.pipelines.settings import Generation, Setup
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from halovae.cli.session import Session
     from halovae.pipelines.load import PipelineSource
     from halovae.pipelines.runner import Result, Runner
-    from halovae.pipelines.sizes import Grid
     from halovae.timeline import Span
 
 _RENAMED = {
@@ -107,7 +104,7 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     """What a command's arguments, by name, ask for; `words` as the user typed them."""
     values = {_RENAMED.get(name, name): value for name, value in given.items()}
     values["vae_axis"] = parse_axis(given["axis"])
-    values["vae_mode"] = "tile" if given["vae_use_tiling"] else given["vae_mode"].value
+    values["vae_mode"] = _vae_mode(given)
     for name in ("dtype", "vae_dtype"):
         values[name] = None if given[name] is None else given[name].value
     values["dtype"] = values["dtype"] or Setup.dtype
@@ -128,6 +125,13 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         words=words,
         notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
     )
+
+
+def _vae_mode(given: Mapping[str, Any]) -> str:
+    asked = None if given["vae_mode"] is None else given["vae_mode"].value
+    if given["vae_use_tiling"] and asked not in (None, "tile"):
+        raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
+    return "tile" if given["vae_use_tiling"] else asked or Setup.vae_mode
 
 
 def _check_files(job: Job) -> None:
@@ -180,15 +184,19 @@ def make(session: Session, job: Job) -> Made:
     """Load the pipeline, run it once, and account for it. Called on every rank."""
     from halovae.cli.generation_report import document
     from halovae.cli.pages import recorded
+    from halovae.cli.settled import planned
+    from halovae.pipelines.outline import outline
     from halovae.pipelines.runner import Runner
-    from halovae.pipelines.sizes import grid_of
     from halovae.pipelines.timing import LOAD, Timeline
 
     loading = Timeline(session.device)
     with loading.stage(LOAD):
-        source, setup, pipeline = loaded(session, job)
-        parts = pipeline.components
-        generation = session.together("sizes", lambda advance: settled(source.cls, parts, grid_of(parts), job))
+        source = found(session, job)
+        # Before weights are loaded, which takes minutes for a large model.
+        _, generation = session.together(
+            "check", lambda advance: planned(source, outline(source, with_encoders=False), job)
+        )
+        setup, pipeline = loaded(session, job, source)
         runner = session.together("spread", lambda advance: Runner(pipeline, setup, session.group, session.device))
     with runner, recorded(session) as timeline:
         try:
@@ -216,56 +224,22 @@ def make(session: Session, job: Job) -> Made:
     )
 
 
-def loaded(session: Session, job: Job) -> tuple[PipelineSource, Setup, Any]:
-    """The pipeline of a job, where it comes from, and its setup with this rank's dtype. Called on every rank."""
-    from halovae.pipelines.load import find_pipeline, load_pipeline
+def found(session: Session, job: Job) -> PipelineSource:
+    """Where the pipeline of a job comes from; tells the user what they might not expect. Called on every rank."""
+    from halovae.pipelines.load import find_pipeline
 
-    setup = replace(job.setup, dtype=str(session.dtype).removeprefix("torch."))
     source = session.together("find", lambda advance: find_pipeline(job.model, job.task))
     for note in (*job.notes, *source.notes):
         session.stages.note(note)
-    return source, setup, session.together("load", lambda advance: load_pipeline(source, setup))
+    return source
 
 
-def settled(cls: Any, components: Mapping[str, Any], grid: Grid, job: Job) -> Generation:
-    """The job's settings with its images, and with sizes that this pipeline takes.
+def loaded(session: Session, job: Job, source: PipelineSource) -> tuple[Setup, Any]:
+    """The setup of a job with this rank's dtype, and the pipeline. Called on every rank."""
+    from halovae.pipelines.load import load_pipeline
 
-    Args:
-        cls: of the pipeline.
-        components: of the pipeline; their weights are not touched.
-        grid: of the pipeline.
-        job: what was asked for.
-
-    Raises:
-        InputError: a setting that can't be honoured, or a size that doesn't fit.
-    """
-    from halovae.pipelines.signature import arguments
-    from halovae.pipelines.sizes import check_sizes, fill_in
-
-    size = None
-    if job.image is not None:
-        first = _read(job.image, None, None)
-        size = first.height, first.width
-    generation = fill_in(cls, grid, job.generation, size)
-    height, width = generation.height, generation.width
-    check_sizes(cls, grid, generation, job.setup)
-    generation = replace(
-        generation,
-        image=None if job.image is None else _read(job.image, height, width),
-        last_image=None if job.last_image is None else _read(job.last_image, height, width),
-    )
-    arguments(cls, generation)
-    if generation.guidance_scale_2 is not None and components.get("transformer_2") is None:
-        raise InputError(f"--guidance-scale-high can't be honoured: {cls.__name__} has one expert here; leave it out")
-    return generation
-
-
-def _read(path: Path, height: int | None, width: int | None) -> Image:
-    from PIL import Image
-
-    from halovae import media
-
-    return Image.fromarray(media.read(path, height=height, width=width).frames[0])
+    setup = replace(job.setup, dtype=str(session.dtype).removeprefix("torch."))
+    return setup, session.together("load", lambda advance: load_pipeline(source, setup))
 
 
 def _run(session: Session, runner: Runner, generation: Generation) -> Result:

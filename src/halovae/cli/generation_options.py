@@ -103,11 +103,12 @@ Crf = Annotated[
     ),
 ]
 VaeModeOption = Annotated[
-    VaeMode,
+    VaeMode | None,
     typer.Option(
         "--vae-mode",
         help="exact: shards with halo exchange, the un-tiled result; tile: the VAE's own tiles, spread; "
         "auto: what is predicted to be faster on this link, and possible.",
+        show_default="exact",
     ),
 ]
 VaeUseTiling = Annotated[bool, typer.Option("--vae-use-tiling", help="The same as --vae-mode tile.")]

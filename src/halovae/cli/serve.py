@@ -63,7 +63,7 @@ def serve(
     ranks: options.Ranks = None,
     ulysses_degree: flags.Ulysses = 1,
     ring_degree: flags.Ring = 1,
-    vae_mode: flags.VaeModeOption = flags.VaeMode.exact,
+    vae_mode: flags.VaeModeOption = None,
     vae_use_tiling: flags.VaeUseTiling = False,
     vae_use_slicing: flags.VaeUseSlicing = False,
     vae_encode: flags.VaeEncode = True,

@@ -15,10 +15,14 @@ from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.quiet import quiet
 
 
-def outline(source: PipelineSource) -> dict[str, Any]:
+def outline(source: PipelineSource, with_encoders: bool = True) -> dict[str, Any]:
     """The parts of a pipeline by name, as far as configs tell them: networks without weights, and the scheduler.
 
     Tokenizers and other parts that are no networks are left out.
+
+    Args:
+        source: where the pipeline is.
+        with_encoders: whether the parts that come from transformers, which encode text and images, are in it.
 
     Raises:
         InputError: a config is missing or can't be used.
@@ -28,6 +32,8 @@ def outline(source: PipelineSource) -> dict[str, Any]:
         if not isinstance(entry, list) or len(entry) != 2:
             continue
         library, class_name = entry
+        if library == "transformers" and not with_encoders:
+            continue
         cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
         try:
             with quiet():

@@ -18,7 +18,7 @@ from halovae.errors import InputError
 from halovae.files import first_line
 from halovae.pipelines.offload import place
 from halovae.pipelines.quiet import quiet
-from halovae.pipelines.scheduler import prepare_scheduler
+from halovae.pipelines.scheduler import check_steps, prepare_scheduler
 from halovae.pipelines.seed import agreed_seed, generator
 from halovae.pipelines.settings import Generation, Setup
 from halovae.pipelines.signature import arguments
@@ -27,6 +27,8 @@ from halovae.pipelines.transformers import degree, prepare_denoisers, shared_seq
 from halovae.pipelines.vae import parallel_vae
 
 OnStep = Callable[[int, int | None], None]
+_CHECKS = {"check_inputs", "set_timesteps"}
+"""The methods in which pipelines check their arguments, and schedulers theirs: their words are for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class Runner:
         Raises:
             InputError: the pipeline can't honour a setting, or refuses its values.
         """
+        check_steps(type(self.pipeline), self.pipeline.scheduler, generation)
         generation = replace(generation, seed=agreed_seed(self.comm, generation.seed))
         assert generation.seed is not None
         chosen = arguments(type(self.pipeline), generation)
@@ -113,8 +116,7 @@ class Runner:
             with self._timeline.stage(OTHER):
                 return self.pipeline(**chosen, generator=generator(seed), output_type="np")
         except ValueError as error:
-            # The pipelines' own checks of their arguments are all in methods of this name.
-            if "check_inputs" in _functions(error):
+            if _CHECKS & _functions(error):
                 raise InputError(f"{type(self.pipeline).__name__}: {first_line(error)}") from error
             raise
 

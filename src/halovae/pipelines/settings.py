@@ -54,6 +54,8 @@ class Setup:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: give 1 or more")
         if self.layerwise_offload and self.cpu_offload:
             raise InputError("--enable-layerwise-offload and --enable-cpu-offload exclude each other: choose one")
+        if self.vae_mode == "tile" and self.vae_axis != "auto":
+            raise InputError("--axis can't be honoured with --vae-mode tile, which cuts no axis: leave one of them out")
         if self.boundary_ratio is not None and not 0 <= self.boundary_ratio <= 1:
             raise InputError(f"--boundary-ratio {self.boundary_ratio}: give a number from 0 to 1")
         if self.flow_shift is not None and self.flow_shift <= 0:

@@ -53,6 +53,12 @@ def arguments(cls: Any, generation: Generation) -> dict[str, Any]:
     return chosen
 
 
+def default(known: dict[str, inspect.Parameter], name: str) -> int | None:
+    """The whole number that a call takes if `name` is not set; None where there is none."""
+    value = known[name].default if name in known else None
+    return value if isinstance(value, int) else None
+
+
 def _is_required(parameter: inspect.Parameter) -> bool:
     return parameter.default is inspect.Parameter.empty
 

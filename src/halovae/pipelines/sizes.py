@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from halovae.errors import InputError
 from halovae.fit import limits_of
 from halovae.pipelines.grid import Grid
 from halovae.pipelines.settings import Generation, Setup
-from halovae.pipelines.signature import parameters
+from halovae.pipelines.signature import default, parameters
 from halovae.pipelines.transformers import degree, patch
 
 
@@ -42,7 +41,7 @@ def fill_in(cls: Any, grid: Grid, generation: Generation, image_size: tuple[int,
         image_size: height and width of the image, None where there is none.
     """
     known = parameters(cls)
-    sizes = [_default(known, name) for name in ("height", "width")]
+    sizes = [default(known, name) for name in ("height", "width")]
     height, width = generation.height, generation.width
     if height is None and width is None and None in sizes:
         return generation
@@ -66,7 +65,7 @@ def check_sizes(cls: Any, grid: Grid, generation: Generation, setup: Setup) -> N
     known = parameters(cls)
     for name in ("height", "width"):
         grid.check_side(f"--{name}", getattr(generation, name))
-    frames = generation.num_frames or _default(known, "num_frames") or 1
+    frames = generation.num_frames or default(known, "num_frames") or 1
     if "num_frames" in known:
         grid.check_count("--num-frames", frames)
     _check_tokens(grid, generation, frames, degree(setup))
@@ -91,11 +90,6 @@ def _nearest_that(size: int, step: int, fits: Callable[[int], bool]) -> list[int
     smaller = next((n for n in range(size - step, 0, -step) if fits(n)), None)
     larger = next(n for n in itertools.count(size + step, step) if fits(n))
     return [larger] if smaller is None else [smaller, larger]
-
-
-def _default(known: dict[str, inspect.Parameter], name: str) -> int | None:
-    value = known[name].default if name in known else None
-    return value if isinstance(value, int) else None
 
 
 def _nearest(size: float, multiple: int) -> int:

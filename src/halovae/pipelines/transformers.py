@@ -10,11 +10,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ContextParallelConfig
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from halovae import comm
 from halovae.errors import HalovaeError, InputError
 from halovae.files import first_line
+from halovae.pipelines.defects import keep_text_whole, some_device, spread_plan
 from halovae.pipelines.quiet import quiet
 from halovae.pipelines.settings import Setup
 
@@ -42,6 +44,7 @@ def prepare_denoisers(components: Mapping[str, Any], setup: Setup, ranks: int, d
         InputError: this pipeline or this machine can't do what is asked.
     """
     if setup.attention_backend is not None:
+        check_backend(components, setup)
         for part in denoisers(components).values():
             _set_backend(part, setup.attention_backend)
     if degree(setup) > 1:
@@ -57,14 +60,30 @@ def degree(setup: Setup) -> int:
     return setup.ulysses_degree * setup.ring_degree
 
 
+def check_backend(components: Mapping[str, Any], setup: Setup) -> None:
+    """Refuse an attention that diffusers does not know, or a denoiser that has no choice.
+
+    Raises:
+        InputError: tells the names that there are.
+    """
+    name = setup.attention_backend
+    if name is None:
+        return
+    for part in denoisers(components).values():
+        if not hasattr(part, "set_attention_backend"):
+            raise InputError(
+                f"--attention-backend can't be honoured: {type(part).__name__} has no choice of attention; leave it out"
+            )
+    names = sorted(backend.value for backend in AttentionBackendName)
+    if name.lower() not in names:
+        raise InputError(f"--attention-backend {name}: there is none of that name; use one of {', '.join(names)}")
+
+
 def _set_backend(part: Any, name: str) -> None:
-    cls = type(part).__name__
-    if not hasattr(part, "set_attention_backend"):
-        raise InputError(f"--attention-backend can't be honoured: {cls} has no choice of attention; leave it out")
     try:
         with quiet():
             part.set_attention_backend(name)
-    except Exception as error:  # Unknown names, missing packages, other devices: each has its own kind.
+    except Exception as error:  # Missing packages, other devices: each has its own kind.
         raise InputError(f"--attention-backend {name}: {first_line(error)}") from error
 
 
@@ -96,10 +115,11 @@ def _spread(parts: Mapping[str, Any], setup: Setup, ranks: int, device: torch.de
     for part in parts.values():
         config = ContextParallelConfig(ring_degree=shape[1], ulysses_degree=shape[2], mesh=mesh)
         try:
-            with quiet(), _some_device():
-                part.enable_parallelism(config=config)
+            with quiet(), some_device():
+                part.enable_parallelism(config=config, cp_plan=spread_plan(part))
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"{_asked(setup)}: {first_line(error)}") from error
+        keep_text_whole(part)
 
 
 def _check_heads(part: Any, ulysses: int) -> None:
@@ -110,21 +130,6 @@ def _check_heads(part: Any, ulysses: int) -> None:
             f"--ulysses-degree {ulysses} does not divide the {heads} attention heads of {type(part).__name__}: "
             f"use one of {allowed}"
         )
-
-
-@contextmanager
-def _some_device() -> Iterator[None]:
-    """Within it, torch counts at least one accelerator.
-
-    diffusers 0.36 to 0.42 (at least) takes a rank modulo the number of accelerators, also where the work runs on the
-    CPU and there is none.
-    """
-    count = torch.accelerator.device_count
-    torch.accelerator.device_count = lambda: max(1, count())
-    try:
-        yield
-    finally:
-        torch.accelerator.device_count = count
 
 
 def _compile(part: Any) -> None:

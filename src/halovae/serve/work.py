@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from halovae import codec, latents, media
-from halovae.cli.generation import Job, settled
+from halovae.cli.generation import Job
 from halovae.cli.session import Session
+from halovae.cli.settled import settled
 from halovae.errors import InputError
 from halovae.fit import Fit, Limits
 from halovae.latents import LatentsInfo, scaling_of

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halovae.cli.generation import Job, loaded
+from halovae.cli.generation import Job, found, loaded
 from halovae.cli.session import Session
 from halovae.errors import HalovaeError
 from halovae.fit import limits_of
@@ -70,7 +70,8 @@ def serve_ranks(session: Session, job: Job, wire: Wire | None) -> None:
 
 
 def _opened(session: Session, job: Job) -> Model:
-    source, setup, pipeline = loaded(session, job)
+    source = found(session, job)
+    setup, pipeline = loaded(session, job, source)
     grid = session.together("sizes", lambda advance: grid_of(pipeline.components))
     limits = session.together("limits", lambda advance: limits_of(pipeline.vae))
     runner = session.together("spread", lambda advance: Runner(pipeline, setup, session.group, session.device))
