@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness import report
 from serving import halovae, served
@@ -76,7 +77,7 @@ def _make_online(options: argparse.Namespace, model: Path, store: Path, flags: t
         output.write_bytes(answer.content)
 
 
-def _pair(options: argparse.Namespace, model: Path, online: Path, pair: Offline) -> dict[str, object]:
+def _pair(options: argparse.Namespace, model: Path, online: Path, pair: Offline) -> dict[str, Any]:
     name = f"{online.stem}-{OFFLINE.index(pair)}"
     offline, numbers = options.out / f"{name}.mp4", options.out / f"{name}.json"
     sizes = [word for key, value in _fields(options).items() for word in (f"--{key.replace('_', '-')}", value)]
@@ -90,7 +91,7 @@ def _pair(options: argparse.Namespace, model: Path, online: Path, pair: Offline)
     compare = [sys.executable, "-m", "halovae", "compare", *words, "--min-ssim", str(GATE)]
     code = subprocess.run(compare, stdout=subprocess.DEVNULL).returncode
     found = json.loads(numbers.read_text())
-    row = {
+    row: dict[str, Any] = {
         "server": " ".join(pair.online),
         "offline": pair.name,
         "worst SSIM": f"{min(frame['ssim'] for frame in found['frames']):.6f}",
