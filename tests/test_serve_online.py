@@ -25,11 +25,15 @@ def exact_file_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory
     running.kill()
 
 
-@pytest.mark.parametrize("other", [[], ["--vae-mode", "tile"]], ids=["exact", "tiles"])
+@pytest.mark.parametrize(
+    "other",
+    [["--ranks", "1"], ["--ranks", "2", "--axis", "height", "--ulysses-degree", "2"]],
+    ids=["one rank", "cut elsewhere"],
+)
 def test_online_is_offline(
     other: list[str], exact_file_server: Server, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server has two ranks, and the VAE cut in two; here one rank does all of it, or in the VAE's own tiles."""
+    """The server's two ranks have frames cut between columns. Here one rank has all, or two have them cut otherwise."""
     server = exact_file_server
     enter(tmp_path, monkeypatch)
     image = tmp_path / "image.png"
@@ -41,4 +45,6 @@ def test_online_is_offline(
     settings = "--height 64 --width 96 --num-frames 9 --num-inference-steps 3 --seed 11 --guidance-scale 2 --crf 0"
     files = ["--model", str(demo_model), "--image", str(image), "-o", str(offline)]
     assert main(["image-to-video", *files, "--prompt", "a cup", *settings.split(), *other]) == 0
-    assert main(["compare", str(offline), str(online), "--min-ssim", GATE]) == 0
+    page = tmp_path / "report"
+    assert main(["compare", str(offline), str(online), "--min-ssim", GATE, "--report", str(page)]) == 0
+    assert (page / "index.html").exists()

@@ -79,11 +79,12 @@ class Ranks:
             if self._stopping:
                 return
             self.trouble = "; ".join(verdict.messages) or "the ranks have ended"
+            # Also where this front ends with its ranks: another front must know that this job was begun.
+            listener.on_end(self.trouble)
             if self._given is not None or (self.starts == 1 and not was_ready):
                 sys.stderr.write(verdict.details)
                 raise (InputError if verdict.exit_code == 2 else HalovaeError)(self.trouble)
             verdict.say()
-            listener.on_end(self.trouble)
             if time.monotonic() - started < _WELL:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
