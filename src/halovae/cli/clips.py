@@ -5,9 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from halovae import media
 from halovae.cli.session import Session
 
@@ -27,9 +24,7 @@ def read_clip(
     return clip
 
 
-def write_clip(
-    session: Session, output: Path, frames: NDArray[np.uint8], fps: Fraction, crf: int | None = None
-) -> None:
+def write_clip(session: Session, output: Path, frames: media.Frames, fps: Fraction, crf: int | None = None) -> None:
     """Write on this rank alone."""
     with session.stages.stage("write", len(frames)) as advance:
         notes = media.write(output, frames, fps, advance, crf)

@@ -118,21 +118,20 @@ def _compare_clips(job: _Job) -> list[Gate]:
         pair = read_clips(job.one, job.other, trim=job.trim, advance=advance)
     for note in pair.notes:
         stages.note(note)
-    a, b = pair.reference.frames, pair.result.frames
     grid = None
     if job.grid is not None:
         height, width, overlap = job.grid
-        grid = Grid.every((height, width), (a.shape[1], a.shape[2]), (overlap, overlap))
-    with stages.stage("compare", len(a)) as advance:
-        found = compare_clips(a, b, grid, advance)
+        grid = Grid.every((height, width), pair.size, (overlap, overlap))
+    with stages.stage("compare", pair.count) as advance:
+        found = compare_clips(pair.reference, pair.result, grid, advance)
     gates = clip_gates(found, min_ssim=job.min_ssim, min_psnr=job.min_psnr)
-    frames = f"{len(a)} frame{'s' * (len(a) != 1)} of {a.shape[2]}x{a.shape[1]}"
+    frames = f"{pair.count} frame{'s' * (pair.count != 1)} of {pair.size[1]}x{pair.size[0]}"
     _finish(job, frames, _clip_text(found), found.to_dict(), gates)
     if job.report is not None:
         from halovae.cli.pages import clips_report
         from halovae.report import write_report
 
-        page = clips_report(job.one, job.other, a, b, found, gates, job.words)
+        page = clips_report(job.one, job.other, pair.reference, pair.result, found, gates, job.words)
         typer.echo(f"report: {write_report(job.report, page)}")
     return gates
 

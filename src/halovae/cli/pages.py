@@ -147,8 +147,8 @@ def clips_report(
         borders=found.grid,
         borders_name="a grid that shows" if found.detected else "given lines",
     )
-    frames, height, width, _ = np.shape(reference)
-    facts = {"Frames": str(frames), "Size": f"{width}x{height}"}
+    height, width = found.energy.shape
+    facts = {"Frames": str(len(found.frames)), "Size": f"{width}x{height}"}
     verdict = _verdict(gates) or f"PSNR is {decibel(found.psnr)}."
     return Report(
         title=section.title, verdict=verdict, facts=facts, clips=[section], gates=gates, command=command(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -25,8 +25,12 @@ class Trimmed:
 class Clips(Trimmed):
     """Two clips, or images, of one size."""
 
-    reference: media.Clip
-    result: media.Clip
+    reference: media.Film
+    result: media.Film
+    count: int
+    """Frames of each."""
+    size: tuple[int, int]
+    """Height and width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ def is_latents(path: Path) -> bool:
 
 
 def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None] = lambda: None) -> Clips:
-    """Read two videos or images.
+    """Look through two videos or images; of each, one frame at a time is in memory, then and later.
 
     Args:
         one: the reference.
@@ -55,9 +59,9 @@ def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None
     Raises:
         InputError: a file can't be read; or they differ in length, size or rate, and `trim` is not set.
     """
-    reference, result = media.read(one, advance=advance), media.read(other, advance=advance)
-    lengths = len(reference.frames), len(result.frames)
-    sizes = [f"{clip.frames.shape[2]}x{clip.frames.shape[1]}" for clip in (reference, result)]
+    reference, result = media.Film(one, advance), media.Film(other, advance)
+    lengths = reference.count, result.count
+    sizes = [f"{film.size[1]}x{film.size[0]}" for film in (reference, result)]
     differing = [
         f"{what} {first} and {second}"
         for what, first, second in (
@@ -69,17 +73,11 @@ def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None
     ]
     if differing and not trim:
         raise InputError(f"{one} and {other} differ: {', '.join(differing)}: use --trim to compare what they share")
-    frames, height, width = map(min, reference.frames.shape[:3], result.frames.shape[:3])
-    return Clips(
-        reference=_cut(reference, frames, height, width),
-        result=_cut(result, frames, height, width),
-        notes=tuple(f"trimmed: {text}" for text in differing),
-    )
-
-
-def _cut(clip: media.Clip, frames: int, height: int, width: int) -> media.Clip:
-    top, left = (clip.frames.shape[1] - height) // 2, (clip.frames.shape[2] - width) // 2
-    return replace(clip, frames=clip.frames[:frames, top : top + height, left : left + width])
+    count, height, width = map(min, (reference.count, *reference.size), (result.count, *result.size))
+    for film in (reference, result):
+        film.trim(count, height, width)
+    notes = tuple(f"trimmed: {text}" for text in differing)
+    return Clips(reference=reference, result=result, count=count, size=(height, width), notes=notes)
 
 
 def read_latents(one: Path, other: Path, *, trim: bool) -> Latents:

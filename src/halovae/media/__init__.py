@@ -1,7 +1,8 @@
 """Videos and images to frames and back: 8-bit RGB, arrays of shape (frames, height, width, 3)."""
 
+from halovae.media.film import Film
 from halovae.media.options import FrameRange
 from halovae.media.reader import Clip, Header, inspect, read
-from halovae.media.writer import SUFFIXES, check_still, write
+from halovae.media.writer import SUFFIXES, Frames, check_still, write
 
-__all__ = ["SUFFIXES", "Clip", "FrameRange", "Header", "check_still", "inspect", "read", "write"]
+__all__ = ["SUFFIXES", "Clip", "Film", "FrameRange", "Frames", "Header", "check_still", "inspect", "read", "write"]

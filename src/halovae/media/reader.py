@@ -96,13 +96,19 @@ def read(
     """
     check_input(path)
     wanted = frames or FrameRange()
+    with opened(path) as (source, fps, notes):
+        return _collect(path, source, fps, notes, wanted, (height, width), advance)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Iterator[Image.Image], Fraction, tuple[str, ...]]]:
+    """Pictures in order of display, how many there are per second, and notes."""
     with open_image(path) as image:
         if image is not None:
-            fps, notes, source = Fraction(1), image_notes(image), iter([upright_rgb(path, image)])
-            return _collect(path, source, fps, notes, wanted, (height, width), advance)
+            yield iter([upright_rgb(path, image)]), Fraction(1), image_notes(image)
+            return
     with _open_video(path) as (container, stream):
-        source = _decoded(path, container, stream)
-        return _collect(path, source, _fps(stream), _video_notes(container, stream), wanted, (height, width), advance)
+        yield _decoded(path, container, stream), _fps(stream), _video_notes(container, stream)
 
 
 def _collect(
@@ -114,9 +120,9 @@ def _collect(
     asked: tuple[int | None, int | None],
     advance: Callable[[], None],
 ) -> Clip:
-    kept: list[Frame] = []
+    kept = bytearray()  # Grows in place, where a list of frames would be copied into an array at the end.
     source_size = target = (0, 0)
-    seen = held = 0
+    seen = 0
     for picture in source:
         seen += 1
         if seen <= wanted.start:
@@ -124,11 +130,10 @@ def _collect(
         if not kept:
             source_size = (picture.height, picture.width)
             target = _target_size(source_size, asked)
-        kept.append(_cover(picture, target))
-        held += kept[-1].nbytes
-        if held > MAX_CLIP_BYTES:
+        kept += cover(picture, target).data
+        if len(kept) > MAX_CLIP_BYTES:
             raise InputError(
-                f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels after {len(kept)} frames of "
+                f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels after {seen - wanted.start} frames of "
                 f"{target[1]}x{target[0]}: take fewer with --frames A:B, or a smaller --height"
             )
         advance()
@@ -138,7 +143,8 @@ def _collect(
         raise InputError(f"{path} has no frames")
     if not kept or (wanted.stop is not None and seen < wanted.stop):
         raise InputError(f"--frames {wanted} goes beyond {path}, which has {seen} frame{'s' * (seen > 1)}")
-    return Clip(frames=np.stack(kept), fps=fps, source_size=source_size, notes=notes)
+    frames = np.frombuffer(kept, np.uint8).reshape(-1, *target, 3)
+    return Clip(frames=frames, fps=fps, source_size=source_size, notes=notes)
 
 
 def _target_size(source: tuple[int, int], asked: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -156,7 +162,7 @@ def _target_size(source: tuple[int, int], asked: tuple[int | None, int | None]) 
     return height, width
 
 
-def _cover(picture: Image.Image, target: tuple[int, int]) -> Frame:
+def cover(picture: Image.Image, target: tuple[int, int]) -> Frame:
     """Scale until `target` is covered, crop around the centre: one resampling of the region that stays."""
     height, width = target
     if (picture.height, picture.width) != target:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from PIL import Image
 
 from halovae.errors import InputError
 from halovae.files import atomic, first_line, reason
+
+Frames = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
 
 SUFFIXES = (".mp4", ".png")
 CRF = 16
@@ -29,7 +31,7 @@ _BT709 = 1
 
 def write(
     path: Path,
-    frames: NDArray[np.uint8],
+    frames: Frames,
     fps: Fraction,
     advance: Callable[[], None] = lambda: None,
     crf: int | None = None,
@@ -38,7 +40,7 @@ def write(
 
     Args:
         path: ends with one of `SUFFIXES`.
-        frames: (frames, height, width, 3), RGB. PNG takes one frame only.
+        frames: (frames, height, width, 3), RGB; taken one by one. PNG takes one frame only.
         fps: frames per second.
         advance: called after each frame.
         crf: of x264, 0 to 51; 0 loses nothing but colour resolution. None: `CRF`.
@@ -68,10 +70,8 @@ def check_still(path: Path, frames: int) -> None:
         raise InputError(f"output {path} is one image, but there are {frames} frames: name it .mp4")
 
 
-def _write_mp4(
-    path: Path, frames: NDArray[np.uint8], fps: Fraction, advance: Callable[[], None], crf: int
-) -> tuple[str, ...]:
-    height, width = frames.shape[1:3]
+def _write_mp4(path: Path, frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int) -> tuple[str, ...]:
+    height, width = frames[0].shape[:2]
     # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
     even = height % 2 == 0 and width % 2 == 0
     try:

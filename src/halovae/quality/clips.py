@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from halovae.quality.numbers import finite, mean, mean_known
 from halovae.quality.scores import FrameScores, as_floats, psnr, score_frame
 from halovae.quality.seams import Grid, Map, seam_energy
 
-Frames = Sequence[NDArray[Any]] | NDArray[Any]
-"""(frames, height, width, 3) of levels from 0 to 255."""
+Frames = Iterable[NDArray[Any]]
+"""(frames, height, width, 3) of levels from 0 to 255; can be gone through more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)

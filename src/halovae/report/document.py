@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from halovae.quality import ClipComparison, Frames, Gate, Grid, LatentComparison
 from halovae.report.lanes import Lane, balance
 from halovae.report.machine import command, machine
@@ -42,7 +44,7 @@ class PictureSection:
     title: str
     text: str
     name: str
-    frames: Frames
+    frames: NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,21 +49,24 @@ class HeatMap:
 def triples(reference: Frames, result: Frames, found: ClipComparison) -> list[Triple]:
     """The frames to show, the worst one among them."""
     factor = gain(reference, result)
+    shown = chosen(len(found.frames), found.worst)
     return [
         Triple(
             frame=number,
-            reference=_uri(reference[number]),
-            result=_uri(result[number]),
-            difference=_uri(np.abs(_gap(reference[number], result[number])) * factor),
+            reference=_uri(one),
+            result=_uri(other),
+            difference=_uri(np.abs(_gap(one, other)) * factor),
             words=_words(found, number),
         )
-        for number in chosen(len(found.frames), found.worst)
+        for number, (one, other) in enumerate(zip(reference, result, strict=True))
+        if number in shown
     ]
 
 
-def singles(frames: Frames) -> list[tuple[int, str]]:
+def singles(frames: NDArray[Any]) -> list[tuple[int, str]]:
     """The frames to show of a clip without a reference: numbers and data URIs."""
-    return [(number, _uri(frames[number])) for number in chosen(len(frames), 0)]
+    shown = chosen(len(frames), 0)
+    return [(number, _uri(frame)) for number, frame in enumerate(frames) if number in shown]
 
 
 def chosen(count: int, worst: int) -> list[int]:

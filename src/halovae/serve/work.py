@@ -131,7 +131,7 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
     if not session.is_first:
         return {}
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
-    media.write(task.output, codec.to_frames(fit.crop(sample)), info.fps)
+    media.write(task.output, codec.Frames(fit.crop(sample)), info.fps)
     return {"num_frames": info.frames, "height": info.height, "width": info.width}
 
 

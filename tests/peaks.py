@@ -1,0 +1,76 @@
+"""How much memory steps with a clip take at their peak: a process of its own, so that nothing else is in it.
+
+    python peaks.py FOLDER
+
+prints for each step its name, the bytes of the clip in 8 bits, and by how many the resident memory grew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halovae import codec, media
+from halovae.cli.main import main
+from halovae.memory import PeakMemory
+
+HEIGHT, WIDTH = 160, 256
+"""Below the size from which the slow MS-SSIM is measured."""
+CPU = torch.device("cpu")
+
+
+def video(folder: Path, frames: int) -> Path:
+    path = folder / f"{frames}.mp4"
+    if not path.exists():
+        still = np.broadcast_to(np.arange(WIDTH, dtype=np.uint8)[:, None], (HEIGHT, WIDTH, 3))
+        media.write(path, [still] * frames, Fraction(25))
+    return path
+
+
+def read(folder: Path, frames: int) -> Callable[[], object]:
+    path = video(folder, frames)
+    return lambda: media.read(path)
+
+
+def to_tensor(folder: Path, frames: int) -> Callable[[], object]:
+    clip = np.ones((frames, HEIGHT, WIDTH, 3), np.uint8)
+    return lambda: codec.to_tensor(clip, torch.float32, CPU)
+
+
+def write(folder: Path, frames: int) -> Callable[[], object]:
+    clip = torch.zeros(3, frames, HEIGHT, WIDTH)
+    return lambda: media.write(folder / "out.mp4", codec.Frames(clip), Fraction(25))
+
+
+def compare(folder: Path, frames: int) -> Callable[[], object]:
+    path = str(video(folder, frames))
+
+    def run() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(["compare", path, path]) == 0
+
+    return run
+
+
+STEPS = {read: 400, to_tensor: 400, write: 400, compare: 160}
+"""Frames of the clip: fewer where each takes long."""
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place = Path(sys.argv[1])
+    for step, count in STEPS.items():
+        # What libraries take once, and the encoder for the frames that it looks ahead.
+        step(place, 30)()
+        run = step(place, count)
+        memory = PeakMemory(CPU)
+        assert memory.read() is not None, "the system does not tell"
+        result = run()
+        print(step.__name__, count * HEIGHT * WIDTH * 3, memory.growth)
+        del result, run
