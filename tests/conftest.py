@@ -21,11 +21,17 @@ from halovae.pipelines.demo import make_demo_model
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for all random examples of a run. As an option, so that parallel workers get the same one."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+    hypothesis.core.global_force_seed = int(config.option.hypothesis_seed)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     """The seed of this run's random examples; `--hypothesis-seed` gives the same ones again."""
-    if hypothesis.core.global_force_seed is None:
-        hypothesis.core.global_force_seed = random.SystemRandom().randrange(2**32)
-    return f"hypothesis seed {hypothesis.core.global_force_seed}"
+    return f"hypothesis seed {config.option.hypothesis_seed}"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pictures import kl, raises
 from ranks import Ranks
+from tiles import CUTS, run_alone
 from torch import Tensor, nn
 
 import halovae
@@ -125,3 +126,75 @@ def little_memory(rank: int) -> None:
 
 def test_too_little_memory_on_one_rank_is_said_on_all(two_ranks: Ranks) -> None:
     two_ranks.run(little_memory)
+
+
+# ---- tile mode -------------------------------------------------------------------------------------------------------
+
+CUT = CUTS["kl"]
+TILED = CUT.picture("decode")
+
+
+def needed_in_tiles(vae: Any, ranks: int) -> int:
+    return predictor(vae).tile("decode", (TILED,), {}, ranks=ranks).memory - TILED.nbytes
+
+
+def check_tiles(checked: Room, settings: dict[str, Any], ratio: Callable[[], int] = lambda: 1) -> None:
+    checked.check_tiles("decode", settings, 2, ratio, "all", TILED, (TILED,), {})
+
+
+def test_tiles_are_checked_too(free: Callable[[int], None]) -> None:
+    vae = CUT.build()
+    checked, on_two = Room(Target(vae)), needed_in_tiles(vae, 2)
+    free(on_two)
+    check_tiles(checked, {})
+    free(on_two - 1)
+    with pytest.raises(TooLittleMemoryError, match=r"^decode in tiles needs about .* MiB on each of 2 ranks, .*: use "):
+        check_tiles(checked, {})
+
+
+def test_exact_mode_is_named_where_it_fits(free: Callable[[int], None]) -> None:
+    vae = CUT.build()
+    checked = Room(Target(vae))
+    on_sixteen = predictor(vae).exact("decode", (TILED,), {}, ranks=16).memory - TILED.nbytes
+    assert on_sixteen < needed_in_tiles(vae, 16)
+    free(on_sixteen)
+    with pytest.raises(
+        TooLittleMemoryError, match=r": use mode='exact' on \d+ ranks or smaller tiles or a smaller pic"
+    ):
+        check_tiles(checked, {})
+
+    def unknown() -> int:
+        raise MemoryError
+
+    with pytest.raises(TooLittleMemoryError, match=r": use smaller tiles or a smaller picture$"):
+        check_tiles(checked, {}, unknown)
+    free(1)
+    with pytest.raises(TooLittleMemoryError, match=r": use smaller tiles or a smaller picture$"):
+        check_tiles(checked, {})
+
+
+def test_settings_that_a_call_brings_count(free: Callable[[int], None]) -> None:
+    """The same room for larger tiles and for the VAE's own: known apart, though the shapes are the same."""
+    vae = CUT.build()
+    checked = Room(Target(vae))
+    free(needed_in_tiles(vae, 2))
+    check_tiles(checked, {})
+    with pytest.raises(TooLittleMemoryError):
+        check_tiles(checked, {"tile_sample_min_size": 96, "tile_latent_min_size": 12})
+
+
+def little_memory_for_tiles(rank: int) -> None:
+    vae, before = CUT.build(), room.free_bytes
+    expected = run_alone(CUT, vae, "decode", TILED)
+    with halovae.parallelize(vae, mode="tile"):
+        room.free_bytes = lambda device: 2**10 if rank == 1 else 2**60
+        try:
+            with raises((RankFailedError, TooLittleMemoryError)[rank], "decode in tiles needs about"):
+                vae.decode(TILED)
+        finally:
+            room.free_bytes = before
+        assert torch.equal(vae.decode(TILED)[0], expected)
+
+
+def test_too_little_memory_for_tiles_is_said_on_all(two_ranks: Ranks) -> None:
+    two_ranks.run(little_memory_for_tiles)

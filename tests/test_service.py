@@ -8,11 +8,13 @@ import random
 import threading
 import time
 
+import hypothesis.core
 import pytest
 import torch
-from families import EXACT, FAMILIES
-from pictures import error, kl, latents, pixels, raises
+from families import EXACT, FAMILIES, run_decode, run_encode
+from pictures import error, kl, latents, raises
 from ranks import Ranks
+from tiles import CUTS
 
 import halovae
 from halovae.errors import InputError
@@ -125,16 +127,23 @@ def test_a_vae_is_parallelized_once(two_ranks: Ranks) -> None:
 # ---- values that are no numbers --------------------------------------------------------------------------------------
 
 
-def no_numbers(rank: int, name: str, value: float) -> None:
+def no_numbers(rank: int, name: str, value: float, mode: str) -> None:
     """What is not finite in the result is so for the VAE alone too, and at the same places."""
     family = FAMILIES[name]
-    vae = family.build().to(torch.float64)
-    sample = family.sample(torch.float64)
+    tiled = mode == "tile"
+    vae = (CUTS[name].build() if tiled else family.build()).to(torch.float64)
+    sample = CUTS[name].picture("encode").double() if tiled else family.sample(torch.float64)
+    if tiled:
+        vae.use_tiling = True
     sample[..., sample.shape[-2] // 2, 3] = value
     expected = vae.encode(sample)[0]
     expected = expected if torch.is_tensor(expected) else expected.parameters
-    with halovae.parallelize(vae, axis="height", verify=False):
+    axis = "auto" if tiled else "height"
+    with halovae.parallelize(vae, mode=mode, axis=axis, verify=False) as handle:
         found = vae.encode(sample)[0]
+    assert handle.last is not None
+    assert handle.last.mode == mode
+    assert not tiled or handle.last.tiles > 1
     found = found if torch.is_tensor(found) else found.parameters
     assert not bool(torch.isfinite(expected).all())
     assert torch.equal(torch.isfinite(found), torch.isfinite(expected))
@@ -143,31 +152,35 @@ def no_numbers(rank: int, name: str, value: float) -> None:
         assert error(found[finite], expected[finite]) <= family.encode_tolerance
 
 
+@pytest.mark.parametrize("mode", ["exact", "tile"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["kl", "tiny", "wan21"])
-def test_nan_and_inf_stay_where_they_would_be(two_ranks: Ranks, name: str, value: float) -> None:
-    two_ranks.run(no_numbers, name, value)
+def test_nan_and_inf_stay_where_they_would_be(two_ranks: Ranks, name: str, value: float, mode: str) -> None:
+    two_ranks.run(no_numbers, name, value, mode)
 
 
 # ---- many shapes -----------------------------------------------------------------------------------------------------
 
 
-def many_shapes(rank: int, seed: int, axis: str, shapes: int) -> None:
+def many_shapes(rank: int, seed: int, name: str, axis: str, shapes: int) -> None:
     """Random sizes and batches, each half compared with the VAE alone."""
-    chance = random.Random(seed)
-    alone, vae = kl(seed=3), kl(seed=3)
+    chance, family = random.Random(seed), FAMILIES[name]
+    alone, vae = (family.build(3).to(torch.float64) for _ in range(2))
     with halovae.parallelize(vae, axis=axis, verify=False):
         for number in range(shapes):
             rows, cols, batch = chance.randint(1, 9), chance.randint(1, 9), chance.randint(1, 2)
             off = chance.choice((0, 0, chance.randint(1, 7)))
-            x, z = pixels(8 * rows + off, 8 * cols + off, batch, seed=number), latents(rows, cols, batch, seed=number)
-            words = f"seed {seed}, shape {number}: {tuple(x.shape)}, axis {axis}"
-            assert error(vae.encode(x)[0].parameters, alone.encode(x)[0].parameters) <= EXACT, words
-            assert error(vae.decode(z)[0], alone.decode(z)[0]) <= EXACT, words
+            noise = torch.Generator().manual_seed(number)
+            sample, latent = (batch, *family.sample_shape[1:-2]), (batch, *family.latent_shape[1:-2])
+            x = torch.randn(*sample, 8 * rows + off, 8 * cols + off, dtype=torch.float64, generator=noise)
+            z = torch.randn(*latent, rows, cols, dtype=torch.float64, generator=noise)
+            words = f"seed {seed}, shape {number}: {tuple(x.shape)}, {name}, axis {axis}"
+            assert error(run_encode(vae, x), run_encode(alone, x)) <= EXACT, words
+            assert error(run_decode(family, vae, z), run_decode(family, alone, z)) <= EXACT, words
 
 
-@pytest.mark.parametrize("axis", ["auto", "height", "width"])
-def test_many_shapes_end_to_end(two_ranks: Ranks, axis: str) -> None:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
-    two_ranks.run(many_shapes, seed, axis, 20)
+@pytest.mark.parametrize(("name", "axis"), [("kl", "auto"), ("tiny", "height"), ("flux2", "width")])
+def test_many_shapes_end_to_end(two_ranks: Ranks, name: str, axis: str) -> None:
+    """The seed is the one that the run prints at its beginning."""
+    assert hypothesis.core.global_force_seed is not None
+    two_ranks.run(many_shapes, hypothesis.core.global_force_seed, name, axis, 20)

@@ -65,10 +65,19 @@ class TileEngine(Engine):
     """The VAE's own tiles, spread over the ranks."""
 
     def __init__(self, comm: Comm, target: Target, options: Options) -> None:
-        ranks, fit = options.size or comm.size, options.tiles == "fit"
-        self._runner = TileRunner(comm, target, ranks=ranks, gather=options.gather, fit=fit)
+        self._comm, self._target, self._gather = comm, target, options.gather
+        self._ranks, fit = options.size or comm.size, options.tiles == "fit"
+        self._runner = TileRunner(comm, target, ranks=self._ranks, gather=options.gather, fit=fit)
+        self._room = Room(target)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
+        settings, keep = self.settings(half, args, kwargs), gather_of(self._gather, half)
+        if self._comm.rank < self._ranks:
+
+            def ratio() -> int:
+                return 1 if half == "decode" else compression(self._target, picture)
+
+            self._room.check_tiles(half, settings, self._ranks, ratio, keep, picture, args, kwargs)
         outcome = self._runner.run(half, args, kwargs)
         _note(outcome.network_seconds, outcome.gather_seconds)
         report = {"tiles": outcome.tiles, "spread": outcome.spread, "tile_sizes": outcome.cut}

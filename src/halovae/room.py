@@ -17,6 +17,7 @@ from halovae.predict import Prediction, Predictor
 from halovae.randomness import Generators
 from halovae.speed import GivenSpeed
 from halovae.target import Target
+from halovae.tile.settings import applied, described
 from halovae.trees import on_meta, tensors_in
 
 _GROWTH = {"encode": 2**10, "decode": 2**15}
@@ -25,14 +26,14 @@ _TIMELESS = GivenSpeed(flops=inf, bandwidth=inf, overhead=0.0), LinkSpeed(latenc
 
 
 class Room:
-    """Checks the calls of exact mode on one rank.
+    """Checks the calls of either mode on one rank.
 
     Args:
         target: the VAE.
     """
 
     def __init__(self, target: Target) -> None:
-        self._predictor = Predictor(target, *_TIMELESS)
+        self._vae, self._predictor = target.vae, Predictor(target, *_TIMELESS)
         self._needs = Needs()
         self._predicted: dict[Any, int | None] = {}
 
@@ -81,13 +82,56 @@ class Room:
             fits += ["mode='tile'"] if tiles is not None and tiles <= free else []
             raise _too_little(half, needed, ranks, free, f"use {' or '.join([*fits, 'a smaller picture'])}")
 
+    def check_tiles(
+        self, half: str, settings: dict[str, Any], ranks: int, ratio: Callable[[], int], gather: str, picture: Tensor,
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Refuse a call in tiles that needs more than is free, by a run on shapes alone.
+
+        Args:
+            half: "encode" or "decode".
+            settings: of the tiles, where they differ from the VAE's.
+            ranks: how many run tiles.
+            ratio: tells pixels per latent for encode, 1 for decode; asked only where memory is short.
+            gather: who holds the result.
+            picture: the first one of the arguments.
+            args: of the call.
+            kwargs: likewise.
+
+        Raises:
+            TooLittleMemoryError: it does; with what would do.
+        """
+        free = free_bytes(picture.device)
+        if free is None or picture.nbytes * _GROWTH[half] <= free:
+            return
+
+        def tile(count: int) -> int | None:
+            return self._predict(self._predictor.tile, half, args, kwargs, {"ranks": count, "gather": gather})
+
+        def exact(count: int) -> int | None:
+            try:
+                options = {"ranks": count, "axis": "auto", "ratio": ratio(), "gather": gather}
+            except Exception:  # The refusal says more than why one remedy isn't known.
+                return None
+            return self._predict(self._predictor.exact, half, args, kwargs, options)
+
+        with applied(self._vae, settings):
+            needed = tile(ranks)
+            if needed is None or needed <= free:
+                return
+            more = ranks, 2 * ranks, 4 * ranks, 8 * ranks
+            fits = [f"{n} ranks" for n in more[1:] if (tile(n) or inf) <= free][:1]
+            fits += [f"mode='exact' on {n} ranks" for n in more if (exact(n) or inf) <= free][:1]
+        remedies = [*fits, "smaller tiles", "a smaller picture"]
+        raise _too_little(f"{half} in tiles", needed, ranks, free, f"use {' or '.join(remedies)}")
+
     def _predict(
         self, predict: Callable[..., Prediction], half: str, args: tuple[Any, ...], kwargs: dict[str, Any],
         options: dict[str, Any],
     ) -> int | None:  # fmt: skip
         """Bytes besides the arguments, which are there already; None where it can't be told. Once per shape."""
         given = tensors_in((args, kwargs))
-        key = predict.__name__, half, *((tuple(t.shape), t.dtype) for t in given), repr(options)
+        key = predict.__name__, half, described(self._vae), *((tuple(t.shape), t.dtype) for t in given), repr(options)
         if key not in self._predicted:
             generators = Generators(given[0].device, *args, *kwargs.values())
             try:
@@ -100,9 +144,9 @@ class Room:
         return self._predicted[key]
 
 
-def _too_little(half: str, needed: int, ranks: int, free: int, remedy: str) -> TooLittleMemoryError:
+def _too_little(what: str, needed: int, ranks: int, free: int, remedy: str) -> TooLittleMemoryError:
     return TooLittleMemoryError(
-        f"{half} needs about {_size(needed)} on each of {ranks} ranks, but {_size(free)} are free: {remedy}"
+        f"{what} needs about {_size(needed)} on each of {ranks} ranks, but {_size(free)} are free: {remedy}"
     )
 
 
