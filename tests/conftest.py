@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis.core
 import pytest
@@ -23,10 +24,16 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """One seed for all random examples of a run. As an option, so that parallel workers get the same one."""
-    if config.option.hypothesis_seed is None:
-        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+    """One seed for all random examples of a run: that of the option, or that of the run which this is a worker of."""
+    given = getattr(config, "workerinput", {}).get("hypothesis_seed", config.option.hypothesis_seed)
+    config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32) if given is None else given)
     hypothesis.core.global_force_seed = int(config.option.hypothesis_seed)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Parallel workers draw no seed of their own: the one that is printed is theirs too."""
+    node.workerinput["hypothesis_seed"] = node.config.option.hypothesis_seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:
