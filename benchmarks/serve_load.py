@@ -81,10 +81,12 @@ def _one(
     while True:
         sent = time.monotonic()
         answer = _post(client, seed)
-        if answer.status_code != 429 or time.monotonic() > deadline:
+        if answer.status_code != 429:
             break
         with lock:
             count.turned_away += 1
+        if time.monotonic() > deadline:
+            return  # Never taken, so not done.
         time.sleep(float(answer.headers["retry-after"]))
     accepted = time.monotonic() - sent
     job = finished(client, answer.json()["id"])
