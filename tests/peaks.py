@@ -7,8 +7,6 @@ prints for each step its name, the bytes of the clip in 8 bits, and by how many 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -18,11 +16,9 @@ import numpy as np
 import torch
 
 from halovae import codec, media
-from halovae.cli.main import main
 from halovae.memory import PeakMemory
 
 HEIGHT, WIDTH = 160, 256
-"""Below the size from which the slow MS-SSIM is measured."""
 CPU = torch.device("cpu")
 
 
@@ -49,28 +45,18 @@ def write(folder: Path, frames: int) -> Callable[[], object]:
     return lambda: media.write(folder / "out.mp4", codec.Frames(clip), Fraction(25))
 
 
-def compare(folder: Path, frames: int) -> Callable[[], object]:
-    path = str(video(folder, frames))
-
-    def run() -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert main(["compare", path, path]) == 0
-
-    return run
-
-
-STEPS = {read: 400, to_tensor: 400, write: 400, compare: 160}
-"""Frames of the clip: fewer where each takes long."""
+STEPS = (read, to_tensor, write)
+FRAMES = 400
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
-    for step, count in STEPS.items():
+    for step in STEPS:
         # What libraries take once, and the encoder for the frames that it looks ahead.
         step(place, 30)()
-        run = step(place, count)
+        run = step(place, FRAMES)
         memory = PeakMemory(CPU)
         assert memory.read() is not None, "the system does not tell"
         result = run()
-        print(step.__name__, count * HEIGHT * WIDTH * 3, memory.growth)
+        print(step.__name__, FRAMES * HEIGHT * WIDTH * 3, memory.growth)
         del result, run

@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from halovae import media
+from halovae.cli.main import main
+from halovae.media import film
+
 PROGRAM = Path(__file__).parent / "peaks.py"
-COPIES = {"read": 1, "to_tensor": 4, "write": 0, "compare": 0}
+COPIES = {"read": 1, "to_tensor": 4, "write": 0}
 """Of the clip in 8 bits, in what each step gives: floats are four times as large."""
 
 
@@ -23,3 +31,20 @@ def test_a_step_takes_no_more_than_its_result(tmp_path: Path) -> None:
     assert found.keys() == COPIES.keys()
     for name, copies in COPIES.items():
         assert found[name] < copies + 0.6, f"{name} took {found[name]:.2f} times the clip in 8 bits"
+
+
+def test_compare_holds_a_frame_or_two_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, made, alive = tmp_path / "clip.mp4", [], []
+    media.write(path, [np.full((32, 48, 3), level, np.uint8) for level in range(30)], Fraction(25))
+    cover = film.cover
+
+    def counted(*args: Any) -> Any:
+        frame = cover(*args)
+        made.append(weakref.ref(frame))
+        alive.append(sum(each() is not None for each in made))
+        return frame
+
+    monkeypatch.setattr(film, "cover", counted)
+    assert main(["compare", str(path), str(path)]) == 0
+    assert len(made) >= 2 * 30
+    assert max(alive) <= 2 * 2
