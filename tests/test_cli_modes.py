@@ -86,35 +86,31 @@ def test_the_names_of_others_mean_tiles() -> None:
     assert "--mode tile" in work.notes[0]
 
 
-def test_tiles_on_two_ranks(tiny: str) -> None:
+TILES = ["--tile-size", "32,32", "--tile-overlap", "8,8"]
+
+
+def test_tiles_on_two_ranks_and_their_seams(tiny: str) -> None:
     """Under the names of vLLM-Omni; ranks that hold no picture end well."""
-    names = ["--vae_use_tiling", "--vae_patch_parallel_size", "2", "--tile-size", "32,32", "--tile-overlap", "8,8"]
-    code, output, errors = run(*RUN, "--model", tiny, "--json", "o.json", *names)
+    names = ["--vae_use_tiling", "--vae_patch_parallel_size", "2"]
+    code, output, errors = run(*RUN, "--model", tiny, "--json", "o.json", *names, *TILES, "--compare")
     assert code == 0, errors
     assert "note: --vae-use-tiling: this is --mode tile" in errors
     assert "tiles of 32 x 32 that overlap by 8 x 8" in output
+    assert "tiles on 2 ranks against the VAE's own tiles on one rank: same bits" in output
+    assert "within 8 px of tile borders" in output
     document = json.loads(Path("o.json").read_text())
     assert document["ranks"] == 2
     assert [half["decode"]["mode"] for half in document["per_rank"]] == ["tile"] * 2
     assert document["per_rank"][0]["decode"]["tiles"] > 2
-    several = read(Path("o.mp4")).frames
-    assert main([*RUN, "--model", tiny, "--mode", "tile", "--tile-size", "32,32", "--tile-overlap", "8,8"]) == 0
-    assert (read(Path("o.mp4")).frames == several).all()
-
-
-def test_compare_shows_the_seams(tiny: str) -> None:
-    arguments = ["--model", tiny, "--mode", "tile", "--tile-size", "32,32", "--ranks", "2", "--compare"]
-    code, output, errors = run(*RUN, *arguments, "--json", "o.json")
-    assert code == 0, errors
-    assert "tiles on 2 ranks against the VAE's own tiles on one rank: same bits" in output
-    assert "within 8 px of tile borders" in output
-    document = json.loads(Path("o.json").read_text())
     assert document["same_bits"] is True
     assert 0 < document["near_borders"]["share"] < 1
     ways = {name: way["to_untiled"] for name, way in document["ways"].items()}
     assert ways["tile"] == ways["own_tiles"]
     assert ways["tile"]["largest"] >= ways["tile"]["border_largest"] > 100 * ways["exact"]["largest"]
     assert ways["untiled"]["largest"] == 0
+    several = read(Path("o.mp4")).frames
+    assert main([*RUN, "--model", tiny, "--mode", "tile", *TILES]) == 0
+    assert (read(Path("o.mp4")).frames == several).all()
 
 
 def test_auto_says_what_it_chose(tiny: str) -> None:

@@ -11,7 +11,7 @@ from families import FAMILIES
 
 from halovae.cli.main import main
 
-CLIP = ["plan", "--height", "64", "--width", "96", "--num-frames", "9", "--flops", "1", "--bandwidth", "100"]
+CLIP = ["plan", "--height", "64", "--width", "96", "--num-frames", "5", "--flops", "1", "--bandwidth", "100"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +26,15 @@ def config(family: str) -> str:
 
 
 def test_every_mode_and_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*CLIP, "--model", config("wan21"), "--ranks", "1,2,4,64", "--json", "p.json"]) == 0
+    assert main([*CLIP, "--model", config("wan21"), "--ranks", "1,4,64", "--json", "p.json"]) == 0
     output = capsys.readouterr().out
-    assert "9 frames of 96x64" in output
+    assert "5 frames of 96x64" in output
     assert "1 TFLOP/s, 100 GB/s" in output
     document = json.loads(Path("p.json").read_text())
     for half in ("encode", "decode"):
         rows = [row for row in document["rows"] if row["half"] == half]
         assert {(row["mode"], row["ranks"]) for row in rows} == {
-            (m, n) for m in ("exact", "tile") for n in (1, 2, 4, 64)
+            (m, n) for m in ("exact", "tile") for n in (1, 4, 64)
         }
         assert all(row["seconds"] > 0 and row["memory"] > document["weights"] > 0 and row["fits"] for row in rows)
         alone = next(row for row in rows if (row["mode"], row["ranks"]) == ("exact", 1))
@@ -45,11 +45,11 @@ def test_every_mode_and_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_config_file_and_a_vae_of_images(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nine frames go through it one by one."""
-    assert main([*CLIP, "--model", f"{config('kl')}/config.json", "--ranks", "1", "--json", "nine.json"]) == 0
+    """Five frames go through it one by one."""
+    assert main([*CLIP, "--model", f"{config('kl')}/config.json", "--ranks", "1", "--json", "five.json"]) == 0
     assert main([*CLIP, "--num-frames", "1", "--model", "kl", "--ranks", "1", "--json", "one.json"]) == 0
-    nine, one = (json.loads(Path(name).read_text())["rows"] for name in ("nine.json", "one.json"))
-    assert [row["seconds"] for row in nine] == pytest.approx([9 * row["seconds"] for row in one])
+    five, one = (json.loads(Path(name).read_text())["rows"] for name in ("five.json", "one.json"))
+    assert [row["seconds"] for row in five] == pytest.approx([5 * row["seconds"] for row in one])
     assert "AutoencoderKL" in capsys.readouterr().out
 
 

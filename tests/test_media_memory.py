@@ -33,7 +33,7 @@ def test_a_step_takes_no_more_than_its_result(tmp_path: Path) -> None:
         assert found[name] < copies + 0.6, f"{name} took {found[name]:.2f} times the clip in 8 bits"
 
 
-def test_compare_holds_a_frame_or_two_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_holds_a_few_frames_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, made, alive = tmp_path / "clip.mp4", [], []
     media.write(path, [np.full((32, 48, 3), level, np.uint8) for level in range(30)], Fraction(25))
     cover = film.cover
@@ -47,4 +47,4 @@ def test_compare_holds_a_frame_or_two_of_each_file(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(film, "cover", counted)
     assert main(["compare", str(path), str(path)]) == 0
     assert len(made) >= 2 * 30
-    assert max(alive) <= 2 * 2
+    assert max(alive) <= 2 * 4
