@@ -33,9 +33,7 @@ def test_every_mode_and_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> N
     document = json.loads(Path("p.json").read_text())
     for half in ("encode", "decode"):
         rows = [row for row in document["rows"] if row["half"] == half]
-        assert {(row["mode"], row["ranks"]) for row in rows} == {
-            (m, n) for m in ("exact", "tile") for n in (1, 4, 64)
-        }
+        assert {(row["mode"], row["ranks"]) for row in rows} == {(m, n) for m in ("exact", "tile") for n in (1, 4, 64)}
         assert all(row["seconds"] > 0 and row["memory"] > document["weights"] > 0 and row["fits"] for row in rows)
         alone = next(row for row in rows if (row["mode"], row["ranks"]) == ("exact", 1))
         assert alone["efficiency"] == 1

@@ -16,6 +16,7 @@ from halovae.comm import Comm, Traffic
 from halovae.config import Options, gather_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import run_on_group
+from halovae.kernels.weights import forget
 from halovae.memory import PeakMemory
 from halovae.plan import ShardPlan, plan_shards
 from halovae.room import Room
@@ -148,6 +149,7 @@ class ExactEngine(Engine):
             probe = make_probe(plan.shape, ratio, args, kwargs)
             # What fails in there fails the call at once: others may wait for a message of this rank.
             verdict = verify(Mesh(self._comm, plan.shape), self._target, half, probe)
+            forget()  # Weights in the order that the probe's small pictures ask for.
         with together(self._comm):
             if verdict:
                 raise verdict

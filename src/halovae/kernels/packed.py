@@ -36,7 +36,8 @@ def prepared(
 ) -> Tensor:
     """`make()`, a weight in the working dtype, in the order that convolving a tensor of this shape asks for.
 
-    `kind` says what `make` does with `weight`; the result is kept for small pictures.
+    `kind` says what `make` does with `weight`; the result is kept for small pictures. It is for this very shape: in the
+    order that another one asks for, a convolution can take many times as long.
     """
 
     def pack() -> Tensor:
@@ -50,4 +51,6 @@ def prepared(
     for size in shape[2:]:
         positions *= size
     once = weight.device.type == "cpu" and positions >= KEEP_BELOW
-    return pack() if once else derived(weight, (kind, tuple(stride), tuple(dilation)), pack)
+    return (
+        pack() if once else derived(weight, (kind, tuple(shape), tuple(stride), tuple(padding), tuple(dilation)), pack)
+    )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 _SAMPLES = 64
+_KEPT = 4
+"""Results for one weight: a convolution meets the first frame and later ones, and of both the inside and a border."""
 
 
 @dataclass
@@ -45,9 +47,12 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
         key = id(weight)
         entry = _Entry(weakref.ref(weight, lambda _: _entries.pop(key, None)), weight.data_ptr(), _sample(weight))
         _entries[key] = entry
-    if kind not in entry.made:
-        entry.made[kind] = make()
-    return entry.made[kind]
+    made = entry.made.pop(kind, None)
+    made = make() if made is None else made
+    entry.made[kind] = made  # The last one is what was used last.
+    while len(entry.made) > _KEPT:
+        del entry.made[next(iter(entry.made))]
+    return made
 
 
 def forget_changed() -> None:
