@@ -132,11 +132,12 @@ def to_single_steps(rank: int) -> list[Any]:
     vae, latent = CUT.build(), torch.cat([CUT.picture("decode")] * 3, 2)
     vae.use_tiling = False
     expected = run_decode(CUT.family, vae, latent)
+    # Of the whole picture and one frame: a shard has half of that, and three times as much in merged steps.
+    limit = 1.2 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) if rank else inf
     with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", frames_per_call=3, verify=False) as handle:
         run_decode(CUT.family, vae, latent)
         told = [last(handle).steps]
-        # A shard of three frames is larger than the whole picture of one.
-        with limited(vae, 1.2 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) / 3 if rank else inf):
+        with limited(vae, limit):
             found = run_decode(CUT.family, vae, latent)
     assert torch.allclose(found, expected, atol=1e-4)
     return [*told, last(handle).steps, last(handle).choice]
