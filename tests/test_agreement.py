@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import EXACT, FAMILIES
 from pictures import error, kl, latents, pixels
-from ranks import Ranks
+from ranks import ENDED, Ranks
 
 import halovae
 from halovae.errors import RankFailedError
@@ -129,9 +129,9 @@ def test_what_a_broken_call_leaves_in_the_network_is_cleared(two_ranks: Ranks) -
 # ---- processes that end or stop --------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple[float, int, str]:
     """Call until a rank fails: seconds since the victim acted, which rank is blamed, and why."""
-    torch.set_grad_enabled(False)
     vae = FAMILIES["kl"].build().to(torch.float64)
     z = latents()
     halovae.parallelize(vae, verify=False, timeout=patience)
@@ -150,19 +150,19 @@ def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_at_once(victim: int) -> None:
-    ranks = Ranks(3, preload=["families", "halovae"])
+    ranks = Ranks(3)
     ranks.begin(until_failure, victim, "kill", 60.0)
     for rank in {0, 1, 2} - {victim}:
         ok, said = ranks.answer(rank)
         assert ok, said
         assert said[0] < SOON
-        assert said[1:] == (victim, "its process has ended")
+        assert said[1:] == (victim, ENDED)
     ranks.kill()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_after_the_time_out(victim: int) -> None:
-    ranks = Ranks(3, preload=["families", "halovae"])
+    ranks = Ranks(3)
     ranks.begin(until_failure, victim, "stop", 2.0)
     for rank in {0, 1, 2} - {victim}:
         ok, said = ranks.answer(rank)
