@@ -9,9 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -40,8 +42,12 @@ class Ranks:
 
     def __init__(self, size: int, preload: str = "warm") -> None:
         self.size = size
-        self._context = mp.get_context("forkserver")
+        self._context, self._preload = mp.get_context("forkserver"), preload
         self._context.set_forkserver_preload([preload])
+        # Its process does not search the paths of this one, and what it can't import it leaves out without a word.
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+            forkserver.ensure_running()
         self._start()
 
     def _start(self) -> None:
@@ -50,7 +56,9 @@ class Ranks:
         self._processes = []
         for rank in range(self.size):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(rank, self.size, port, theirs, self._preload), daemon=True
+            )
             process.start()
             theirs.close()  # Else the end of the process would not end its pipe.
             self._pipes.append(ours)
@@ -112,8 +120,8 @@ class Ranks:
             process.kill()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
+def _serve(rank: int, size: int, port: int, pipe: Connection, preload: str) -> None:
+    assert preload in sys.modules, f"{preload} was not imported before the ranks parted"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     from halovae import comm

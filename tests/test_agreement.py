@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from pictures import error, kl, latents, pixels
 from ranks import ENDED, Ranks
 
 import halovae
+from halovae.comm import connect
 from halovae.errors import RankFailedError
 
 SOON = 10.0
@@ -173,4 +175,28 @@ def test_a_stopped_rank_is_named_after_the_time_out(victim: int) -> None:
     os.kill(ranks.pid(victim), signal.SIGCONT)
     ok, said = ranks.answer(victim)
     assert ok, said
+    ranks.kill()
+
+
+def large_message(rank: int, stopped: int) -> tuple[float, int, str]:
+    """One rank is stopped while it waits; then the other one tells it more than the system keeps for it."""
+    comm = connect()
+    comm.patience = 2.0
+    if rank == stopped:
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -STOP {os.getpid()}; sleep 6; kill -CONT {os.getpid()}"])
+    else:
+        time.sleep(1.5)
+    started = time.monotonic()
+    with pytest.raises(RankFailedError) as caught:  # The first one, who has heard all, finds out in the second.
+        for _ in range(2):
+            comm.all_gather_object(bytes(0 if rank == stopped else 2**26))
+    return time.monotonic() - started, caught.value.rank, caught.value.message
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_while_it_is_told_much_is_named(stopped: int) -> None:
+    ranks = Ranks(2)
+    seconds, blamed, message = ranks.run(large_message, stopped)[1 - stopped]
+    assert seconds < 4  # Before the stopped one goes on.
+    assert (blamed, message) == (stopped, "it takes no messages: it is stopped, or its machine is")
     ranks.kill()
