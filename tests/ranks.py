@@ -56,9 +56,8 @@ class Ranks:
         self._processes = []
         for rank in range(self.size):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(
-                target=_serve, args=(rank, self.size, port, theirs, self._preload), daemon=True
-            )
+            given = rank, self.size, port, theirs, self._preload
+            process = self._context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()  # Else the end of the process would not end its pipe.
             self._pipes.append(ours)
