@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from pictures import error, kl, latents, pixels
 from ranks import ENDED, Ranks
 
 import halovae
-from halovae.comm import connect
+from halovae.agreement import one_call
+from halovae.comm import connect, link
 from halovae.errors import RankFailedError
 
 SOON = 10.0
@@ -126,6 +128,26 @@ def caches(rank: int) -> None:
 
 def test_what_a_broken_call_leaves_in_the_network_is_cleared(two_ranks: Ranks) -> None:
     two_ranks.run(caches)
+
+
+def late(rank: int, missing: int) -> None:
+    """The second time all have to connect anew, and the third time all come."""
+    comm = connect()
+    with patch.object(link, "ABSENCE", 1.0):
+        for _ in range(2):
+            if rank == missing:
+                time.sleep(3)
+            with pytest.raises(RankFailedError, match="it has not come") as caught, one_call(comm):
+                comm.all_gather_object(None)
+            assert caught.value.rank == missing
+    with one_call(comm):
+        assert comm.all_gather_object(rank) == [0, 1]
+    comm.close()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_who_never_makes_the_call_is_named(missing: int, two_ranks: Ranks) -> None:
+    two_ranks.run(late, missing)
 
 
 # ---- processes that end or stop --------------------------------------------------------------------------------------

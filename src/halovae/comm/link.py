@@ -229,11 +229,11 @@ class Link:
 
     def _take_missing(self, place: Place) -> None:
         """On the hub, which alone knows who has not come; it may be the hub's own rank."""
-        if place[0] == self.era and place not in self._complete:
-            rank = next(each for each in range(self._size) if each not in self._said.get(place, {}))
-            self._tell(
-                "fail", self.era, rank, f"it has not come to what the others have waited for {ABSENCE:.0f} s", ""
-            )
+        said = self._said.get(place)
+        if said is not None:  # Else the last one has come in the meantime.
+            rank = next(each for each in range(self._size) if each not in said)
+            message = f"it has not come to what the others have waited for {ABSENCE:.0f} s"
+            self._tell("fail", place[0], rank, message, "")
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
