@@ -169,10 +169,10 @@ def test_what_a_run_can_not_honour_is_refused(flag: str, demo: str, capsys: pyte
     assert flag.split("=")[0] in capsys.readouterr().err
 
 
-def test_a_broken_image_stops_all_ranks(demo: str, in_folder: Path) -> None:
+def test_a_broken_image_stops_all_ranks(demo: str, in_folder: Path, two_ranks: Ranks) -> None:
     Path("broken.png").write_bytes(Path(COFFEE).read_bytes()[:5000])
     arguments = ["--model", demo, *SMALL, "--image", "broken.png", "-o", "o.mp4"]
-    code, output, errors = run("image-to-video", *arguments, "--ranks", "2")
+    code, output, errors = on_ranks(two_ranks, "image-to-video", *arguments)
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert names(in_folder) == {"broken.png"}
