@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: processes that are started once and kept, and run functions of the test modules."""
+"""Real ranks for tests: processes that are started once and kept, and run functions of the test modules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RanksFailed(AssertionError):
 
 
 class Ranks:
-    """`size` processes in one gloo world.
+    """`size` processes in one world: of gloo, or of what an accelerator has.
 
     They part from a process that has imported what ranks need, so they start in no time. Ranks that don't answer or
     have ended are replaced, so that what they were asked is not taken for an answer to another test.
@@ -38,10 +38,11 @@ class Ranks:
     Args:
         size: number of ranks.
         preload: the module that has these imports. One for all ranks of a program.
+        device: its kind; on an accelerator, each rank has its own and the default backend of it.
     """
 
-    def __init__(self, size: int, preload: str = "warm") -> None:
-        self.size = size
+    def __init__(self, size: int, preload: str = "warm", device: str = "cpu") -> None:
+        self.size, self._device = size, device
         self._context, self._preload = mp.get_context("forkserver"), preload
         self._context.set_forkserver_preload([preload])
         # Its process does not search the paths of this one, and what it can't import it leaves out without a word.
@@ -56,7 +57,7 @@ class Ranks:
         self._processes = []
         for rank in range(self.size):
             ours, theirs = self._context.Pipe()
-            given = rank, self.size, port, theirs, self._preload
+            given = rank, self.size, port, theirs, self._preload, self._device
             process = self._context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()  # Else the end of the process would not end its pipe.
@@ -119,13 +120,14 @@ class Ranks:
             process.kill()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection, preload: str) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Connection, preload: str, device: str) -> None:
     assert preload in sys.modules, f"{preload} was not imported before the ranks parted"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     from halovae import comm
 
-    comm.init_from_env("cpu")
+    comm.init_from_env(device)
     while (task := pipe.recv()) is not None:
         module, name, args = task
         before = _settings()
