@@ -160,8 +160,8 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
     link = comm.traffic.bytes / LINK_BYTES_PER_SECOND + comm.traffic.messages * LINK_SECONDS_PER_MESSAGE
     return {
         "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks,
-        "grid": "x".join(map(str, plan.shape)), "calls": len(steps), "slowest shard s": slowest, "messages": comm.traffic.messages,
-        "MiB sent": comm.traffic.bytes / 2**20, "link s": link, "projected s": slowest + link,
+        "grid": "x".join(map(str, plan.shape)), "calls": len(steps), "slowest shard s": slowest,
+        "messages": comm.traffic.messages, "MiB sent": comm.traffic.bytes / 2**20, "link s": link, "projected s": slowest + link,
     }  # fmt: skip
 
 
@@ -224,7 +224,8 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     halves = ("encode", "decode")
     rows: list[dict[str, Any]] = []
-    for model, size in [CASES[index] for index in options.cases]:
+    cases = [CASES[index] for index in options.cases]
+    for model, size in cases:
         for half in halves:
             rows.append(row(model, size, half, options.repeats))
             print(rows[-1], file=sys.stderr, flush=True)

@@ -34,8 +34,8 @@ from halovae.verify import TOLERANCE, distance, frozen_generators, make_probe
 
 LOG = logging.getLogger("halovae")
 FULL_CALL = 10 << 20
-"""Elements of the larger side of a call that fills an accelerator, as measured on one of Nvidia's Hopper generation: two
-latent frames of 480 x 832 pixels. Twice as many gained 1 to 3 % there, and took half as much memory again."""
+"""Elements of the larger side of a call that fills an accelerator, as measured on one of Nvidia's Hopper generation:
+two latent frames of 480 x 832 pixels. Twice as many gained 1 to 3 % there, and took half as much memory again."""
 _PROBED = 2
 """Steps in one call of the probe."""
 _MORE_FRAMES = 8
