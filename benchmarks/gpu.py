@@ -161,7 +161,8 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
     return {
         "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks,
         "grid": "x".join(map(str, plan.shape)), "calls": len(steps), "slowest shard s": slowest,
-        "messages": comm.traffic.messages, "MiB sent": comm.traffic.bytes / 2**20, "link s": link, "projected s": slowest + link,
+        "messages": comm.traffic.messages, "MiB sent": comm.traffic.bytes / 2**20, "link s": link,
+        "projected s": slowest + link,
     }  # fmt: skip
 
 
