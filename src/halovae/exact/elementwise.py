@@ -81,7 +81,7 @@ def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout
 def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
     """The operands, cut alike: where bounds or halos differ, all follow the first sharded operand."""
     layouts = [layout for operand in operands if (layout := layout_of(operand))]
-    if len(layouts) < 2:
+    if all(layout == layouts[0] for layout in layouts):
         return operands
     ndim = max(operand.ndim for operand in operands)
     for position in range(-ndim, 0):

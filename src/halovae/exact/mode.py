@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class ShardMode(TorchFunctionMode):
         self._mesh.comm.check()
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
-        tensors = list(_tensors(args, kwargs))
+        tensors = _tensors(args, kwargs)
         blanks = [t for t in tensors if is_uniform(t)]
         try:
             result = self._run(func, tensors, args, kwargs)
@@ -110,12 +110,14 @@ def _memory(tensor: Tensor) -> int:
 _KEEP_BLANK = {Tensor.zero_, Tensor.fill_, Tensor.requires_grad_}
 
 
-def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from (v for v in value if isinstance(v, Tensor))
+            found += [v for v in value if isinstance(v, Tensor)]
+    return found
 
 
 def _located(error: NotExactError, func: Callable[..., Any]) -> NotExactError:
