@@ -69,7 +69,7 @@ class ShardMode(TorchFunctionMode):
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
         tensors = _tensors(args, kwargs)
-        blanks = [t for t in tensors if is_uniform(t)]
+        blanks = list(filter(is_uniform, tensors))
         try:
             result = self._run(func, tensors, args, kwargs)
         except NotExactError as error:
@@ -79,9 +79,9 @@ class ShardMode(TorchFunctionMode):
         return result
 
     def _run(self, func: Callable[..., Any], tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
-        if any(masks.is_block_mask(t) for t in tensors):
+        if any(map(masks.is_block_mask, tensors)):
             return masks.apply(self._mesh, func, args, kwargs)
-        rule, sharded = RULES.get(func), any(layout_of(t) for t in tensors)
+        rule, sharded = RULES.get(func), any(map(layout_of, tensors))
         if sharded and kwargs.get("out") is not None:
             raise NotExactError("it writes into out=")
         if rule is not None:
