@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,21 +63,29 @@ def _enter(
     dist.destroy_process_group()
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant over `repeats` rounds in which all take turns, after one round of warm-up.
+class Spent(NamedTuple):
+    """Seconds of the clock, of the slowest rank, and of processor time, of this rank and all its threads."""
 
-    A round ends for a variant when its slowest rank ends.
+    seconds: float
+    cpu: float
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Spent]:
+    """Medians of each variant over `repeats` rounds in which all take turns, after one round of warm-up.
+
+    A round ends for a variant when its slowest rank ends. Other work on the machine disturbs processor time less.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    turns: dict[str, list[Spent]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, call in variants.items():
             dist.barrier()
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             call()
+            used = time.process_time() - used
             dist.barrier()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                turns[name].append(Spent(time.perf_counter() - started, used))
+    return {name: Spent(*map(statistics.median, zip(*spent, strict=True))) for name, spent in turns.items()}
 
 
 def resident() -> int:

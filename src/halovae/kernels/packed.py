@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.kernels.formats import memory_format
+from halovae.kernels.slabs import threads
 from halovae.kernels.weights import derived
 
 KEEP_BELOW = 1 << 14
@@ -31,26 +36,55 @@ def convolve(
     return operation(tensor, weight, bias, padding, stride, dilation, 1, "none", [], "")
 
 
-def prepared(
-    weight: Tensor, kind: Hashable, make: Callable[[], Tensor], shape: Ints, stride: Ints, padding: Ints, dilation: Ints
-) -> Tensor:
-    """`make()`, a weight in the working dtype, in the order that convolving a tensor of this shape asks for.
+@dataclass(frozen=True)
+class Geometry:
+    """All that the order of a packed weight depends on."""
 
-    `kind` says what `make` does with `weight`; the result is kept for small pictures. It is for this very shape: in the
-    order that another one asks for, a convolution can take many times as long.
-    """
+    weight: tuple[int, ...]
+    dtype: torch.dtype
+    source: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
-    def pack() -> Tensor:
-        made = make()
-        if made.device.type != "cpu" or not can_pack(made.dtype):
-            return made
+    @property
+    def positions(self) -> int:
+        return self.source[0] * prod(self.source[2:])
+
+    def pack(self, weight: Tensor) -> Tensor:
         operation: Any = torch.ops.mkldnn._reorder_convolution_weight
-        return operation(made, list(padding), list(stride), list(dilation), 1, list(shape))
+        return operation(weight, self.padding, self.stride, self.dilation, 1, self.source)
 
-    positions = shape[0]
-    for size in shape[2:]:
-        positions *= size
-    once = weight.device.type == "cpu" and positions >= KEEP_BELOW
-    return (
-        pack() if once else derived(weight, (kind, tuple(shape), tuple(stride), tuple(padding), tuple(dilation)), pack)
-    )
+
+def prepared(
+    weight: Tensor, kind: Hashable, make: Callable[[], Tensor], geometry: Geometry, made: dict[bytes | None, Tensor]
+) -> Tensor:
+    """`make()`, a weight in the working dtype, in the order that this convolution asks for.
+
+    One in the order that another convolution asks for would do, but can take many times as long. For most sizes of
+    picture it is the same order.
+
+    Args:
+        weight: of the model.
+        kind: says what `make` does with it. The result is kept for small pictures, if there is room.
+        make: converts it, or cuts off what is not needed.
+        geometry: of the convolution.
+        made: what was made for other pieces of the same picture.
+    """
+    packs = weight.device.type == "cpu" and can_pack(geometry.dtype)
+    order = order_of(geometry, threads()) if packs else None
+    if order not in made:
+
+        def ordered() -> Tensor:
+            return geometry.pack(make()) if packs else make().contiguous(memory_format=memory_format(weight.ndim, True))
+
+        once = packs and geometry.positions >= KEEP_BELOW
+        made[order] = ordered() if once else derived(weight, (kind, order), ordered)
+    return made[order]
+
+
+@functools.lru_cache(maxsize=4096)
+def order_of(geometry: Geometry, threads: int) -> bytes:
+    """The order as the library writes it down. It tells by a weight that it packs; there is no way just to ask."""
+    operation: Any = torch.ops.mkldnn._get_mkldnn_serialized_md
+    return bytes(operation(geometry.pack(torch.empty(geometry.weight, dtype=geometry.dtype))).tolist())
