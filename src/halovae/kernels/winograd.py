@@ -129,7 +129,7 @@ def _add_up(products: Tensor, dim: int) -> None:
 
 @functools.cache
 def _is_faster(channels: int, out_channels: int, *taps: int) -> bool:
-    """Timed once in a process, for some milliseconds: processors differ in how near both come to their peak."""
+    """Timed once in a process, for some ten milliseconds: processors differ in how near both come to their peak."""
     n = 2 + len(taps)
     ones, zeros, last = [1] * n, [0] * n, memory_format(n + 2, True)
     with torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
