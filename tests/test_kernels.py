@@ -59,6 +59,17 @@ def kept(x: Tensor) -> tuple[Tensor, Tensor]:
     return causal(y, tail), y + x
 
 
+def copied(x: Tensor, how: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """A copy is what the picture was, whoever is written later, and writing it leaves the picture alone."""
+    x = F.conv2d(x, W2, BIAS)
+    early, late, written = how(x), how(x), how(x)
+    y = F.group_norm(early, 2) + late
+    if written.data_ptr() != x.data_ptr():
+        F.silu(written, inplace=True)
+    x.mul_(2)
+    return y, early, late.view(2, 6, -1), x
+
+
 def still(x: Tensor, count: int) -> Tensor:
     """Equal frames."""
     return x[:, :, :1].repeat(1, 1, count, 1, 1)
@@ -129,6 +140,10 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "upsampled to a size": (lambda x: F.conv2d(F.interpolate(x, size=(24, 18)), W2, padding=1), IMAGE),
     "several users": (kept, VIDEO),
     "written later": (lambda x: written_later(x.clone()), VIDEO),
+    "divided by one": (lambda x: copied(x, lambda y: y / 1.0), IMAGE),
+    "divided by a number": (lambda x: copied(x, lambda y: y / 2), IMAGE),
+    "contiguous": (lambda x: F.conv2d(x, W2).contiguous().view(2, 6, -1).sum(2), IMAGE),
+    "contiguous, normed, padded": (lambda x: F.pad(F.group_norm(F.conv2d(x, W2).contiguous(), 2), (1, 1)), IMAGE),
     "padding for nobody": (lambda x: (F.pad(x, (1, 1, 1, 1)), F.conv2d(x, W2, padding=1))[1], IMAGE),
     "grown frame by frame": (grown, VIDEO),
     "views of channels and rows": (lambda x: F.conv3d(x, W3, padding=1).view(1, -1, 9).sum(1), VIDEO),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halovae.geometry import Extent
-from halovae.kernels import gpu
+from halovae.kernels import gpu, winograd
 from halovae.kernels.borders import Fill
 from halovae.kernels.chain import Chain
 from halovae.kernels.deferred import Deferred, plain
@@ -39,6 +40,11 @@ class Window:
     """Taps in time before this one meet zeros alone and are left out."""
     made: dict[bytes | None, Tensor] = field(default_factory=dict[bytes | None, Tensor])
     """What was made of the weight for pieces of the picture, by the order in which it is packed."""
+
+    def kernel(self, dtype: torch.dtype) -> Tensor:
+        """The weight that is in use, in a dtype."""
+        first = self.first_tap
+        return (self.weight[:, :, first:] if first else self.weight).to(dtype)
 
     def out_size(self, size: int, dim: int) -> int:
         taps = self.weight.shape[2 + dim] - (self.first_tap if dim == 0 else 0)
@@ -77,12 +83,19 @@ def _on_cpu(joined: Joined, window: Window) -> Tensor:
     work, weight = working_dtype(joined.dtype), window.weight
     shape = [joined.shape[0], len(weight), *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:]))]
     make_room(prod(shape) * joined.dtype.itemsize)
+    if winograd.fits(weight, window.stride, window.dilation) and winograd.pays(weight, shape, work):
+        sums = winograd.sums_of(window.kernel(work))
+        bias = None if window.bias is None else window.bias.to(work)
+        step = winograd.rows_at_once(joined.shape, len(weight))
+        return _by_rows(joined, window, shape, work, step, lambda rows, out: winograd.convolve(rows, sums, bias, out))
     if work == joined.dtype and _is_alone(joined):
         if not joined.halo:
             return _at_once(joined, window, work)
         if _is_same_size(joined, window, shape):
             return _inside_first(joined, window, shape, work)
-    return _by_rows(joined, window, shape, work)
+    step = _rows_at_once(joined, window.stride[-2], work)
+    zeros = [0] * (len(shape) - 2)
+    return _by_rows(joined, window, shape, work, step, lambda rows, out: out.copy_(_run(rows, window, zeros, work)))
 
 
 def _without_zero_frames(joined: Joined, window: Window) -> tuple[Joined, Window]:
@@ -164,17 +177,32 @@ def _at_once(joined: Joined, window: Window, work: torch.dtype) -> Tensor:
     return _run(source, window, [joined.pads.get(2 + i, (0, 0))[0] for i in range(n)], work)
 
 
-def _by_rows(joined: Joined, window: Window, shape: Sequence[int], work: torch.dtype) -> Tensor:
-    """Some rows at a time, so that only they exist joined and padded, and in the working dtype."""
+def _by_rows(
+    joined: Joined,
+    window: Window,
+    shape: Sequence[int],
+    work: torch.dtype,
+    step: int,
+    run: Callable[[Tensor, Tensor], Any],
+) -> Tensor:
+    """Some rows at a time, so that only they exist joined and padded, and in the working dtype.
+
+    Args:
+        joined: the input.
+        window: the convolution.
+        shape: of the result.
+        work: the dtype to convolve in.
+        step: rows of the result at a time.
+        run: convolves rows that are joined and padded, and writes the result into its second argument.
+    """
     n, rows = len(shape) - 2, shape[-2]
     out = torch.empty(shape, dtype=joined.dtype, device=joined.device, memory_format=memory_format(n + 2, True))
     stride, reach = window.stride[-2], window.reach(n - 2)
-    step = _rows_at_once(joined, stride, work)
     if max(joined.pads.get(n, (0, 0))) > reach:  # a piece could lie in the padding alone
         step = rows
     for low, high in _in_order(*_inner_rows(joined, window, rows), rows, step):
         source = joined.rows(low * stride, (high - 1) * stride + reach + 1, work, True)
-        out.narrow(-2, low, high - low).copy_(_run(source, window, [0] * n, work))
+        run(source, out.narrow(-2, low, high - low))
     return out
 
 
@@ -212,7 +240,7 @@ def _run(source: Tensor, window: Window, padding: Sequence[int], work: torch.dty
     first, taps = window.first_tap, window.weight.shape[2]
 
     def make() -> Tensor:
-        return (window.weight.narrow(2, first, taps - first) if first else window.weight).to(work)
+        return window.kernel(work)
 
     shape = (*window.weight.shape[:2], taps - first, *window.weight.shape[3:])
     geometry = Geometry(shape, work, tuple(source.shape), tuple(window.stride), tuple(padding), tuple(window.dilation))

@@ -13,6 +13,12 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.ndim in (4, 5) and tensor.shape[1] > 1 and tensor.stride(1) == 1
 
 
+def is_dense_channels_last(tensor: Tensor) -> bool:
+    """Whether a picture lies channels last in memory, all of it, and not channels first as well."""
+    last = is_channels_last(tensor) and tensor.is_contiguous(memory_format=memory_format(tensor.ndim, True))
+    return last and not tensor.is_contiguous()
+
+
 def memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return formats[ndim] if channels_last and ndim in formats else torch.contiguous_format

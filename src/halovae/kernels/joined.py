@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,3 +165,14 @@ def parts_in(tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor,)
     recipe = recipe_of(tensor)
     return recipe.parts if isinstance(recipe, Joined) and recipe.is_bare and recipe.dim == 2 else (plain(tensor),)
+
+
+def copy_of(tensor: Tensor) -> Joined:
+    """A recipe for a copy, for results that equal their argument: whoever only reads does without."""
+    return Joined((plain(read(tensor)),))
+
+
+def read(value: Any) -> Any:
+    """What to read in place of an argument: of a copy that waits, the original."""
+    recipe = recipe_of(value)
+    return recipe.parts[0] if isinstance(recipe, Joined) and recipe.is_bare and len(recipe.parts) == 1 else value

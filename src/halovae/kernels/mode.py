@@ -9,16 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from halovae.functions import QUESTIONS, writes
+from halovae.functions import QUESTIONS, named, writes
 from halovae.kernels import rules
 from halovae.kernels.deferred import computed, settle
+from halovae.kernels.joined import read
 from halovae.kernels.weights import forget_changed
 
 ANSWERED = QUESTIONS | {Tensor.size, Tensor.numel, Tensor.nelement, getattr(Tensor, "shape").__get__}  # noqa: B009
 """What a deferred tensor answers without being computed."""
+
+READS = {F.group_norm, *(f for f in named("add", "sub", "mul") if not writes(f))}
+"""Functions that write none of their arguments and give memory of their own."""
 
 
 class FastMode(TorchFunctionMode):
@@ -42,6 +47,8 @@ class FastMode(TorchFunctionMode):
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in READS:
+            args = tuple(map(read, args))
         return _run_computed(func, computed(args), computed(kwargs))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 LOW = (torch.bfloat16, torch.float16)
 """Dtypes that are calculated with in float32 where that costs nothing."""
@@ -23,17 +23,23 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype not in LOW:
         return dtype
-    return torch.float32 if _seconds(torch.float32) < _seconds(dtype) else dtype
-
-
-def _seconds(dtype: torch.dtype) -> float:
     with torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-        picture = torch.ones(1, 64, 40, 40, dtype=dtype).to(memory_format=torch.channels_last)
-        weight = torch.ones(64, 64, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
-        return min(_timed(picture, weight) for _ in range(5))
+        last = torch.channels_last
+        tensors = [
+            [torch.ones(shape, dtype=each).to(memory_format=last) for shape in ((1, 64, 40, 40), (64, 64, 3, 3))]
+            for each in (torch.float32, dtype)
+        ]
+        wide, low = seconds([functools.partial(F.conv2d, *pair) for pair in tensors])
+    return torch.float32 if wide < low else dtype
 
 
-def _timed(picture: Tensor, weight: Tensor) -> float:
-    started = time.perf_counter()
-    F.conv2d(picture, weight)
-    return time.perf_counter() - started
+def seconds(ways: Sequence[Callable[[], object]]) -> list[float]:
+    """The least of five runs of each, in turns; in processor time, which other work disturbs less than the clock."""
+    turns = [[_timed(way) for way in ways] for _ in range(5)]
+    return [min(times) for times in zip(*turns, strict=True)]
+
+
+def _timed(way: Callable[[], object]) -> float:
+    started = time.thread_time()
+    way()
+    return time.thread_time() - started

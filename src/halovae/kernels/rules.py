@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.functions import named, registrar
+from halovae.functions import named, registrar, writes
 from halovae.kernels import gpu
 from halovae.kernels.borders import Fill
 from halovae.kernels.chain import Chain, uncut_by
 from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.deferred import Deferred, plain, recipe_of
-from halovae.kernels.joined import Joined, parts_in
+from halovae.kernels.formats import is_dense_channels_last
+from halovae.kernels.joined import Joined, copy_of, parts_in, read
 from halovae.kernels.precision import LOW
 from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
 
@@ -106,12 +107,29 @@ def interpolate(
     recipe = recipe_of(input)
     casts_only = isinstance(recipe, Chain) and not recipe.steps and torch.promote_types(
         recipe.base.dtype, input.dtype) == input.dtype  # fmt: skip
-    base = recipe.base if isinstance(recipe, Chain) and casts_only else plain(input)
+    base = recipe.base if isinstance(recipe, Chain) and casts_only else plain(read(input))
     return Deferred(Upsampled(base, input.dtype, mode))
 
 
 def _twice(factor: Any) -> bool:
     return all(f == 2 for f in factor) if isinstance(factor, (list, tuple)) else factor == 2
+
+
+@rule(Tensor.contiguous)
+def contiguous(tensor: Tensor, **kwargs: Any) -> Any:
+    """The order in memory stays as it is: who asks for this one has views in mind, which the mode takes care of."""
+    if kwargs or not fits(tensor):
+        return NotImplemented
+    if isinstance(tensor, Deferred):
+        return tensor
+    return Deferred(copy_of(tensor)) if is_dense_channels_last(tensor) else NotImplemented
+
+
+@rule(*(f for f in named("div", "divide", "true_divide") if not writes(f) and not f.__name__.startswith("__r")))
+def divide(tensor: Any, divisor: Any, **kwargs: Any) -> Any:
+    """By one, as scales of residuals are."""
+    by_one = isinstance(divisor, (int, float)) and divisor == 1 and not kwargs
+    return Deferred(copy_of(tensor)) if by_one and fits(tensor) else NotImplemented
 
 
 @rule(Tensor.float)
@@ -139,7 +157,7 @@ def _cast(tensor: Tensor, dtype: Any) -> Any:
     if isinstance(recipe, (Chain, Upsampled)):
         return Deferred(recipe.cast(dtype)) if recipe.sources[0].dtype != torch.float64 else NotImplemented
     if tensor.dtype in LOW and dtype == torch.float32:
-        return Deferred(Chain(plain(tensor), dtype))
+        return Deferred(Chain(plain(read(tensor)), dtype))
     return NotImplemented
 
 
@@ -157,7 +175,7 @@ def _chain(tensor: Tensor) -> Chain | None:
     if not fits(tensor):
         return None
     recipe = recipe_of(tensor)
-    return recipe if isinstance(recipe, Chain) else Chain(plain(tensor), tensor.dtype)
+    return recipe if isinstance(recipe, Chain) else Chain(plain(read(tensor)), tensor.dtype)
 
 
 @rule(*(f for f in named("mul") if not f.__name__.startswith("__i") and not f.__name__.endswith("l_")))
