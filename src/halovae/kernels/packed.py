@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.kernels.shapes import device_type
 from halovae.kernels.weights import derived
 
 KEEP_BELOW = 1 << 14
 """Weights are kept in packed order for calls of fewer positions than this; for more, packing is lost in the noise."""
+
+PACKED_CONVOLUTION = "mkldnn._convolution_pointwise.default"
+"""The operator that takes packed weights; by its name, since it is not in every torch."""
 
 Ints = Sequence[int]
 
@@ -25,10 +29,22 @@ def convolve(
     tensor: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
 ) -> Tensor:
     """As torch.nn.functional.conv2d and conv3d with one group, and a weight from `prepared`."""
-    if not weight.is_mkldnn:
+    if not (weight.is_mkldnn or (weight.is_meta and _is_packable(weight))):
         return (F.conv2d, F.conv3d)[tensor.ndim - 4](tensor, weight, bias, stride, padding, dilation)
     operation: Any = torch.ops.mkldnn._convolution_pointwise
     return operation(tensor, weight, bias, padding, stride, dilation, 1, "none", [], "")
+
+
+def packed(weight: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    """A weight in the order that convolving a tensor of this shape by oneDNN asks for."""
+    if weight.is_meta:
+        return weight.clone()  # the order is oneDNN's secret
+    operation: Any = torch.ops.mkldnn._reorder_convolution_weight
+    return operation(weight, list(padding), list(stride), list(dilation), 1, list(shape))
+
+
+def _is_packable(weight: Tensor) -> bool:
+    return device_type(weight.device) == "cpu" and can_pack(weight.dtype)
 
 
 def prepared(
@@ -42,15 +58,12 @@ def prepared(
 
     def pack() -> Tensor:
         made = make()
-        if made.device.type != "cpu" or not can_pack(made.dtype):
-            return made
-        operation: Any = torch.ops.mkldnn._reorder_convolution_weight
-        return operation(made, list(padding), list(stride), list(dilation), 1, list(shape))
+        return packed(made, shape, stride, padding, dilation) if _is_packable(made) else made
 
     positions = shape[0]
     for size in shape[2:]:
         positions *= size
-    once = weight.device.type == "cpu" and positions >= KEEP_BELOW
+    once = device_type(weight.device) == "cpu" and positions >= KEEP_BELOW
     return (
         pack() if once else derived(weight, (kind, tuple(shape), tuple(stride), tuple(padding), tuple(dilation)), pack)
     )

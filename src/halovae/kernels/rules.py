@@ -20,6 +20,7 @@ from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.deferred import Deferred, plain, recipe_of
 from halovae.kernels.joined import Joined, parts_in
 from halovae.kernels.precision import LOW
+from halovae.kernels.shapes import device_type
 from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
 
 Rule = Callable[..., Any]
@@ -37,7 +38,7 @@ def fits(tensor: Any) -> bool:
         or (tensor.requires_grad and torch.is_grad_enabled())
     ):
         return False
-    has_kernels = tensor.device.type == "cpu" or gpu.supports(tensor.device)
+    has_kernels = device_type(tensor.device) == "cpu" or gpu.supports(tensor.device)
     return has_kernels and tensor.dtype in DTYPES and 0 not in tensor.shape
 
 
