@@ -7,9 +7,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import gpu, gpu_chain
-from halovae.kernels.chain import Step
+from halovae.kernels.chain import Chain, Step
 from halovae.kernels.convolution import Window, on_gpu
+from halovae.kernels.deferred import recipe_of
 from halovae.kernels.gpu_convolution import Tile, convolve, pack, pack_upsampled, tile_for
 from halovae.kernels.joined import Joined
 
@@ -134,9 +136,16 @@ def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], mo
     whole = F.pad(torch.cat(parts, 2), [p for dim in (4, 3, 2) for p in pads.get(dim, (0, 0))])
     expected = F.conv3d(whole.float(), weight.float(), bias.float(), stride)
     found = on_gpu(joined, Window(weight, bias, stride, (1, 1, 1)))
-    assert (
-        error(found.float(), expected) < 2**-10
-    )  # one rounding to float16; the interpreter has no products of bfloat16
+    assert error(found.float(), expected) < 2**-10  # one rounding; the interpreter has no products of bfloat16
+
+
+def test_a_bias_waits_for_what_follows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "convolves", lambda *_: False)
+    monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))  # this processor may have no lower one
+    source, weight, bias = video(1, 16, 3, 6, 8), frames(8, 16, 3, 3, 3), frames(8)
+    found = on_gpu(Joined((source,)), Window(weight, bias, (1, 1, 1), (1, 1, 1)))
+    assert isinstance(recipe_of(found), Chain)
+    assert error(found, F.conv3d(source, weight, bias)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,6 +158,18 @@ def test_a_chain_of_a_picture(shape: tuple[int, ...], dtype: torch.dtype):
     found = gpu.chain(source, dtype, torch.float32, steps)
     assert error(found.float(), expected) < (1e-6 if dtype == torch.float32 else 2**-7)
     assert found.dtype == dtype
+
+
+def test_a_bias_and_a_sum_before_the_norm():
+    source, other = video(1, 24, 2, 3, 4), frames(1, 24, 2, 3, 4) + 1
+    bias, gamma = frames(24, 1, 1, 1), frames(24, 1, 1, 1) + 2
+    steps = [Step("plus", bias), Step("normalize", (1, 1e-12)), Step("times", gamma), Step("plus", 0.5), Step("silu")]
+    expected = F.silu(F.normalize(source + bias, dim=1) * gamma + 0.5)
+    assert error(gpu.chain(source, torch.float32, torch.float32, steps), expected) < 1e-6
+    found = gpu.sum_of(source, torch.float32, torch.float32, steps[:1], other)
+    assert found is not None
+    assert error(found, source + bias + other) < 1e-6
+    assert gpu.sum_of(source, torch.float32, torch.float32, steps, other) is None
 
 
 def test_a_chain_of_another_form_is_computed_step_by_step():

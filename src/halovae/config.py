@@ -41,6 +41,9 @@ class Options:
     """"own": tiles of the VAE's settings; "fit": smaller ones where some rank would have none."""
     timeout: float = 60.0
     """Seconds without a sign of life after which a rank counts as stopped."""
+    frames_per_call: int | str = "auto"
+    """Latent frames in one call of a network that walks through time (exact mode); "auto": as many as fill an
+    accelerator, and on a CPU as few as the VAE itself takes."""
 
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
@@ -52,6 +55,7 @@ class Options:
             raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
+        _check_frames(self.frames_per_call)
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
             raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
 
@@ -91,6 +95,11 @@ def _check_gather(gather: Gather) -> None:
             _one_of("a half of gather", half, HALVES)
     for half in HALVES:
         _one_of("gather", gather_of(gather, half), GATHERS)
+
+
+def _check_frames(frames: int | str) -> None:
+    if frames != "auto" and (type(frames) is not int or frames < 1):
+        raise InputError(f"frames_per_call is {frames!r}: give a number of latent frames, at least 1, or 'auto'")
 
 
 def checked_halves(halves: Sequence[str]) -> tuple[str, ...]:
@@ -135,6 +144,8 @@ class CallReport:
     """Exact mode: rows and columns of the grid of shards."""
     bounds: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """Exact mode: where the rows and the columns of the input were cut."""
+    steps: tuple[int, ...] = ()
+    """Exact mode: steps in time in each call of the network, where several go in one; else nothing."""
     tiles: int = 0
     """Tile mode: how many tiles there were, each with all its frames."""
     spread: float = 1.0

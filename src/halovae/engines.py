@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +17,7 @@ from halovae.exact.mesh import Mesh
 from halovae.exact.run import run_on_group
 from halovae.kernels.weights import forget
 from halovae.memory import PeakMemory
+from halovae.merge import Merger, merged
 from halovae.plan import ShardPlan, plan_shards
 from halovae.room import Room
 from halovae.target import Target
@@ -102,6 +102,7 @@ class ExactEngine(Engine):
         self._verified: set[tuple[str, tuple[int, int]]] = set()
         self._ratio: int | None = None
         self._room = Room(target)
+        self._merger = Merger(comm, target, options.frames_per_call)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
         started = time.perf_counter()
@@ -110,15 +111,16 @@ class ExactEngine(Engine):
         if self._comm.rank < prod(plan.shape):
             self._room.check(half, plan, self.ratio(half, picture), keep, picture, args, kwargs)
         self._verify_once(half, plan, args, kwargs)
+        steps = self._merger.steps(half, plan, lambda: self._compression(half, picture), args, kwargs)
         probed = time.perf_counter()
         self._comm.traffic = Traffic()  # the probe's messages are not the call's
         memory = PeakMemory(picture.device)
-        call = functools.partial(self._target.run_untiled, half)
+        call = merged(self._target, half, steps)
         outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep)
         self._room.learn(half, plan, picture, memory.growth)
         _note(outcome.network_seconds, outcome.gather_seconds)
         timeline.note("probe", started, probed)
-        report = {"shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents}
+        report = {"shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps}
         phases = {
             "probe": probed - started,
             "network": outcome.network_seconds,
@@ -127,8 +129,11 @@ class ExactEngine(Engine):
         return Ran(outcome.result, "exact", report, phases)
 
     def ratio(self, half: str, picture: Tensor) -> int:
-        """Rows of the input per latent row."""
-        if half == "decode" or self._comm.size == 1:
+        """Rows of the input per latent row; 1 where nothing is cut."""
+        return 1 if self._comm.size == 1 else self._compression(half, picture)
+
+    def _compression(self, half: str, picture: Tensor) -> int:
+        if half == "decode":
             return 1
         if self._ratio is None:
             self._ratio = compression(self._target, picture)

@@ -38,6 +38,7 @@ def parallelize(
     tiles: str = "own",
     timeout: float = 60.0,
     halves: Sequence[str] = HALVES,
+    frames_per_call: int | str = "auto",
 ) -> Handle:
     """Run a VAE's `encode` and `decode` on all ranks of a group. Called on every rank of it, with equal weights.
 
@@ -61,6 +62,9 @@ def parallelize(
         tiles: "own": the sizes that the VAE is set to; "fit": smaller ones where some rank would have no tile to run.
         timeout: seconds without a sign of life after which a rank counts as stopped. A rank that is slow gives signs.
         halves: which to run on all ranks, "encode", "decode" or both. The other one stays as it is.
+        frames_per_call: latent frames that a VAE which walks through time takes in one call of its network (exact
+            mode): more mean fewer and larger messages and kernels, and more memory. "auto": as many as fill an
+            accelerator; on a CPU as few as the VAE itself takes. 1: always as the VAE itself.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
@@ -80,8 +84,9 @@ def parallelize(
     try:
         with together(comm) as said:
             options = Options(
-                mode=mode, axis=axis, size=size, gather=gather, verify=verify, tiles=tiles, timeout=timeout
-            )
+                mode=mode, axis=axis, size=size, gather=gather, verify=verify, tiles=tiles, timeout=timeout,
+                frames_per_call=frames_per_call,
+            )  # fmt: skip
             options.check_ranks(comm.size)
             target = Target(vae, checked_halves(halves))
             name = f"{target.name} ({', '.join(target.originals)})"
@@ -93,25 +98,26 @@ def parallelize(
         raise
 
 
-def optimize(vae: Any) -> Handle:
+def optimize(vae: Any, *, frames_per_call: int | str = "auto") -> Handle:
     """Run a VAE's `encode` and `decode` faster on this process alone: the same numbers, up to rounding.
 
     As `parallelize` in a world of one, whatever process group there is. The un-tiled result, as in exact mode.
 
     Args:
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
+        frames_per_call: as for `parallelize`.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
 
     Raises:
-        InputError: the VAE can't be used; nothing was changed.
+        InputError: the option or the VAE can't be used; nothing was changed.
 
     Example:
         >>> halovae.optimize(pipe)
         >>> image = pipe(prompt).images[0]
     """
-    return Handle(Target(vae), SoloComm(), Options())
+    return Handle(Target(vae), SoloComm(), Options(frames_per_call=frames_per_call))
 
 
 class Handle:

@@ -42,6 +42,8 @@ class NetworkCall:
     """Earlier calls whose caches it reads."""
     draws: tuple[Draw, ...]
     """Random draws inside the network."""
+    kind: int
+    """Calls of one kind get the same, by shape: arguments, caches, and what the modules keep."""
 
     @property
     def specs(self) -> list[Spec]:
@@ -249,10 +251,14 @@ class _Listener:
         self._note_use([*self.flow.reads, *map(id, tensors_in(result))])
         if any(leaf in self._heard[call].used for call, leaf in self._fed):
             raise TilingError(_FEEDBACK)
+        kinds = {id(effect): kind for kind, effect in enumerate(self._effects.values())}
         return tuple(
-            NetworkCall(call.inputs, *call.effect.result, tuple(sorted(call.used)), call.needs, call.effect.draws)
+            NetworkCall(
+                call.inputs, *call.effect.result, tuple(sorted(call.used)), call.needs, call.effect.draws,
+                kinds[id(call.effect)],
+            )
             for call in self._heard
-        )
+        )  # fmt: skip
 
 
 _FEEDBACK = "the VAE feeds its network with what it made of the network's own output: its tiles can't run apart"

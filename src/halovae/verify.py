@@ -94,8 +94,12 @@ def _copied_generator(value: Any) -> Any:
     return copy
 
 
-def make_probe(shape: tuple[int, int], ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
+def make_probe(
+    shape: tuple[int, int], ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], more_frames: int = 0
+) -> Probe:
     """Shrink the pictures in the arguments to a few latents per shard, as uneven as the cut allows.
+
+    Of a video, a few frames are left, and `more_frames` if it has so many.
 
     Height and width differ, and both differ from every number of shards, so that no mistake hides behind equal sizes.
     """
@@ -107,7 +111,7 @@ def make_probe(shape: tuple[int, int], ratio: int, args: tuple[Any, ...], kwargs
         if not is_picture(value):
             return value
         size = [ratio * n * value.shape[d] // main.shape[d] for n, d in ((rows, -2), (cols, -1))]
-        middle = [_short(value.shape[2])] if value.ndim == 5 else []
+        middle = [min(value.shape[2], _short(value.shape[2]) + more_frames)] if value.ndim == 5 else []
         noise = torch.randn((*value.shape[:2], *middle, *size), generator=generator)
         return noise.to(device=value.device, dtype=value.dtype)
 

@@ -13,14 +13,16 @@ from torch import Tensor
 from halovae.geometry import Extent
 from halovae.kernels import gpu
 from halovae.kernels.borders import Fill
-from halovae.kernels.deferred import plain
+from halovae.kernels.chain import Chain
+from halovae.kernels.deferred import Deferred, plain
 from halovae.kernels.formats import memory_format
 from halovae.kernels.joined import Joined, joined_in
 from halovae.kernels.packed import convolve, prepared
-from halovae.kernels.precision import working_dtype
+from halovae.kernels.precision import LOW, working_dtype
 from halovae.kernels.shapes import alike, device_type, in_turn
 from halovae.kernels.slabs import WINDOW_BYTES, threads
 from halovae.kernels.still import copies, is_still, with_frames
+from halovae.kernels.weights import derived
 
 MANY_ROWS = 16
 """Fewer inner rows than that are not computed by themselves while the halo is under way."""
@@ -106,8 +108,18 @@ def on_gpu(joined: Joined, window: Window) -> Tensor:
             before=(top, left), size=(size[-2], size[-1]),
         )  # fmt: skip
     if zeros and (top, left) == (bottom, right):
-        return _run(frames.settled(), window, [*[0] * (n - 2), top, left], joined.dtype)
-    return _run(joined.settled(), window, [0] * n, joined.dtype)
+        return _by_library(frames.settled(), window, [*[0] * (n - 2), top, left])
+    return _by_library(joined.settled(), window, [0] * n)
+
+
+def _by_library(source: Tensor, window: Window, padding: Sequence[int]) -> Tensor:
+    """Without the bias, which costs the vendor library a pass of its own: what follows adds it on its way."""
+    bias = window.bias
+    if bias is None or source.dtype not in LOW:
+        return _run(source, window, padding, source.dtype)
+    result = _run(source, replace(window, bias=None), padding, source.dtype)
+    wide = derived(bias, "wide", lambda: bias.float().view(-1, *[1] * (source.ndim - 2)))
+    return Deferred(Chain(result, result.dtype).plus(wide, frozenset((1,))))
 
 
 def _is_alone(joined: Joined) -> bool:

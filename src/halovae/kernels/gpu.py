@@ -31,11 +31,24 @@ def chain(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[A
         for step in steps:
             step.run(work)
         return work.to(dtype)
+    return _run_chain(base, _with_room(base, dtype), form)
+
+
+def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any], other: Tensor) -> Tensor | None:
+    """The steps of a `Chain`, and `other` added, in one pass; None where that is more than a bias and a sum."""
+    form = _one_pass(base, wide, steps)
+    if form is None or form.keys() - {"shift"}:
+        return None
+    last = memory_format(base.ndim, True)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
+    return _run_chain(base, out, {**form, "other": _positions(other.contiguous(memory_format=last))})
+
+
+def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
     from halovae.kernels import gpu_chain
 
-    last = memory_format(base.ndim, True)
-    out = _with_room(base, dtype)
-    gpu_chain.run(_positions(base.contiguous(memory_format=last)), _positions(out), **form)
+    base = base.contiguous(memory_format=memory_format(base.ndim, True))
+    gpu_chain.run(_positions(base), _positions(out), **form)
     return out
 
 
@@ -80,13 +93,18 @@ def _positions(picture: Tensor) -> Tensor:
     return picture.movedim(1, -1).reshape(-1, picture.shape[1])
 
 
+_SLOTS = (("shift", "plus"), ("normalize", "normalize"), ("times", "times"), ("plus", "plus"), ("silu", "silu"))
+"""Arguments of `gpu_chain.run` in the order in which it uses them, and the kind of step that each of them is."""
+
+
 def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str, Any] | None:
-    """Arguments for `gpu_chain.run`: a norm over channels, a factor, a term, an activation, each at most once."""
-    form: dict[str, Any] = {"normalize": None, "times": None, "plus": None, "silu": False}
-    kinds = [step.kind for step in steps]
-    if wide != torch.float32 or base.shape[1] == 1 or kinds != [kind for kind in form if kind in kinds]:
+    """Arguments for `gpu_chain.run`; None where it does something else than these steps, or in another order."""
+    if wide != torch.float32 or base.shape[1] == 1:
         return None
+    form: dict[str, Any] = {}
+    slots = iter(_SLOTS)
     for step in steps:
+        name = next((name for name, kind in slots if kind == step.kind), None)
         value: Any = step.value
         if step.kind == "normalize":
             dim, value = value
@@ -94,9 +112,11 @@ def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str
                 return None
         elif step.kind == "silu":
             value = True
-        elif isinstance(value, Tensor) and (value := _by_channel(value, base)) is None:
+        elif isinstance(value, Tensor):
+            value = _by_channel(value, base)
+        if name is None or value is None:
             return None
-        form[step.kind] = value
+        form[name] = value
     return form
 
 

@@ -14,6 +14,7 @@ from halovae.kernels import gpu
 from halovae.kernels.borders import Fill, fill_outside, region_of
 from halovae.kernels.deferred import plain, recipe_of
 from halovae.kernels.formats import is_channels_last, memory_format
+from halovae.kernels.promise import kept
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Joined:
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
-        return self.parts
+        return tuple(value for part in self.parts if (value := kept(part)) is not None)
 
     def padded(self, pads: Mapping[int, Extent], fill: Fill) -> Joined | None:
         """With padding around; None where there is other padding already."""
@@ -162,5 +163,7 @@ def joined_in(tensor: Tensor) -> Joined:
 
 def parts_in(tensor: Tensor) -> tuple[Tensor, ...]:
     """What is joined in time, without anything around it, in a tensor that waits for that; else the tensor."""
+    if kept(tensor) is None:
+        return (tensor,)
     recipe = recipe_of(tensor)
     return recipe.parts if isinstance(recipe, Joined) and recipe.is_bare and recipe.dim == 2 else (plain(tensor),)

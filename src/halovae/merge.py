@@ -1,0 +1,230 @@
+"""Fewer, larger calls of a network: where a VAE walks through time with causal caches, several steps go in one call.
+
+A step is one latent frame for most such VAEs. On a shard that is too little work for an accelerator, and its halos are
+many small messages. Steps that get the same by shape (arguments, caches) are joined in time; the VAE gets promises
+for all results but the last of them, and joins these. Whether a network takes several steps at once is found out by
+trying: caches, first frames and norms over time are its own business.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.agreement import together
+from halovae.comm import Comm, SoloComm
+from halovae.dataflow import Spec
+from halovae.exact.layout import layout_of, mark
+from halovae.exact.mesh import Mesh
+from halovae.exact.partition import first_tensor
+from halovae.exact.run import run_sharded
+from halovae.kernels.promise import promised
+from halovae.plan import ShardPlan
+from halovae.record import NETWORKS, NetworkCall, Recorder, answering
+from halovae.state import undone_by_failure
+from halovae.target import Call, Target
+from halovae.trees import tensors_in
+from halovae.verify import TOLERANCE, distance, frozen_generators, make_probe
+
+LOG = logging.getLogger("halovae")
+FULL_CALL = 1 << 23
+"""Elements of the larger side of a call that fills an accelerator, as measured on one of Nvidia's Hopper generation."""
+_PROBED = 2
+"""Steps in one call of the probe."""
+_MORE_FRAMES = 8
+"""Frames that the probe is longer by, so that some of its steps are equal. A multiple of usual compressions."""
+
+Ratio = Callable[[], int]
+Steps = tuple[int, ...]
+"""How many of the steps that a VAE makes go in each call of its network."""
+
+
+class Merger:
+    """Decides how many steps of a VAE go in one call of its network. Every rank of the group makes one.
+
+    Args:
+        comm: the group.
+        target: the VAE.
+        frames: latent frames in one call at the most; "auto": as many as fill the device, one step on a CPU.
+    """
+
+    def __init__(self, comm: Comm, target: Target, frames: int | str) -> None:
+        self._comm, self._target, self._frames = comm, target, frames
+        self._recorders: dict[str, Recorder] = {}
+        self._steps: dict[Any, Steps] = {}
+        self._able: dict[Any, bool] = {}
+
+    def steps(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
+        """The steps of a call; the same on every rank of the group, which all call this with equal arguments.
+
+        Args:
+            half: "encode" or "decode".
+            plan: how the picture is cut.
+            ratio: tells pixels per latent for encode, 1 for decode.
+            args: of the call.
+            kwargs: likewise.
+
+        Returns:
+            Nothing where the VAE is to walk by itself.
+        """
+        tensors = tensors_in((args, kwargs))
+        device = tensors[0].device.type
+        if self._frames == 1 or (self._frames == "auto" and device == "cpu") or not self._walks(half, tensors):
+            return ()
+        key = half, plan, *((tuple(t.shape), t.dtype, device) for t in tensors)
+        if key not in self._steps:
+            self._steps[key] = self._choose(half, plan, ratio, args, kwargs)
+        return self._steps[key]
+
+    def _walks(self, half: str, tensors: list[Tensor]) -> bool:
+        return hasattr(self._target.vae, NETWORKS[half]) and any(t.ndim == 5 and t.shape[2] > 1 for t in tensors)
+
+    def _choose(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
+        with together(self._comm):
+            calls = self._calls(half, args, kwargs)
+            steps = sizes(calls, self._most(half, calls, plan))
+            tensors = tensors_in((args, kwargs))
+            kind = half, tensors[0].dtype, tensors[0].device
+            if max(steps, default=1) > 1 and kind not in self._able:
+                self._able[kind] = self._try(half, ratio, args, kwargs)
+            able = max(steps, default=1) > 1 and self._able[kind]
+        # Ranks of different devices may find different answers in a probe.
+        return steps if all(self._comm.all_gather_object(able)) else ()
+
+    def _most(self, half: str, calls: Sequence[NetworkCall], plan: ShardPlan) -> int:
+        """Steps in one call at the most."""
+        if not calls:
+            return 1
+        last = calls[-1]
+        if self._frames == "auto":
+            return max(1, int(FULL_CALL / (last.cost * _largest_share(plan))))
+        latent = last.inputs[0] if half == "decode" else last.specs[0]
+        return max(1, int(self._frames) // latent.shape[2])
+
+    def _calls(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[NetworkCall, ...]:
+        """The VAE's own calls of its network; none where they can't be followed on shapes, or are of another form."""
+        if half not in self._recorders:
+            method = functools.partial(self._target.run_untiled, half)
+            self._recorders[half] = Recorder(self._target.vae, half, method)
+        try:
+            calls = self._recorders[half].record(args, kwargs).calls
+        except Exception as error:  # Whatever a model's code raises on shapes alone: nothing is lost but speed.
+            LOG.debug("%s of %s walks by itself: %s", half, self._target.name, error)
+            return ()
+        return calls if all(map(_is_step, calls)) else ()
+
+    def _try(self, half: str, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a small picture gives the same in merged calls."""
+        probe = make_probe((1, 1), ratio(), args, kwargs, more_frames=_MORE_FRAMES)
+        steps = sizes(self._calls(half, probe.args, probe.kwargs), _PROBED)
+        if max(steps, default=1) == 1:
+            return False
+        alone, results = Mesh(SoloComm(), (1, 1)), list[Tensor]()
+        try:
+            for each in ((), steps):
+                with frozen_generators(probe.device), undone_by_failure(self._target.vae):
+                    call = merged(self._target, half, each)
+                    found = run_sharded(alone, call, probe.fresh_args(), probe.fresh_kwargs(), probe.bounds)
+                    results.append(first_tensor(found))
+        except Exception as error:  # Of a network that doesn't take it.
+            LOG.debug("%s of %s takes one step at a time: %s", half, self._target.name, error)
+            return False
+        return distance(*results) <= TOLERANCE.get(results[0].dtype, 1e-1)
+
+
+def sizes(calls: Sequence[NetworkCall], most: int) -> Steps:
+    """Spread each row of equal steps over as few calls of at most `most` steps as possible, evenly."""
+    found: list[int] = []
+    while (at := sum(found)) < len(calls):
+        length = _row(calls, at)
+        parts = -(-length // most)
+        found += [length // parts + (part < length % parts) for part in range(parts)]
+    return tuple(found)
+
+
+def _row(calls: Sequence[NetworkCall], at: int) -> int:
+    """How many calls from this one on may be one: of one kind, each going on where the one before has ended.
+
+    The call before them has to give the same shape: it tells how a shard of the results is cut.
+    """
+    if at == 0 or (calls[at - 1].inputs, calls[at - 1].leaves) != (calls[at].inputs, calls[at].leaves):
+        return 1
+    end = at + 1
+    while end < len(calls) and calls[end].kind == calls[at].kind and end - 1 in calls[end].needs:
+        end += 1
+    return end - at
+
+
+def _is_step(call: NetworkCall) -> bool:
+    """Whether a video comes in, a video goes out, and chance has no part in it."""
+    videos = [*call.inputs, *call.leaves]
+    return len(videos) == 2 and all(isinstance(v, Spec) and len(v.shape) == 5 for v in videos) and not call.draws
+
+
+def _largest_share(plan: ShardPlan) -> float:
+    shares = ((max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) / bounds[-1]) for bounds in plan.bounds)
+    return prod(shares)
+
+
+def merged(target: Target, half: str, steps: Steps) -> Call:
+    """The un-parallel half without spatial tiles, with so many steps in each call of its network."""
+    call = functools.partial(target.run_untiled, half)
+    if not steps:
+        return call
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        network = getattr(target.vae, NETWORKS[half])
+        with answering(target.vae, half, _Merged(network, steps)):
+            return call(*args, **kwargs)
+
+    return run
+
+
+class _Merged:
+    """Answers a VAE's calls of its network: with promises, until there are steps enough for a real one."""
+
+    def __init__(self, network: nn.Module, steps: Steps) -> None:
+        self._network, self._steps = network, iter(steps)
+        self._waiting: list[Tensor] = []
+        self._promises: list[Any] = []
+        self._left = 0
+        self._run: Callable[[Tensor], Tensor] = network
+        self._before: Tensor | None = None
+
+    def __call__(self, picture: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._waiting:
+            self._left = next(self._steps, 1)
+            self._run = lambda joined: self._network(joined, *args, **kwargs)
+        self._waiting.append(picture)
+        self._left -= 1
+        return self._promise() if self._left else self._keep()
+
+    def _promise(self) -> Tensor:
+        assert self._before is not None, "a row of steps follows one of the same shape"
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            promise = promised(self._before)
+        self._promises.append(promise)
+        return mark(promise, layout_of(self._before))
+
+    def _keep(self) -> Tensor:
+        """Call the network for all that waits, and keep the promises."""
+        count = len(self._waiting)
+        result = self._run(torch.cat(self._waiting, 2) if count > 1 else self._waiting[0])
+        parts = _parts(result, count)
+        for promise, part in zip(self._promises, parts, strict=False):
+            promise.recipe.value = part
+        self._waiting, self._promises, self._before = [], [], parts[-1]
+        return parts[-1]
+
+
+def _parts(result: Tensor, count: int) -> Sequence[Tensor]:
+    return result.chunk(count, 2) if count > 1 else (result,)
+
+
+__all__ = ["FULL_CALL", "Merger", "Steps", "merged", "sizes"]

@@ -1,0 +1,124 @@
+"""Several steps in time in one call of the network: the same numbers, on one rank and on shards, or not done at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, run_decode, run_encode
+from pictures import error
+from ranks import Ranks
+from torch import Tensor, nn
+
+import halovae
+from halovae.config import Options
+from halovae.errors import InputError
+from halovae.merge import sizes
+from halovae.record import Recorder
+
+WALKERS = ["wan21", "wan22", "qwenimage", "magvit"]
+"""VAEs that take several steps at once."""
+OTHERS = ["cogvideox", "mochi", "vidtok", "hunyuan_video_framewise", "kandinsky6_sr", "ltx", "kvae_video"]
+"""VAEs whose steps differ, or whose norms look at all frames of a call."""
+
+
+def long_video(name: str, half: str) -> tuple[Any, Tensor]:
+    family = FAMILIES[name]
+    shape = family.sample_shape if half == "encode" else family.latent_shape
+    frames = 25 if half == "encode" else 8
+    draw = torch.Generator().manual_seed(3)
+    return family.build().double(), torch.randn(
+        (*shape[:2], frames, *shape[3:]), generator=draw, dtype=torch.float64).mul_(0.5)  # fmt: skip
+
+
+def run(name: str, vae: Any, half: str, tensor: Tensor) -> Tensor:
+    return run_encode(vae, tensor) if half == "encode" else run_decode(FAMILIES[name], vae, tensor)
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@pytest.mark.parametrize("name", WALKERS + OTHERS)
+def test_equals_one_step_at_a_time(name: str, half: str) -> None:
+    vae, tensor = long_video(name, half)
+    expected = run(name, vae, half, tensor)
+    with halovae.optimize(vae, frames_per_call=3) as handle:
+        found = run(name, vae, half, tensor)
+        assert handle.last is not None
+        assert (max(handle.last.steps, default=1) == 3) == (name in WALKERS)
+    assert error(found, expected) <= getattr(FAMILIES[name], f"{half}_tolerance")
+
+
+def on_shards(rank: int, name: str, half: str, axis: Any) -> tuple[tuple[int, ...], int, int]:
+    vae, tensor = long_video(name, half)
+    expected = run(name, vae, half, tensor)
+    messages: list[int] = []
+    steps: tuple[int, ...] = ()
+    for frames in (1, 3):
+        with halovae.parallelize(vae, axis=axis, frames_per_call=frames) as handle:
+            found = run(name, vae, half, tensor)
+            assert handle.last is not None
+            messages.append(handle.last.messages)
+            steps = handle.last.steps
+        assert error(found, expected) <= getattr(FAMILIES[name], f"{half}_tolerance")
+    return steps, *messages
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@pytest.mark.parametrize("name", ["wan21", "wan22"])
+def test_fewer_messages_on_shards(two_ranks: Ranks, name: str, half: str) -> None:
+    (steps, own, fewer), other = two_ranks.run(on_shards, name, half, "height")
+    assert other[0] == steps == ((1, 1, 3, 2) if half == "encode" else (1, 1, 3, 3))
+    assert fewer < 0.65 * own
+
+
+def test_spare_ranks_wait(three_ranks: Ranks) -> None:
+    found = three_ranks.run(on_shards, "wan21", "decode", (2, 1))
+    assert [steps for steps, *_ in found] == [(1, 1, 3, 3)] * 3
+
+
+def test_a_row_is_spread_evenly() -> None:
+    vae, tensor = long_video("wan21", "decode")
+    calls = Recorder(vae, "decode", vae.decode).record((torch.cat([tensor, tensor, tensor], 2),), {}).calls
+    assert len(calls) == 24
+    assert sizes(calls, 1) == (1,) * 24
+    assert sizes(calls, 4) == (1, 1, 4, 4, 4, 4, 3, 3)
+    assert sizes(calls, 100) == (1, 1, 22)
+    assert sizes(calls[:3], 4) == (1, 1, 1)
+
+
+class Impatient(nn.Module):
+    """Looks at each result before it makes the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Conv3d(3, 3, (1, 3, 3), padding=(0, 1, 1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        results: list[Tensor] = []
+        for frame in z.split(1, 2):
+            results.append(self.decoder(frame) + 1)
+        return torch.cat(results, 2)
+
+
+def test_a_vae_that_reads_each_result_walks_by_itself() -> None:
+    vae, tensor = Impatient().double(), torch.randn(1, 3, 12, 16, 24, dtype=torch.float64)
+    with torch.no_grad():
+        expected = vae.decode(tensor)
+        with halovae.optimize(vae, frames_per_call=4) as handle:
+            assert error(vae.decode(tensor), expected) <= 1e-12
+            assert handle.last is not None
+            assert not handle.last.steps
+
+
+def test_on_a_cpu_a_vae_walks_as_it_is() -> None:
+    vae, tensor = long_video("wan21", "decode")
+    with halovae.optimize(vae) as handle:
+        run("wan21", vae, "decode", tensor)
+        assert handle.last is not None
+        assert not handle.last.steps
+
+
+@pytest.mark.parametrize("frames", [0, -1, 1.5, "many", True])
+def test_a_wrong_number_is_refused(frames: Any) -> None:
+    with pytest.raises(InputError, match=r"frames_per_call is .*at least 1, or 'auto'"):
+        Options(frames_per_call=frames)
