@@ -6,7 +6,8 @@
 One thread per rank. `limit` is what the machine allows: every rank runs the un-parallel VAE on its own part of the
 picture at the same time, with no communication; `fast limit` is the same with `halovae.optimize` on each rank, and
 `fast s` is one rank with it: exact mode uses the same kernels. Times are medians of interleaved rounds, of the slowest
-rank; memory is the growth of the resident memory of a fresh process during one call, on the rank where it grew most.
+rank; `cpu of fast limit` compares the processor time of all ranks, to which waiting does not belong. Memory is the
+growth of the resident memory of a fresh process during one call, on the rank where it grew most.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def measure_time(rank: int, case: dict[str, Any], half: str, repeats: int) -> di
     if peer is not None:
         variants["peer"] = lambda: call(peer, half, whole)
         result["peer_error"] = _distance(call(peer, half, whole), expected)
-    result |= interleaved(variants, repeats)
+    spent = interleaved(variants, repeats)
+    result |= {name: one.seconds for name, one in spent.items()}
+    result["cpu"] = {name: one.cpu for name, one in spent.items()}
     assert handle.last is not None
     last = handle.last
     return result | {"messages": last.messages, "bytes": last.bytes, "wait": last.wait_seconds}
@@ -153,6 +156,7 @@ def row(case: dict[str, Any], half: str, ranks: int, repeats: int, with_memory: 
         "of limit": times["limit"] / times["exact"],
         "fast s": times["fast"],
         "of fast limit": times["fast limit"] / times["exact"],
+        "cpu of fast limit": sum(r["cpu"]["fast limit"] for r in per_rank) / sum(r["cpu"]["exact"] for r in per_rank),
         "x DistVAE": times["peer"] / times["exact"] if has_peer else "-",
         "error": f"{times['error']:.0e}",
         "DistVAE error": f"{times['peer_error']:.0e}" if has_peer else "-",

@@ -8,7 +8,8 @@ against the same VAE in float32, at a smaller size.
 
 The time of N GPUs is a projection, not a measurement: the shard of the first, a middle and the last rank runs alone
 on this GPU, with its halos left blank, and the slowest of them counts; to it is added the time of its messages on a
-link of the stated speed, as if nothing of it were hidden.
+link of the stated speed, as if nothing of it were hidden. Where the host has several GPUs, all of them run exact mode
+for real as well, next to one of them alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import logging
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,11 +28,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from harness import report, run_ranks
 from torch import Tensor
+from torch import distributed as dist
 
 import halovae
 from halovae.comm import SoloComm
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import run_sharded
+from halovae.merge import Merger, merged
 from halovae.plan import plan_shards
 from halovae.target import Target
 
@@ -141,12 +145,11 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
     tensor, target = picture(model, size, half), Target(build(model))
     ratio = MODELS[model][2] if half == "encode" else 1
     plan = plan_shards(*tensor.shape[-2:], ratio, ranks, "auto")
+    steps = Merger(SoloComm(), target, "auto").steps(half, plan, lambda: ratio, (tensor,), {})
     shards: list[tuple[float, LonelyComm]] = []
     for rank in sorted({0, ranks // 2, ranks - 1}):
         comm = LonelyComm(rank, ranks)
-        shard = partial(
-            run_sharded, Mesh(comm, plan.shape), partial(target.run_untiled, half), (tensor,), {}, plan.bounds
-        )
+        shard = partial(run_sharded, Mesh(comm, plan.shape), merged(target, half, steps), (tensor,), {}, plan.bounds)
         shard()
         comm.traffic = type(comm.traffic)()
         shard()
@@ -157,8 +160,45 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
     link = comm.traffic.bytes / LINK_BYTES_PER_SECOND + comm.traffic.messages * LINK_SECONDS_PER_MESSAGE
     return {
         "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks,
-        "grid": "x".join(map(str, plan.shape)), "slowest shard s": slowest, "messages": comm.traffic.messages,
-        "MiB sent": comm.traffic.bytes / 2**20, "link s": link, "projected s": slowest + link,
+        "grid": "x".join(map(str, plan.shape)), "calls": len(steps), "slowest shard s": slowest,
+        "messages": comm.traffic.messages, "MiB sent": comm.traffic.bytes / 2**20, "link s": link,
+        "projected s": slowest + link,
+    }  # fmt: skip
+
+
+def on_own_gpus(rank: int, model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
+    """Exact mode on all ranks and the first rank alone, in turns: medians of the slowest rank's seconds."""
+    ours, alone, tensor = build(model), build(model), picture(model, size, half)
+    handle = halovae.parallelize(ours)
+    halovae.optimize(alone)
+    variants = {"exact": partial(call, ours, half, tensor), "one": partial(call, alone, half, tensor)}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + 2):
+        for name, variant in variants.items():
+            dist.barrier()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            if name == "exact" or rank == 0:
+                variant()
+            torch.cuda.synchronize()
+            if turn > 1:
+                times[name].append(time.perf_counter() - started)
+    assert handle.last is not None
+    return {
+        **{name: statistics.median(each) for name, each in times.items()}, "messages": handle.last.messages,
+        "MiB": handle.last.bytes / 2**20, "wait": handle.last.wait_seconds, "calls": len(handle.last.steps),
+    }  # fmt: skip
+
+
+def several(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
+    ranks = torch.cuda.device_count()
+    found = run_ranks(ranks, on_own_gpus, model, size, half, repeats, device="cuda")
+    exact = max(each["exact"] for each in found)
+    return {
+        "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks, "one GPU s": found[0]["one"],
+        "exact s": exact, "speed-up": found[0]["one"] / exact, "calls": found[0]["calls"],
+        "messages": max(each["messages"] for each in found), "MiB sent": max(each["MiB"] for each in found),
+        "exchanges s": max(each["wait"] for each in found),
     }  # fmt: skip
 
 
@@ -185,7 +225,8 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     halves = ("encode", "decode")
     rows: list[dict[str, Any]] = []
-    for model, size in [CASES[index] for index in options.cases]:
+    cases = [CASES[index] for index in options.cases]
+    for model, size in cases:
         for half in halves:
             rows.append(row(model, size, half, options.repeats))
             print(rows[-1], file=sys.stderr, flush=True)
@@ -197,6 +238,13 @@ def main() -> None:
         second = options.json and options.json.with_stem(f"{options.json.stem}-projection")
         print()
         report(f"projection from one {device}: {link}", projected, second)
+    if torch.cuda.device_count() > 1:
+        shared = [
+            several(*case, half, options.repeats) for case in [CASES[i] for i in options.cases] for half in halves
+        ]
+        third = options.json and options.json.with_stem(f"{options.json.stem}-several")
+        print()
+        report(f"{torch.cuda.device_count()} of {device}", shared, third)
     sys.stdout.flush()
     worst = max(run_ranks(2, two_processes))
     print(f"\ntwo processes on one GPU, float64: largest difference {worst:.1e} of the largest value")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,54 +24,68 @@ EAGER_FREE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 """Makes the C library give freed memory back at once, so that resident memory tells what is in use."""
 
 
-def run_ranks(ranks: int, work: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None) -> list[Any]:
-    """`work(rank, *args)` in `ranks` fresh gloo processes with one thread each; their results in rank order.
+def run_ranks(
+    ranks: int, work: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None, device: str = "cpu"
+) -> list[Any]:
+    """`work(rank, *args)` in `ranks` fresh processes with one thread each; their results in rank order.
 
-    `env` is set in them from their start.
+    `env` is set in them from their start. On an accelerator, each has one of its own and they have its default backend.
     """
     before = dict(os.environ)
     os.environ.update(env or {})
     try:
-        return _run_ranks(ranks, work, *args)
+        return _run_ranks(ranks, work, device, *args)
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def _run_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def _run_ranks(ranks: int, work: Callable[..., Any], device: str, *args: Any) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # Through files: a queue blocks a rank whose result is larger than its pipe, and with it all ranks.
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (ranks, port, folder, work, args), nprocs=ranks)
+        mp.spawn(_enter, (ranks, port, folder, work, device, args), nprocs=ranks)
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(ranks)]
 
 
-def _enter(rank: int, ranks: int, port: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, ranks: int, port: int, folder: str, work: Callable[..., Any], device: str, args: tuple[Any, ...]
+) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if device != "cpu":
+        torch.accelerator.set_device_index(rank)
+    dist.init_process_group(dist.get_default_backend_for_device(device))
     with torch.inference_mode():
         Path(folder, str(rank)).write_bytes(pickle.dumps(work(rank, *args)))
     dist.destroy_process_group()
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant over `repeats` rounds in which all take turns, after one round of warm-up.
+class Spent(NamedTuple):
+    """Seconds of the clock, of the slowest rank, and of processor time, of this rank and all its threads."""
 
-    A round ends for a variant when its slowest rank ends.
+    seconds: float
+    cpu: float
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Spent]:
+    """Medians of each variant over `repeats` rounds in which all take turns, after one round of warm-up.
+
+    A round ends for a variant when its slowest rank ends. Other work on the machine disturbs processor time less.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    turns: dict[str, list[Spent]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, call in variants.items():
             dist.barrier()
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             call()
+            used = time.process_time() - used
             dist.barrier()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                turns[name].append(Spent(time.perf_counter() - started, used))
+    return {name: Spent(*map(statistics.median, zip(*spent, strict=True))) for name, spent in turns.items()}
 
 
 def resident() -> int:

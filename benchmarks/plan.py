@@ -89,7 +89,7 @@ def run(vae: Any, half: str, tensor: torch.Tensor) -> Any:
 def time_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> float:
     vae, tensor = build(options), picture(options, half)
     halovae.parallelize(vae, mode=mode, verify=False)
-    return interleaved({mode: lambda: run(vae, half, tensor)}, options.repeats)[mode]
+    return interleaved({mode: lambda: run(vae, half, tensor)}, options.repeats)[mode].seconds
 
 
 def growth_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> int:

@@ -8,7 +8,9 @@ Real processes in a gloo world; the seed is printed, and `--seed` repeats a run.
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -16,11 +18,15 @@ from dataclasses import dataclass, field
 
 import chaos_rank
 from chaos_rank import EXACT, PATIENCE, TILE, Outcome, Spec
-from ranks import Ranks
+from ranks import NO_ANSWER, Ranks
 
 SOON = 10.0
 """Seconds within which all ranks know of a failure."""
 HANG = 120.0
+"""Seconds in which the ranks do nothing, all together less than `WORK` seconds of processor time, and say nothing."""
+WORK = 1.0
+LOOP = 300.0
+"""Seconds of processor time after which ranks that still compute never end."""
 FAULTS = {
     "none": 2, "raise": 6, "memory": 3, "kill": 3, "exit": 1, "stop": 1, "slow": 1, "shape": 2, "dtype": 1, "value": 2
 }  # fmt: skip
@@ -69,7 +75,7 @@ def judge(spec: Spec, answers: list[tuple[bool, Outcome | str]], tally: Tally) -
     """Everything that is not as promised."""
     live = {rank: said for rank, (_, said) in enumerate(answers) if isinstance(said, Outcome)}
     lost = {rank: said for rank, (_, said) in enumerate(answers) if not isinstance(said, Outcome)}
-    if "no answer in time" in lost.values():
+    if NO_ANSWER in lost.values():
         return ["hangs"]
     victim = live.get(spec.victim)
     happened = victim is None or victim.fired_at is not None or spec.fault in DISAGREE
@@ -113,18 +119,37 @@ def _reaction(spec: Spec, live: dict[int, Outcome], tally: Tally) -> list[str]:
     return problems
 
 
+def collect(ranks: Ranks) -> list[tuple[bool, Outcome | str]]:
+    """What every rank says. On a busy machine ranks are waited for as long as they compute: those that hang rest.
+
+    Those that hang print where they are.
+    """
+    started = used = ranks.processor_seconds()
+    deadline = time.monotonic() + HANG
+    while not all(ranks.says(rank) for rank in range(ranks.size)):
+        time.sleep(0.05)
+        now = ranks.processor_seconds()
+        if abs(now - used) > WORK:  # Less when a rank has ended.
+            used, deadline = now, time.monotonic() + HANG
+        if time.monotonic() > deadline or used > started + LOOP:
+            for rank in range(ranks.size):
+                if not ranks.says(rank):
+                    os.kill(ranks.pid(rank), signal.SIGUSR1)
+            break
+    return [ranks.answer(rank, 0.0) for rank in range(ranks.size)]
+
+
 def run_group(chance: random.Random, tally: Tally, deadline: float) -> None:
     """Some runs on the same processes, until one of them ends, as it must after a kill."""
     size = chance.choice((1, 2, 2, 3, 3, 4))
-    ranks = Ranks(size, preload=["chaos_rank"])
+    ranks = Ranks(size, preload="chaos_rank")
     try:
         for _ in range(RUNS_PER_GROUP):
             if time.monotonic() > deadline:
                 return
             spec = draw(chance, size)
             ranks.begin(chaos_rank.run, spec)
-            started = time.monotonic()
-            answers = [ranks.answer(rank, max(1.0, HANG - (time.monotonic() - started))) for rank in range(size)]
+            answers = collect(ranks)
             tally.runs += 1
             problems = judge(spec, answers, tally)
             tally.problems.update(set(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import gc
 import os
@@ -35,6 +36,7 @@ TILE = ("kl", "tiny", "wan21")
 for _name in EXACT:
     getattr(diffusers, FAMILIES[_name].model)
 gc.freeze()
+faulthandler.register(signal.SIGUSR1)  # How `chaos.py` asks a rank that hangs where it is.
 diffusers.logging.set_verbosity_error()
 
 
@@ -83,9 +85,9 @@ class Outcome:
     details: str
 
 
+@torch.no_grad()
 def run(rank: int, spec: Spec) -> Outcome:
     """Called on every rank."""
-    torch.set_grad_enabled(False)
     vae, picture, expected = _prepared(spec.family, spec.mode, spec.half, spec.rows, spec.cols)
     before = _held()
     handle = halovae.parallelize(

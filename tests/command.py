@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import pty
 import select
@@ -10,13 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
 from families import FAMILIES
+from ranks import Ranks, free_port
+
+from halovae import comm
+from halovae.cli.main import main
 
 _PR_SET_PDEATHSIG = 1
 PATIENCE = 300
@@ -58,6 +66,42 @@ def run(*arguments: str) -> tuple[int, str, str]:
         finally:
             process.kill()
     return process.returncode, output, errors
+
+
+def on_ranks(ranks: Ranks, *arguments: str, program: Callable[[list[str]], int] = main) -> tuple[int, str, str]:
+    """As `run` under torchrun, on ranks that have imported all already.
+
+    Returns:
+        The exit code, which is that of all ranks; standard output and standard error of the first one.
+    """
+    ports = free_port(), free_port()
+    ended = ranks.run(_on_rank, Path.cwd(), ports, program, list(arguments))
+    assert len({code for code, _, _ in ended}) == 1, ended
+    return ended[0]
+
+
+def _on_rank(
+    rank: int, folder: Path, ports: tuple[int, int], program: Callable[[list[str]], int], arguments: list[str]
+) -> tuple[int, str, str]:
+    output, errors = io.StringIO(), io.StringIO()
+    with _a_world_of_its_own(*ports), chdir(folder), redirect_stdout(output), redirect_stderr(errors):
+        code = program(arguments)
+    return code, output.getvalue(), errors.getvalue()
+
+
+@contextmanager
+def _a_world_of_its_own(port: int, next_port: int) -> Iterator[None]:
+    """A program joins the world and leaves it; the tests after it find theirs."""
+    threads = torch.get_num_threads()
+    comm.shutdown()
+    try:
+        with patch.dict(os.environ, MASTER_PORT=str(port)):
+            yield
+    finally:
+        comm.shutdown()  # A program that fails does not leave.
+        torch.set_num_threads(threads)
+        with patch.dict(os.environ, MASTER_PORT=str(next_port)):
+            comm.init_from_env("cpu")
 
 
 def names(folder: Path) -> set[str]:

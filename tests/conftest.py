@@ -19,6 +19,7 @@ from servers import Server
 
 from halovae.pipelines.demo import make_demo_model
 
+pytest_plugins = ["counting"]
 torch.set_num_threads(1)
 
 

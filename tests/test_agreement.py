@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from families import EXACT, FAMILIES
 from pictures import error, kl, latents, pixels
-from ranks import Ranks
+from ranks import ENDED, Ranks
 
 import halovae
+from halovae.agreement import one_call
+from halovae.comm import connect, link
 from halovae.errors import RankFailedError
 
 SOON = 10.0
@@ -126,12 +130,32 @@ def test_what_a_broken_call_leaves_in_the_network_is_cleared(two_ranks: Ranks) -
     two_ranks.run(caches)
 
 
+def late(rank: int, missing: int) -> None:
+    """The second time all have to connect anew, and the third time all come."""
+    comm = connect()
+    with patch.object(link, "ABSENCE", 1.0):
+        for _ in range(2):
+            if rank == missing:
+                time.sleep(3)
+            with pytest.raises(RankFailedError, match="it has not come") as caught, one_call(comm):
+                comm.all_gather_object(None)
+            assert caught.value.rank == missing
+    with one_call(comm):
+        assert comm.all_gather_object(rank) == [0, 1]
+    comm.close()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_who_never_makes_the_call_is_named(missing: int, two_ranks: Ranks) -> None:
+    two_ranks.run(late, missing)
+
+
 # ---- processes that end or stop --------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple[float, int, str]:
     """Call until a rank fails: seconds since the victim acted, which rank is blamed, and why."""
-    torch.set_grad_enabled(False)
     vae = FAMILIES["kl"].build().to(torch.float64)
     z = latents()
     halovae.parallelize(vae, verify=False, timeout=patience)
@@ -150,19 +174,19 @@ def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_at_once(victim: int) -> None:
-    ranks = Ranks(3, preload=["families", "halovae"])
+    ranks = Ranks(3)
     ranks.begin(until_failure, victim, "kill", 60.0)
     for rank in {0, 1, 2} - {victim}:
         ok, said = ranks.answer(rank)
         assert ok, said
         assert said[0] < SOON
-        assert said[1:] == (victim, "its process has ended")
+        assert said[1:] == (victim, ENDED)
     ranks.kill()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_after_the_time_out(victim: int) -> None:
-    ranks = Ranks(3, preload=["families", "halovae"])
+    ranks = Ranks(3)
     ranks.begin(until_failure, victim, "stop", 2.0)
     for rank in {0, 1, 2} - {victim}:
         ok, said = ranks.answer(rank)
@@ -173,4 +197,30 @@ def test_a_stopped_rank_is_named_after_the_time_out(victim: int) -> None:
     os.kill(ranks.pid(victim), signal.SIGCONT)
     ok, said = ranks.answer(victim)
     assert ok, said
+    ranks.kill()
+
+
+def large_message(rank: int, stopped: int) -> tuple[float, int, str]:
+    """One rank is stopped while it waits; then the other one tells it more than the system keeps for it."""
+    comm = connect()
+    comm.patience = 2.0
+    if rank == stopped:
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -STOP {os.getpid()}; sleep 6; kill -CONT {os.getpid()}"])
+    else:
+        time.sleep(1.5)
+    started = time.monotonic()
+    try:
+        for _ in range(2):  # Who has heard all in the first finds out in the second.
+            comm.all_gather_object(bytes(0 if rank == stopped else 2**26))
+    except RankFailedError as failure:
+        return time.monotonic() - started, failure.rank, failure.message
+    raise AssertionError("no failure")
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_while_it_is_told_much_is_named(stopped: int) -> None:
+    ranks = Ranks(2)
+    seconds, blamed, message = ranks.run(large_message, stopped)[1 - stopped]
+    assert seconds < 4  # Before the stopped one goes on.
+    assert (blamed, message) == (stopped, "it takes no messages: it is stopped, or its machine is")
     ranks.kill()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from clips import CLIP
-from command import enter, run, saved
+from command import enter, on_ranks, saved
 from families import FAMILIES
+from ranks import Ranks
 
 from halovae.cli.main import main
 from halovae.cli.modes import Work, parse_work
@@ -89,10 +90,10 @@ def test_the_names_of_others_mean_tiles() -> None:
 TILES = ["--tile-size", "32,32", "--tile-overlap", "8,8"]
 
 
-def test_tiles_on_two_ranks_and_their_seams(tiny: str) -> None:
+def test_tiles_on_two_ranks_and_their_seams(tiny: str, two_ranks: Ranks) -> None:
     """Under the names of vLLM-Omni; ranks that hold no picture end well."""
     names = ["--vae_use_tiling", "--vae_patch_parallel_size", "2"]
-    code, output, errors = run(*RUN, "--model", tiny, "--json", "o.json", *names, *TILES, "--compare")
+    code, output, errors = on_ranks(two_ranks, *RUN, "--model", tiny, "--json", "o.json", *names, *TILES, "--compare")
     assert code == 0, errors
     assert "note: --vae-use-tiling: this is --mode tile" in errors
     assert "tiles of 32 x 32 that overlap by 8 x 8" in output
@@ -113,8 +114,8 @@ def test_tiles_on_two_ranks_and_their_seams(tiny: str) -> None:
     assert (read(Path("o.mp4")).frames == several).all()
 
 
-def test_auto_says_what_it_chose(tiny: str) -> None:
-    code, output, errors = run(*RUN, "--model", tiny, "--mode", "auto", "--ranks", "2")
+def test_auto_says_what_it_chose(tiny: str, two_ranks: Ranks) -> None:
+    code, output, errors = on_ranks(two_ranks, *RUN, "--model", tiny, "--mode", "auto")
     assert code == 0, errors
     assert "\nauto: " in output
     assert "link " in output

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from clips import CLIP as CLIP_PATH
 from clips import cut_after_header
-from command import PATIENCE, enter, interrupt, names, run, saved
+from command import PATIENCE, enter, interrupt, names, on_ranks, run, saved
+from ranks import Ranks
 
 from halovae.cli.main import main
 from halovae.media import read
@@ -28,10 +29,10 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter(tmp_path, monkeypatch)
 
 
-def test_ranks_give_what_one_gives(tiny: str) -> None:
+def test_ranks_give_what_one_gives(tiny: str, three_ranks: Ranks) -> None:
     arguments = ["--frames", "0:6", "--height", "50", "--width", "70", "--dtype", "float64", "--model", tiny]
     files = ["-o", "o.mp4", "--json", "o.json"]
-    code, output, errors = run("roundtrip", CLIP, *files, *arguments, "--ranks", "3", "--axis", "3x1", "--compare")
+    code, output, errors = on_ranks(three_ranks, "roundtrip", CLIP, *files, *arguments, "--axis", "3x1", "--compare")
     assert code == 0, errors
     document = json.loads(Path("o.json").read_text())
     assert document["ranks"] == 3
@@ -44,14 +45,14 @@ def test_ranks_give_what_one_gives(tiny: str) -> None:
     assert read(Path("o.mp4")).frames.shape == (6, 50, 70, 3)
 
 
-def test_torchrun(tiny: str) -> None:
-    """Encoded under torchrun, decoded under the launcher."""
+def test_torchrun(tiny: str, two_ranks: Ranks) -> None:
+    """Encoded under torchrun, decoded by other ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     encode = ["encode", CLIP, "-o", "o.safetensors", "--frames", "0:5", "--height", "64", "--model", tiny]
     done = subprocess.run([*torchrun, "-m", "halovae", *encode], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "2 ranks on cpu" in done.stdout
-    assert run("decode", "o.safetensors", "-o", "o.mp4", "--ranks", "2")[0] == 0
+    assert on_ranks(two_ranks, "decode", "o.safetensors", "-o", "o.mp4")[0] == 0
     assert len(read(Path("o.mp4")).frames) == 5
 
 

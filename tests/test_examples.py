@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
-import pytest
-from command import PATIENCE
+from command import PATIENCE, on_ranks
+from ranks import Ranks
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "image_edit.py"
 
 
-@pytest.mark.parametrize("mode", ["exact", "tile"])
-def test_image_edit(mode: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(EXAMPLES / "image_edit.py"), "--mode", mode]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    differences = re.findall(r"largest difference from one rank: (\S+)", done.stdout)
+def check(output: str, mode: str) -> None:
+    differences = re.findall(r"largest difference from one rank: (\S+)", output)
     assert len(differences) == 2
     assert all(float(value) <= (1e-5 if mode == "exact" else 0) for value in differences)
-    assert done.stdout.count(f"encode {mode} on") == 2
+    assert output.count(f"encode {mode} on") == 2
+
+
+def test_image_edit() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(EXAMPLE)], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    check(done.stdout, "exact")
+
+
+def program(arguments: list[str]) -> int:
+    with patch.object(sys, "argv", [str(EXAMPLE), *arguments]):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return 0
+
+
+def test_image_edit_by_tiles(two_ranks: Ranks) -> None:
+    code, output, errors = on_ranks(two_ranks, "--mode", "tile", program=program)
+    assert code == 0, errors
+    check(output, "tile")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import CLIP
-from command import enter, interrupt, names, run
+from command import enter, interrupt, names, on_ranks, run
+from ranks import Ranks
 
 from halovae.cli.main import main
 from halovae.media import read
@@ -62,12 +63,12 @@ def test_the_published_command_on_two_ranks(demo: str) -> None:
     assert str(document["settings"]["seed"]) in output
 
 
-def test_one_seed_gives_one_picture(demo: str) -> None:
+def test_one_seed_gives_one_picture(demo: str, three_ranks: Ranks) -> None:
     """On one rank and on three, which share the VAE alone. One frame, because a video's codec loses something."""
-    for ranks, name in ((1, "one.png"), (3, "three.png")):
-        arguments = ["--model", demo, *SMALL, "--num-frames", "1", "--num-inference-steps", "2", "--seed", "5"]
-        code, _, errors = run("image-to-video", *arguments, "-o", name, "--ranks", str(ranks))
-        assert code == 0, errors
+    arguments = ["--model", demo, *SMALL, "--num-frames", "1", "--num-inference-steps", "2", "--seed", "5"]
+    assert main(["image-to-video", *arguments, "-o", "one.png"]) == 0
+    code, _, errors = on_ranks(three_ranks, "image-to-video", *arguments, "-o", "three.png")
+    assert code == 0, errors
     one, three = (read(Path(name)).frames.astype(int) for name in ("one.png", "three.png"))
     assert one.std() > 20
     assert np.abs(one - three).max() <= 1
@@ -168,10 +169,10 @@ def test_what_a_run_can_not_honour_is_refused(flag: str, demo: str, capsys: pyte
     assert flag.split("=")[0] in capsys.readouterr().err
 
 
-def test_a_broken_image_stops_all_ranks(demo: str, in_folder: Path) -> None:
+def test_a_broken_image_stops_all_ranks(demo: str, in_folder: Path, two_ranks: Ranks) -> None:
     Path("broken.png").write_bytes(Path(COFFEE).read_bytes()[:5000])
     arguments = ["--model", demo, *SMALL, "--image", "broken.png", "-o", "o.mp4"]
-    code, output, errors = run("image-to-video", *arguments, "--ranks", "2")
+    code, output, errors = on_ranks(two_ranks, "image-to-video", *arguments)
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert names(in_folder) == {"broken.png"}

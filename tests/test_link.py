@@ -89,20 +89,24 @@ def test_who_has_left_is_named() -> None:
     assert with_links(3, work) == [1, 1, 1]
 
 
-def test_who_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", [0, 2])
+def test_who_never_comes_is_named(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every rank, the one that comes too late too; then all go on."""
     monkeypatch.setattr(link, "ABSENCE", 1.0)
-    over = threading.Event()
+    over = threading.Barrier(3, timeout=20)
 
-    def work(made: Link, rank: int) -> str:
-        if rank == 1:
-            over.wait(20)
-            return ""
-        with pytest.raises(TimeoutError) as caught:
+    def work(made: Link, rank: int) -> tuple[int, str, list[int]]:
+        if rank == missing:
+            over.wait()
+        with pytest.raises(RankFailedError) as caught:
             made.gather(rank)
-        over.set()
-        return str(caught.value)
+        if rank != missing:
+            over.wait()
+        made.next_era()
+        return caught.value.rank, caught.value.message, made.gather(rank)
 
-    assert with_links(2, work)[0].endswith("the same call on all ranks: rank 1 has not come")
+    said = "it has not come to what the others have waited for 1 s"
+    assert with_links(3, work) == [(missing, said, [0, 1, 2])] * 3
 
 
 def test_strangers_are_not_let_in() -> None:

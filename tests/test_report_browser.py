@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from clips import CLIP
-from command import PATIENCE, enter, run, saved
+from command import PATIENCE, enter, on_ranks, saved
 from numpy.typing import NDArray
 from PIL import Image
+from ranks import Ranks
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -80,15 +81,16 @@ class View:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks) -> Path:
     """A report as a user makes it, of two ranks."""
     folder = tmp_path_factory.mktemp("report")
     model = saved("wan21", folder / "model")
     before = Path.cwd()
     os.chdir(folder)
     try:
-        arguments = ["--frames", "0:5", "--height", "96", "--width", "128", "--model", model, "--ranks", "2"]
-        code, output, errors = run("roundtrip", str(CLIP), "-o", "o.mp4", *arguments, "--compare", "--report", "r")
+        arguments = ["--frames", "0:5", "--height", "96", "--width", "128", "--model", model]
+        files = ["-o", "o.mp4", "--report", "r"]
+        code, output, errors = on_ranks(two_ranks, "roundtrip", str(CLIP), *files, *arguments, "--compare")
     finally:
         os.chdir(before)
     assert code == 0, errors

@@ -128,6 +128,28 @@ def test_idle_ranks_help(two_ranks: Ranks) -> None:
         assert words.startswith("exact on all ranks: exact was too large for rank 0 (RuntimeError: ")
 
 
+def to_single_steps(rank: int) -> list[Any]:
+    vae, latent = CUT.build(), torch.cat([CUT.picture("decode")] * 3, 2)
+    vae.use_tiling = False
+    expected = run_decode(CUT.family, vae, latent)
+    # Of the whole picture and one frame: a shard has half of that, and three times as much in merged steps.
+    limit = 1.2 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) if rank else inf
+    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", frames_per_call=3, verify=False) as handle:
+        run_decode(CUT.family, vae, latent)
+        told = [last(handle).steps]
+        with limited(vae, limit):
+            found = run_decode(CUT.family, vae, latent)
+    assert torch.allclose(found, expected, atol=1e-4)
+    return [*told, last(handle).steps, last(handle).choice]
+
+
+def test_several_steps_give_way_to_single_ones(two_ranks: Ranks) -> None:
+    for before, after, words in two_ranks.run(to_single_steps):
+        assert max(before) == 3
+        assert after == ()
+        assert words.startswith("exact step by step: exact was too large for rank 1 (RuntimeError: ")
+
+
 def to_the_end(rank: int, spoiler: int) -> None:
     """Every way is too large for rank 1; `spoiler` fails otherwise. The next call is right."""
     vae, latent = CUT.build(), CUT.picture("decode")

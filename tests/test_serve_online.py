@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import enter
+from command import enter, on_ranks
 from pipelines import picture
+from ranks import Ranks
 from servers import Server
 
 from halovae.cli.main import main
@@ -27,11 +28,16 @@ def exact_file_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     "other",
-    [["--ranks", "1"], ["--ranks", "2", "--axis", "height", "--ulysses-degree", "2"]],
+    [[], ["--axis", "height", "--ulysses-degree", "2"]],
     ids=["one rank", "cut elsewhere"],
 )
 def test_online_is_offline(
-    other: list[str], exact_file_server: Server, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: list[str],
+    exact_file_server: Server,
+    demo_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    two_ranks: Ranks,
 ) -> None:
     """The server's two ranks have frames cut between columns. Here one rank has all, or two have them cut otherwise."""
     server = exact_file_server
@@ -44,7 +50,8 @@ def test_online_is_offline(
     online.write_bytes(answer.content)
     settings = "--height 64 --width 96 --num-frames 9 --num-inference-steps 3 --seed 11 --guidance-scale 2 --crf 0"
     files = ["--model", str(demo_model), "--image", str(image), "-o", str(offline)]
-    assert main(["image-to-video", *files, "--prompt", "a cup", *settings.split(), *other]) == 0
+    words = ["image-to-video", *files, "--prompt", "a cup", *settings.split(), *other]
+    assert (on_ranks(two_ranks, *words)[0] if other else main(words)) == 0
     page = tmp_path / "report"
     assert main(["compare", str(offline), str(online), "--min-ssim", GATE, "--report", str(page)]) == 0
     assert (page / "index.html").exists()

@@ -7,10 +7,12 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 
 import hypothesis.core
 import pytest
 import torch
+from counting import RANDOM_SHAPES
 from families import EXACT, FAMILIES, run_decode, run_encode
 from pictures import error, kl, latents, raises
 from ranks import Ranks
@@ -180,7 +182,8 @@ def many_shapes(rank: int, seed: int, name: str, axis: str, shapes: int) -> None
 
 
 @pytest.mark.parametrize(("name", "axis"), [("kl", "auto"), ("tiny", "height"), ("flux2", "width")])
-def test_many_shapes_end_to_end(two_ranks: Ranks, name: str, axis: str) -> None:
+def test_many_shapes_end_to_end(two_ranks: Ranks, name: str, axis: str, record_property: Callable[..., None]) -> None:
     """The seed is the one that the run prints at its beginning."""
     assert hypothesis.core.global_force_seed is not None
     two_ranks.run(many_shapes, hypothesis.core.global_force_seed, name, axis, 20)
+    record_property(RANDOM_SHAPES, 2 * 20)  # Of both halves.

@@ -1,6 +1,8 @@
-"""What the kernels make of weights: anew when they change, for each shape, and not too much of it."""
+"""What the kernels make of weights: anew when they change, for each order in memory, and not too much of it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from shards import assert_same, draw
 from torch import Tensor
 
-from halovae.kernels import packed
+from halovae.kernels import packed, weights
 from halovae.kernels.mode import FastMode
 
 
@@ -33,18 +35,61 @@ def test_a_changed_weight_is_noticed(change: str) -> None:
         assert_same(new, 3 * old, 1e-5)
 
 
-def test_weights_are_packed_for_the_very_shape_and_few_are_kept() -> None:
-    weight, made = draw(8, 4, 3, 3, dtype=torch.float32), []
+def geometry(weight: Tensor, rows: int, columns: int) -> packed.Geometry:
+    source = (1, weight.shape[1], rows, columns)
+    return packed.Geometry(tuple(weight.shape), weight.dtype, source, (1, 1), (0, 0), (1, 1))
 
-    def prepared(rows: int) -> None:
-        packed.prepared(weight, "kind", lambda: (made.append(rows), weight)[1], (1, 4, rows, 9), (1, 1), (0, 0), (1, 1))
 
-    for rows in (5, 9, 5, 5, 9):
-        prepared(rows)
-    assert made == [5, 9]
-    for rows in range(10, 20):
-        prepared(rows)
-    prepared(19)
-    assert made == [5, 9, *range(10, 20)]
-    prepared(5)
-    assert made[-1] == 5
+def prepare(weight: Tensor, rows: int, columns: int, calls: list[int]) -> Tensor:
+    """As a convolution of one piece, which notes its rows where it makes a weight."""
+    made: dict[bytes | None, Tensor] = {}
+    return packed.prepared(
+        weight, "kind", lambda: (calls.append(rows), weight)[1], geometry(weight, rows, columns), made
+    )
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int], None]]:
+    """Room for weights alone, from none on."""
+    weights.forget()
+    yield weights.make_room
+    weights.forget()
+
+
+def test_weights_are_packed_once_for_all_sizes_that_ask_for_the_same_order(room: Callable[[int], None]) -> None:
+    weight, calls = draw(64, 64, 3, 3, dtype=torch.float32), list[int]()
+    room(1 << 20)
+    for rows in (20, 30, 20, 41, 30):
+        prepare(weight, rows, 34, calls)
+    orders = {packed.order_of(geometry(weight, rows, 34), torch.get_num_threads()) for rows in (20, 30, 41)}
+    assert len(calls) == len(orders)
+
+
+def test_a_weight_in_another_order_is_not_taken(room: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe's tiny picture may ask for an order that makes a real one many times slower."""
+    weight, calls = draw(64, 64, 3, 3, dtype=torch.float32), list[int]()
+    room(1 << 20)
+    monkeypatch.setattr(packed, "order_of", lambda geometry, threads: bytes(geometry.source[2] < 5))
+    for rows in (4, 20, 3, 30):
+        prepare(weight, rows, 34, calls)
+    assert calls == [4, 20]
+
+
+def test_what_is_kept_of_weights_takes_no_more_than_the_largest_picture(room: Callable[[int], None]) -> None:
+    some = [draw(64, 64, 3, 3, dtype=torch.float32) for _ in range(4)]
+    for picture_bytes in (0, some[0].nbytes, 3 * some[0].nbytes, 2 * some[0].nbytes):
+        room(picture_bytes)
+        for weight in some:
+            prepare(weight, 20, 34, [])
+    assert weights.kept_bytes() == 3 * some[0].nbytes
+    calls: list[int] = []
+    for weight in some:
+        prepare(weight, 20, 34, calls)
+    assert len(calls) == 1
+
+
+def test_pieces_of_one_picture_share_what_was_made_for_them(room: Callable[[int], None]) -> None:
+    weight, calls, made = draw(64, 64, 3, 3, dtype=torch.float32), list[int](), dict[bytes | None, Tensor]()
+    for _ in range(3):
+        packed.prepared(weight, "kind", lambda: (calls.append(1), weight)[1], geometry(weight, 20, 34), made)
+    assert calls == [1]

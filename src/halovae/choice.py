@@ -50,10 +50,12 @@ class AutoEngine(Engine):
         self._comm, self._target, self._options = comm, target, options
         self._may_tile = "shard" not in (gather_of(options.gather, half) for half in HALVES)
         self._exact = ExactEngine(comm, target, replace(options, mode="exact"))
+        frugal = replace(options, mode="exact", frames_per_call=1)
         # From the one that takes most memory to the one that takes least.
         self._ways: dict[str, ExactEngine | TileEngine] = {
             "exact": self._exact,
-            "exact on all ranks": ExactEngine(comm, target, replace(options, mode="exact", size=None, axis="auto")),
+            "exact step by step": ExactEngine(comm, target, frugal),
+            "exact on all ranks": ExactEngine(comm, target, replace(frugal, size=None, axis="auto")),
         }
         if self._may_tile:
             self._ways["tile"] = TileEngine(comm, target, replace(options, mode="tile"))
@@ -111,7 +113,8 @@ class AutoEngine(Engine):
             other = self._ways[name]
             if isinstance(other, ExactEngine):
                 assert isinstance(engine, ExactEngine), "exact ways come first"
-                if prod(other.plan(half, picture).shape) > prod(engine.plan(half, picture).shape):
+                more_ranks = prod(other.plan(half, picture).shape) > prod(engine.plan(half, picture).shape)
+                if more_ranks or engine.may_merge(half, picture, args, kwargs):
                     yield name
                 continue
             try:

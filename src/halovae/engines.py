@@ -139,6 +139,10 @@ class ExactEngine(Engine):
             self._ratio = compression(self._target, picture)
         return self._ratio
 
+    def may_merge(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether several steps in time go in one call of the network, as far as it is known without trying."""
+        return self._merger.may_merge(half, self.plan(half, picture), args, kwargs)
+
     def plan(self, half: str, picture: Tensor) -> ShardPlan:
         """How a picture is cut."""
         ranks, (height, width) = self._options.size or self._comm.size, picture.shape[-2:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,7 +16,10 @@ from typing import Any
 
 from halovae.errors import InputError
 
+DEMO = "demo"
+"""The name of the shipped VAE in `--model` and in metadata."""
 _partial: set[Path] = set()
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 @contextmanager
@@ -101,6 +105,16 @@ def check_input(path: Path) -> None:
         raise InputError(f"{path} does not exist") from None
     except OSError as error:
         raise InputError(f"can't read {path}: {reason(error)}") from error
+
+
+def check_model(model: str) -> None:
+    """Refuse what can't be a model, before any library is imported for it.
+
+    Raises:
+        InputError: it is neither a path that exists nor a hub id.
+    """
+    if not Path(model).expanduser().exists() and not _HUB_ID.fullmatch(model):
+        raise InputError(f"--model {model}: no such folder, and no hub id of the form owner/name")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -56,6 +56,20 @@ def registrar(table: dict[Any, Callable[..., Any]]) -> Callable[..., Callable[[I
     return decorator
 
 
+Result = TypeVar("Result")
+
+
+def outside_modes(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function whose own torch calls no function mode sees: it moves shards while a network runs."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Result:
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 QUESTIONS = {
     getattr(Tensor, name).__get__
     for name in ("dtype", "device", "ndim", "requires_grad", "layout", "grad", "grad_fn", "is_leaf",

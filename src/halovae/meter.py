@@ -17,6 +17,7 @@ from halovae.comm import Message, Pending, SoloComm
 from halovae.dataflow import Shapes, key_of, meets_meta, tensors_of
 from halovae.kernels.deferred import Deferred, computed
 from halovae.kernels.shapes import standing_in
+from halovae.kernels.weights import apart
 from halovae.link_speed import LinkSpeed
 from halovae.speed import Job, Speed
 
@@ -91,7 +92,7 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure what runs within it."""
-        with standing_in(self._speed.device) as self._stand_in, _FusedAttention(), self:
+        with apart(), standing_in(self._speed.device) as self._stand_in, _FusedAttention(), self:
             yield
 
 

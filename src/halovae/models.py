@@ -21,11 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from torch import nn
 
 from halovae.errors import InputError
-from halovae.files import first_line
-
-DEMO = "demo"
-"""The name of the shipped VAE in `--model` and in metadata."""
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+from halovae.files import DEMO, check_model, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +53,9 @@ def find(model: str | None) -> Source:
         return _find_folder(folder.resolve())
     if folder.exists():
         raise InputError(f"--model {model} is a file: give the folder of a diffusers VAE or pipeline")
-    if _HUB_ID.fullmatch(model):
-        with quiet():
-            return _find_hub(model)
-    raise InputError(f"--model {model}: no such folder, and no hub id of the form owner/name")
+    check_model(model)
+    with quiet():
+        return _find_hub(model)
 
 
 def load(source: Source, *, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -52,7 +52,8 @@ def parallelize(
             tiles, spread over the ranks; the result of the VAE's own tiled encode and decode, bit for bit. "auto":
             exact where the link between the ranks is fast enough for it to be predicted the faster of the two, else
             tile; `handle.last.choice` and the log of "halovae" say which and why. Where memory runs out, all ranks
-            make the call again in a way that takes less: exact on idle ranks too, then tiles, then smaller ones.
+            make the call again in a way that takes less: exact with fewer frames per call, then on idle ranks too, then
+            tiles, then smaller ones.
         axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard).
         size: use the first `size` ranks only; the others wait and share the result.
         gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard), or nobody

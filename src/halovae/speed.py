@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halovae.dataflow import Spec, key_of, mapped, tensors_of, to_meta
-from halovae.kernels.packed import PACKED_CONVOLUTION, packed
+from halovae.kernels.packed import PACKED_CONVOLUTION, Geometry
 from halovae.memory import allocated_by
 
 _CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ class MeasuredSpeed:
                 args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
                 if str(job.func) == PACKED_CONVOLUTION:
                     picture, weight, bias, padding, stride, dilation, *rest = args
-                    weight = packed(weight, picture.shape, stride, padding, dilation)
+                    weight = Geometry(weight.shape, weight.dtype, picture.shape, stride, padding, dilation).pack(weight)
                     args = picture, weight, bias, padding, stride, dilation, *rest
                 self._known[key] = measure(lambda: job.func(*args, **kwargs), self.device)
             except Exception:

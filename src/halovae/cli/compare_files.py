@@ -71,7 +71,6 @@ def compare(
     report: options.ReportFolder = None,
 ) -> int:
     """Compare two videos, two images or two latents files; exit code 1 if a gate fails."""
-    from halovae.cli.pairs import is_latents
     from halovae.files import check_input, check_output
     from halovae.watch import guarded
 
@@ -87,6 +86,8 @@ def compare(
         from halovae.report import check_report
 
         check_report(report)
+    from halovae.cli.pairs import is_latents  # Not before: it imports much.
+
     kinds = is_latents(one), is_latents(other)
     if kinds[0] != kinds[1]:
         raise InputError(f"{one} and {other} are latents and a picture: compare two of one kind")

@@ -10,6 +10,7 @@ import typer
 from halovae import launch
 from halovae.cli.options import RunOptions
 from halovae.errors import InputError
+from halovae.files import DEMO, check_model
 from halovae.watch import guarded
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def run(context: typer.Context, options: RunOptions, body: Callable[[Session], N
     if busy is not None and busy > ranks:
         raise InputError(f"--vae-patch-parallel-size {busy}: there are only {ranks} ranks; start more or ask for fewer")
     _check_axis(options.axis, busy or ranks)
+    if options.model not in (None, DEMO):
+        check_model(options.model)
     if here is None and ranks > 1:
         return launch.run_ranks(context.obj, ranks)
     with guarded():

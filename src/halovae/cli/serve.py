@@ -14,6 +14,7 @@ from halovae.cli import options
 from halovae.cli.generation import Job, job_of
 from halovae.cli.options import RunOptions
 from halovae.errors import InputError
+from halovae.files import check_model
 
 if TYPE_CHECKING:
     from halovae.cli.session import Session
@@ -92,6 +93,7 @@ def _start(context: typer.Context, given: dict[str, Any]) -> int:
     if place is None and not _has_ranks():
         launch.check_ranks(count)
     job.setup.check_ranks(count)
+    check_model(job.model)
     chosen = _options(given, count)
     if place is None:
         return _front(chosen, context.obj)

@@ -157,6 +157,7 @@ class GroupComm:
         self._link.check()
         self._link.busy = True
         if self._era != self._link.era:
+            self._link.gather(None)  # Who does not come is named by it; lanes can't tell.
             self._connect()
 
     def check(self) -> None:

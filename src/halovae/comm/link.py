@@ -19,7 +19,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
-from halovae.comm.wire import Share, star
+from halovae.comm.wire import Share, give_up_sending, limit_sending, star
 from halovae.errors import RankFailedError
 
 PATIENCE = 60.0
@@ -42,16 +42,16 @@ class Link:
         on_failure: called, on any thread, when a failure of the era gets known.
 
     Attributes:
-        patience: seconds without a sign of life after which a rank counts as stopped.
         era: how many calls have failed so far.
         troubled: whether `check` would raise.
         busy: whether this rank is in a call or waits; only then it matters that another one is silent.
     """
 
     def __init__(self, rank: int, size: int, share: Share, on_failure: Callable[[], object]) -> None:
-        self.patience, self.era, self.troubled = PATIENCE, 0, False
+        self.era, self.troubled = 0, False
         self._rank, self._size, self._on_failure = rank, size, on_failure
         self._peers = star(rank, size, share)
+        self.patience = PATIENCE
         self._news = threading.Condition(threading.RLock())
         self._sending = {peer: threading.Lock() for peer in self._peers}
         self._agreements = 0
@@ -60,6 +60,7 @@ class Link:
         self._failures: dict[int, RankFailedError] = {}
         self._dead: RankFailedError | None = None
         self._left: set[int] = set()
+        self._stuck: set[int] = set()
         self._notes: dict[str, bytes] = {}
         self.busy = self._closed = False
         self._heard = dict.fromkeys(self._peers, time.monotonic())
@@ -67,20 +68,33 @@ class Link:
         self._thread = threading.Thread(target=self._serve, name="halovae-link", daemon=True)
         self._thread.start()
 
+    @property
+    def patience(self) -> float:
+        """Seconds without a sign of life after which a rank counts as stopped."""
+        return self._patience
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._patience = seconds
+        for peer in self._peers.values():
+            # A large message to a stopped rank must not silence this one for so long that it counts as stopped itself.
+            limit_sending(peer, seconds / 2)
+
     # ---- for the ranks' own work -------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order.
 
         Raises:
-            RankFailedError: a rank has failed, died, stopped or left.
+            RankFailedError: a rank has failed, died, stopped, left or never come.
         """
+        self.check()  # Who comes after the others have given up must not find their answers.
         data = pickle.dumps(value)
         with self._news:
             place = self.era, self._agreements
             self._agreements += 1
         self._tell("say", place, self._rank, data)
-        self.wait_for(lambda: place in self._complete, lambda: self._absent(place))
+        self.wait_for(lambda: place in self._complete, lambda: self._tell("missing", place))
         with self._news:
             return [pickle.loads(each) for each in self._complete.pop(place)]
 
@@ -93,11 +107,16 @@ class Link:
         with self._news:
             return self._notes.get(f"{self.era}/{name}")
 
-    def wait_for(self, ready: Callable[[], bool], absent: Callable[[], str] = lambda: "") -> None:
+    def wait_for(self, ready: Callable[[], bool], complain: Callable[[], None] | None = None) -> None:
         """Until `ready`, which is asked again whenever there is news.
 
+        Args:
+            ready: whether it is.
+            complain: called when that has taken too long; has to end in news of who is to blame.
+
         Raises:
-            RankFailedError: a rank has failed or left, so that it never will be.
+            RankFailedError: a rank has failed, left or never come, so that it never will be.
+            TimeoutError: it has taken too long, and nobody knows who is to blame.
         """
         deadline = time.monotonic() + ABSENCE
         with self._news:
@@ -109,7 +128,9 @@ class Link:
                         gone = min(self._left, default=self._rank)
                         raise RankFailedError(gone, "it has left the group: its handle was restored, or it has ended")
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"waited {ABSENCE:.0f} s for the same call on all ranks{absent()}")
+                        if complain is None:
+                            raise TimeoutError(f"waited {ABSENCE:.0f} s for the other ranks")
+                        complain()
                     self._news.wait(1.0)
             finally:
                 self.busy = outer
@@ -206,9 +227,13 @@ class Link:
             if not before:
                 self._on_failure()
 
-    def _absent(self, place: Place) -> str:
-        names = [str(rank) for rank in range(self._size) if rank not in self._said.get(place, {})]
-        return f": rank {', '.join(names)} has not come" if self._rank == 0 else ""
+    def _take_missing(self, place: Place) -> None:
+        """On the hub, which alone knows who has not come; it may be the hub's own rank."""
+        said = self._said.get(place)
+        if said is not None:  # Else the last one has come in the meantime.
+            rank = next(each for each in range(self._size) if each not in said)
+            message = f"it has not come to what the others have waited for {ABSENCE:.0f} s"
+            self._tell("fail", place[0], rank, message, "")
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
@@ -236,7 +261,8 @@ class Link:
             kind, *content = pickle.loads(peer.recv_bytes())
         except (EOFError, OSError):
             if rank not in self._left:
-                self._take("die", rank, "its process has ended")
+                stuck = "it takes no messages: it is stopped, or its machine is"
+                self._take("die", rank, stuck if rank in self._stuck else "its process has ended")
             return False
         self._heard[rank] = time.monotonic()
         self._take(kind, *content)
@@ -253,4 +279,8 @@ class Link:
     def _send(self, rank: int, message: tuple[Any, ...]) -> None:
         # A peer that has gone is noticed where it is read from.
         with self._sending[rank], suppress(OSError):
-            self._peers[rank].send_bytes(pickle.dumps(message))
+            try:
+                self._peers[rank].send_bytes(pickle.dumps(message))
+            except BlockingIOError:  # It has a half of it, so nothing can follow.
+                self._stuck.add(rank)
+                give_up_sending(self._peers[rank])

@@ -49,6 +49,23 @@ def star(rank: int, size: int, share: Share) -> dict[int, Connection]:
         return _accept(listener, size, token)
 
 
+def limit_sending(peer: Connection, seconds: float) -> None:
+    """Let `peer.send_bytes` raise BlockingIOError where the other end has taken nothing for so long."""
+    whole, rest = divmod(round(seconds * 1e6), 10**6)
+    with _socket(peer) as twin:
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", whole, rest))
+
+
+def give_up_sending(peer: Connection) -> None:
+    """Both ends read no more than what has come already."""
+    with _socket(peer) as twin:
+        twin.shutdown(socket.SHUT_RDWR)
+
+
+def _socket(peer: Connection) -> socket.socket:
+    return socket.socket(fileno=os.dup(peer.fileno()))
+
+
 def _host() -> tuple[str, str, int]:
     """Equal where two ranks reach each other by the loopback address: same host, same network namespace."""
     boot, net = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")

@@ -10,7 +10,7 @@ from torch import Tensor
 from halovae.errors import NotExactError
 from halovae.exact.broadcasting import broadcast
 from halovae.exact.halo import own, redistribute
-from halovae.exact.layout import AxisFactor, Layout, axis_factor, is_uniform, layout_of, mark
+from halovae.exact.layout import AxisFactor, Layout, axis_factor, is_uniform, layout_of, mark, shape_of
 from halovae.exact.registry import Mesh, named, rule, writes
 from halovae.exact.sizes import whole
 
@@ -40,18 +40,21 @@ def broadcasting(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
     # A size used as a value is the picture's.
     args, kwargs = tuple(map(whole, args)), {name: whole(value) for name, value in kwargs.items()}
     operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not any(layout_of(operand) for operand in operands):
+    if not any(map(layout_of, operands)):
         return func(*args, **kwargs)
-    aligned = dict(zip(map(id, operands), align(mesh, operands), strict=True))
-    if aligned[id(operands[0])] is not operands[0] and writes(func):
-        raise NotExactError("an in-place operand is cut differently from the others")
-    result = func(*(aligned.get(id(a), a) for a in args), **{k: aligned.get(id(v), v) for k, v in kwargs.items()})
+    aligned = align(mesh, operands)
+    if aligned is not operands:
+        if aligned[0] is not operands[0] and writes(func):
+            raise NotExactError("an in-place operand is cut differently from the others")
+        moved = dict(zip(map(id, operands), aligned, strict=True))
+        args = tuple(moved.get(id(arg), arg) for arg in args)
+        kwargs = {name: moved.get(id(value), value) for name, value in kwargs.items()}
+    result = func(*args, **kwargs)
     if result is NotImplemented:  # a comparison with something that is no number
         return result
     if not isinstance(result, Tensor):
         raise NotExactError("it lists positions")
-    layout = elementwise_layout(list(aligned.values()), tuple(result.shape))
-    return mark(result, layout)
+    return mark(result, elementwise_layout(aligned, shape_of(result)))
 
 
 @rule(*named(*SELF_SHAPED))
@@ -74,14 +77,14 @@ def mark_like(result: Any, tensor: Tensor) -> Any:
 
 def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout:
     """The layout of an elementwise result; tensors of one constant value adapt to the others."""
-    known = [(layout_of(t), tuple(t.shape)) for t in operands if layout_of(t) or not is_uniform(t)]
+    known = [(layout_of(t), shape_of(t)) for t in operands if layout_of(t) or not is_uniform(t)]
     return broadcast(known, shape)
 
 
 def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
     """The operands, cut alike: where bounds or halos differ, all follow the first sharded operand."""
     layouts = [layout for operand in operands if (layout := layout_of(operand))]
-    if len(layouts) < 2:
+    if all(layout == layouts[0] for layout in layouts):
         return operands
     ndim = max(operand.ndim for operand in operands)
     for position in range(-ndim, 0):

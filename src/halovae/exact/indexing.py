@@ -38,9 +38,8 @@ def cat(
         return func(tensors, dim) if out is None else func(tensors, dim, out=out)
     tensors = align(mesh, tensors)
     result = func(tensors, dim)
-    dims = list(_common_dims(tensors, dim % result.ndim))
-    dims[dim] = plain(result.shape[dim])
-    return mark(result, Layout(tuple(dims)))
+    common = _common_layout(tensors, dim % result.ndim)
+    return mark(result, common.replace(dim, plain(result.shape[dim])))
 
 
 @rule(torch.stack)
@@ -49,13 +48,13 @@ def stack(mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any
         return func(tensors, dim)
     tensors = align(mesh, list(tensors))
     result = func(tensors, dim)
-    dims = list(_common_dims(tensors, None))
+    dims = list(_common_layout(tensors, None).dims)
     dims.insert(dim % result.ndim, plain(len(tensors)))
     return mark(result, Layout(tuple(dims)))
 
 
-def _common_dims(tensors: Sequence[Tensor], skip: int | None) -> tuple[Dim, ...]:
-    """The dimensions shared by tensors that are to be joined; along `skip` none may be sharded."""
+def _common_layout(tensors: Sequence[Tensor], skip: int | None) -> Layout:
+    """The layout shared by tensors that are to be joined; along `skip` none may be sharded."""
     layouts = [layout for t in tensors if (layout := layout_of(t))]
     first = layouts[0]
     for tensor in tensors:
@@ -68,7 +67,7 @@ def _common_dims(tensors: Sequence[Tensor], skip: int | None) -> tuple[Dim, ...]
                 raise NotExactError("tensors are joined along a sharded dimension")
         elif any(layout.dims[dim] != first.dims[dim] for layout in layouts):
             raise NotExactError("the joined tensors are cut differently")
-    return first.dims
+    return first
 
 
 @rule(*named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"))
@@ -180,6 +179,9 @@ def _adopted(tensor: Tensor, index: Any, written: Layout, ndim: int) -> Layout:
     return Layout(tuple(dims))
 
 
+_ALL = slice(None)
+
+
 def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
     """The layout after basic indexing.
 
@@ -194,7 +196,9 @@ def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
             continue
         dim = layout.dims[position]
         position += 1
-        if isinstance(entry, slice):
+        if isinstance(entry, slice) and entry == _ALL:
+            dims.append(dim)
+        elif isinstance(entry, slice):
             if is_sharded(dim) and not _takes_all(entry, global_length(dim)):
                 raise NotExactError(f"it takes {entry} of a sharded dimension")
             dims.append(dim if is_sharded(dim) else plain(len(range(*entry.indices(length(dim))))))

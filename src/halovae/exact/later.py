@@ -15,6 +15,7 @@ from torch import Tensor
 from halovae.exact.layout import Layout, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.exact.transfers import Transfer, transfers
+from halovae.functions import outside_modes
 from halovae.geometry import Extent, overlap
 from halovae.kernels.borders import Fill
 from halovae.kernels.deferred import Deferred
@@ -22,6 +23,7 @@ from halovae.kernels.joined import Halo, Joined, parts_in
 from halovae.kernels.rules import fits
 
 
+@outside_modes
 def extend_later(
     mesh: Mesh,
     tensor: Tensor,

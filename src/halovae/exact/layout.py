@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halovae.errors import NotExactError
@@ -53,6 +54,14 @@ class Layout:
 
     dims: tuple[Dim, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Calculated once: layouts are looked up in caches several times for each operator."""
+        return hash(self.dims)
+
     @property
     def ndim(self) -> int:
         return len(self.dims)
@@ -76,8 +85,12 @@ class Layout:
         return min(map(narrowest, self.cuts), default=MIN_ROWS)
 
     def replace(self, dim: int, factors: Dim) -> Layout:
-        dim %= len(self.dims)
-        return Layout((*self.dims[:dim], factors, *self.dims[dim + 1 :]))
+        return _replaced(self, dim % len(self.dims), factors)
+
+
+@lru_cache(maxsize=4096)
+def _replaced(layout: Layout, dim: int, factors: Dim) -> Layout:
+    return Layout((*layout.dims[:dim], factors, *layout.dims[dim + 1 :]))
 
 
 def plain(size: int) -> Dim:
@@ -85,7 +98,10 @@ def plain(size: int) -> Dim:
 
 
 def is_sharded(dim: Dim) -> bool:
-    return any(isinstance(factor, AxisFactor) for factor in dim)
+    for factor in dim:  # noqa: SIM110 (a loop takes half the time of `any`, and every operator asks)
+        if isinstance(factor, AxisFactor):
+            return True
+    return False
 
 
 def length(dim: Dim) -> int:
@@ -130,6 +146,12 @@ def layout_of(value: object) -> Layout | None:
     return getattr(value, _ATTRIBUTE, None) if isinstance(value, Tensor) else None
 
 
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The local shape. Function modes are passed by: they would take longer than everything else here."""
+    with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        return tuple(tensor.shape)
+
+
 def require_rows(thinnest: int) -> None:
     """Check that no part is so thin that its size is ambiguous; the same answer on every rank.
 
@@ -144,7 +166,7 @@ def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Attach a layout (None, or one without sharded dimensions: none) and return the tensor."""
     if layout is not None and layout.sharded_dims:
         require_rows(layout.narrowest)
-        if layout.shape != (shape := tuple(tensor.shape)):
+        if layout.shape != (shape := shape_of(tensor)):
             raise NotExactError(f"its result has the shape {shape} where the shard's is {layout.shape}")
         setattr(tensor, _ATTRIBUTE, layout)
     elif hasattr(tensor, _ATTRIBUTE):
@@ -217,13 +239,14 @@ def merge_factors(factors: Sequence[Factor]) -> Dim:
     return tuple(merged) or plain(1)
 
 
-def reshaped(layout: Layout, shape: Sequence[int]) -> Layout:
+@lru_cache(maxsize=4096)
+def reshaped(layout: Layout, shape: tuple[int, ...]) -> Layout:
     """The layout after `reshape(shape)` (local sizes, no -1).
 
     Raises:
         NotExactError: the view cuts through a sharded axis.
     """
-    if tuple(shape) == layout.shape:
+    if shape == layout.shape:
         return layout
     pending = [f for dim in layout.dims for f in dim if isinstance(f, AxisFactor) or f.size > 1][::-1]
     dims: list[Dim] = []
@@ -240,7 +263,7 @@ def reshaped(layout: Layout, shape: Sequence[int]) -> Layout:
                 pending.append(inner)
                 size = 1
         dims.append(merge_factors(taken))
-    assert not pending, f"reshape {layout.shape} to {tuple(shape)} left factors over"
+    assert not pending, f"reshape {layout.shape} to {shape} left factors over"
     return Layout(tuple(dims))
 
 
@@ -263,5 +286,10 @@ def each(value: Any, n: int) -> list[Any]:
 
 def with_lengths(layout: Layout, result: Tensor) -> Layout:
     """The layout with the plain dimensions' lengths taken from the result."""
-    dims = zip(layout.dims, result.shape, strict=True)
+    return _with_shape(layout, shape_of(result))
+
+
+@lru_cache(maxsize=4096)
+def _with_shape(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    dims = zip(layout.dims, shape, strict=True)
     return Layout(tuple(dim if is_sharded(dim) else plain(size) for dim, size in dims))

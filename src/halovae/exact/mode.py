@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ class ShardMode(TorchFunctionMode):
         self._mesh.comm.check()
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
-        tensors = list(_tensors(args, kwargs))
-        blanks = [t for t in tensors if is_uniform(t)]
+        tensors = _tensors(args, kwargs)
+        blanks = list(filter(is_uniform, tensors))
         try:
             result = self._run(func, tensors, args, kwargs)
         except NotExactError as error:
@@ -80,9 +80,9 @@ class ShardMode(TorchFunctionMode):
         return result
 
     def _run(self, func: Callable[..., Any], tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
-        if any(masks.is_block_mask(t) for t in tensors):
+        if any(map(masks.is_block_mask, tensors)):
             return masks.apply(self._mesh, func, args, kwargs)
-        rule, sharded = RULES.get(func), any(layout_of(t) for t in tensors)
+        rule, sharded = RULES.get(func), any(map(layout_of, tensors))
         if sharded and kwargs.get("out") is not None:
             raise NotExactError("it writes into out=")
         if rule is not None:
@@ -107,12 +107,14 @@ def _watch(blanks: list[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[
 _KEEP_BLANK = {Tensor.zero_, Tensor.fill_, Tensor.requires_grad_}
 
 
-def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from (v for v in value if isinstance(v, Tensor))
+            found += [v for v in value if isinstance(v, Tensor)]
+    return found
 
 
 def _located(error: NotExactError, func: Callable[..., Any]) -> NotExactError:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import extend, gather_dim, own
 from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
+from halovae.functions import outside_modes
 from halovae.geometry import Extent, cut_at
 from halovae.trees import pictures_in
 
@@ -20,18 +18,7 @@ Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 """Where rows and where columns are cut: (0, ..., height) and (0, ..., width)."""
 
 
-def _outside_mode(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a function that moves shards be called while the network runs, as hooks do."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-@_outside_mode
+@outside_modes
 def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
     """This rank's shard of a tensor `[..., height, width]` that every rank has whole; a view with a layout."""
     dims = [plain(size) for size in tensor.shape]
@@ -46,7 +33,7 @@ def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
     return mark(tensor, Layout(tuple(dims)))
 
 
-@_outside_mode
+@outside_modes
 def gather(mesh: Mesh, tensor: Tensor, first_only: bool = False) -> Tensor:
     """The whole tensor on every rank of the mesh, or (`first_only`) on its first rank and the own shard elsewhere."""
     layout = layout_of(tensor)

@@ -7,6 +7,7 @@ sharded dimensions are integers of the shard that compare and divide as the whol
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from math import prod
@@ -15,7 +16,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from halovae.exact.layout import Dim, global_length, is_sharded, layout_of, length
+from halovae.exact.layout import Dim, Layout, global_length, is_sharded, layout_of, length
 from halovae.exact.registry import Mesh, rule
 
 
@@ -88,13 +89,18 @@ def _size(dim: Dim) -> int:
     return ShardSize(length(dim), global_length(dim)) if is_sharded(dim) else length(dim)
 
 
+@functools.lru_cache(maxsize=4096)
+def _sizes(layout: Layout) -> torch.Size:
+    return torch.Size(map(_size, layout.dims))
+
+
 @rule(Tensor.shape.__get__)  # type: ignore[attr-defined]
 def shape(mesh: Mesh, func: Any, tensor: Tensor) -> torch.Size:
     layout = layout_of(tensor)
     if layout is None:
         return func(tensor)
     mesh.asked = layout
-    return torch.Size(map(_size, layout.dims))
+    return _sizes(layout)
 
 
 @rule(Tensor.size)
@@ -103,7 +109,7 @@ def size(mesh: Mesh, func: Any, tensor: Tensor, dim: SupportsIndex | None = None
     if layout is None:
         return func(tensor) if dim is None else func(tensor, dim)
     mesh.asked = layout
-    return torch.Size(map(_size, layout.dims)) if dim is None else _size(layout.dims[dim])
+    return _sizes(layout) if dim is None else _size(layout.dims[dim])
 
 
 @rule(Tensor.numel, Tensor.nelement, torch.numel)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from halovae.exact.layout import Layout, require_axis
 from halovae.exact.mesh import Mesh
-from halovae.geometry import Extent, missing, overlap
+from halovae.geometry import Cut, Extent, missing, overlap
 
 
 class Transfer(NamedTuple):
@@ -19,15 +20,27 @@ class Transfer(NamedTuple):
 def transfers(mesh: Mesh, layout: Layout, dim: int, needs: tuple[Extent, ...]) -> tuple[list[Transfer], list[Transfer]]:
     """What this rank sends and what it receives, in the order in which all ranks post it."""
     factor = require_axis(layout, dim)
-    cut, me = factor.cut, mesh.part(factor.axis)
-    sends: list[Transfer] = []
-    receives: list[Transfer] = []
-    for part, peer in enumerate(mesh.peers(factor.axis)):
+    peers = mesh.peers(factor.axis)
+    sends, receives = _between_parts(factor.cut, mesh.part(factor.axis), needs)
+    return [Transfer(peers[part], rows) for part, rows in sends], [
+        Transfer(peers[part], rows) for part, rows in receives
+    ]
+
+
+_Moves = list[tuple[int, Extent]]
+
+
+@lru_cache(maxsize=4096)
+def _between_parts(cut: Cut, me: int, needs: tuple[Extent, ...]) -> tuple[_Moves, _Moves]:
+    """As (part, rows): what part `me` sends and receives."""
+    sends: _Moves = []
+    receives: _Moves = []
+    for part in range(cut.parts):
         if part == me:
             continue
         for wants, owns, found in ((part, me, sends), (me, part, receives)):
             for piece in missing(cut.extents[wants], needs[wants], cut.size):
                 rows = overlap(piece, cut.owned(owns))
                 if rows:
-                    found.append(Transfer(peer, rows))
+                    found.append((part, rows))
     return sends, receives

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,12 @@ from halovae.kernels.chain import Chain
 from halovae.kernels.deferred import Deferred, plain
 from halovae.kernels.formats import memory_format
 from halovae.kernels.joined import Joined, joined_in
-from halovae.kernels.packed import convolve, prepared
+from halovae.kernels.packed import Geometry, convolve, prepared
 from halovae.kernels.precision import LOW, working_dtype
 from halovae.kernels.shapes import alike, device_type, in_turn
 from halovae.kernels.slabs import WINDOW_BYTES, threads
 from halovae.kernels.still import copies, is_still, with_frames
-from halovae.kernels.weights import derived
+from halovae.kernels.weights import derived, make_room
 
 MANY_ROWS = 16
 """Fewer inner rows than that are not computed by themselves while the halo is under way."""
@@ -39,6 +38,8 @@ class Window:
     dilation: Sequence[int]
     first_tap: int = 0
     """Taps in time before this one meet zeros alone and are left out."""
+    made: dict[bytes | None, Tensor] = field(default_factory=dict[bytes | None, Tensor])
+    """What was made of the weight for pieces of the picture, by the order in which it is packed."""
 
     def out_size(self, size: int, dim: int) -> int:
         taps = self.weight.shape[2 + dim] - (self.first_tap if dim == 0 else 0)
@@ -76,6 +77,7 @@ def convolution(
 def _on_cpu(joined: Joined, window: Window) -> Tensor:
     work, weight = working_dtype(joined.dtype), window.weight
     shape = [joined.shape[0], len(weight), *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:]))]
+    make_room(prod(shape) * joined.dtype.itemsize)
     if work == joined.dtype and _is_alone(joined):
         if not joined.halo:
             return _at_once(joined, window, work)
@@ -210,13 +212,13 @@ def _rows_at_once(joined: Joined, stride: int, work: torch.dtype) -> int:
 
 
 def _run(source: Tensor, window: Window, padding: Sequence[int], work: torch.dtype) -> Tensor:
-    first = window.first_tap
+    first, taps = window.first_tap, window.weight.shape[2]
 
     def make() -> Tensor:
-        weight = window.weight.narrow(2, first, window.weight.shape[2] - first) if first else window.weight
-        return weight.to(work).contiguous(memory_format=memory_format(weight.ndim, True))
+        return (window.weight.narrow(2, first, taps - first) if first else window.weight).to(work)
 
-    kind: Any = ("convolution", work, first)
-    weight = prepared(window.weight, kind, make, source.shape, window.stride, padding, window.dilation)
+    shape = (*window.weight.shape[:2], taps - first, *window.weight.shape[3:])
+    geometry = Geometry(shape, work, tuple(source.shape), tuple(window.stride), tuple(padding), tuple(window.dilation))
+    weight = prepared(window.weight, ("convolution", work, first), make, geometry, window.made)
     bias = None if window.bias is None else window.bias.to(work)
     return convolve(source, weight, bias, window.stride, padding, window.dilation)

@@ -78,6 +78,9 @@ class Deferred(torch.Tensor):
 _pending: WeakValueDictionary[int, Deferred] = WeakValueDictionary()
 
 
+_NOT_PLAIN = (Deferred, tuple, list, dict)
+
+
 def computed(value: Any) -> Any:
     """The arguments of a torch function with every deferred tensor among them computed."""
     if isinstance(value, Deferred):
@@ -85,12 +88,17 @@ def computed(value: Any) -> Any:
     # By hand: torch's general walk through structures takes longer than many an operator.
     if isinstance(value, dict):
         return {name: computed(item) for name, item in value.items()} if value else value
-    if isinstance(value, (tuple, list)) and any(isinstance(item, (Deferred, tuple, list, dict)) for item in value):
-        items = [computed(item) for item in value]
-        if isinstance(value, list):
-            return items
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
+    if not isinstance(value, (tuple, list)):
+        return value
+    for item in value:
+        if isinstance(item, _NOT_PLAIN):
+            break
+    else:
+        return value
+    items = [computed(item) for item in value]
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 def recipe_of(tensor: Any) -> Recipe | None:

@@ -120,11 +120,8 @@ class Joined:
         valid = [(self.pads.get(dim, (0, 0))[0],) * 2 for dim in range(len(shape))]
         valid = [(start, start + size) for (start, _), size in zip(valid, self.inner, strict=True)]
         valid[-2] = (max(first + before - low, 0), min(last + before - low, high - low))
-        inside = buffer
-        for dim, (start, end) in enumerate(valid):
-            inside = inside.narrow(dim, start, end - start)
-        self._copy_rows(inside, first, last)
-        for dim in range(len(shape)):
+        self._copy_rows(region_of(buffer, valid), first, last)
+        for dim in sorted(self.pads):
             fill_outside(buffer, dim, valid, self.fill)
         return buffer
 

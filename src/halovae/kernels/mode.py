@@ -17,8 +17,8 @@ from halovae.kernels import rules
 from halovae.kernels.deferred import computed, settle
 from halovae.kernels.weights import forget_changed
 
-SHAPES = {Tensor.size, Tensor.numel, Tensor.nelement, getattr(Tensor, "shape").__get__}  # noqa: B009
-"""Questions that a deferred tensor answers without being computed."""
+ANSWERED = QUESTIONS | {Tensor.size, Tensor.numel, Tensor.nelement, getattr(Tensor, "shape").__get__}  # noqa: B009
+"""What a deferred tensor answers without being computed."""
 
 
 class FastMode(TorchFunctionMode):
@@ -35,7 +35,7 @@ class FastMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in QUESTIONS or func in SHAPES:
+        if func in ANSWERED:
             return func(*args, **kwargs)
         rule = rules.RULES.get(func)
         if rule is not None:

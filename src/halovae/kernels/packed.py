@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.kernels.formats import memory_format
 from halovae.kernels.shapes import device_type
+from halovae.kernels.slabs import threads
 from halovae.kernels.weights import derived
 
 KEEP_BELOW = 1 << 14
@@ -29,41 +34,67 @@ def convolve(
     tensor: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
 ) -> Tensor:
     """As torch.nn.functional.conv2d and conv3d with one group, and a weight from `prepared`."""
-    if not (weight.is_mkldnn or (weight.is_meta and _is_packable(weight))):
+    if not (weight.is_mkldnn or (weight.is_meta and _packs(weight, weight.dtype))):
         return (F.conv2d, F.conv3d)[tensor.ndim - 4](tensor, weight, bias, stride, padding, dilation)
     operation: Any = torch.ops.mkldnn._convolution_pointwise
     return operation(tensor, weight, bias, padding, stride, dilation, 1, "none", [], "")
 
 
-def packed(weight: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
-    """A weight in the order that convolving a tensor of this shape by oneDNN asks for."""
-    if weight.is_meta:
-        return weight.clone()  # the order is oneDNN's secret
-    operation: Any = torch.ops.mkldnn._reorder_convolution_weight
-    return operation(weight, list(padding), list(stride), list(dilation), 1, list(shape))
+@dataclass(frozen=True)
+class Geometry:
+    """All that the order of a packed weight depends on."""
+
+    weight: tuple[int, ...]
+    dtype: torch.dtype
+    source: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return self.source[0] * prod(self.source[2:])
+
+    def pack(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:
+            return weight.clone()  # of shapes alone the order doesn't matter
+        operation: Any = torch.ops.mkldnn._reorder_convolution_weight
+        return operation(weight, self.padding, self.stride, self.dilation, 1, self.source)
 
 
-def _is_packable(weight: Tensor) -> bool:
-    return device_type(weight.device) == "cpu" and can_pack(weight.dtype)
+def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
+    return device_type(weight.device) == "cpu" and can_pack(dtype)
 
 
 def prepared(
-    weight: Tensor, kind: Hashable, make: Callable[[], Tensor], shape: Ints, stride: Ints, padding: Ints, dilation: Ints
+    weight: Tensor, kind: Hashable, make: Callable[[], Tensor], geometry: Geometry, made: dict[bytes | None, Tensor]
 ) -> Tensor:
-    """`make()`, a weight in the working dtype, in the order that convolving a tensor of this shape asks for.
+    """`make()`, a weight in the working dtype, in the order that this convolution asks for.
 
-    `kind` says what `make` does with `weight`; the result is kept for small pictures. It is for this very shape: in the
-    order that another one asks for, a convolution can take many times as long.
+    One in the order that another convolution asks for would do, but can take many times as long. For most sizes of
+    picture it is the same order.
+
+    Args:
+        weight: of the model.
+        kind: says what `make` does with it. The result is kept for small pictures, if there is room.
+        make: converts it, or cuts off what is not needed.
+        geometry: of the convolution.
+        made: what was made for other pieces of the same picture.
     """
+    packs = _packs(weight, geometry.dtype)
+    order = order_of(geometry, threads()) if packs else None
+    if order not in made:
 
-    def pack() -> Tensor:
-        made = make()
-        return packed(made, shape, stride, padding, dilation) if _is_packable(made) else made
+        def ordered() -> Tensor:
+            return geometry.pack(make()) if packs else make().contiguous(memory_format=memory_format(weight.ndim, True))
 
-    positions = shape[0]
-    for size in shape[2:]:
-        positions *= size
-    once = device_type(weight.device) == "cpu" and positions >= KEEP_BELOW
-    return (
-        pack() if once else derived(weight, (kind, tuple(shape), tuple(stride), tuple(padding), tuple(dilation)), pack)
-    )
+        once = packs and geometry.positions >= KEEP_BELOW
+        made[order] = ordered() if once else derived(weight, (kind, order), ordered)
+    return made[order]
+
+
+@functools.lru_cache(maxsize=4096)
+def order_of(geometry: Geometry, threads: int) -> bytes:
+    """The order as the library writes it down. It tells by a weight that it packs; there is no way just to ask."""
+    operation: Any = torch.ops.mkldnn._get_mkldnn_serialized_md
+    return bytes(operation(geometry.pack(torch.empty(geometry.weight, dtype=geometry.dtype))).tolist())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from halovae.kernels.shapes import device_type
+
 _SAMPLES = 64
-_KEPT = 4
-"""Results for one weight: a convolution meets the first frame and later ones, and of both the inside and a border."""
 
 
 @dataclass
@@ -35,10 +36,11 @@ class _Entry:
 
 
 _entries: dict[int, _Entry] = {}
+_room = 0
 
 
 def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, or what it gave before for the same weight and kind.
+    """`make()`, or what it gave before for the same weight and kind. In host memory it is kept if there is room.
 
     A weight has changed when its memory moved or when 64 elements spread over it differ, which any dense update does.
     """
@@ -47,12 +49,38 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
         key = id(weight)
         entry = _Entry(weakref.ref(weight, lambda _: _entries.pop(key, None)), weight.data_ptr(), _sample(weight))
         _entries[key] = entry
-    made = entry.made.pop(kind, None)
-    made = make() if made is None else made
-    entry.made[kind] = made  # The last one is what was used last.
-    while len(entry.made) > _KEPT:
-        del entry.made[next(iter(entry.made))]
+    made = entry.made.get(kind)
+    if made is None:
+        made = make()
+        if made is not weight and (device_type(made.device) != "cpu" or kept_bytes() + made.nbytes <= _room):
+            entry.made[kind] = made
     return made
+
+
+def make_room(picture_bytes: int) -> None:
+    """Let what is kept of all weights take as much host memory as a picture of this size, or as the largest so far.
+
+    Beside large weights and small pictures, copies of weights would be most of the memory that a call takes.
+    """
+    global _room
+    _room = max(_room, picture_bytes)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within it nothing is kept at first, and afterwards what was kept before: a prediction leaves no trace."""
+    global _entries, _room
+    before = _entries, _room
+    _entries, _room = {}, 0
+    try:
+        yield
+    finally:
+        _entries, _room = before
+
+
+def kept_bytes() -> int:
+    """The host memory that is taken by what is kept."""
+    return sum(t.nbytes for entry in _entries.values() for t in entry.made.values() if device_type(t.device) == "cpu")
 
 
 def forget_changed() -> None:
@@ -70,8 +98,10 @@ def forget_changed() -> None:
 
 
 def forget() -> None:
-    """Free everything."""
+    """Free everything, and begin anew with the room for it."""
+    global _room
     _entries.clear()
+    _room = 0
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -17,12 +17,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from halovae.errors import InputError
-from halovae.files import first_line
+from halovae.files import check_model, first_line
 from halovae.pipelines.quiet import quiet
 from halovae.pipelines.settings import Setup
 from halovae.pipelines.signature import does
 
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _INDEX = "model_index.json"
 _TABLES = {
     "image-to-video": "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING",
@@ -103,10 +102,9 @@ def _read_index(model: str, folder: Path) -> dict[str, Any]:
             raise InputError(f"--model {model} has no {_INDEX}: give the folder of a whole diffusers pipeline")
     elif folder.exists():
         raise InputError(f"--model {model} is a file: give the folder of a diffusers pipeline")
-    elif _HUB_ID.fullmatch(model):
-        path = _download_index(model)
     else:
-        raise InputError(f"--model {model}: no such folder, and no hub id of the form owner/name")
+        check_model(model)
+        path = _download_index(model)
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
