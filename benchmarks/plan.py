@@ -1,6 +1,6 @@
 """What `halovae plan` predicts against what is measured, in one run on this machine.
 
-    python benchmarks/plan.py --halves encode decode
+    python benchmarks/plan.py --vae wan21-32 --dtype float32
 
 One thread per rank. The device is measured by itself, then the link between the ranks, then each mode runs on each
 number of ranks. Times are medians of rounds, of the slowest rank; memory is the growth of the resident memory of a
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+import one_rank
 import torch
-from diffusers import AutoencoderKLWan
-from harness import EAGER_FREE, interleaved, report, run_ranks
+from harness import EAGER_FREE, interleaved, report, resident, run_ranks
 
 import halovae
 from halovae import comm
@@ -33,19 +32,31 @@ Way = tuple[str, int]
 """Mode and number of ranks."""
 
 
+_SHARES = {
+    "tile_sample_min_height": 1, "tile_sample_min_width": 1, "tile_sample_stride_height": 3 / 4,
+    "tile_sample_stride_width": 3 / 4, "tile_sample_min_size": 1, "tile_latent_min_size": 1 / 8,
+}  # fmt: skip
+"""What VAEs call the sizes of their tiles, as shares of the size that is asked for."""
+
+
 def build(options: argparse.Namespace) -> Any:
-    """A VAE of Wan 2.1's architecture with random weights, the same on every rank."""
-    torch.manual_seed(0)
-    logging.disable(logging.WARNING)  # diffusers warns of .to(dtype) for an empty list of modules
-    vae = AutoencoderKLWan(base_dim=options.base_dim).to(getattr(torch, options.dtype)).eval().requires_grad_(False)
-    vae.enable_tiling(options.tile, options.tile, options.tile * 3 // 4, options.tile * 3 // 4)
+    """The VAE with random weights, the same on every rank, and its tiles."""
+    vae = one_rank.build(options.vae, options.dtype)
+    vae.enable_tiling()
+    for name, share in _SHARES.items():
+        if hasattr(vae, name):
+            setattr(vae, name, int(options.tile * share))
     return vae
 
 
 def picture(options: argparse.Namespace, half: str) -> torch.Tensor:
+    """A sample of this size or its latent; a video's has a quarter of the frames."""
+    _, _, sample, latent = one_rank.VAES[options.vae]
     height, width, frames = options.size
-    shape = (3, frames, height, width) if half == "encode" else (16, (frames - 1) // 4 + 1, height // 8, width // 8)
-    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(1)).to(getattr(torch, options.dtype))
+    channels, ratio = (sample[0], 1) if half == "encode" else (latent[0], sample[-1] // latent[-1])
+    middle = (frames if half == "encode" else (frames - 1) // 4 + 1,) if len(sample) == 4 else ()
+    shape = 1, channels, *middle, height // ratio, width // ratio
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(getattr(torch, options.dtype))
 
 
 def measured_link(rank: int) -> LinkSpeed:
@@ -59,10 +70,13 @@ def predict(
     tensor = picture(options, half)
     predictor = Predictor(Target(build(options)), MeasuredSpeed(CPU, tensor.dtype), link)
 
+    _, _, sample, latent = one_rank.VAES[options.vae]
+    ratio = sample[-1] // latent[-1]
+
     def one(mode: str, ranks: int) -> Prediction:
         if mode == "tile":
             return predictor.tile(half, (tensor,), {}, ranks=ranks)
-        return predictor.exact(half, (tensor,), {}, ranks=ranks, ratio=8 if half == "encode" else 1)
+        return predictor.exact(half, (tensor,), {}, ranks=ranks, ratio=ratio if half == "encode" else 1)
 
     found = {(mode, ranks): one(mode, ranks) for mode, ranks in ways}
     return {way: (prediction.seconds, prediction.memory - tensor.nbytes) for way, prediction in found.items()}
@@ -83,7 +97,7 @@ def growth_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> i
     halovae.parallelize(vae, mode=mode, verify=False)
     run(vae, half, tensor[..., : tensor.shape[-2] // 4, : tensor.shape[-1] // 4].contiguous())  # libraries load
     gc.collect()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    before = resident()
     memory = PeakMemory(CPU)
     run(vae, half, tensor)
     return (memory.read() or 0) - before
@@ -110,17 +124,17 @@ def main() -> None:
     parser.add_argument("--halves", nargs="+", default=["encode", "decode"], choices=["encode", "decode"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--size", type=int, nargs=3, default=[256, 256, 9], metavar=("HEIGHT", "WIDTH", "FRAMES"))
-    parser.add_argument("--base-dim", type=int, default=32)
+    parser.add_argument("--vae", default="wan21-32", choices=list(one_rank.VAES))
     parser.add_argument("--tile", type=int, default=128, help="pixels; tiles overlap by a quarter")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     most = max(options.ranks)
     link = run_ranks(most, measured_link)[0] if most > 1 else LINKS["ethernet"]
     found = [row for half in options.halves for row in rows(options, half, link)]
     size = "x".join(map(str, options.size))
-    title = f"predicted against measured: base_dim {options.base_dim}, {size}, {options.dtype}; link {link}"
+    title = f"predicted against measured: {options.vae}, {size}, {options.dtype}; link {link}"
     report(title, found, options.json)
 
 

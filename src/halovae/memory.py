@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import ProfilerConfig, ProfilerState
+from torch.autograd import _disable_profiler_legacy as _disable_profiler  # pyright: ignore[reportPrivateUsage]
+from torch.autograd import _enable_profiler_legacy as _enable_profiler  # pyright: ignore[reportPrivateUsage]
 
 from halovae.errors import HalovaeError, TooLittleMemoryError
 
@@ -54,6 +60,31 @@ class PeakMemory:
         except OSError:
             return False
         return True
+
+
+def allocated_by(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that torch allocates for a call and holds at once, at the most: results, and workspaces of libraries.
+
+    The resident memory would not tell, since the C library reuses what has been freed.
+
+    Args:
+        call: what to run.
+        device: where it allocates.
+    """
+    if device.type != "cpu":
+        memory = torch.get_device_module(device)
+        memory.reset_peak_memory_stats(device)
+        before = memory.memory_allocated(device)
+        call()
+        return memory.max_memory_allocated(device) - before
+    settings = False, True, False, False, False  # memory only
+    _enable_profiler(ProfilerConfig(ProfilerState.CPU, *settings, torch._C._profiler._ExperimentalConfig()))  # pyright: ignore
+    try:
+        call()
+    finally:
+        threads: Any = _disable_profiler()
+    changes = [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"]
+    return max(accumulate(changes), default=0)
 
 
 def free_bytes(device: torch.device) -> int | None:

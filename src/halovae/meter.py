@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae.comm import Message, Pending, SoloComm
 from halovae.dataflow import Shapes, key_of, meets_meta, tensors_of
+from halovae.kernels.deferred import Deferred, computed
+from halovae.kernels.shapes import standing_in
+from halovae.kernels.weights import apart
 from halovae.link_speed import LinkSpeed
 from halovae.speed import Job, Speed
 
@@ -43,6 +46,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if Deferred in types:
+            with self:  # What waits is computed, and that takes time as well.
+                args, kwargs = computed(args), computed(kwargs)
         if not meets_meta(args, kwargs):
             return func(*args, **kwargs)
         result = self._shapes.run(func, args, kwargs)
@@ -58,8 +64,8 @@ class Meter(TorchDispatchMode):
             job = Job(func, args, kwargs, result, makes)
             self._costs[key] = self._speed.seconds(job), job.flops, self._speed.workspace(job)
         seconds, flops, workspace = self._costs[key]
-        self.seconds += seconds
-        self.flops += flops
+        self.seconds += self._stand_in.turns * seconds
+        self.flops += self._stand_in.turns * flops
         self.peak = max(self.peak, self.live + workspace)
         return result
 
@@ -86,7 +92,7 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure what runs within it."""
-        with _FusedAttention(), self:
+        with apart(), standing_in(self._speed.device) as self._stand_in, _FusedAttention(), self:
             yield
 
 

@@ -79,7 +79,7 @@ class Predictor:
         self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, axis: Axis = "auto",
         ratio: int = 1, gather: str = "all",
     ) -> Prediction:  # fmt: skip
-        """Exact mode; on one rank, the un-parallel VAE without tiles.
+        """Exact mode; on one rank what `parallelize` does in a world of one: the whole picture, by the kernels.
 
         Args:
             half: "encode" or "decode".

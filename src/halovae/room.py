@@ -13,7 +13,7 @@ from halovae.errors import HalovaeError, TooLittleMemoryError
 from halovae.link_speed import LinkSpeed
 from halovae.memory import Needs, free_bytes
 from halovae.plan import ShardPlan
-from halovae.predict import Prediction, Predictor
+from halovae.predict import Predictor
 from halovae.randomness import Generators
 from halovae.speed import GivenSpeed
 from halovae.target import Target
@@ -22,7 +22,8 @@ from halovae.trees import on_meta, tensors_in
 
 _GROWTH = {"encode": 2**10, "decode": 2**15}
 """Bytes at the peak per byte of input, more than known networks take: below that there is nothing to predict."""
-_TIMELESS = GivenSpeed(flops=inf, bandwidth=inf, overhead=0.0), LinkSpeed(latency=0.0, bandwidth=inf)
+_NO_TIME = {"flops": inf, "bandwidth": inf, "overhead": 0.0}
+_NO_LINK = LinkSpeed(latency=0.0, bandwidth=inf)
 
 
 class Room:
@@ -33,7 +34,7 @@ class Room:
     """
 
     def __init__(self, target: Target) -> None:
-        self._vae, self._predictor = target.vae, Predictor(target, *_TIMELESS)
+        self._target = target
         self._needs = Needs()
         self._predicted: dict[Any, int | None] = {}
 
@@ -73,12 +74,12 @@ class Room:
 
         def exact(count: int, axis: Any) -> int | None:
             options = {"ranks": count, "axis": axis, "ratio": ratio, "gather": gather}
-            return self._predict(self._predictor.exact, half, args, kwargs, options)
+            return self._predict("exact", half, args, kwargs, options)
 
         needed = exact(ranks, plan.shape)
         if needed is not None and needed > free:
             fits = [f"{n} ranks" for n in (2 * ranks, 4 * ranks, 8 * ranks) if (exact(n, "auto") or inf) <= free][:1]
-            tiles = self._predict(self._predictor.tile, half, args, kwargs, {"ranks": ranks, "gather": "all"})
+            tiles = self._predict("tile", half, args, kwargs, {"ranks": ranks, "gather": "all"})
             fits += ["mode='tile'"] if tiles is not None and tiles <= free else []
             raise _too_little(half, needed, ranks, free, f"use {' or '.join([*fits, 'a smaller picture'])}")
 
@@ -106,16 +107,16 @@ class Room:
             return
 
         def tile(count: int) -> int | None:
-            return self._predict(self._predictor.tile, half, args, kwargs, {"ranks": count, "gather": gather})
+            return self._predict("tile", half, args, kwargs, {"ranks": count, "gather": gather})
 
         def exact(count: int) -> int | None:
             try:
                 options = {"ranks": count, "axis": "auto", "ratio": ratio(), "gather": gather}
             except Exception:  # The refusal says more than why one remedy isn't known.
                 return None
-            return self._predict(self._predictor.exact, half, args, kwargs, options)
+            return self._predict("exact", half, args, kwargs, options)
 
-        with applied(self._vae, settings):
+        with applied(self._target.vae, settings):
             needed = tile(ranks)
             if needed is None or needed <= free:
                 return
@@ -126,16 +127,16 @@ class Room:
         raise _too_little(f"{half} in tiles", needed, ranks, free, f"use {' or '.join(remedies)}")
 
     def _predict(
-        self, predict: Callable[..., Prediction], half: str, args: tuple[Any, ...], kwargs: dict[str, Any],
-        options: dict[str, Any],
-    ) -> int | None:  # fmt: skip
+        self, mode: str, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> int | None:
         """Bytes besides the arguments, which are there already; None where it can't be told. Once per shape."""
         given = tensors_in((args, kwargs))
-        key = predict.__name__, half, described(self._vae), *((tuple(t.shape), t.dtype) for t in given), repr(options)
+        key = mode, half, described(self._target.vae), *((tuple(t.shape), t.dtype) for t in given), repr(options)
         if key not in self._predicted:
             generators = Generators(given[0].device, *args, *kwargs.values())
             try:
-                found = predict(half, on_meta(args), on_meta(kwargs), **options)
+                predictor = Predictor(self._target, GivenSpeed(**_NO_TIME, device=given[0].device), _NO_LINK)
+                found = getattr(predictor, mode)(half, on_meta(args), on_meta(kwargs), **options)
                 self._predicted[key] = found.memory - sum(tensor.nbytes for tensor in given)
             except HalovaeError:  # The call itself says what is wrong, if anything is.
                 self._predicted[key] = None

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from halovae.dataflow import Spec, key_of, mapped, tensors_of, to_meta
+from halovae.kernels.packed import PACKED_CONVOLUTION, Geometry
+from halovae.memory import allocated_by
 
+_CPU = torch.device("cpu")
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -34,8 +37,13 @@ class Job:
     @cached_property
     def flops(self) -> int:
         """Multiplications and additions of convolutions, matrix products and attention; the rest doesn't count."""
-        count = _FLOPS.get(self.func)
+        count = _FLOPS.get(self.func) or _FLOPS.get(str(self.func))
         return count(self.args, self.result) if count else 0
+
+    @cached_property
+    def made(self) -> int:
+        """Bytes of new memory in the result."""
+        return sum(map(_size, tensors_of(self.result))) if self.makes else 0
 
     @cached_property
     def bytes(self) -> int:
@@ -68,7 +76,12 @@ def _attention(args: Any, result: Any) -> int:
     return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
+def _packed_convolution(args: Any, result: Tensor) -> int:
+    return 2 * result.shape[0] * prod(result.shape[2:]) * prod(args[1].shape)
+
+
 _FLOPS: dict[Any, Callable[[Any, Any], int]] = {
+    PACKED_CONVOLUTION: _packed_convolution,
     torch.ops.aten.convolution.default: _convolution,
     torch.ops.aten.mm.default: _product(0),
     torch.ops.aten.bmm.default: _product(0),
@@ -89,6 +102,11 @@ _ALLOCATIONS = {
 class Speed(Protocol):
     """What a prediction needs to know of a device."""
 
+    @property
+    def device(self) -> torch.device:
+        """The device, or one of its type: it decides which kernels there are."""
+        ...
+
     def seconds(self, job: Job) -> float: ...
 
     def workspace(self, job: Job) -> int:
@@ -106,6 +124,8 @@ class GivenSpeed:
     """Bytes of memory per second, read and written together."""
     overhead: float = 5e-6
     """Seconds to start an operator."""
+    device: torch.device = _CPU
+    """One of its type: it decides which kernels there are."""
 
     def seconds(self, job: Job) -> float:
         return max(job.flops / self.flops, job.bytes / self.bandwidth) + self.overhead
@@ -131,38 +151,53 @@ class MeasuredSpeed:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device = device
-        self._trials: dict[Any, float] = {}
+        self.device = device
+        self._known: dict[Any, Any] = {}
         self.rates = rates_of(device, dtype)
 
     def seconds(self, job: Job) -> float:
         if not job.bytes:
             return self.rates.overhead
-        small = _cropped(job)
+        small = _cropped(job, *_COLUMNS)
         if small is None:
             return self.rates.seconds(job)
-        key = job.func, key_of(small.args), key_of(small.kwargs)
-        if key not in self._trials:
-            self._trials[key] = self._try(small)
         share = job.flops / small.flops if small.flops else job.bytes / small.bytes
-        return self._trials[key] * share
+        return share * self._tried(small, _least_seconds, self.rates.seconds(small))
 
     def workspace(self, job: Job) -> int:
-        return 0
+        """Of trials with two numbers of columns, continued in a straight line."""
+        if not job.bytes:
+            return 0
+        small, less = _cropped(job, *_COLUMNS), _cropped(job, _COLUMNS[-1])
+        if small is None or less is None:
+            return 0
+        more = self._tried(small, allocated_by, small.made) - small.made
+        if small.made == less.made:
+            return more
+        growth = (more - self._tried(less, allocated_by, less.made) + less.made) / (small.made - less.made)
+        return max(0, more + round(growth * (job.made - small.made)))
 
-    def _try(self, job: Job) -> float:
-        try:
-            args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
-            return _median_seconds(lambda: job.func(*args, **kwargs), self._device)
-        except Exception:  # An operator may want more of its arguments than a shape.
-            return self.rates.seconds(job)
+    def _tried(self, job: Job, measure: Callable[[Callable[[], Any], torch.device], Any], otherwise: Any) -> Any:
+        """What is measured of a job, once; `otherwise` where an operator wants more of its arguments than a shape."""
+        key = measure, job.func, key_of(job.args), key_of(job.kwargs)
+        if key not in self._known:
+            try:
+                args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
+                if str(job.func) == PACKED_CONVOLUTION:
+                    picture, weight, bias, padding, stride, dilation, *rest = args
+                    weight = Geometry(weight.shape, weight.dtype, picture.shape, stride, padding, dilation).pack(weight)
+                    args = picture, weight, bias, padding, stride, dilation, *rest
+                self._known[key] = measure(lambda: job.func(*args, **kwargs), self.device)
+            except Exception:
+                self._known[key] = otherwise
+        return self._known[key]
 
     def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.device):
-            return self._device
+            return self.device
         if not isinstance(leaf, Tensor):
             return leaf
-        tensor = Spec(leaf).empty(self._device)
+        tensor = Spec(leaf).empty(self.device)
         return tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
 
 
@@ -171,13 +206,13 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:
     matrix = torch.randn(1024, 1024, device=device).to(dtype)
     source = torch.zeros(8 * 2**20, device=device)
     target, one = torch.empty_like(source), torch.zeros(1, device=device)
-    product = _median_seconds(lambda: matrix @ matrix, device)
-    copy = _median_seconds(lambda: target.copy_(source), device)
-    start = _median_seconds(lambda: one.add_(1), device)
+    product = _least_seconds(lambda: matrix @ matrix, device)
+    copy = _least_seconds(lambda: target.copy_(source), device)
+    start = _least_seconds(lambda: one.add_(1), device)
     return GivenSpeed(flops=2 * 1024**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start)
 
 
-def _median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
     seconds: list[float] = []
     with torch.no_grad():
         call()  # libraries prepare themselves
@@ -187,14 +222,14 @@ def _median_seconds(call: Callable[[], Any], device: torch.device) -> float:
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[_ROUNDS // 2]
+    return min(seconds)  # other work on the machine only adds
 
 
-def _cropped(job: Job) -> Job | None:
+def _cropped(job: Job, *columns: int) -> Job | None:
     """The same call on fewer columns, or None where that can't be made or is still too much."""
-    for columns in _COLUMNS:
+    for count in columns:
         try:
-            small = _with_columns(job, columns)
+            small = _with_columns(job, count)
         except Exception:  # The rows and columns stand in other arguments too.
             return None
         if small.bytes <= _TRIAL_BYTES and small.flops <= _TRIAL_FLOPS:
@@ -207,6 +242,9 @@ def _with_columns(job: Job, columns: int) -> Job:
         if not isinstance(leaf, Tensor):
             return leaf
         spec = Spec(leaf)
+        if 0 not in leaf.stride():
+            # Also that of a part of a picture: copying from one order to another takes longest.
+            spec.order = tuple(sorted(range(leaf.ndim), key=lambda dim: -leaf.stride(dim)))
         if leaf.ndim >= 4:
             spec.shape = *leaf.shape[:-2], min(leaf.shape[-2], _ROWS), min(leaf.shape[-1], columns)
         return spec.empty("meta")

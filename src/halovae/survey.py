@@ -39,7 +39,7 @@ class Row:
     memory: int = 0
     """Bytes on a rank, weights included."""
     efficiency: float | None = None
-    """Time of one rank without tiles, over ranks * time; None where that can't be run."""
+    """Time of exact mode on one rank, over ranks * time; None where that can't be run."""
 
     def to_dict(self) -> dict[str, Any]:
         found = self.prediction.to_dict() if self.prediction else {}

@@ -121,7 +121,7 @@ def _on_rank(session: Session, job: _Job) -> None:
     for note in padded.notes:
         session.stages.note(note)
     speed: Any = (
-        GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1])
+        GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1], device=session.device)
         if job.rates
         else MeasuredSpeed(session.device, session.dtype)
     )

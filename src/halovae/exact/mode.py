@@ -27,6 +27,7 @@ from halovae.exact.layout import is_uniform, keep_uniform, layout_of, unmark_uni
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import RULES, writes
 from halovae.functions import QUESTIONS
+from halovae.kernels.formats import memory_of
 
 RULE_MODULES = (
     attention,
@@ -99,12 +100,8 @@ def _watch(blanks: list[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[
         unmark_uniform(kwargs["out"])
     for view in result if isinstance(result, (tuple, list)) else (result,):
         for blank in blanks:
-            if isinstance(view, Tensor) and not layout_of(view) and _memory(view) == _memory(blank):
+            if isinstance(view, Tensor) and not layout_of(view) and memory_of(view) == memory_of(blank):
                 keep_uniform(view, blank)
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 _KEEP_BLANK = {Tensor.zero_, Tensor.fill_, Tensor.requires_grad_}

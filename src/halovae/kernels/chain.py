@@ -17,7 +17,8 @@ from torch import Tensor
 from halovae.kernels import gpu
 from halovae.kernels.formats import is_channels_last, memory_format
 from halovae.kernels.precision import LOW
-from halovae.kernels.slabs import CHAIN_ELEMENTS, cut_out, pieces, threads
+from halovae.kernels.shapes import device_type, in_turn
+from halovae.kernels.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of, threads
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,15 @@ class Chain:
         return parameter.to(self.wide) if isinstance(parameter, Tensor) else parameter
 
     def compute(self) -> Tensor:
-        if self.device.type != "cpu":
+        if device_type(self.device) != "cpu":
             return gpu.chain(self.base, self.dtype, self.wide, self.steps)
         base = self.base
         out = torch.empty(
             self.shape, dtype=self.dtype, device=base.device, memory_format=memory_format(base.ndim, self.channels_last)
         )
         inner = {1} if self.channels_last else set[int]()  # a piece is one run of memory
-        for piece in pieces(self.shape, self.uncut | inner, CHAIN_ELEMENTS * threads()):
+        cut = pieces(self.shape, self.uncut | inner, CHAIN_ELEMENTS * threads())
+        for piece in in_turn(cut, base, size_of):
             source, target = cut_out(base, piece), cut_out(out, piece)
             # Where no rounding is due, the result's own memory is the workspace.
             work = target.copy_(source) if self.dtype == self.wide else source.to(self.wide, copy=True)

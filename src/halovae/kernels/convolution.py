@@ -19,6 +19,7 @@ from halovae.kernels.formats import memory_format
 from halovae.kernels.joined import Joined, joined_in
 from halovae.kernels.packed import Geometry, convolve, prepared
 from halovae.kernels.precision import LOW, working_dtype
+from halovae.kernels.shapes import alike, device_type, in_turn
 from halovae.kernels.slabs import WINDOW_BYTES, threads
 from halovae.kernels.still import copies, is_still, with_frames
 from halovae.kernels.weights import derived, make_room
@@ -68,10 +69,10 @@ def convolution(
     pads = {2 + i: (p, p) for i, p in enumerate(padding) if p}
     joined = joined.padded(pads, Fill()) or Joined((plain(tensor),)).padded(pads, Fill())
     assert joined is not None
-    window = Window(weight, bias, tuple(stride), tuple(dilation))
+    window = Window(alike(weight, joined.parts[0]), bias, tuple(stride), tuple(dilation))
     if n == 3:
         joined, window = _without_zero_frames(joined, window)
-    if joined.device.type != "cpu":
+    if device_type(joined.device) != "cpu":
         return on_gpu(joined, window)
     frames = window.out_size(joined.shape[2], 0) if n == 3 else 1
     if frames > 1 and is_still(joined):
@@ -200,7 +201,9 @@ def _by_rows(
     stride, reach = window.stride[-2], window.reach(n - 2)
     if max(joined.pads.get(n, (0, 0))) > reach:  # a piece could lie in the padding alone
         step = rows
-    for low, high in _in_order(*_inner_rows(joined, window, rows), rows, step):
+    inner = _inner_rows(joined, window, rows)
+    spans = _in_order(*inner, rows, step)
+    for low, high in in_turn(spans, out, lambda span: (span[1] - span[0], inner[0] <= span[0] < inner[1])):
         source = joined.rows(low * stride, (high - 1) * stride + reach + 1, work, True)
         run(source, out.narrow(-2, low, high - low))
     return out

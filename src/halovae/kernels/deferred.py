@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from halovae.kernels.formats import strides_of
+from halovae.kernels.formats import memory_of, strides_of
 
 
 class Recipe(Protocol):
@@ -113,11 +113,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 def settle(written: Tensor) -> None:
     """Compute what reads the memory of a tensor that is about to be written."""
-    memory = _memory(written)
+    memory = memory_of(written)
     for deferred in list(_pending.values()):
-        if deferred.recipe and any(_memory(source) == memory for source in deferred.recipe.sources):
+        if deferred.recipe and any(memory_of(source) == memory for source in deferred.recipe.sources):
             deferred.computed()
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -24,6 +24,12 @@ def memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
     return formats[ndim] if channels_last and ndim in formats else torch.contiguous_format
 
 
+def memory_of(tensor: Tensor) -> int:
+    """What tells the memory of tensors apart: its address, or, of shapes alone, that of what stands for it."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 @functools.lru_cache(maxsize=4096)
 def strides_of(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
     """Strides of a dense tensor, in elements."""

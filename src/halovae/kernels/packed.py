@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.kernels.formats import memory_format
+from halovae.kernels.shapes import device_type
 from halovae.kernels.slabs import threads
 from halovae.kernels.weights import derived
 
 KEEP_BELOW = 1 << 14
 """Weights are kept in packed order for calls of fewer positions than this; for more, packing is lost in the noise."""
+
+PACKED_CONVOLUTION = "mkldnn._convolution_pointwise.default"
+"""The operator that takes packed weights; by its name, since it is not in every torch."""
 
 Ints = Sequence[int]
 
@@ -30,7 +34,7 @@ def convolve(
     tensor: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
 ) -> Tensor:
     """As torch.nn.functional.conv2d and conv3d with one group, and a weight from `prepared`."""
-    if not weight.is_mkldnn:
+    if not (weight.is_mkldnn or (weight.is_meta and _packs(weight, weight.dtype))):
         return (F.conv2d, F.conv3d)[tensor.ndim - 4](tensor, weight, bias, stride, padding, dilation)
     operation: Any = torch.ops.mkldnn._convolution_pointwise
     return operation(tensor, weight, bias, padding, stride, dilation, 1, "none", [], "")
@@ -52,8 +56,14 @@ class Geometry:
         return self.source[0] * prod(self.source[2:])
 
     def pack(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:
+            return weight.clone()  # of shapes alone the order doesn't matter
         operation: Any = torch.ops.mkldnn._reorder_convolution_weight
         return operation(weight, self.padding, self.stride, self.dilation, 1, self.source)
+
+
+def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
+    return device_type(weight.device) == "cpu" and can_pack(dtype)
 
 
 def prepared(
@@ -71,7 +81,7 @@ def prepared(
         geometry: of the convolution.
         made: what was made for other pieces of the same picture.
     """
-    packs = weight.device.type == "cpu" and can_pack(geometry.dtype)
+    packs = _packs(weight, geometry.dtype)
     order = order_of(geometry, threads()) if packs else None
     if order not in made:
 

@@ -21,6 +21,7 @@ from halovae.kernels.deferred import Deferred, plain, recipe_of
 from halovae.kernels.formats import is_dense_channels_last
 from halovae.kernels.joined import Joined, copy_of, parts_in, read
 from halovae.kernels.precision import LOW
+from halovae.kernels.shapes import device_type
 from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
 
 Rule = Callable[..., Any]
@@ -38,7 +39,7 @@ def fits(tensor: Any) -> bool:
         or (tensor.requires_grad and torch.is_grad_enabled())
     ):
         return False
-    has_kernels = tensor.device.type == "cpu" or gpu.supports(tensor.device)
+    has_kernels = device_type(tensor.device) == "cpu" or gpu.supports(tensor.device)
     return has_kernels and tensor.dtype in DTYPES and 0 not in tensor.shape
 
 
@@ -196,7 +197,7 @@ def _sum(one: Any, other: Any) -> Tensor | None:
     if not isinstance(recipe_of(one), Chain):
         one, other = other, one
     chain = recipe_of(one)
-    if not isinstance(chain, Chain) or chain.device.type == "cpu" or not isinstance(other, Tensor):
+    if not isinstance(chain, Chain) or device_type(chain.device) == "cpu" or not isinstance(other, Tensor):
         return None
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return None

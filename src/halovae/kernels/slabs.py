@@ -34,6 +34,11 @@ def pieces(shape: tuple[int, ...], uncut: Collection[int], elements: int) -> Ite
             yield ((dim, low, count), *inner)
 
 
+def size_of(piece: Piece) -> tuple[int, ...]:
+    """Positions along each cut dimension."""
+    return tuple(count for _, _, count in piece)
+
+
 def cut_out(tensor: Tensor, piece: Piece) -> Tensor:
     """The view of a tensor that is this piece."""
     for dim, low, count in piece:

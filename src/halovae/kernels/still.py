@@ -16,10 +16,13 @@ from halovae.kernels.joined import Joined
 
 
 def is_still(joined: Joined) -> bool:
-    """Whether all frames of `[B, C, T, H, W]` are equal, padding among them. They are compared, to the last bit."""
-    if joined.pads.get(2, (0, 0)) != (0, 0) and joined.fill.mode != "replicate":
-        return False
+    """Whether all frames of `[B, C, T, H, W]` are equal, padding among them. They are compared, to the last bit.
+
+    Of shapes alone nobody knows, and they count as different.
+    """
     first, last = joined.parts[0], joined.parts[-1]
+    if first.is_meta or (joined.pads.get(2, (0, 0)) != (0, 0) and joined.fill.mode != "replicate"):
+        return False
     row, column = first.shape[3] // 2, first.shape[4] // 2
     # Frames that differ mostly do so here, which is quick to see.
     if not torch.equal(first[:, :, 0, row, column], last[:, :, -1, row, column]):

@@ -19,6 +19,7 @@ from halovae.kernels.deferred import plain, recipe_of
 from halovae.kernels.formats import is_channels_last, memory_format
 from halovae.kernels.joined import joined_in
 from halovae.kernels.precision import LOW, working_dtype
+from halovae.kernels.shapes import alike, device_type, in_turn
 from halovae.kernels.slabs import WINDOW_BYTES, threads
 from halovae.kernels.weights import derived
 
@@ -65,7 +66,7 @@ def foldable(
     """
     recipe, geometry = recipe_of(tensor), (tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
     fits = geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and weight.dtype == tensor.dtype
-    wide = tensor.device.type != "cpu" or working_dtype(tensor.dtype) in (torch.float32, torch.float64)
+    wide = device_type(tensor.device) != "cpu" or working_dtype(tensor.dtype) in (torch.float32, torch.float64)
     return recipe if fits and wide and isinstance(recipe, Upsampled) else None
 
 
@@ -82,9 +83,9 @@ def upsampled_convolution(
         bordered: dimensions (2, 3) in which `base` has one more row before and after, and no padding is due.
     """
     base = plain(recipe.base) if base is None else base
-    if recipe.device.type != "cpu" and recipe.dtype in LOW:
+    if device_type(recipe.device) != "cpu" and recipe.dtype in LOW:
         return gpu.convolve_upsampled(plain(base).to(recipe.dtype), weight, bias, bordered)
-    dtype, work = recipe.dtype, working_dtype(recipe.dtype)
+    weight, dtype, work = alike(weight, base), recipe.dtype, working_dtype(recipe.dtype)
     folded = derived(weight, ("upsampled", work), lambda: _folded(weight.to(work)))
     bias = None if bias is None else bias.to(work)
     # What a border adds beyond the rows in question is cropped, as padding.
@@ -98,7 +99,7 @@ def upsampled_convolution(
     width = 2 * (base.shape[3] - (2 if 3 in bordered else 0))
     out = torch.empty(batch, len(weight), 2 * (rows - 2), width, dtype=dtype, device=base.device, memory_format=last)
     step = max(4, WINDOW_BYTES * threads() // (batch * channels * base.shape[3] * work.itemsize))
-    for low in range(0, rows - 2, step):
+    for low in in_turn(range(0, rows - 2, step), out, lambda low: min(step, rows - 2 - low)):
         high = min(rows - 2, low + step)
         piece = F.conv_transpose2d(joined.rows(low, high + 2, work, True), folded, bias, 2, (3, crops[1]))
         out.narrow(2, 2 * low, 2 * (high - low)).copy_(piece)

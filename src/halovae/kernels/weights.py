@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from halovae.kernels.shapes import device_type
 
 _SAMPLES = 64
 
@@ -49,7 +52,7 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
     made = entry.made.get(kind)
     if made is None:
         made = make()
-        if made is not weight and (made.device.type != "cpu" or kept_bytes() + made.nbytes <= _room):
+        if made is not weight and (device_type(made.device) != "cpu" or kept_bytes() + made.nbytes <= _room):
             entry.made[kind] = made
     return made
 
@@ -63,9 +66,21 @@ def make_room(picture_bytes: int) -> None:
     _room = max(_room, picture_bytes)
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within it nothing is kept at first, and afterwards what was kept before: a prediction leaves no trace."""
+    global _entries, _room
+    before = _entries, _room
+    _entries, _room = {}, 0
+    try:
+        yield
+    finally:
+        _entries, _room = before
+
+
 def kept_bytes() -> int:
     """The host memory that is taken by what is kept."""
-    return sum(t.nbytes for entry in _entries.values() for t in entry.made.values() if t.device.type == "cpu")
+    return sum(t.nbytes for entry in _entries.values() for t in entry.made.values() if device_type(t.device) == "cpu")
 
 
 def forget_changed() -> None:
