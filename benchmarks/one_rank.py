@@ -38,13 +38,13 @@ VAES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = 
     "wan22-96": ("AutoencoderKLWan", {"base_dim": 96, "decoder_base_dim": 144, **WAN22},
                  (3, 5, 256, 256), (48, 2, 16, 16)),
     "kl": ("AutoencoderKL", {**GROUPED, "down_block_types": ("DownEncoderBlock2D",) * 4,
-           "up_block_types": ("UpDecoderBlock2D",) * 4}, (3, 128, 128), (4, 16, 16)),
+           "up_block_types": ("UpDecoderBlock2D",) * 4}, (3, 256, 256), (4, 32, 32)),
     "qwenimage": ("AutoencoderKLQwenImage", {"base_dim": 32}, (3, 1, 256, 256), (16, 1, 32, 32)),
     "hunyuan_video": ("AutoencoderKLHunyuanVideo", {"block_out_channels": (32, 64, 128, 128)},
                       (3, 9, 128, 128), (16, 3, 16, 16)),
 }  # fmt: skip
 """Class, config, and the shapes of sample and latent."""
-SMALLER = {("kl", "bfloat16"): 4, ("qwenimage", "bfloat16"): 2}
+SMALLER = {("kl", "bfloat16"): 8, ("qwenimage", "bfloat16"): 2}
 """What height and width are divided by where torch alone would take minutes: its bfloat16 convolutions of single
 pictures run at 0.5 GFLOP/s on a processor without instructions for them."""
 

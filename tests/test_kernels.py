@@ -101,6 +101,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "conv2d, padding same": (lambda x: F.conv2d(x, W2, padding="same"), IMAGE),
     "conv2d, two groups": (lambda x: F.conv2d(x, W2[:, :2], groups=2), IMAGE),
     "conv2d without a batch": (lambda x: F.conv2d(x[0], W2), IMAGE),
+    "transposed, a group for each channel": (lambda x: F.conv_transpose2d(x, W2[:4, :1], None, 2, groups=4), IMAGE),
     "asymmetric padding": (lambda x: F.conv2d(F.pad(x, (0, 1, 0, 1)), W2, BIAS, stride=2), IMAGE),
     "wide padding": (lambda x: F.conv2d(F.pad(x, (5, 4, 3, 6)), W2, BIAS), IMAGE),
     "padding of a value": (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), value=2.0), W2, padding=1), IMAGE),
