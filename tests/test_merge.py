@@ -48,6 +48,17 @@ def test_equals_one_step_at_a_time(name: str, half: str) -> None:
     assert error(found, expected) <= getattr(FAMILIES[name], f"{half}_tolerance")
 
 
+def test_in_inference_mode() -> None:
+    """Where operators come undecomposed, dropout that is switched off among them."""
+    with torch.inference_mode():
+        vae, tensor = long_video("wan21", "decode")
+        expected = run("wan21", vae, "decode", tensor)
+        with halovae.optimize(vae, frames_per_call=3) as handle:
+            assert error(run("wan21", vae, "decode", tensor), expected) <= 1e-6
+            assert handle.last is not None
+            assert max(handle.last.steps) == 3
+
+
 def on_shards(rank: int, name: str, half: str, axis: Any) -> tuple[tuple[int, ...], int, int]:
     vae, tensor = long_video(name, half)
     expected = run(name, vae, half, tensor)

@@ -80,7 +80,12 @@ class Dataflow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = list(tensors_of((args, kwargs)))
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        chance = torch.Tag.nondeterministic_seeded in func.tags
+        if chance and func._can_decompose():
+            # In inference mode dropout and attention come whole, and may not draw at all.
+            with self:
+                return func.decompose(*args, **kwargs)
+        if chance:
             self.draws.append(Draw(func, args, kwargs))
         if not meets_meta(args, kwargs):
             return func(*args, **kwargs)
