@@ -43,13 +43,19 @@ class Ranks:
 
     def __init__(self, size: int, preload: str = "warm", device: str = "cpu") -> None:
         self.size, self._device = size, device
-        self._context, self._preload = mp.get_context("forkserver"), preload
-        self._context.set_forkserver_preload([preload])
+        # Who has touched an accelerator can't part, so these ranks import for themselves.
+        self._preload = preload if device == "cpu" else ""
+        self._context = mp.get_context("forkserver" if self._preload else "spawn")
+        if self._preload:
+            self._warm_up()
+        self._start()
+
+    def _warm_up(self) -> None:
+        self._context.set_forkserver_preload([self._preload])
         # Its process does not search the paths of this one, and what it can't import it leaves out without a word.
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
             forkserver.ensure_running()
-        self._start()
 
     def _start(self) -> None:
         port = free_port()
@@ -121,7 +127,7 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection, preload: str, device: str) -> None:
-    assert preload in sys.modules, f"{preload} was not imported before the ranks parted"
+    assert not preload or preload in sys.modules, f"{preload} was not imported before the ranks parted"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)

@@ -118,7 +118,8 @@ class Comm(Protocol):
 
 def all_gather(comm: Comm, value: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     """The tensors of `ranks`, in that order; all have the shape and dtype of `value`. Called by each of `ranks`."""
-    value = value.contiguous()
+    # Said in words: kernels that run beneath keep a mere contiguous() channels last.
+    value = value.contiguous(memory_format=torch.contiguous_format)
     gathered = [value if rank == comm.rank else torch.empty_like(value) for rank in ranks]
     peers = [rank for rank in ranks if rank != comm.rank]
     received = [(rank, buffer) for rank, buffer in zip(ranks, gathered, strict=True) if rank != comm.rank]

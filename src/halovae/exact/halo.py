@@ -178,7 +178,9 @@ def _fetch(
     factor = require_axis(layout, dim)
     cut, me = factor.cut, mesh.part(factor.axis)
     outgoing, incoming = transfers(mesh, layout, dim, needs)
-    sends = [(peer, _rows(buffer, dim, rows, start, valid).contiguous()) for peer, rows in outgoing]
+    sends = [
+        (peer, _rows(buffer, dim, rows, start, valid).contiguous(memory_format=_CONTIGUOUS)) for peer, rows in outgoing
+    ]
     receives, landings = [], []
     for peer, rows in incoming:
         target = _rows(buffer, dim, rows, start, valid)

@@ -78,7 +78,9 @@ def _begin(
 def _copied(parts: tuple[Tensor, ...], dim: int, low: int, count: int) -> Tensor:
     """Some rows in memory of their own: the network may write into its tensors while the message is under way."""
     rows = [part.narrow(dim, low, count) for part in parts]
-    return torch.cat(rows, 2).contiguous() if len(rows) > 1 else rows[0].clone(memory_format=torch.contiguous_format)
+    if len(rows) > 1:
+        return torch.cat(rows, 2).contiguous(memory_format=torch.contiguous_format)
+    return rows[0].clone(memory_format=torch.contiguous_format)
 
 
 def _empty(like: Tensor, shape: list[int], dim: int, count: int) -> Tensor:
