@@ -1,6 +1,6 @@
 """Single operators: torch as it is against the kernels, on one thread, in turns.
 
-python benchmarks/kernels.py
+python benchmarks/operators.py
 """
 
 from __future__ import annotations
