@@ -19,7 +19,7 @@ from halovae.record import Recorder
 
 WALKERS = ["wan21", "wan22", "qwenimage", "magvit"]
 """VAEs that take several steps at once."""
-OTHERS = ["cogvideox", "mochi", "vidtok", "hunyuan_video_framewise", "kandinsky6_sr", "ltx", "kvae_video"]
+OTHERS = ["cogvideox", "vidtok", "hunyuan_video_framewise"]
 """VAEs whose steps differ, or whose norms look at all frames of a call."""
 
 
