@@ -18,7 +18,7 @@ from halovae.kernels.borders import Fill
 from halovae.kernels.chain import Chain, uncut_by
 from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.deferred import Deferred, plain, recipe_of
-from halovae.kernels.formats import is_dense_channels_last
+from halovae.kernels.formats import is_channels_last, is_dense_channels_last
 from halovae.kernels.joined import Joined, copy_of, parts_in, read
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes import device_type
@@ -71,7 +71,7 @@ def convolve_transposed(
     groups: int = 1, dilation: Any = 1,
 ) -> Any:  # fmt: skip
     """Groups channels first: torch takes many times as long for them channels last."""
-    if groups == 1 or not fits(input) or input.device.type != "cpu" or not is_dense_channels_last(plain(input)):
+    if groups == 1 or not fits(input) or input.device.type != "cpu" or not is_channels_last(plain(input)):
         return NotImplemented
     function = (torch.conv_transpose2d, torch.conv_transpose3d)[input.ndim - 4]
     return function(plain(input).contiguous(), weight, bias, stride, padding, output_padding, groups, dilation)
