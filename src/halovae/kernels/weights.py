@@ -80,7 +80,9 @@ def apart() -> Iterator[None]:
 
 def kept_bytes() -> int:
     """The host memory that is taken by what is kept."""
-    return sum(t.nbytes for entry in _entries.values() for t in entry.made.values() if device_type(t.device) == "cpu")
+    # Lists, since a weight that is collected meanwhile, or another thread, takes an entry away.
+    made = [tensor for entry in list(_entries.values()) for tensor in list(entry.made.values())]
+    return sum(tensor.nbytes for tensor in made if device_type(tensor.device) == "cpu")
 
 
 def forget_changed() -> None:
