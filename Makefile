@@ -12,9 +12,8 @@ demo: $(READY)
 	$(VENV)/bin/halovae roundtrip media/bigbuckbunny.mp4 -o out/demo.mp4 --frames 108:125 --height 256 --width 448 \
 		--ranks $(RANKS) --compare --report out/demo-report
 
-# One worker more than cores: many tests wait for the ranks that they start.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --durations 15
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # Random faults in random calls, see docs/reliability.md.
 chaos: $(READY)
