@@ -14,6 +14,7 @@ from halovae.kernels.convolution import Window, on_gpu
 from halovae.kernels.deferred import recipe_of
 from halovae.kernels.gpu_convolution import Tile, convolve, pack, pack_upsampled, tile_for
 from halovae.kernels.joined import Joined
+from halovae.kernels.promise import kept, promised
 
 SMALL = Tile(positions=32, channels=16, more_channels=16, depth=16, warps=4, stages=2)
 # Sums of a few hundred float32 products, added in another order.
@@ -170,6 +171,15 @@ def test_a_bias_and_a_sum_before_the_norm():
     assert found is not None
     assert error(found, source + bias + other) < 1e-6
     assert gpu.sum_of(source, torch.float32, torch.float32, steps, other) is None
+
+
+def test_a_promise_that_was_read_is_its_value():
+    promise = promised(video(1, 4, 1, 3, 5))
+    assert kept(promise) is None
+    promise.recipe.value = value = video(1, 4, 1, 3, 5)
+    assert kept(promise) is value
+    promise.computed()
+    assert kept(promise) is value
 
 
 def test_a_chain_of_another_form_is_computed_step_by_step():

@@ -97,6 +97,55 @@ def test_a_row_is_spread_evenly() -> None:
     assert sizes(calls[:3], 4) == (1, 1, 1)
 
 
+class Normed(nn.Module):
+    """Its norm looks at all frames of a call, and it hands a cache along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = _CachedNorm()
+
+    def decode(self, z: Tensor) -> Tensor:
+        cache: list[Any] = [None]
+        result: Any = None
+        for frame in z.split(1, 2):
+            step = self.decoder(frame, cache)
+            result = step if result is None else torch.cat([result, step], 2)
+        return result
+
+
+class _CachedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(4, 256, (2, 3, 3), padding=(0, 1, 1)), nn.GroupNorm(32, 256)
+
+    def forward(self, frames: Tensor, cache: list[Any]) -> Tensor:
+        before = torch.zeros_like(frames[:, :, :1]) if cache[0] is None else cache[0]
+        cache[0] = frames[:, :, -1:].clone()
+        return self.norm(self.conv(torch.cat([before, frames], 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_over_frames_walks_by_itself(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    vae, tensor = Normed().to(dtype), torch.randn(1, 4, 12, 16, 24, dtype=dtype)
+    with torch.no_grad(), halovae.optimize(vae, frames_per_call=2) as handle:
+        vae.decode(tensor)
+        assert handle.last is not None
+        assert not handle.last.steps
+
+
+def test_settings_that_change_are_heard_of() -> None:
+    vae, tensor = long_video("wan21", "decode")
+    tensor = torch.cat([tensor, tensor])
+    with halovae.optimize(vae, frames_per_call=3) as handle:
+        expected = run("wan21", vae, "decode", tensor)
+        assert handle.last is not None
+        steps = handle.last.steps
+        vae.enable_slicing()
+        assert error(run("wan21", vae, "decode", tensor), expected) <= 1e-6
+        assert len(handle.last.steps) > len(steps)
+
+
 class Impatient(nn.Module):
     """Looks at each result before it makes the next call."""
 

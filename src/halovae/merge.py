@@ -25,6 +25,7 @@ from halovae.exact.mesh import Mesh
 from halovae.exact.partition import first_tensor
 from halovae.exact.run import run_sharded
 from halovae.kernels.promise import promised
+from halovae.memory import is_shortage
 from halovae.plan import ShardPlan
 from halovae.record import NETWORKS, NetworkCall, Recorder, answering
 from halovae.state import undone_by_failure
@@ -38,6 +39,8 @@ FULL_CALL = 10 << 20
 two latent frames of 480 x 832 pixels. Twice as many gained 1 to 3 % there, and took half as much memory again."""
 _PROBED = 2
 """Steps in one call of the probe."""
+_STRICTER = 0.3
+"""Than shards are compared: the same kernels run on the same device, so only roundings differ."""
 _MORE_FRAMES = 8
 """Frames that the probe is longer by, so that some of its steps are equal. A multiple of usual compressions."""
 
@@ -76,7 +79,7 @@ class Merger:
         """
         if not self.may_merge(half, plan, args, kwargs):
             return ()
-        key = _key(half, plan, args, kwargs)
+        key = self._key(half, plan, args, kwargs)
         if key not in self._steps:
             self._steps[key] = self._choose(half, plan, ratio, args, kwargs)
         return self._steps[key]
@@ -88,17 +91,24 @@ class Merger:
             return False
         if not hasattr(self._target.vae, NETWORKS[half]) or not any(t.ndim == 5 and t.shape[2] > 1 for t in tensors):
             return False
-        return self._steps.get(_key(half, plan, args, kwargs)) != ()
+        return self._steps.get(self._key(half, plan, args, kwargs)) != ()
+
+    def _key(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the steps depend on."""
+        tensors = [(tuple(t.shape), t.dtype, t.device.type) for t in tensors_in((args, kwargs))]
+        others = [value for value in (*args, *kwargs.items()) if isinstance(value, (bool, int, float, str))]
+        return half, plan, *tensors, repr(others), _settings(self._target.vae)
 
     def _choose(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
         with together(self._comm):
             calls = self._calls(half, args, kwargs)
             steps = sizes(calls, self._most(half, calls, plan))
             tensors = tensors_in((args, kwargs))
-            kind = half, tensors[0].dtype, tensors[0].device
-            if max(steps, default=1) > 1 and kind not in self._able:
-                self._able[kind] = self._try(half, ratio, args, kwargs)
-            able = max(steps, default=1) > 1 and self._able[kind]
+            kind = half, tensors[0].dtype, tensors[0].device, _settings(self._target.vae)
+            able = max(steps, default=1) > 1
+            if able and kind not in self._able and (verdict := self._try(half, ratio, args, kwargs)) is not None:
+                self._able[kind] = verdict
+            able = able and self._able.get(kind, False)
         # Ranks of different devices may find different answers in a probe.
         return steps if all(self._comm.all_gather_object(able)) else ()
 
@@ -124,27 +134,40 @@ class Merger:
             return ()
         return calls if all(map(_is_step, calls)) else ()
 
-    def _try(self, half: str, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a small picture gives the same in merged calls."""
+    def _try(self, half: str, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
+        """Whether a small picture gives the same in merged calls; None where it has too few steps to tell."""
         probe = make_probe((1, 1), ratio(), args, kwargs, more_frames=_MORE_FRAMES)
         steps = sizes(self._calls(half, probe.args, probe.kwargs), _PROBED)
         if max(steps, default=1) == 1:
-            return False
+            return None
+        given = tuple(map(_uneven, probe.fresh_args()))
         alone, results = Mesh(SoloComm(), (1, 1)), list[Tensor]()
         try:
             for each in ((), steps):
                 with frozen_generators(probe.device), undone_by_failure(self._target.vae):
                     call = merged(self._target, half, each)
-                    found = run_sharded(alone, call, probe.fresh_args(), probe.fresh_kwargs(), probe.bounds)
+                    found = run_sharded(alone, call, given, probe.fresh_kwargs(), probe.bounds)
                     results.append(first_tensor(found))
         except Exception as error:  # Of a network that doesn't take it.
+            if is_shortage(error):
+                raise
             LOG.debug("%s of %s takes one step at a time: %s", half, self._target.name, error)
             return False
-        return distance(*results) <= TOLERANCE.get(results[0].dtype, 1e-1)
+        return distance(*results) <= _STRICTER * TOLERANCE.get(results[0].dtype, 1e-1)
 
 
-def _key(half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return half, plan, *((tuple(t.shape), t.dtype, t.device.type) for t in tensors_in((args, kwargs)))
+def _settings(vae: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of a VAE: how many frames go in a call of the network may depend on them."""
+    plain = {name: value for name, value in vars(vae).items() if isinstance(value, (bool, int, float, str))}
+    return tuple(sorted(plain.items()))
+
+
+def _uneven(value: Any) -> Any:
+    """A video whose frames differ in contrast: else a norm over all of them would look like one of each."""
+    if not isinstance(value, Tensor) or value.ndim != 5:
+        return value
+    contrast = 1 + torch.arange(value.shape[2], device=value.device) % 4
+    return value * contrast.to(value.dtype).view(-1, 1, 1)
 
 
 def sizes(calls: Sequence[NetworkCall], most: int) -> Steps:

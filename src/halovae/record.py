@@ -31,7 +31,7 @@ class NetworkCall:
     """One call of the network, known by shapes alone."""
 
     inputs: tuple[Spec, ...]
-    """The tensors among its positional arguments: the crop first."""
+    """The tensors among its arguments: the crop first."""
     leaves: tuple[Any, ...]
     """Leaves of what it returns; a `Spec` stands for a tensor."""
     structure: Any
@@ -192,7 +192,7 @@ class _Listener:
         if key not in self._effects:
             self._effects[key] = self._run(args, kwargs, before)
         effect = self._effects[key]
-        inputs = tuple(Spec(value) for value in args if isinstance(value, Tensor))
+        inputs = tuple(Spec(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self._heard.append(_Heard(inputs, effect, self._needs([before[place] for place in effect.read])))
         return self._apply(effect, args, kwargs, before)
 

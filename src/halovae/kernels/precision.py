@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 LOW = (torch.bfloat16, torch.float16)
 """Dtypes that are calculated with in float32 where that costs nothing."""
@@ -23,7 +25,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype not in LOW:
         return dtype
-    with torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+    with undisturbed():
         last = torch.channels_last
         tensors = [
             [torch.ones(shape, dtype=each).to(memory_format=last) for shape in ((1, 64, 40, 40), (64, 64, 3, 3))]
@@ -31,6 +33,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
         ]
         wide, low = seconds([functools.partial(F.conv2d, *pair) for pair in tensors])
     return torch.float32 if wide < low else dtype
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within it, torch runs without the modes around: they take time, and a trial's answer is kept for other calls."""
+    with _disable_current_modes(), torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        yield
 
 
 def seconds(ways: Sequence[Callable[[], object]]) -> list[float]:

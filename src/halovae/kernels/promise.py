@@ -43,5 +43,7 @@ def promised(like: Tensor) -> Deferred:
 
 def kept(tensor: Tensor) -> Tensor | None:
     """The value of a promised tensor, None as long as there is none; of any other tensor, the tensor."""
+    if isinstance(tensor, Deferred) and tensor.value is not None:
+        return tensor.value
     recipe = recipe_of(tensor)
     return recipe.value if isinstance(recipe, Promise) else tensor

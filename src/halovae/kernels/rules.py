@@ -139,10 +139,10 @@ def contiguous(tensor: Tensor, **kwargs: Any) -> Any:
 
 
 @rule(*(f for f in named("div", "divide", "true_divide") if not writes(f) and not f.__name__.startswith("__r")))
-def divide(tensor: Any, divisor: Any, **kwargs: Any) -> Any:
+def divide(input: Any, other: Any, **kwargs: Any) -> Any:
     """By one, as scales of residuals are."""
-    by_one = isinstance(divisor, (int, float)) and divisor == 1 and not kwargs
-    return Deferred(copy_of(tensor)) if by_one and fits(tensor) else NotImplemented
+    by_one = isinstance(other, (int, float)) and other == 1 and not kwargs
+    return Deferred(copy_of(input)) if by_one and fits(input) else NotImplemented
 
 
 @rule(Tensor.float)
@@ -192,16 +192,16 @@ def _chain(tensor: Tensor) -> Chain | None:
 
 
 @rule(*(f for f in named("mul") if not f.__name__.startswith("__i") and not f.__name__.endswith("l_")))
-def multiply(one: Any, other: Any) -> Any:
-    return _with_parameter(one, other, "times")
+def multiply(input: Any, other: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _with_parameter(input, other, "times")
 
 
 @rule(*(f for f in named("add") if not f.__name__.startswith("__i") and not f.__name__.endswith("d_")))
-def add(one: Any, other: Any, **kwargs: Any) -> Any:
+def add(input: Any, other: Any, **kwargs: Any) -> Any:
     if kwargs:
         return NotImplemented
-    summed = _sum(one, other)
-    return _with_parameter(one, other, "plus") if summed is None else summed
+    summed = _sum(input, other)
+    return _with_parameter(input, other, "plus") if summed is None else summed
 
 
 def _sum(one: Any, other: Any) -> Tensor | None:
@@ -213,6 +213,8 @@ def _sum(one: Any, other: Any) -> Tensor | None:
         return None
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return None
+    if any(step.kind != "plus" for step in chain.steps):
+        return None  # told before the other one is computed
     return gpu.sum_of(chain.base, chain.dtype, chain.wide, chain.steps, plain(other))
 
 

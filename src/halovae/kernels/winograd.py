@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halovae.kernels import packed
 from halovae.kernels.formats import memory_format
-from halovae.kernels.precision import seconds
+from halovae.kernels.precision import seconds, undisturbed
 from halovae.kernels.slabs import threads
 
 WORKSPACE_BYTES = 1 << 23
@@ -132,7 +132,7 @@ def _is_faster(channels: int, out_channels: int, *taps: int) -> bool:
     """Timed once in a process, for some ten milliseconds: processors differ in how near both come to their peak."""
     n = 2 + len(taps)
     ones, zeros, last = [1] * n, [0] * n, memory_format(n + 2, True)
-    with torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+    with undisturbed():
         picture = torch.ones(1, channels, *taps, 34, 34).to(memory_format=last)
         weight = torch.ones(out_channels, channels, *taps, 3, 3).to(memory_format=last)
         geometry = packed.Geometry(
