@@ -119,7 +119,7 @@ def measure_memory(rank: int, case: dict[str, Any], half: str, variant: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0: memory alone")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of the cases to run")
     parser.add_argument("--halves", nargs="*", default=["encode", "decode"], choices=["encode", "decode"])
     parser.add_argument("--size", type=int, nargs=3, metavar=("HEIGHT", "WIDTH", "FRAMES"), help="default: each case's")
@@ -129,23 +129,39 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for index, half, ranks in itertools.product(options.cases, options.halves, options.ranks):
         case = CASES[index] | ({"size": tuple(options.size)} if options.size else {})
-        rows.append(row(case, half, ranks, options.repeats, options.memory))
+        if options.repeats:
+            rows.append(row(case, half, ranks, options.repeats, options.memory))
+        else:
+            rows.append(memory_row(case, half, ranks))
         print(rows[-1], file=sys.stderr, flush=True)
     report("exact mode", rows, options.json)
+
+
+def memory_of(case: dict[str, Any], half: str, ranks: int, variants: list[str]) -> dict[str, float]:
+    """MiB by which each variant grows, on the rank where it grows most."""
+    found = (run_ranks(ranks, measure_memory, case, half, name, env=EAGER_FREE) for name in variants)
+    return {name: max(grown) / 2**20 for name, grown in zip(variants, found, strict=True)}
+
+
+def memory_row(case: dict[str, Any], half: str, ranks: int) -> dict[str, Any]:
+    memory = memory_of(case, half, ranks, ["one", "exact"])
+    ratio = memory["exact"] / memory["one"]
+    sizes = {f"{name} MiB": _rounded(memory, name) for name in memory}
+    return {"case": _name(case), "half": half, "ranks": ranks, **sizes, "memory": ratio}
+
+
+def _name(case: dict[str, Any]) -> str:
+    return f"base_dim {case['base_dim']} {case['dtype']} {'x'.join(map(str, case['size']))}"
 
 
 def row(case: dict[str, Any], half: str, ranks: int, repeats: int, with_memory: bool) -> dict[str, Any]:
     per_rank = run_ranks(ranks, measure_time, case, half, repeats)
     times = per_rank[0]
     has_peer = "peer" in times
-    memory: dict[str, float] = {
-        name: max(run_ranks(ranks, measure_memory, case, half, name, env=EAGER_FREE)) / 2**20
-        for name in ("one", "exact", *(["peer"] if has_peer else []))
-        if with_memory
-    }
-    name = f"base_dim {case['base_dim']} {case['dtype']} {'x'.join(map(str, case['size']))}"
+    variants = ["one", "exact", *(["peer"] if has_peer else [])]
+    memory = memory_of(case, half, ranks, variants) if with_memory else {}
     return {
-        "case": name,
+        "case": _name(case),
         "half": half,
         "ranks": ranks,
         "one rank s": times["one"],
