@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -163,10 +164,15 @@ def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple
     if rank == victim:
         kind = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
         bomb(vae, 20, lambda: os.kill(os.getpid(), kind))
+    return failure_of(lambda: vae.decode(z))
+
+
+def failure_of(call: Callable[[], Any]) -> tuple[float, int, str]:
+    """Seconds, rank and message. Of two calls: who has heard all in the first finds out in the second."""
     started = time.monotonic()
     try:
         for _ in range(2):
-            vae.decode(z)
+            call()
     except RankFailedError as failure:
         return time.monotonic() - started, failure.rank, failure.message
     raise AssertionError("no failure")
@@ -208,13 +214,7 @@ def large_message(rank: int, stopped: int) -> tuple[float, int, str]:
         subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -STOP {os.getpid()}; sleep 6; kill -CONT {os.getpid()}"])
     else:
         time.sleep(1.5)
-    started = time.monotonic()
-    try:
-        for _ in range(2):  # Who has heard all in the first finds out in the second.
-            comm.all_gather_object(bytes(0 if rank == stopped else 2**26))
-    except RankFailedError as failure:
-        return time.monotonic() - started, failure.rank, failure.message
-    raise AssertionError("no failure")
+    return failure_of(lambda: comm.all_gather_object(bytes(0 if rank == stopped else 2**26)))
 
 
 @pytest.mark.parametrize("stopped", [0, 1])

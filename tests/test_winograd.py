@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from shards import EXACT, assert_same, draw, image, on_shards, video
-from test_kernels import CASES, CUTS, SHARDED
+from shards import EXACT, assert_same, draw
+from test_kernels import CASES, CUTS, SHARDED, check_on_shards
 
 from halovae.kernels import convolution, winograd
 from halovae.kernels.mode import FastMode, finished
@@ -46,12 +46,7 @@ def test_in_place_of_any_convolution(name: str) -> None:
 @pytest.mark.parametrize("bounds", CUTS, ids=str)
 @pytest.mark.parametrize("name", SHARDED)
 def test_on_shards(name: str, bounds: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    function, shape = CASES[name]
-    x = image() if len(shape) == 4 else video()
-    with torch.no_grad():
-        expected = function(x)
-        for found in on_shards(function, (x,), bounds, fast=True):
-            assert_same(found, expected, EXACT)
+    check_on_shards(name, bounds)
 
 
 def test_float32_rounds_no_worse_than_plain_torch() -> None:

@@ -118,7 +118,8 @@ class Merger:
             return 1
         last = calls[-1]
         if self._frames == "auto":
-            return max(1, int(FULL_CALL / (last.cost * _largest_share(plan))))
+            whole = prod(bounds[-1] for bounds in plan.bounds)
+            return max(1, FULL_CALL * whole // (last.cost * prod(plan.largest)))
         latent = last.inputs[0] if half == "decode" else last.specs[0]
         return max(1, int(self._frames) // latent.shape[2])
 
@@ -199,11 +200,6 @@ def _is_step(call: NetworkCall) -> bool:
     return len(videos) == 2 and all(isinstance(v, Spec) and len(v.shape) == 5 for v in videos) and not call.draws
 
 
-def _largest_share(plan: ShardPlan) -> float:
-    shares = ((max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) / bounds[-1]) for bounds in plan.bounds)
-    return prod(shares)
-
-
 def merged(target: Target, half: str, steps: Steps) -> Call:
     """The un-parallel half without spatial tiles, with so many steps in each call of its network."""
     call = functools.partial(target.run_untiled, half)
@@ -239,8 +235,7 @@ class _Merged:
 
     def _promise(self) -> Tensor:
         assert self._before is not None, "a row of steps follows one of the same shape"
-        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-            promise = promised(self._before)
+        promise = promised(self._before)
         self._promises.append(promise)
         return mark(promise, layout_of(self._before))
 
@@ -248,15 +243,8 @@ class _Merged:
         """Call the network for all that waits, and keep the promises."""
         count = len(self._waiting)
         result = self._run(torch.cat(self._waiting, 2) if count > 1 else self._waiting[0])
-        parts = _parts(result, count)
+        parts = result.chunk(count, 2) if count > 1 else (result,)
         for promise, part in zip(self._promises, parts, strict=False):
             promise.recipe.value = part
         self._waiting, self._promises, self._before = [], [], parts[-1]
         return parts[-1]
-
-
-def _parts(result: Tensor, count: int) -> Sequence[Tensor]:
-    return result.chunk(count, 2) if count > 1 else (result,)
-
-
-__all__ = ["FULL_CALL", "Merger", "Steps", "merged", "sizes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from halovae.config import Axis
 from halovae.errors import InputError
@@ -17,6 +18,12 @@ class ShardPlan:
     """Rows and columns of shards; their product is the number of ranks at work."""
     bounds: tuple[tuple[int, ...], tuple[int, ...]]
     """Cuts of the input's height and width: (0, ..., height) and (0, ..., width)."""
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Rows and columns of the largest shard."""
+        rows, cols = (max(high - low for low, high in pairwise(bounds)) for bounds in self.bounds)
+        return rows, cols
 
 
 def plan_shards(height: int, width: int, ratio: int, ranks: int, axis: Axis = "auto") -> ShardPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from math import ceil, inf, prod
 from typing import Any
 
@@ -157,5 +156,4 @@ def _size(count: int) -> str:
 
 def _largest_part(plan: ShardPlan, picture: Tensor) -> int:
     """Elements of the largest shard of the picture."""
-    rows, cols = (max(high - low for low, high in pairwise(bounds)) for bounds in plan.bounds)
-    return picture[..., :1, :1].numel() * rows * cols
+    return picture[..., :1, :1].numel() * prod(plan.largest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from halovae.dataflow import Spec, key_of, mapped, tensors_of, to_meta
 from halovae.kernels.packed import PACKED_CONVOLUTION, Geometry
-from halovae.memory import allocated_by
+from halovae.memory import allocated_by, is_shortage
 
+LOG = logging.getLogger("halovae")
 _CPU = torch.device("cpu")
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -181,16 +183,24 @@ class MeasuredSpeed:
         """What is measured of a job, once; `otherwise` where an operator wants more of its arguments than a shape."""
         key = measure, job.func, key_of(job.args), key_of(job.kwargs)
         if key not in self._known:
+            args, kwargs = self._arguments(job)
             try:
-                args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
-                if str(job.func) == PACKED_CONVOLUTION:
-                    picture, weight, bias, padding, stride, dilation, *rest = args
-                    weight = Geometry(weight.shape, weight.dtype, picture.shape, stride, padding, dilation).pack(weight)
-                    args = picture, weight, bias, padding, stride, dilation, *rest
                 self._known[key] = measure(lambda: job.func(*args, **kwargs), self.device)
-            except Exception:
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:  # How operators refuse values.
+                if is_shortage(error):
+                    raise
+                LOG.debug("no trial of %s, rates tell its time: %s", job.func, error)
                 self._known[key] = otherwise
         return self._known[key]
+
+    def _arguments(self, job: Job) -> tuple[Any, Any]:
+        """Real ones of these shapes, with a packed weight where the operator takes one."""
+        args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
+        if str(job.func) == PACKED_CONVOLUTION:
+            picture, weight, bias, padding, stride, dilation, *rest = args
+            weight = Geometry(weight.shape, weight.dtype, picture.shape, stride, padding, dilation).pack(weight)
+            args = picture, weight, bias, padding, stride, dilation, *rest
+        return args, kwargs
 
     def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.device):

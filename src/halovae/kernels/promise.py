@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halovae.functions import outside_modes
 from halovae.kernels.deferred import Deferred, recipe_of
 from halovae.kernels.formats import is_channels_last
 
@@ -36,6 +37,7 @@ class Promise:
         return self.value
 
 
+@outside_modes
 def promised(like: Tensor) -> Deferred:
     """A tensor of the same shape and kind; its recipe takes the value."""
     return Deferred(Promise(tuple(like.shape), like.dtype, like.device, is_channels_last(like)))
