@@ -25,7 +25,7 @@ from halovae.kernels.still import copies, is_still, with_frames
 from halovae.kernels.weights import derived, make_room
 
 MANY_ROWS = 16
-"""Fewer inner rows than that are not computed by themselves while the halo is under way."""
+"""With fewer inner rows than that, or in smaller pieces, nothing is computed while the halo is under way."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -203,7 +203,7 @@ def _by_rows(
         step = rows
     inner = _inner_rows(joined, window, rows)
     spans = _in_order(*inner, rows, step)
-    for low, high in in_turn(spans, out, lambda span: (span[1] - span[0], inner[0] <= span[0] < inner[1])):
+    for low, high in in_turn(spans, out, lambda span: (span[1] - span[0], _is_inside(span, inner))):
         source = joined.rows(low * stride, (high - 1) * stride + reach + 1, work, True)
         run(source, out.narrow(-2, low, high - low))
     return out
@@ -224,11 +224,17 @@ def _inside_first(joined: Joined, window: Window, shape: Sequence[int], work: to
 
 
 def _in_order(low: int, high: int, rows: int, step: int) -> list[Extent]:
-    """Pieces of at most `step` rows: those from `low` to `high` first, if there are enough of them to be worth it."""
-    if high - low < MANY_ROWS:
-        low, high = 0, rows
-    spans = [(low, high), (0, low), (high, rows)]
-    return [(at, min(at + step, end)) for start, end in spans for at in range(start, end, step)]
+    """Pieces of at most `step` rows; those from `low` to `high` first, if there are enough of them to be worth it."""
+    sides = (low > 0) + (high < rows)
+    if sides and high - low >= MANY_ROWS:
+        # A piece of the border alone would cost more than its rows: each border is part of a larger one.
+        step = min(step, max(MANY_ROWS, -(-rows // (1 + sides)) // 2 * 2))
+    spans = [(at, min(at + step, rows)) for at in range(0, rows, step)]
+    return sorted(spans, key=lambda span: not _is_inside(span, (low, high)))
+
+
+def _is_inside(span: Extent, inner: Extent) -> bool:
+    return inner[0] <= span[0] and span[1] <= inner[1]
 
 
 def _rows_at_once(joined: Joined, stride: int, work: torch.dtype) -> int:
