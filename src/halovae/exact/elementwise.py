@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def self_shaped(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any
 def dropout(mesh: Mesh, func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if training and p and layout_of(tensor):
         raise NotExactError("dropout is active: call vae.eval() first")
-    return mark_like(func(tensor, p, training, inplace), tensor)
+    return mark_like(func(tensor, p, training, inplace), tensor) if training else tensor
 
 
 def mark_like(result: Any, tensor: Tensor) -> Any:
@@ -84,17 +85,22 @@ def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout
 def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
     """The operands, cut alike: where bounds or halos differ, all follow the first sharded operand."""
     layouts = [layout for operand in operands if (layout := layout_of(operand))]
-    if all(layout == layouts[0] for layout in layouts):
-        return operands
-    ndim = max(operand.ndim for operand in operands)
-    for position in range(-ndim, 0):
-        dims = [layout.dims[position] for layout in layouts if -position <= len(layout.dims)]
-        cuts = {factor for dim in dims if (factor := axis_factor(dim))}
-        if len(cuts) > 1:
-            operands = [_without_halo(mesh, operand, position) for operand in operands]
-            first = next(factor for o in operands if (factor := _axis_at(o, position)))
-            operands = [_follow(mesh, operand, position, first.cut.bounds) for operand in operands]
+    for position in _cut_differently(tuple(layouts)):
+        operands = [_without_halo(mesh, operand, position) for operand in operands]
+        first = next(factor for o in operands if (factor := _axis_at(o, position)))
+        operands = [_follow(mesh, operand, position, first.cut.bounds) for operand in operands]
     return operands
+
+
+@lru_cache(maxsize=4096)
+def _cut_differently(layouts: tuple[Layout, ...]) -> list[int]:
+    """The dimensions, counted from the last one, along which these layouts are cut in several ways."""
+    found: list[int] = []
+    for position in range(-max(layout.ndim for layout in layouts), 0):
+        dims = [layout.dims[position] for layout in layouts if -position <= layout.ndim]
+        if len({factor for dim in dims if (factor := axis_factor(dim))}) > 1:
+            found.append(position)
+    return found
 
 
 def _axis_at(operand: Tensor, position: int) -> AxisFactor | None:

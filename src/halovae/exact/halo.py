@@ -126,7 +126,7 @@ def _narrow_to(
     for dim, need in needs.items():
         low, high, start = _kept(mesh, layout, dim, need)
         assert clip or (low, high) == need[mesh.part(require_axis(layout, dim).axis)]
-        if high - low != tensor.shape[dim]:
+        if high - low != length(layout.dims[dim]):
             tensor = tensor.narrow(dim, low - start, high - low)
     return tensor
 

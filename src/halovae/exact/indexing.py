@@ -21,6 +21,7 @@ from halovae.exact.layout import (
     length,
     mark,
     plain,
+    shape_of,
     unmark_uniform,
 )
 from halovae.exact.registry import Mesh, named, rule
@@ -33,13 +34,14 @@ def cat(
 ) -> Any:
     dim = dim if axis is None else axis
     # Causal caches start as empty one-dimensional tensors, which cat ignores.
-    tensors = [t for t in tensors if t.shape != (0,)] or list(tensors)
+    tensors = [t for t in tensors if layout_of(t) or shape_of(t) != (0,)] or list(tensors)
     if not any(layout_of(t) for t in tensors):
         return func(tensors, dim) if out is None else func(tensors, dim, out=out)
     tensors = align(mesh, tensors)
     result = func(tensors, dim)
-    common = _common_layout(tensors, dim % result.ndim)
-    return mark(result, common.replace(dim, plain(result.shape[dim])))
+    shape = shape_of(result)
+    common = _common_layout(tensors, dim % len(shape))
+    return mark(result, common.replace(dim, plain(shape[dim])))
 
 
 @rule(torch.stack)
@@ -132,7 +134,7 @@ def getitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any) -> Any:
             raise NotExactError("positions of a sharded tensor index another one")
         return keep_uniform(func(tensor, index), tensor)
     result = func(tensor, index)
-    return mark(result, indexed(layout, index, tuple(result.shape)))
+    return mark(result, indexed(layout, index, shape_of(result)))
 
 
 @rule(Tensor.__setitem__)

@@ -26,7 +26,7 @@ from halovae.exact import (
 from halovae.exact.layout import is_uniform, keep_uniform, layout_of, unmark_uniform
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import RULES, writes
-from halovae.functions import QUESTIONS
+from halovae.functions import QUESTIONS, outside_modes
 from halovae.kernels.formats import memory_of
 
 RULE_MODULES = (
@@ -65,7 +65,7 @@ class ShardMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in QUESTIONS:
-            return func(*args, **kwargs)
+            return _answer(func, *args, **kwargs)
         self._mesh.comm.check()
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
@@ -90,6 +90,11 @@ class ShardMode(TorchFunctionMode):
         if sharded:
             raise NotExactError("no rule says how it acts on shards")
         return func(*args, **kwargs)
+
+
+@outside_modes
+def _answer(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 def _watch(blanks: list[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

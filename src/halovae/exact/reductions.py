@@ -83,7 +83,7 @@ def normalize(
     mesh: Mesh, func: Any, tensor: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Tensor:
     layout = layout_of(tensor)
-    if layout and any(is_sharded(layout.dims[d]) for d in _dims(dim, tensor.ndim)):
+    if layout and any(is_sharded(layout.dims[d]) for d in _dims(dim, layout.ndim)):
         raise NotExactError("it normalises over a sharded dimension")
     return mark(func(tensor, p, dim, eps, out), layout)
 

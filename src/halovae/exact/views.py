@@ -24,6 +24,7 @@ from halovae.exact.layout import (
     plain,
     require_axis,
     reshaped,
+    shape_of,
     split_factor,
 )
 from halovae.exact.masks import remember_runs
@@ -36,7 +37,7 @@ from halovae.geometry import divides
 def regroup(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
-    return keep_uniform(result, tensor) if layout is None else mark(result, reshaped(layout, tuple(result.shape)))
+    return keep_uniform(result, tensor) if layout is None else mark(result, reshaped(layout, shape_of(result)))
 
 
 @rule(*named("reshape", "view"))
@@ -51,7 +52,7 @@ def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
     if not all(isinstance(size, int) for size in sizes):
         raise NotExactError("a view as another dtype")
     result = _viewed(Tensor.reshape, tensor, sizes)  # a shard may lie in memory with gaps where the whole does not
-    return mark(result, _checked(reshaped(layout, tuple(result.shape)), 0, sizes))
+    return mark(result, _checked(reshaped(layout, shape_of(result)), 0, sizes))
 
 
 @rule(*named("unflatten"))

@@ -100,7 +100,7 @@ def pad(
     layout = layout_of(tensor)
     if layout is None:
         return func(tensor, pad, mode, value)
-    amounts = {tensor.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
+    amounts = {layout.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
     sharded = {dim: amount for dim, amount in amounts.items() if is_sharded(layout.dims[dim]) and amount != (0, 0)}
     if not sharded:
         result = func(tensor, pad, mode, value)
