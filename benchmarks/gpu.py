@@ -146,22 +146,21 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
     ratio = MODELS[model][2] if half == "encode" else 1
     plan = plan_shards(*tensor.shape[-2:], ratio, ranks, "auto")
     steps = Merger(SoloComm(), target, "auto").steps(half, plan, lambda: ratio, (tensor,), {})
-    shards: list[tuple[float, LonelyComm]] = []
+    shards: list[tuple[float, int, int]] = []
     for rank in sorted({0, ranks // 2, ranks - 1}):
         comm = LonelyComm(rank, ranks)
         shard = partial(run_sharded, Mesh(comm, plan.shape), merged(target, half, steps), (tensor,), {}, plan.bounds)
         shard()
         comm.traffic = type(comm.traffic)()
         shard()
-        sent = comm.traffic
-        shards.append((statistics.median(seconds(shard) for _ in range(repeats)), comm))
-        comm.traffic = sent
-    slowest, comm = max(shards, key=lambda pair: pair[0])
-    link = comm.traffic.bytes / LINK_BYTES_PER_SECOND + comm.traffic.messages * LINK_SECONDS_PER_MESSAGE
+        sent = comm.traffic.messages, comm.traffic.bytes
+        shards.append((statistics.median(seconds(shard) for _ in range(repeats)), *sent))
+    slowest, messages, sent_bytes = max(shards)
+    link = sent_bytes / LINK_BYTES_PER_SECOND + messages * LINK_SECONDS_PER_MESSAGE
     return {
         "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks,
         "grid": "x".join(map(str, plan.shape)), "calls": len(steps), "slowest shard s": slowest,
-        "messages": comm.traffic.messages, "MiB sent": comm.traffic.bytes / 2**20, "link s": link,
+        "messages": messages, "MiB sent": sent_bytes / 2**20, "link s": link,
         "projected s": slowest + link,
     }  # fmt: skip
 

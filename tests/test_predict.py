@@ -147,6 +147,16 @@ def test_memory_on_two_ranks(two_ranks: Ranks) -> None:
     assert found == pytest.approx(allocated, rel=0.1)
 
 
+@pytest.mark.parametrize("mode", ["exact", "tile"])
+def test_real_weights_and_inference_mode_make_no_difference(mode: str) -> None:
+    """A scale that is real must not break a chain of functions, nor an operator made of others look like a copy."""
+    vae = CUTS["wan22"].build()
+    real = predict("wan22", "decode", mode, 1, vae).to_dict()
+    with torch.inference_mode():
+        assert predict("wan22", "decode", mode, 1, vae).to_dict() == real
+    assert predict("wan22", "decode", mode, 1, vae.to("meta")).to_dict() == real
+
+
 def test_a_slow_link_is_seen() -> None:
     fast, slow = (
         predict("wan21", "decode", "exact", 2, link=LinkSpeed(latency=latency, bandwidth=1e9))

@@ -75,6 +75,7 @@ class Predictor:
     def __init__(self, target: Target, speed: Speed, link: LinkSpeed) -> None:
         self._target, self._speed, self._link = target, speed, link
 
+    @torch.inference_mode(False)  # in it operators come whole that are made of others, and views look like copies
     def exact(
         self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, axis: Axis = "auto",
         ratio: int = 1, gather: str = "all",
@@ -104,6 +105,7 @@ class Predictor:
             outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
         return _prediction(half, "exact", ranks, f"{plan.shape[0]}x{plan.shape[1]}", meter, comm, args, outcome.result)
 
+    @torch.inference_mode(False)
     def tile(
         self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, gather: str = "all"
     ) -> Prediction:

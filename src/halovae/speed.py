@@ -48,6 +48,11 @@ class Job:
         return sum(map(_size, tensors_of(self.result))) if self.makes else 0
 
     @cached_property
+    def untouched(self) -> int:
+        """Bytes of memory that the system hands out when they are first written, since no allocator has so many."""
+        return self.made if self.func in _ALLOCATIONS and self.made >= _KEPT else 0
+
+    @cached_property
     def bytes(self) -> int:
         """Read and written."""
         if self.func in _ALLOCATIONS:
@@ -99,6 +104,8 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_KEPT = 32 * 2**20
+"""Bytes up to which an allocator keeps what is freed: glibc's limit. Those of accelerators keep all."""
 
 
 class Speed(Protocol):
@@ -126,11 +133,13 @@ class GivenSpeed:
     """Bytes of memory per second, read and written together."""
     overhead: float = 5e-6
     """Seconds to start an operator."""
+    touch: float = 0.0
+    """Seconds for each byte of new memory, on top of writing it: the system hands it out when it is first touched."""
     device: torch.device = _CPU
     """One of its type: it decides which kernels there are."""
 
     def seconds(self, job: Job) -> float:
-        return max(job.flops / self.flops, job.bytes / self.bandwidth) + self.overhead
+        return max(job.flops / self.flops, job.bytes / self.bandwidth) + self.overhead + self.touch * job.untouched
 
     def workspace(self, job: Job) -> int:
         return 0
@@ -159,7 +168,7 @@ class MeasuredSpeed:
 
     def seconds(self, job: Job) -> float:
         if not job.bytes:
-            return self.rates.overhead
+            return self.rates.seconds(job)
         small = _cropped(job, *_COLUMNS)
         if small is None:
             return self.rates.seconds(job)
@@ -219,7 +228,12 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:
     product = _least_seconds(lambda: matrix @ matrix, device)
     copy = _least_seconds(lambda: target.copy_(source), device)
     start = _least_seconds(lambda: one.add_(1), device)
-    return GivenSpeed(flops=2 * 1024**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start)
+    many = torch.zeros(_KEPT, device=device)
+    new, again = (_least_seconds(call, device) for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
+    return GivenSpeed(
+        flops=2 * 1024**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start,
+        touch=max(0.0, new - again) / many.nbytes,
+    )  # fmt: skip
 
 
 def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:

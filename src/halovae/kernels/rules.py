@@ -21,7 +21,7 @@ from halovae.kernels.deferred import Deferred, plain, recipe_of
 from halovae.kernels.formats import is_channels_last, is_dense_channels_last
 from halovae.kernels.joined import Joined, copy_of, parts_in, read
 from halovae.kernels.precision import LOW
-from halovae.kernels.shapes import device_type
+from halovae.kernels.shapes import alike, device_type
 from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
 
 Rule = Callable[..., Any]
@@ -227,6 +227,7 @@ def _with_parameter(one: Any, other: Any, how: str) -> Any:
         return NotImplemented
     uncut: frozenset[int] = frozenset()
     if isinstance(other, Tensor):
+        other = alike(other, chain.base)
         widens = other.ndim > 0 and torch.promote_types(one.dtype, other.dtype) != one.dtype
         if widens or other.is_complex() or other.ndim > one.ndim or other.device != one.device:
             return NotImplemented

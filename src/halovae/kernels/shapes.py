@@ -80,7 +80,7 @@ def device_type(device: torch.device) -> str:
 
 def alike(weight: Tensor, picture: Tensor) -> Tensor:
     """The weight to use with a picture: its shape where the picture is one."""
-    stand_in = _current.get() if picture.is_meta else None
+    stand_in = _current.get() if picture.is_meta and not weight.is_meta else None
     return stand_in.weight(weight) if stand_in else weight
 
 
