@@ -95,7 +95,8 @@ def time_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> flo
 def growth_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> int:
     vae, tensor = build(options), picture(options, half)
     halovae.parallelize(vae, mode=mode, verify=False)
-    run(vae, half, tensor[..., : tensor.shape[-2] // 4, : tensor.shape[-1] // 4].contiguous())  # libraries load
+    height, width = (size * (5 if mode == "tile" else 2) // 8 for size in tensor.shape[-2:])
+    run(vae, half, tensor[..., :height, :width].contiguous())  # libraries load; with tiles there are several
     gc.collect()
     before = resident()
     memory = PeakMemory(CPU)
