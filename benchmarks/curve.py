@@ -1,0 +1,66 @@
+"""Exact mode on 1, 2, 4, 8, ... ranks of one host, for a machine with a core for each of them.
+
+    python benchmarks/curve.py --ranks 1 2 4 8 --json benchmarks/results/curve.json
+
+One thread per rank; one rank is `halovae.parallelize` in a world of one, with the same kernels. Seconds are of the
+slowest rank, medians of the repeats, after a call on a quarter of the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from exact import build, call, picture
+from harness import report, run_ranks
+
+import halovae
+
+
+def measure(rank: int, case: dict[str, Any], half: str, repeats: int) -> dict[str, Any]:
+    vae, tensor = build(case), picture(case, half)
+    handle = halovae.parallelize(vae, verify=False)
+    call(vae, half, tensor[..., : tensor.shape[-2] // 2, : tensor.shape[-1] // 2].contiguous())
+    seconds: list[float] = []
+    for _ in range(repeats):
+        dist.barrier()
+        started = time.perf_counter()
+        call(vae, half, tensor)
+        dist.barrier()
+        seconds.append(time.perf_counter() - started)
+    assert handle.last is not None
+    last = handle.last
+    grid = "x".join(map(str, last.shape)) if last.shape else "-"
+    return {"s": statistics.median(seconds), "grid": grid, "messages": last.messages, "wait s": last.wait_seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--halves", nargs="+", default=["encode", "decode"], choices=["encode", "decode"])
+    parser.add_argument("--size", type=int, nargs=3, default=[480, 832, 5], metavar=("HEIGHT", "WIDTH", "FRAMES"))
+    parser.add_argument("--base-dim", type=int, default=32)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    case = {"base_dim": options.base_dim, "dtype": options.dtype, "size": tuple(options.size)}
+    rows: list[dict[str, Any]] = []
+    for half in options.halves:
+        first = 0.0
+        for ranks in options.ranks:
+            slowest = max(run_ranks(ranks, measure, case, half, options.repeats), key=lambda found: found["s"])
+            first = first or slowest["s"]
+            rows.append({"half": half, "ranks": ranks, **slowest, "speed-up": first / slowest["s"]})
+            print(rows[-1], file=sys.stderr, flush=True)
+    size = "x".join(map(str, options.size))
+    report(f"exact mode, Wan 2.1, base_dim {options.base_dim}, {options.dtype}, {size}", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
