@@ -3,21 +3,18 @@
     python benchmarks/curve.py --ranks 1 2 4 8 --json benchmarks/results/curve.json
 
 One thread per rank; one rank is `halovae.parallelize` in a world of one, with the same kernels. Seconds are of the
-slowest rank, medians of the repeats, after a call on a quarter of the picture.
+slowest rank, medians of the repeats; the speed-up is over the first of `--ranks`.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from exact import build, call, picture
-from harness import report, run_ranks
+from harness import interleaved, report, run_ranks
 
 import halovae
 
@@ -25,18 +22,12 @@ import halovae
 def measure(rank: int, case: dict[str, Any], half: str, repeats: int) -> dict[str, Any]:
     vae, tensor = build(case), picture(case, half)
     handle = halovae.parallelize(vae, verify=False)
-    call(vae, half, tensor[..., : tensor.shape[-2] // 2, : tensor.shape[-1] // 2].contiguous())
-    seconds: list[float] = []
-    for _ in range(repeats):
-        dist.barrier()
-        started = time.perf_counter()
-        call(vae, half, tensor)
-        dist.barrier()
-        seconds.append(time.perf_counter() - started)
-    assert handle.last is not None
+    spent = interleaved({"exact": lambda: call(vae, half, tensor)}, repeats)["exact"]
     last = handle.last
-    grid = "x".join(map(str, last.shape)) if last.shape else "-"
-    return {"s": statistics.median(seconds), "grid": grid, "messages": last.messages, "wait s": last.wait_seconds}
+    assert last is not None
+    assert last.shape is not None
+    grid = "x".join(map(str, last.shape))
+    return {"s": spent.seconds, "grid": grid, "messages": last.messages, "wait s": last.wait_seconds}
 
 
 def main() -> None:

@@ -231,6 +231,29 @@ def test_the_inside_is_computed_while_the_halo_is_under_way(
     assert "wait" in events
 
 
+@pytest.mark.parametrize("mode", ["constant", "replicate"])
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_padding_across_from_a_halo(rows: int, side: str, mode: str) -> None:
+    """Also so many rows of it that a piece of the result could see nothing else."""
+    inside, row = draw(*VIDEO), draw(*VIDEO)[..., :1, :]
+    halo = Halo(3, *((row, None) if side == "before" else (None, row)), lambda: None)
+    pads = (0, rows) if side == "before" else (rows, 0)
+    recipe = Joined((inside,), halo=halo).padded({3: pads, 4: (1, 1)}, Fill(mode))
+    assert recipe
+    with torch.no_grad():
+        found = convolution.convolution(Deferred(recipe), W3, BIAS, (1, 1, 1), (0, 0, 0), (1, 1, 1))
+        whole = torch.cat([row, inside] if side == "before" else [inside, row], 3)
+        assert_same(found, F.conv3d(F.pad(whole, (1, 1, *pads, 0, 0), mode=mode), W3, BIAS), 1e-13)
+
+
+def test_borders_are_no_pieces_of_their_own() -> None:
+    """Each is part of one of several equal pieces, after those that need no halo."""
+    assert convolution._in_order(1, 33, 33, 1000) == [(18, 33), (0, 18)]
+    assert convolution._in_order(1, 127, 128, 42) == [(32, 64), (64, 96), (0, 32), (96, 128)]
+    assert convolution._in_order(0, 128, 128, 64) == [(0, 64), (64, 128)]
+
+
 LOW = ["conv3d", "causal, first frame", "causal, two cached", "asymmetric padding", "several users", "upsampled"]
 
 

@@ -228,12 +228,18 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:
     product = _least_seconds(lambda: matrix @ matrix, device)
     copy = _least_seconds(lambda: target.copy_(source), device)
     start = _least_seconds(lambda: one.add_(1), device)
-    many = torch.zeros(_KEPT, device=device)
-    new, again = (_least_seconds(call, device) for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
     return GivenSpeed(
-        flops=2 * 1024**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start,
-        touch=max(0.0, new - again) / many.nbytes,
-    )  # fmt: skip
+        flops=2 * 1024**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start, touch=_touch(device)
+    )
+
+
+def _touch(device: torch.device) -> float:
+    """Seconds for each byte of memory that the system hands out; none where the allocator keeps all of it."""
+    if device.type != "cpu":
+        return 0.0
+    many = torch.zeros(4 * _KEPT, dtype=torch.uint8)  # more than is free in a piece
+    new, again = (_least_seconds(call, device) for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
+    return max(0.0, new - again) / many.nbytes
 
 
 def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:

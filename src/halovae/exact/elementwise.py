@@ -93,14 +93,14 @@ def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=4096)
-def _cut_differently(layouts: tuple[Layout, ...]) -> list[int]:
+def _cut_differently(layouts: tuple[Layout, ...]) -> tuple[int, ...]:
     """The dimensions, counted from the last one, along which these layouts are cut in several ways."""
     found: list[int] = []
     for position in range(-max(layout.ndim for layout in layouts), 0):
         dims = [layout.dims[position] for layout in layouts if -position <= layout.ndim]
         if len({factor for dim in dims if (factor := axis_factor(dim))}) > 1:
             found.append(position)
-    return found
+    return tuple(found)
 
 
 def _axis_at(operand: Tensor, position: int) -> AxisFactor | None:

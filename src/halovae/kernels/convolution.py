@@ -25,7 +25,7 @@ from halovae.kernels.still import copies, is_still, with_frames
 from halovae.kernels.weights import derived, make_room
 
 MANY_ROWS = 16
-"""With fewer inner rows than that, or in smaller pieces, nothing is computed while the halo is under way."""
+"""With fewer inner rows than that, nothing is computed while the halo is under way."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -199,10 +199,10 @@ def _by_rows(
     n, rows = len(shape) - 2, shape[-2]
     out = torch.empty(shape, dtype=joined.dtype, device=joined.device, memory_format=memory_format(n + 2, True))
     stride, reach = window.stride[-2], window.reach(n - 2)
-    if max(joined.pads.get(n, (0, 0))) > reach:  # a piece could lie in the padding alone
-        step = rows
     inner = _inner_rows(joined, window, rows)
     spans = _in_order(*inner, rows, step)
+    if max(joined.pads.get(n, (0, 0))) > reach:  # a piece could lie in the padding alone
+        spans = [(0, rows)]
     for low, high in in_turn(spans, out, lambda span: (span[1] - span[0], _is_inside(span, inner))):
         source = joined.rows(low * stride, (high - 1) * stride + reach + 1, work, True)
         run(source, out.narrow(-2, low, high - low))
@@ -224,11 +224,12 @@ def _inside_first(joined: Joined, window: Window, shape: Sequence[int], work: to
 
 
 def _in_order(low: int, high: int, rows: int, step: int) -> list[Extent]:
-    """Pieces of at most `step` rows; those from `low` to `high` first, if there are enough of them to be worth it."""
+    """Pieces of `step` rows, or one more, at the most; those within `low` and `high` first, if these are many."""
     sides = (low > 0) + (high < rows)
     if sides and high - low >= MANY_ROWS:
-        # A piece of the border alone would cost more than its rows: each border is part of a larger one.
-        step = min(step, max(MANY_ROWS, -(-rows // (1 + sides)) // 2 * 2))
+        # Equal pieces, since one of the border alone would cost more than its rows; even ones, for Winograd's squares.
+        pieces = max(1 + sides, -(-rows // step))
+        step = 2 * -(-rows // (2 * pieces))
     spans = [(at, min(at + step, rows)) for at in range(0, rows, step)]
     return sorted(spans, key=lambda span: not _is_inside(span, (low, high)))
 
