@@ -2,8 +2,10 @@
 
     python benchmarks/curve.py --ranks 1 2 4 8 --json benchmarks/results/curve.json
 
-One thread per rank; one rank is `halovae.parallelize` in a world of one, with the same kernels. Seconds are of the
-slowest rank, medians of the repeats; the speed-up is over the first of `--ranks`.
+One thread per rank; one rank is `halovae.parallelize` in a world of one, with the same kernels. `allowed` is what the
+host allows: each rank runs `halovae.optimize` on a picture of its own of the size of a shard, at the same time and
+without communication. Seconds are of the slowest rank, medians of the repeats, in which both take turns; speed-ups are
+over exact mode on the first of `--ranks`, and `of allowed` compares the two.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ import halovae
 
 
 def measure(rank: int, case: dict[str, Any], half: str, repeats: int) -> dict[str, Any]:
-    vae, tensor = build(case), picture(case, half)
+    vae, alone, tensor = build(case), build(case), picture(case, half)
     handle = halovae.parallelize(vae, verify=False)
-    spent = interleaved({"exact": lambda: call(vae, half, tensor)}, repeats)["exact"]
+    halovae.optimize(alone)
+    call(vae, half, tensor)  # tells the grid
     last = handle.last
     assert last is not None
-    assert last.shape is not None
-    grid = "x".join(map(str, last.shape))
-    return {"s": spent.seconds, "grid": grid, "messages": last.messages, "wait s": last.wait_seconds}
+    (rows, columns), (height, width, frames) = last.shape, case["size"]
+    part = picture(case | {"size": (height // rows, width // columns, frames)}, half)
+    variants = {"exact": lambda: call(vae, half, tensor), "allowed": lambda: call(alone, half, part)}
+    seconds = {name: spent.seconds for name, spent in interleaved(variants, repeats).items()}
+    return {**seconds, "grid": f"{rows}x{columns}", "messages": last.messages, "wait s": last.wait_seconds}
 
 
 def main() -> None:
@@ -45,9 +50,14 @@ def main() -> None:
     for half in options.halves:
         first = 0.0
         for ranks in options.ranks:
-            slowest = max(run_ranks(ranks, measure, case, half, options.repeats), key=lambda found: found["s"])
-            first = first or slowest["s"]
-            rows.append({"half": half, "ranks": ranks, **slowest, "speed-up": first / slowest["s"]})
+            slowest = max(run_ranks(ranks, measure, case, half, options.repeats), key=lambda found: found["exact"])
+            first = first or slowest["exact"]
+            compared = {
+                "speed-up": first / slowest["exact"],
+                "speed-up allowed": first / slowest["allowed"],
+                "of allowed": slowest["allowed"] / slowest["exact"],
+            }
+            rows.append({"half": half, "ranks": ranks, **slowest, **compared})
             print(rows[-1], file=sys.stderr, flush=True)
     size = "x".join(map(str, options.size))
     report(f"exact mode, Wan 2.1, base_dim {options.base_dim}, {options.dtype}, {size}", rows, options.json)

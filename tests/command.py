@@ -6,6 +6,7 @@ import ctypes
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -110,22 +111,22 @@ def names(folder: Path) -> set[str]:
 
 
 def read_terminal(descriptor: int, until: bytes | None = None) -> bytes:
-    """What is written to a terminal until `until`, or until nobody can write to it any more."""
+    """What is written to a terminal until the pattern `until`, or until nobody can write to it any more."""
     shown, deadline = b"", time.monotonic() + PATIENCE
-    while until is None or until not in shown:
+    while until is None or not re.search(until, shown):
         ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, shown
+        assert ready, shown[-1000:]
         try:
             shown += os.read(descriptor, 4096)
         except OSError:  # The other end is closed.
-            assert until is None, shown
+            assert until is None, shown[-1000:]
             os.close(descriptor)
             break
     return shown
 
 
 def interrupt(*arguments: str, until: bytes) -> bytes:
-    """Start the program on two ranks, and press Ctrl-C as soon as its terminal shows `until`.
+    """Start the program on two ranks, and press Ctrl-C as soon as its terminal shows the pattern `until`.
 
     Both ranks have to be gone within 5 seconds, and the exit code has to say why.
 

@@ -150,9 +150,9 @@ def test_what_configs_tell_is_refused_before_weights_are_loaded(
 
 
 def test_an_interrupted_run_leaves_nothing(demo: str, in_folder: Path) -> None:
-    """Ctrl-C while both ranks denoise."""
+    """Ctrl-C while both ranks denoise; the bar is drawn a few times in a second, so it leaves steps out."""
     arguments = ["--model", demo, *SMALL, "--num-inference-steps", "300", "--ulysses-degree", "2", "-o", "o.mp4"]
-    interrupt("image-to-video", *arguments, "--json", "o.json", "--report", "report", until=b"20/300")
+    interrupt("image-to-video", *arguments, "--json", "o.json", "--report", "report", until=rb"[2-9]\d/300")
     assert names(in_folder) == set()
 
 
