@@ -17,9 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.comm.api import Comm, Message, Nothing, Pending, SoloComm, Traffic
 from halovae.comm.env import default_device
-from halovae.comm.lanes import DeviceLane, GlooLane, store_of
+from halovae.comm.lanes import DeviceLane, HostLane, Work, store_of
 from halovae.comm.link import Link
+from halovae.comm.shared import can_share
+from halovae.comm.wire import host
 from halovae.errors import InputError, RankFailedError
+from halovae.functions import outside_modes
 
 Group = dist.ProcessGroup | DeviceMesh
 """What callers name their ranks by; a mesh of one dimension."""
@@ -33,11 +36,12 @@ class _Posted:
     """Messages that a process group is moving; holds on to their memory."""
 
     comm: GroupComm
-    works: Sequence[dist.Work]
+    works: Sequence[Work]
     receives: Sequence[Message]
     landing: Sequence[Message]
     staged: Sequence[Message]
 
+    @outside_modes
     def wait(self) -> None:
         if self not in self.comm.under_way:
             return
@@ -80,7 +84,7 @@ class GroupComm:
         self.traffic = Traffic()
         self.under_way: set[_Posted] = set()
         self._group = group
-        self._lanes: dict[str, GlooLane | DeviceLane] = {}
+        self._lanes: dict[str, HostLane | DeviceLane] = {}
         self._era = -1
 
         def share(value: Any) -> list[Any]:
@@ -89,6 +93,8 @@ class GroupComm:
             return values
 
         self._name = share(secrets.token_hex(8))[0]
+        hosts = share(host() if can_share() else None)
+        self._neighbours = [r for r, h in enumerate(hosts) if r != self.rank and h and h == hosts[self.rank]]
         # Weak, and closed at the end: the thread of the link must not outlive what nobody uses any more.
         abort = weakref.WeakMethod(self._abort)
         self._link = Link(self.rank, self.size, share, lambda: (found := abort()) and found())
@@ -112,6 +118,7 @@ class GroupComm:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.post(sends, receives).wait()
 
+    @outside_modes
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         self._link.check()
         if not sends and not receives:
@@ -188,7 +195,9 @@ class GroupComm:
         """New lanes for this era."""
         self._lanes, self._era = {}, self._link.era
         try:
-            lanes: dict[str, GlooLane | DeviceLane] = {"cpu": GlooLane(self._link, self.rank, self.size)}
+            lanes: dict[str, HostLane | DeviceLane] = {
+                "cpu": HostLane(self._link, self.rank, self.size, self._neighbours)
+            }
             kind, device = _device_backend(self._group)
             if kind != "gloo":
                 prefix = f"halovae/{self._name}/{self._era}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ import torch.distributed as dist
 
 from halovae.comm.api import Message
 from halovae.comm.link import ABSENCE, Link
+from halovae.comm.shared import SMALL, Arrival, SharedLane
 
 _TIMEOUT = timedelta(seconds=ABSENCE)
 # What makes a backend of its own is not public.
 _C10D: Any = dist.distributed_c10d
 _NEVER_SENT = 1
 """A tag that no message has."""
+Work = dist.Work | Arrival
+"""What is waited for."""
 
 
 class Notes(dist.Store):
@@ -79,6 +83,34 @@ class GlooLane:
         for peer in self._peers:
             with suppress(RuntimeError):
                 self._group.recv([torch.empty(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+
+
+class HostLane:
+    """Moves what is in host memory: small messages within a host through shared memory, all others by gloo.
+
+    Args:
+        link: of the group.
+        rank: of this process.
+        size: of the group.
+        neighbours: the other ranks with which this one can share memory.
+    """
+
+    def __init__(self, link: Link, rank: int, size: int, neighbours: Sequence[int]) -> None:
+        self._gloo, self._shared = GlooLane(link, rank, size), SharedLane(link, rank, neighbours)
+        self._neighbours = set(neighbours)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Work]:
+        near = [list(filter(self._is_near, messages)) for messages in (sends, receives)]
+        far = [list(filterfalse(self._is_near, messages)) for messages in (sends, receives)]
+        return [*self._gloo.post(*far), *self._shared.post(*near)]
+
+    def _is_near(self, message: Message) -> bool:
+        """The same for who sends and who receives."""
+        return message[0] in self._neighbours and message[1].nbytes <= SMALL
+
+    def abort(self) -> None:
+        self._gloo.abort()
+        self._shared.abort()
 
 
 class DeviceLane:

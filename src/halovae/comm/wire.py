@@ -19,7 +19,7 @@ from halovae.errors import InputError
 Share = Callable[[Any], list[Any]]
 """Gives every rank's small value, in rank order."""
 
-_CONNECT_SECONDS = 30.0
+CONNECT_SECONDS = 30.0
 _TRY_SECONDS = 5.0
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"!{_TOKEN_BYTES}sI")
@@ -39,21 +39,33 @@ def star(rank: int, size: int, share: Share) -> dict[int, Connection]:
     Raises:
         InputError: the first rank can't be reached; on that one: a rank has not come.
     """
-    on_one_host = len(set(share(_host()))) == 1
+    on_one_host = len(set(share(host()))) == 1
     if rank > 0:
         addresses, port, token = share(None)[0]
         return {0: _connect(rank, addresses, port, token)}
     token = secrets.token_bytes(_TOKEN_BYTES)
     with socket.create_server(("127.0.0.1" if on_one_host else "", 0), backlog=size) as listener:
         share((["127.0.0.1"] if on_one_host else _addresses(), listener.getsockname()[1], token))
-        return _accept(listener, size, token)
+        try:
+            peers = accept(listener, set(range(1, size)), token)
+        except TimeoutError as error:
+            raise InputError(f"{error}: is a firewall between?") from None
+        return {rank: _connection(peer) for rank, peer in peers.items()}
 
 
 def limit_sending(peer: Connection, seconds: float) -> None:
     """Let `peer.send_bytes` raise BlockingIOError where the other end has taken nothing for so long."""
-    whole, rest = divmod(round(seconds * 1e6), 10**6)
     with _socket(peer) as twin:
-        twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", whole, rest))
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
+
+
+def limit_waiting(peer: socket.socket, seconds: float) -> None:
+    """Let `peer.recv` raise BlockingIOError where nothing has come for so long."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("@ll", *divmod(round(seconds * 1e6), 10**6))
 
 
 def give_up_sending(peer: Connection) -> None:
@@ -66,7 +78,7 @@ def _socket(peer: Connection) -> socket.socket:
     return socket.socket(fileno=os.dup(peer.fileno()))
 
 
-def _host() -> tuple[str, str, int]:
+def host() -> tuple[str, str, int]:
     """Equal where two ranks reach each other by the loopback address: same host, same network namespace."""
     boot, net = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
     return (
@@ -87,27 +99,46 @@ def _addresses() -> list[str]:
     return [address for address in dict.fromkeys(found) if not address.startswith("127.")]
 
 
-def _accept(listener: socket.socket, size: int, token: bytes) -> dict[int, Connection]:
-    found: dict[int, Connection] = {}
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    while len(found) < size - 1:
+def accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int, socket.socket]:
+    """A socket to each of `ranks`, which `greet` with the token.
+
+    Raises:
+        TimeoutError: some did not come.
+    """
+    found: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while missing := ranks - set(found):
         listener.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             peer, _ = listener.accept()
         except TimeoutError:
-            missing = [str(rank) for rank in range(1, size) if rank not in found]
-            raise InputError(f"rank {', '.join(missing)} did not connect to rank 0: is a firewall between?") from None
+            for peer in found.values():
+                peer.close()
+            raise TimeoutError(f"rank {', '.join(map(str, sorted(missing)))} did not connect in time") from None
         peer.settimeout(_TRY_SECONDS)
         try:
             said, rank = _HELLO.unpack(_read(peer, _HELLO.size))
-            if not hmac.compare_digest(said, token) or not 0 < rank < size:
+            if not hmac.compare_digest(said, token) or rank not in missing:
                 raise OSError("a stranger")
             peer.sendall(token)
         except (OSError, struct.error):
             peer.close()
         else:
-            found[rank] = _connection(peer)
+            peer.settimeout(None)
+            found[rank] = peer
     return found
+
+
+def greet(peer: socket.socket, rank: int, token: bytes) -> None:
+    """Say who this is to a rank that accepts, and be sure of it.
+
+    Raises:
+        OSError: it has not answered, or not with the token.
+    """
+    peer.sendall(_HELLO.pack(token, rank))
+    if not hmac.compare_digest(_read(peer, _TOKEN_BYTES), token):
+        raise OSError("a stranger answered")
+    peer.settimeout(None)
 
 
 def _connect(rank: int, addresses: list[str], port: int, token: bytes) -> Connection:
@@ -115,9 +146,7 @@ def _connect(rank: int, addresses: list[str], port: int, token: bytes) -> Connec
     for address in addresses:
         try:
             peer = socket.create_connection((address, port), timeout=_TRY_SECONDS)
-            peer.sendall(_HELLO.pack(token, rank))
-            if not hmac.compare_digest(_read(peer, _TOKEN_BYTES), token):
-                raise OSError("a stranger answered")
+            greet(peer, rank, token)
         except OSError as error:
             reasons.append(f"{address}:{port}: {error}")
         else:
@@ -136,6 +165,5 @@ def _read(peer: socket.socket, size: int) -> bytes:
 
 
 def _connection(peer: socket.socket) -> Connection:
-    peer.settimeout(None)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Connection(peer.detach())

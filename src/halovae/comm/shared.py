@@ -1,0 +1,250 @@
+"""Small messages between ranks of one host, through memory that both have: no thread has to wake up for them.
+
+The sender copies a message into a **segment** and says over a socket which one it is; the receiver copies it out and
+writes into the segment that it is free again. A segment is anonymous memory, and sockets have no name in any file
+system, so nothing is left behind by processes that are killed.
+"""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from halovae.comm.api import Message
+from halovae.comm.link import ABSENCE, Link
+from halovae.comm.wire import CONNECT_SECONDS, accept, greet, limit_waiting
+
+SMALL = 4 << 20
+"""Bytes of the largest message that goes this way: beyond, time is spent on moving it, and not on waking up for it."""
+_LEAST = 64 << 10
+"""Bytes of the smallest segment."""
+_HEAD = 64
+"""Bytes before a segment's message. The first of them says whether there is one."""
+_SAID = struct.Struct("=III")
+"""Number of a segment, bytes that it can hold, bytes of the message."""
+_TOKEN_BYTES = 16
+
+
+def can_share() -> bool:
+    """Whether this system has what it takes."""
+    return hasattr(os, "memfd_create") and hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "SCM_RIGHTS")
+
+
+class SharedLane:
+    """Moves small messages between ranks of one host. Made by all of these together.
+
+    Args:
+        link: by which they find each other.
+        rank: of this process.
+        peers: the other ranks of this host.
+
+    Raises:
+        RankFailedError: a rank has failed in the meantime.
+        RuntimeError: one did not connect.
+    """
+
+    def __init__(self, link: Link, rank: int, peers: Sequence[int]) -> None:
+        self._channels = {peer: _Channel(end) for peer, end in _connected(link, rank, peers).items()}
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Arrival]:
+        """Send, and promise what is to come.
+
+        Raises:
+            RuntimeError: a connection has ended.
+        """
+        arrivals = [self._channels[peer].expect(buffer) for peer, buffer in receives]
+        for peer, tensor in sends:
+            self._channels[peer].send(tensor)
+        return arrivals
+
+    def abort(self) -> None:
+        """End every connection: who waits for it, here or there, is woken by an error."""
+        for channel in self._channels.values():
+            channel.abort()
+
+
+class Arrival:
+    """A message to come, and the buffer that it fills."""
+
+    def __init__(self, buffer: Tensor, take: Callable[[], bool]) -> None:
+        self.buffer, self.come, self._take = buffer, False, take
+
+    def wait(self) -> None:
+        """Return when the buffer is filled.
+
+        Raises:
+            RuntimeError: the connection has ended, or nothing has come for too long.
+        """
+        while not self.come:
+            self._take()
+
+
+class _Channel:
+    """One end of the connection of two ranks."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._ours: list[_Segment] = []
+        self._theirs: dict[int, _Segment] = {}
+        self._early: deque[tuple[_Segment, int]] = deque()
+        self._expected: deque[Arrival] = deque()
+        limit_waiting(end, ABSENCE)
+        weakref.finalize(self, end.close)
+
+    def send(self, tensor: Tensor) -> None:
+        while self._take(socket.MSG_DONTWAIT):  # What has come makes room for the other side.
+            pass
+        segment = next((s for s in self._ours if s.is_free and s.room >= tensor.nbytes), None)
+        new = segment is None
+        if segment is None:
+            segment = _Segment.new(len(self._ours), tensor.nbytes)
+            self._ours.append(segment)
+        segment.fill(tensor)
+        self._say(_SAID.pack(segment.number, segment.room, tensor.nbytes), segment.file if new else None)
+        segment.forget_file()
+
+    def expect(self, buffer: Tensor) -> Arrival:
+        arrival = Arrival(buffer, self._take)
+        self._expected.append(arrival)
+        self._match()
+        return arrival
+
+    def abort(self) -> None:
+        with suppress(OSError):  # It has ended by itself.
+            self._end.shutdown(socket.SHUT_RDWR)
+
+    def _say(self, words: bytes, file: int | None) -> None:
+        """The kernel keeps some hundred messages; who sends more takes what comes meanwhile, else both might wait."""
+        rights = [] if file is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
+        while True:
+            try:
+                self._end.sendmsg([words], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                select.select([self._end], [self._end], [])
+                self._take(socket.MSG_DONTWAIT)
+            except OSError as error:
+                raise RuntimeError(f"a connection to another rank has ended: {error}") from error
+            else:
+                return
+
+    def _take(self, flags: int = 0) -> bool:
+        """Take in one message; False where there is none and the flags say not to wait."""
+        try:
+            words, rights, _, _ = self._end.recvmsg(_SAID.size, socket.CMSG_SPACE(array.array("i").itemsize), flags)
+        except BlockingIOError:
+            if flags:
+                return False
+            raise RuntimeError(f"another rank has sent nothing for {ABSENCE:.0f} s") from None
+        except OSError as error:
+            raise RuntimeError(f"a connection to another rank has ended: {error}") from error
+        if not words:
+            raise RuntimeError("a connection to another rank has ended")
+        number, room, size = _SAID.unpack(words)
+        if rights:
+            self._theirs[number] = _Segment(number, room, array.array("i", rights[0][2])[0])
+            self._theirs[number].forget_file()
+        self._early.append((self._theirs[number], size))
+        self._match()
+        return True
+
+    def _match(self) -> None:
+        """Messages are in the order in which they were sent, and so are those that are expected."""
+        while self._early and self._expected:
+            segment, size = self._early.popleft()
+            arrival = self._expected.popleft()
+            assert size == arrival.buffer.nbytes, "both ranks post the same exchanges"
+            segment.empty_into(arrival.buffer)
+            arrival.come = True
+
+
+class _Segment:
+    """Memory that two ranks have.
+
+    Args:
+        number: among those of one sender to one receiver.
+        room: bytes of the largest message that it can hold.
+        file: descriptor of the memory.
+    """
+
+    def __init__(self, number: int, room: int, file: int) -> None:
+        self.number, self.room, self.file = number, room, file
+        self._memory = mmap.mmap(file, _HEAD + room)
+        with torch.inference_mode(False):  # It outlives the call, and may be written in any mode.
+            self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)[_HEAD:]
+
+    @classmethod
+    def new(cls, number: int, size: int) -> _Segment:
+        """One for messages of `size` bytes, or twice as many."""
+        room = max(_LEAST, 1 << (size - 1).bit_length())
+        file = os.memfd_create("halovae")
+        os.ftruncate(file, _HEAD + room)
+        return cls(number, room, file)
+
+    @property
+    def is_free(self) -> bool:
+        return self._memory[0] == 0
+
+    def fill(self, tensor: Tensor) -> None:
+        self._bytes[: tensor.nbytes].copy_(tensor)
+        self._memory[0] = 1
+
+    def empty_into(self, buffer: Tensor) -> None:
+        buffer.copy_(self._bytes[: buffer.nbytes])
+        self._memory[0] = 0
+
+    def forget_file(self) -> None:
+        """The memory stays as long as one of the ranks has it mapped."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+
+def _connected(link: Link, rank: int, peers: Sequence[int]) -> dict[int, socket.socket]:
+    """A socket to each peer; of two ranks the higher one comes to the lower one."""
+    token, found = secrets.token_bytes(_TOKEN_BYTES), dict[int, socket.socket]()
+    with _socket() as listener:
+        listener.bind(b"\0halovae-" + secrets.token_hex(_TOKEN_BYTES).encode())
+        listener.listen(len(peers))
+        link.note(_place(rank), token + listener.getsockname())
+        try:
+            for peer in [peer for peer in peers if peer < rank]:
+                found[peer] = _visit(link, rank, peer)
+            return found | accept(listener, {peer for peer in peers if peer > rank}, token)
+        except (OSError, RuntimeError) as error:
+            for end in found.values():
+                end.close()
+            raise error if isinstance(error, RuntimeError) else RuntimeError(str(error)) from error
+
+
+def _visit(link: Link, rank: int, peer: int) -> socket.socket:
+    link.wait_for(lambda: link.noted(_place(peer)) is not None)
+    said, end = link.noted(_place(peer)) or b"", _socket()
+    try:
+        end.settimeout(CONNECT_SECONDS)
+        end.connect(said[_TOKEN_BYTES:])
+        greet(end, rank, said[:_TOKEN_BYTES])
+    except OSError as error:
+        end.close()
+        raise RuntimeError(f"rank {rank} can't reach rank {peer}: {error}") from error
+    return end
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _place(rank: int) -> str:
+    """Where a rank says how it is reached."""
+    return f"shared/{rank}"
