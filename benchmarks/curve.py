@@ -11,12 +11,14 @@ over exact mode on the first of `--ranks`, and `of allowed` compares the two.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 from exact import build, call, picture
 from harness import interleaved, report, run_ranks
+from torch import Tensor
 
 import halovae
 
@@ -25,14 +27,19 @@ def measure(rank: int, case: dict[str, Any], half: str, repeats: int) -> dict[st
     vae, alone, tensor = build(case), build(case), picture(case, half)
     handle = halovae.parallelize(vae, verify=False)
     halovae.optimize(alone)
-    call(vae, half, tensor)  # tells the grid
+
+    @functools.cache
+    def part() -> Tensor:
+        """Of the size of a shard, which the first exact call tells."""
+        assert handle.last is not None
+        (rows, columns), (height, width, frames) = handle.last.shape, case["size"]
+        return picture(case | {"size": (height // rows, width // columns, frames)}, half)
+
+    variants = {"exact": lambda: call(vae, half, tensor), "allowed": lambda: call(alone, half, part())}
+    seconds = {name: spent.seconds for name, spent in interleaved(variants, repeats).items()}
     last = handle.last
     assert last is not None
-    (rows, columns), (height, width, frames) = last.shape, case["size"]
-    part = picture(case | {"size": (height // rows, width // columns, frames)}, half)
-    variants = {"exact": lambda: call(vae, half, tensor), "allowed": lambda: call(alone, half, part)}
-    seconds = {name: spent.seconds for name, spent in interleaved(variants, repeats).items()}
-    return {**seconds, "grid": f"{rows}x{columns}", "messages": last.messages, "wait s": last.wait_seconds}
+    return {**seconds, "grid": "x".join(map(str, last.shape)), "messages": last.messages, "wait s": last.wait_seconds}
 
 
 def main() -> None:

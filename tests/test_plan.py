@@ -29,7 +29,7 @@ def longest_border(plan: ShardPlan) -> int:
 
 
 @given(sizes, sizes, st.integers(1, 9))
-def test_auto_takes_the_smallest_largest_shard_then_the_least_halo(rows: int, cols: int, ranks: int) -> None:
+def test_auto_takes_the_least_cost(rows: int, cols: int, ranks: int) -> None:
     found = plan_shards(rows, cols, 1, ranks, "auto")
     grids = [
         plan_shards(rows, cols, 1, ranks, (down, across))
@@ -37,8 +37,10 @@ def test_auto_takes_the_smallest_largest_shard_then_the_least_halo(rows: int, co
         for across in range(1, ranks // down + 1)
     ]
 
-    def cost(plan: ShardPlan) -> tuple[int, int, int]:
-        return max(a * b for a, b in shards(plan)), longest_border(plan), plan.shape[0] * plan.shape[1]
+    def cost(plan: ShardPlan) -> tuple[float, int]:
+        """Of the largest shard, a quarter more where both axes are cut; a position at a border costs a quarter."""
+        largest = max(a * b for a, b in shards(plan)) * (1.25 if min(plan.shape) > 1 else 1)
+        return largest + longest_border(plan) / 4, plan.shape[0] * plan.shape[1]
 
     assert cost(found) == min(map(cost, grids))
 
@@ -63,13 +65,19 @@ def test_bounds_cover_the_input_on_multiples_of_the_ratio(
 @pytest.mark.parametrize(
     ("axis", "ranks", "shape"),
     [
-        ("height", 4, (4, 1)), ("width", 4, (1, 4)), ("auto", 4, (2, 2)), ("auto", 1, (1, 1)),
+        ("height", 4, (4, 1)), ("width", 4, (1, 4)), ("auto", 4, (1, 4)), ("auto", 1, (1, 1)),
         ("height", 9, (8, 1)), ("auto", 7, (1, 7)), ((2, 3), 6, (2, 3)), ((20, 1), 20, (8, 1)),
     ],
 )  # fmt: skip
 def test_grid(axis: str | tuple[int, int], ranks: int, shape: tuple[int, int]) -> None:
     """Of 16 x 28 latents."""
     assert plan_shards(16 * 8, 28 * 8, 8, ranks, axis).shape == shape
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(2, (1, 2)), (4, (1, 4)), (8, (1, 8)), (64, (3, 21))])
+def test_grid_of_a_usual_video(ranks: int, shape: tuple[int, int]) -> None:
+    """Of 480 x 832 pixels: one axis, until its shards get thin."""
+    assert plan_shards(480, 832, 8, ranks).shape == shape
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 80), (80, 7), (0, 8)])

@@ -54,7 +54,8 @@ def parallelize(
             tile; `handle.last.choice` and the log of "halovae" say which and why. Where memory runs out, all ranks
             make the call again in a way that takes less: exact with fewer frames per call, then on idle ranks too, then
             tiles, then smaller ones.
-        axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard).
+        axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard, by preference
+            of one axis).
         size: use the first `size` ranks only; the others wait and share the result.
         gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard), or nobody
             ("shard"; `handle.last.extents` says which part; exact mode only). A mapping says it for each half, as in

@@ -9,6 +9,13 @@ from halovae.config import Axis
 from halovae.errors import InputError
 from halovae.geometry import MIN_ROWS, even_bounds
 
+BOTH_WAYS = 1.25
+"""What a shard costs where both axes are cut, over one of its size where one is: the halo of the first axis has to come
+before that of the second is sent, for the corners, so nothing is computed meanwhile, and it takes a copy more.
+docs/performance.md has the measurements, under "More ranks than two" and "GPUs"."""
+BORDER = 0.25
+"""What a position along an inner border costs, over one inside: it is moved and not computed. An estimate."""
+
 
 @dataclass(frozen=True)
 class ShardPlan:
@@ -34,7 +41,8 @@ def plan_shards(height: int, width: int, ratio: int, ranks: int, axis: Axis = "a
         width: columns of the input.
         ratio: input rows per latent row: the spatial compression for encode, 1 for decode. Cuts fall on multiples.
         ranks: ranks that may work.
-        axis: "height", "width", (rows, columns), or "auto": the smallest largest shard, then the least halo.
+        axis: "height", "width", (rows, columns), or "auto": the smallest largest shard with the
+            least border, both axes only where that makes it a good deal smaller.
 
     Returns:
         A plan for `ranks` ranks or, where the input is too small, for fewer.
@@ -65,12 +73,12 @@ def _best_shape(rows: int, cols: int, ranks: int, most_rows: int, most_cols: int
         for down in range(1, min(ranks, most_rows) + 1)
         for across in range(1, min(ranks // down, most_cols) + 1)
     ]
-    return min(candidates, key=lambda shape: (*_cost(rows, cols, shape), shape[0] * shape[1], shape))
+    return min(candidates, key=lambda shape: (_cost(rows, cols, shape), shape[0] * shape[1], shape))
 
 
-def _cost(rows: int, cols: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """Positions in the largest shard, and the longest inner border that a shard has."""
+def _cost(rows: int, cols: int, shape: tuple[int, int]) -> float:
+    """What the largest shard costs, in positions."""
     down, across = shape
     tall, wide = -(-rows // down), -(-cols // across)
     border = wide * min(down - 1, 2) + tall * min(across - 1, 2)
-    return tall * wide, border
+    return tall * wide * (BOTH_WAYS if down > 1 and across > 1 else 1) + BORDER * border

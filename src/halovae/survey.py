@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from halovae.speed import Speed
 from halovae.target import Target
 from halovae.trees import on_meta
 
-_CUTS = ("auto", "height", "width")
 MOST_RANKS = 1024
 """Where the search for enough ranks ends."""
 
@@ -75,7 +75,7 @@ class Survey:
         """Exact mode on each number of ranks and cut, then tile mode."""
         for count in ranks:
             seen: set[str] = set()
-            for axis in _CUTS:
+            for axis in _cuts(count):
                 row = self.exact(half, count, axis)
                 cut = row.prediction.cut if row.prediction else row.refusal
                 if cut not in seen:
@@ -149,3 +149,9 @@ def _efficiency(alone: Prediction, found: Prediction) -> float:
 
 
 __all__ = ["HALVES", "MOST_RANKS", "Row", "Survey"]
+
+
+def _cuts(ranks: int) -> tuple[Axis, ...]:
+    """By default, along each axis, and along both in the squarest way that takes all ranks."""
+    rows = next(rows for rows in range(isqrt(ranks), 0, -1) if ranks % rows == 0)
+    return "auto", "height", "width", (rows, ranks // rows)
