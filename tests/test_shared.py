@@ -80,7 +80,10 @@ def test_more_messages_than_the_kernel_keeps() -> None:
 
 
 def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred exchanges take as much of it as the first ones: three segments at the most for each of two ranks."""
+    """A hundred exchanges take as much of it as the first ones: three segments at the most for each of two ranks.
+
+    And none of them holds a descriptor.
+    """
     made: list[int] = []
     create = os.memfd_create
     monkeypatch.setattr(os, "memfd_create", lambda name: made.append(create(name)) or made[-1])
@@ -92,8 +95,10 @@ def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
             arrival.wait()
             assert torch.equal(buffer, message(1 - rank, rank, number, 100_000))
 
+    before = len(os.listdir("/proc/self/fd"))
     with_lanes(2, work)
     assert 2 <= len(made) <= 6
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_messages_of_inference_mode_and_outside_of_it() -> None:

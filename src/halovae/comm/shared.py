@@ -8,7 +8,7 @@ system, so nothing is left behind by processes that are killed.
 from __future__ import annotations
 
 import array
-import mmap
+import ctypes
 import os
 import secrets
 import select
@@ -104,8 +104,7 @@ class _Channel:
         weakref.finalize(self, end.close)
 
     def send(self, tensor: Tensor) -> None:
-        while self._take(socket.MSG_DONTWAIT):  # What has come makes room for the other side.
-            pass
+        self._catch_up()
         segment = next((s for s in self._ours if s.is_free and s.room >= tensor.nbytes), None)
         new = segment is None
         if segment is None:
@@ -119,6 +118,7 @@ class _Channel:
         arrival = Arrival(buffer, self._take)
         self._expected.append(arrival)
         self._match()
+        self._catch_up()
         return arrival
 
     def abort(self) -> None:
@@ -138,6 +138,11 @@ class _Channel:
                 raise RuntimeError(f"a connection to another rank has ended: {error}") from error
             else:
                 return
+
+    def _catch_up(self) -> None:
+        """Take in what has come: it makes room for the other side."""
+        while self._take(socket.MSG_DONTWAIT):
+            pass
 
     def _take(self, flags: int = 0) -> bool:
         """Take in one message; False where there is none and the flags say not to wait."""
@@ -180,9 +185,11 @@ class _Segment:
 
     def __init__(self, number: int, room: int, file: int) -> None:
         self.number, self.room, self.file = number, room, file
-        self._memory = mmap.mmap(file, _HEAD + room)
         with torch.inference_mode(False):  # It outlives the call, and may be written in any mode.
-            self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)[_HEAD:]
+            # Python's mmap would keep a descriptor for each segment.
+            memory = torch.from_file(f"/proc/self/fd/{file}", shared=True, size=_HEAD + room, dtype=torch.uint8)
+            self._bytes = memory[_HEAD:]
+        self._taken = ctypes.c_uint8.from_address(memory.data_ptr())
 
     @classmethod
     def new(cls, number: int, size: int) -> _Segment:
@@ -194,15 +201,15 @@ class _Segment:
 
     @property
     def is_free(self) -> bool:
-        return self._memory[0] == 0
+        return not self._taken.value
 
     def fill(self, tensor: Tensor) -> None:
         self._bytes[: tensor.nbytes].copy_(tensor)
-        self._memory[0] = 1
+        self._taken.value = 1
 
     def empty_into(self, buffer: Tensor) -> None:
         buffer.copy_(self._bytes[: buffer.nbytes])
-        self._memory[0] = 0
+        self._taken.value = 0
 
     def forget_file(self) -> None:
         """The memory stays as long as one of the ranks has it mapped."""
