@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from test_link import with_links
 from torch import Tensor
 
 from halovae.comm.link import Link
-from halovae.comm.shared import SMALL, SharedLane
+from halovae.comm.shared import SMALL, SharedLane, can_share
 
 SIZES = (1, 0, 7, 1000, 64 << 10, (64 << 10) + 1, SMALL)
 
@@ -139,3 +142,15 @@ def test_a_rank_that_sends_nothing_is_not_waited_for_forever(monkeypatch: pytest
             arrival.wait()
 
     with_lanes(2, work)
+
+
+@pytest.mark.parametrize("forbidden", ["memfd_create", "socket"])
+def test_a_system_without_it_goes_without_it(forbidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_share() == (platform.machine() in ("x86_64", "AMD64"))
+
+    def refuse(*args: Any) -> Any:
+        raise PermissionError("a sandbox forbids it")
+
+    monkeypatch.setattr(os if forbidden == "memfd_create" else socket, forbidden, refuse)
+    assert not can_share()
+    SharedLane(MagicMock(), 0, []).post([], [])  # Nobody to share with: it opens nothing.

@@ -145,7 +145,7 @@ class MeteredComm(SoloComm):
         self._link, self._meter = link, meter
         self._free = 0.0
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
         sent, received = (sum(tensor.nbytes for _, tensor in messages) for messages in (sends, receives))
         self.traffic.messages += len(sends)
         self.traffic.bytes += sent

@@ -76,10 +76,16 @@ class Comm(Protocol):
         """
         ...
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
         """Begin an exchange and return at once.
 
         Exchanges between ranks pair up in the order they are posted, so all ranks post theirs in the same order.
+
+        Args:
+            sends: as for `exchange`.
+            receives: likewise.
+            bulk: whether many such exchanges may be under way at once; the same on every rank. Else the next ones are
+                posted when this rank and its peers have waited for this one.
         """
         ...
 
@@ -150,7 +156,7 @@ class SoloComm:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.post(sends, receives).wait()
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
         assert not sends, "a group of one has no peers"
         assert not receives, "a group of one has no peers"
         return Nothing()

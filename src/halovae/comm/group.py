@@ -119,7 +119,7 @@ class GroupComm:
         self.post(sends, receives).wait()
 
     @outside_modes
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
         self._link.check()
         if not sends and not receives:
             return Nothing()
@@ -128,7 +128,7 @@ class GroupComm:
         staged = [(peer, self._staged(tensor)) for peer, tensor in sends]
         lane = self._lanes[(landing or staged)[0][1].device.type]
         try:
-            works = lane.post([(p, _raw(t)) for p, t in staged], [(p, _raw(t)) for p, t in landing])
+            works = lane.post([(p, _raw(t)) for p, t in staged], [(p, _raw(t)) for p, t in landing], bulk)
         except RuntimeError as error:
             raise self.blamed(error) from error
         self.traffic.messages += len(sends)

@@ -86,7 +86,7 @@ class GlooLane:
 
 
 class HostLane:
-    """Moves what is in host memory: small messages within a host through shared memory, all others by gloo.
+    """Moves what is in host memory: small messages within a host through shared memory, bulk and all others by gloo.
 
     Args:
         link: of the group.
@@ -99,7 +99,9 @@ class HostLane:
         self._gloo, self._shared = GlooLane(link, rank, size), SharedLane(link, rank, neighbours)
         self._neighbours = set(neighbours)
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Work]:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool) -> list[Work]:
+        if bulk:
+            return [*self._gloo.post(sends, receives)]
         near = [list(filter(self._is_near, messages)) for messages in (sends, receives)]
         far = [list(filterfalse(self._is_near, messages)) for messages in (sends, receives)]
         return [*self._gloo.post(*far), *self._shared.post(*near)]
@@ -134,7 +136,7 @@ class DeviceLane:
             # Else the first messages would connect, and wait for ranks that have none.
             self._backend.eager_connect_single_device(device)
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool) -> list[dist.Work]:
         self._group._start_coalescing(self._device)
         for peer, buffer in receives:
             self._group.recv([buffer], peer, 0)

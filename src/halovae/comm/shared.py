@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import array
 import ctypes
+import errno
 import os
+import platform
 import secrets
-import select
 import socket
 import struct
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from torch import Tensor
 from halovae.comm.api import Message
 from halovae.comm.link import ABSENCE, Link
 from halovae.comm.wire import CONNECT_SECONDS, accept, greet, limit_waiting
+from halovae.errors import InputError
 
 SMALL = 4 << 20
 """Bytes of the largest message that goes this way: beyond, time is spent on moving it, and not on waking up for it."""
@@ -35,11 +38,24 @@ _HEAD = 64
 _SAID = struct.Struct("=III")
 """Number of a segment, bytes that it can hold, bytes of the message."""
 _TOKEN_BYTES = 16
+_PAUSE = 5e-4
+"""Seconds between two tries to send what the kernel has no room for."""
 
 
 def can_share() -> bool:
-    """Whether this system has what it takes."""
-    return hasattr(os, "memfd_create") and hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "SCM_RIGHTS")
+    """Whether this system has what it takes: tried, since a sandbox may forbid any of it.
+
+    Other processors may show a rank the word that a segment is free before its message has been read.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        _Segment.new(0, 1).forget_file()
+        with _socket() as listener:
+            listener.bind(_name())
+    except (OSError, RuntimeError, AttributeError):
+        return False
+    return True
 
 
 class SharedLane:
@@ -66,8 +82,19 @@ class SharedLane:
         """
         arrivals = [self._channels[peer].expect(buffer) for peer, buffer in receives]
         for peer, tensor in sends:
-            self._channels[peer].send(tensor)
+            self._send(peer, tensor)
         return arrivals
+
+    def _send(self, peer: int, tensor: Tensor) -> None:
+        """The kernel keeps some hundred messages and descriptors; meanwhile all that comes is taken in, which makes
+        room for the others, who may wait for it."""
+        deadline = time.monotonic() + ABSENCE
+        while not self._channels[peer].send(tensor):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"rank {peer} has taken nothing for {ABSENCE:.0f} s")
+            for channel in self._channels.values():
+                channel.catch_up()
+            time.sleep(_PAUSE)
 
     def abort(self) -> None:
         """End every connection: who waits for it, here or there, is woken by an error."""
@@ -103,43 +130,44 @@ class _Channel:
         limit_waiting(end, ABSENCE)
         weakref.finalize(self, end.close)
 
-    def send(self, tensor: Tensor) -> None:
-        self._catch_up()
+    def send(self, tensor: Tensor) -> bool:
+        """False where the kernel keeps too many messages already."""
+        self.catch_up()
         segment = next((s for s in self._ours if s.is_free and s.room >= tensor.nbytes), None)
-        new = segment is None
         if segment is None:
             segment = _Segment.new(len(self._ours), tensor.nbytes)
             self._ours.append(segment)
         segment.fill(tensor)
-        self._say(_SAID.pack(segment.number, segment.room, tensor.nbytes), segment.file if new else None)
-        segment.forget_file()
+        said = self._say(_SAID.pack(segment.number, segment.room, tensor.nbytes), segment.file)
+        if said:
+            segment.forget_file()
+        else:
+            segment.free()
+        return said
 
     def expect(self, buffer: Tensor) -> Arrival:
         arrival = Arrival(buffer, self._take)
         self._expected.append(arrival)
         self._match()
-        self._catch_up()
+        self.catch_up()
         return arrival
 
     def abort(self) -> None:
         with suppress(OSError):  # It has ended by itself.
             self._end.shutdown(socket.SHUT_RDWR)
 
-    def _say(self, words: bytes, file: int | None) -> None:
-        """The kernel keeps some hundred messages; who sends more takes what comes meanwhile, else both might wait."""
-        rights = [] if file is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
-        while True:
-            try:
-                self._end.sendmsg([words], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                select.select([self._end], [self._end], [])
-                self._take(socket.MSG_DONTWAIT)
-            except OSError as error:
-                raise RuntimeError(f"a connection to another rank has ended: {error}") from error
-            else:
-                return
+    def _say(self, words: bytes, file: int) -> bool:
+        """With the descriptor of a segment that the other side has not seen."""
+        rights = [] if file < 0 else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
+        try:
+            self._end.sendmsg([words], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ETOOMANYREFS):
+                return False
+            raise RuntimeError(f"a connection to another rank has ended: {error}") from error
+        return True
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Take in what has come: it makes room for the other side."""
         while self._take(socket.MSG_DONTWAIT):
             pass
@@ -160,6 +188,8 @@ class _Channel:
         if rights:
             self._theirs[number] = _Segment(number, room, array.array("i", rights[0][2])[0])
             self._theirs[number].forget_file()
+        elif number not in self._theirs:
+            raise RuntimeError("another rank's memory can't be opened: this process has too many files open")
         self._early.append((self._theirs[number], size))
         self._match()
         return True
@@ -209,6 +239,9 @@ class _Segment:
 
     def empty_into(self, buffer: Tensor) -> None:
         buffer.copy_(self._bytes[: buffer.nbytes])
+        self.free()
+
+    def free(self) -> None:
         self._taken.value = 0
 
     def forget_file(self) -> None:
@@ -221,18 +254,22 @@ class _Segment:
 def _connected(link: Link, rank: int, peers: Sequence[int]) -> dict[int, socket.socket]:
     """A socket to each peer; of two ranks the higher one comes to the lower one."""
     token, found = secrets.token_bytes(_TOKEN_BYTES), dict[int, socket.socket]()
+    if not peers:
+        return found
     with _socket() as listener:
-        listener.bind(b"\0halovae-" + secrets.token_hex(_TOKEN_BYTES).encode())
+        listener.bind(_name())
         listener.listen(len(peers))
         link.note(_place(rank), token + listener.getsockname())
         try:
             for peer in [peer for peer in peers if peer < rank]:
                 found[peer] = _visit(link, rank, peer)
-            return found | accept(listener, {peer for peer in peers if peer > rank}, token)
-        except (OSError, RuntimeError) as error:
+            return found | accept(listener, {peer for peer in peers if peer > rank}, token, ABSENCE, link.check)
+        except BaseException as error:
             for end in found.values():
                 end.close()
-            raise error if isinstance(error, RuntimeError) else RuntimeError(str(error)) from error
+            if isinstance(error, (OSError, InputError)):
+                raise RuntimeError(str(error)) from error
+            raise
 
 
 def _visit(link: Link, rank: int, peer: int) -> socket.socket:
@@ -250,6 +287,11 @@ def _visit(link: Link, rank: int, peer: int) -> socket.socket:
 
 def _socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _name() -> bytes:
+    """A name for a socket that no file system has."""
+    return b"\0halovae-" + secrets.token_hex(_TOKEN_BYTES).encode()
 
 
 def _place(rank: int) -> str:

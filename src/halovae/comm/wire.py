@@ -21,6 +21,7 @@ Share = Callable[[Any], list[Any]]
 
 CONNECT_SECONDS = 30.0
 _TRY_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"!{_TOKEN_BYTES}sI")
 
@@ -48,7 +49,7 @@ def star(rank: int, size: int, share: Share) -> dict[int, Connection]:
         share((["127.0.0.1"] if on_one_host else _addresses(), listener.getsockname()[1], token))
         try:
             peers = accept(listener, set(range(1, size)), token)
-        except TimeoutError as error:
+        except InputError as error:
             raise InputError(f"{error}: is a firewall between?") from None
         return {rank: _connection(peer) for rank, peer in peers.items()}
 
@@ -99,22 +100,40 @@ def _addresses() -> list[str]:
     return [address for address in dict.fromkeys(found) if not address.startswith("127.")]
 
 
-def accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int, socket.socket]:
+def accept(
+    listener: socket.socket,
+    ranks: set[int],
+    token: bytes,
+    seconds: float = CONNECT_SECONDS,
+    check: Callable[[], None] = lambda: None,
+) -> dict[int, socket.socket]:
     """A socket to each of `ranks`, which `greet` with the token.
 
+    Args:
+        listener: where they come to.
+        ranks: who is to come.
+        token: that they have to know.
+        seconds: for all of them together.
+        check: called now and then; raises where it is no use to wait.
+
     Raises:
-        TimeoutError: some did not come.
+        InputError: some did not come.
     """
     found: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + CONNECT_SECONDS
+    deadline = time.monotonic() + seconds
+    listener.settimeout(_LOOK_SECONDS)
     while missing := ranks - set(found):
-        listener.settimeout(max(0.01, deadline - time.monotonic()))
         try:
+            check()
+            if time.monotonic() > deadline:
+                raise InputError(f"rank {', '.join(map(str, sorted(missing)))} did not connect in time")
             peer, _ = listener.accept()
         except TimeoutError:
+            continue
+        except BaseException:
             for peer in found.values():
                 peer.close()
-            raise TimeoutError(f"rank {', '.join(map(str, sorted(missing)))} did not connect in time") from None
+            raise
         peer.settimeout(_TRY_SECONDS)
         try:
             said, rank = _HELLO.unpack(_read(peer, _HELLO.size))

@@ -52,7 +52,7 @@ class Mover:
                 sends = self._outgoing(chain)
             elif self._comm.rank in self._holders:
                 receives += [(rank, buffer) for buffer in self._incoming(chain)]
-        self._posted.append(self._comm.post(sends, receives))
+        self._posted.append(self._comm.post(sends, receives, bulk=True))
 
     def _outgoing(self, chain: Chain) -> list[Message]:
         others = [rank for rank in self._holders if rank != self._comm.rank]
