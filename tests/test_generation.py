@@ -85,7 +85,7 @@ def test_dry_run_loads_no_weights(demo: str, in_folder: Path, capsys: pytest.Cap
     plan = json.loads(Path("plan.json").read_text())
     assert plan["tokens"] == 3 * 16 * 24
     assert plan["tokens_per_rank"] == 3 * 16 * 24 // 4
-    assert plan["vae"]["decode"]["shards"] == [2, 2]
+    assert plan["vae"]["decode"]["shards"] == [1, 4]
     assert {part["part"] for part in plan["parts"]} == {"vae", "transformer", "text_encoder"}
     taken = {(row["half"], row["mode"], row["ranks"]): row["bytes"] for row in plan["vae_memory"]}
     assert len(taken) == 6
