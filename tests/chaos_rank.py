@@ -177,9 +177,9 @@ class _Fault:
         vars(self._comm).pop("post", None)
 
     def _counted(self, post: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
             self._step()
-            return post(*args)
+            return post(*args, **kwargs)
 
         return counted
 
