@@ -17,6 +17,7 @@ if torch.accelerator.device_count() == 0:
 from ranks import Ranks
 from servers import Server
 
+from halovae.kernels import convolution, upsampling
 from halovae.pipelines.demo import make_demo_model
 
 pytest_plugins = ["counting"]
@@ -40,6 +41,15 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     """The seed of this run's random examples; `--hypothesis-seed` gives the same ones again."""
     return f"hypothesis seed {config.option.hypothesis_seed}"
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels' pieces so small that even a test's picture is cut into several."""
+    monkeypatch.setattr("halovae.kernels.chain.CHAIN_ELEMENTS", 100)
+    for module in (convolution, upsampling):
+        monkeypatch.setattr(module, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(convolution, "MANY_ROWS", 1)
 
 
 @pytest.fixture(scope="session")

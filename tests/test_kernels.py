@@ -12,20 +12,11 @@ from shards import EXACT, GRID, assert_same, draw, image, on_shards, video
 from torch import Tensor
 
 from halovae.kernels import convolution, slabs, upsampling
-from halovae.kernels.borders import Fill
 from halovae.kernels.deferred import Deferred, recipe_of
-from halovae.kernels.joined import Halo, Joined
+from halovae.kernels.joined import Joined
 from halovae.kernels.mode import FastMode, finished
 
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces so small that even a test's picture is cut into several."""
-    monkeypatch.setattr("halovae.kernels.chain.CHAIN_ELEMENTS", 100)
-    for module in (convolution, upsampling):
-        monkeypatch.setattr(module, "WINDOW_BYTES", 1)
-    monkeypatch.setattr(convolution, "MANY_ROWS", 1)
-
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 VIDEO, IMAGE = (1, 4, 5, 12, 9), (2, 4, 12, 9)
 W3, W2, BIAS = draw(6, 4, 3, 3, 3, seed=1), draw(6, 4, 3, 3, seed=1), draw(6, seed=2)
@@ -202,56 +193,6 @@ def test_one_of_equal_frames_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
         with torch.no_grad(), FastMode():
             finished(CASES[name][0](draw(*VIDEO)))
     assert set(seen) == {W3.shape[2]}
-
-
-@pytest.mark.parametrize("side", ["before", "after"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_inside_is_computed_while_the_halo_is_under_way(
-    dtype: torch.dtype, side: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The operator runs before anybody waits; the result is that of all rows together."""
-    monkeypatch.setattr(convolution, "working_dtype", lambda dtype: torch.float32)
-    events: list[str] = []
-    run = convolution._run
-    monkeypatch.setattr(convolution, "_run", lambda *args: (events.append("run"), run(*args))[1])
-    whole, weight = draw(1, 4, 2, 12, 9, dtype=dtype), W3[:, :, :2].to(dtype)
-    inside, row = (
-        (whole[..., 1:, :], whole[..., :1, :]) if side == "before" else (whole[..., :-1, :], whole[..., -1:, :])
-    )
-    halo = Halo(3, *((row, None) if side == "before" else (None, row)), lambda: events.append("wait"))
-    pads = (0, 1) if side == "before" else (1, 0)
-    recipe = Joined((inside,), halo=halo).padded({3: pads, 4: (1, 1)}, Fill())
-    assert recipe
-    with torch.no_grad():
-        found = convolution.convolution(Deferred(recipe), weight, None, (1, 1, 1), (0, 0, 0), (1, 1, 1))
-        expected = F.conv3d(F.pad(whole, (1, 1, *pads)).double(), weight.double())
-    # bfloat16 results are rounded once, to 8 bits; sums of 72 products in float32 lose less than 1e-6.
-    assert_same(found.double(), expected, 2**-8 if dtype == torch.bfloat16 else 1e-6)
-    assert events[0] == "run"
-    assert "wait" in events
-
-
-@pytest.mark.parametrize("mode", ["constant", "replicate"])
-@pytest.mark.parametrize("side", ["before", "after"])
-@pytest.mark.parametrize("rows", [1, 40])
-def test_padding_across_from_a_halo(rows: int, side: str, mode: str) -> None:
-    """Also so many rows of it that a piece of the result could see nothing else."""
-    inside, row = draw(*VIDEO), draw(*VIDEO)[..., :1, :]
-    halo = Halo(3, *((row, None) if side == "before" else (None, row)), lambda: None)
-    pads = (0, rows) if side == "before" else (rows, 0)
-    recipe = Joined((inside,), halo=halo).padded({3: pads, 4: (1, 1)}, Fill(mode))
-    assert recipe
-    with torch.no_grad():
-        found = convolution.convolution(Deferred(recipe), W3, BIAS, (1, 1, 1), (0, 0, 0), (1, 1, 1))
-        whole = torch.cat([row, inside] if side == "before" else [inside, row], 3)
-        assert_same(found, F.conv3d(F.pad(whole, (1, 1, *pads, 0, 0), mode=mode), W3, BIAS), 1e-13)
-
-
-def test_borders_are_no_pieces_of_their_own() -> None:
-    """Each is part of one of several equal pieces, after those that need no halo."""
-    assert convolution._in_order(1, 33, 33, 1000) == [(18, 33), (0, 18)]
-    assert convolution._in_order(1, 127, 128, 42) == [(32, 64), (64, 96), (0, 32), (96, 128)]
-    assert convolution._in_order(0, 128, 128, 64) == [(0, 64), (64, 128)]
 
 
 LOW = ["conv3d", "causal, first frame", "causal, two cached", "asymmetric padding", "several users", "upsampled"]

@@ -148,10 +148,10 @@ def _efficiency(alone: Prediction, found: Prediction) -> float:
     return alone.seconds / (found.ranks * found.seconds)
 
 
-__all__ = ["HALVES", "MOST_RANKS", "Row", "Survey"]
-
-
 def _cuts(ranks: int) -> tuple[Axis, ...]:
     """By default, along each axis, and along both in the squarest way that takes all ranks."""
     rows = next(rows for rows in range(isqrt(ranks), 0, -1) if ranks % rows == 0)
     return "auto", "height", "width", (rows, ranks // rows)
+
+
+__all__ = ["HALVES", "MOST_RANKS", "Row", "Survey"]

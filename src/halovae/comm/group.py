@@ -92,8 +92,8 @@ class GroupComm:
             dist.all_gather_object(values, value, group=group)
             return values
 
-        self._name = share(secrets.token_hex(8))[0]
-        hosts = share(host() if can_share() else None)
+        names, hosts = zip(*share((secrets.token_hex(8), host() if can_share() else None)), strict=True)
+        self._name = names[0]
         self._neighbours = [r for r, h in enumerate(hosts) if r != self.rank and h and h == hosts[self.rank]]
         # Weak, and closed at the end: the thread of the link must not outlive what nobody uses any more.
         abort = weakref.WeakMethod(self._abort)

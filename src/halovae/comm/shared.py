@@ -1,16 +1,13 @@
 """Small messages between ranks of one host, through memory that both have: no thread has to wake up for them.
 
-The sender copies a message into a **segment** and says over a socket which one it is; the receiver copies it out and
-writes into the segment that it is free again. A segment is anonymous memory, and sockets have no name in any file
-system, so nothing is left behind by processes that are killed.
+The sender copies a message into a segment (`segment.py`) and says over a socket which one it is; the receiver copies it
+out. Sockets have no name in any file system, so nothing is left behind by processes that are killed.
 """
 
 from __future__ import annotations
 
 import array
-import ctypes
 import errno
-import os
 import platform
 import secrets
 import socket
@@ -21,20 +18,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from halovae.comm.api import Message
 from halovae.comm.link import ABSENCE, Link
+from halovae.comm.segment import Segment
 from halovae.comm.wire import CONNECT_SECONDS, accept, greet, limit_waiting
 from halovae.errors import InputError
 
 SMALL = 4 << 20
 """Bytes of the largest message that goes this way: beyond, time is spent on moving it, and not on waking up for it."""
-_LEAST = 64 << 10
-"""Bytes of the smallest segment."""
-_HEAD = 64
-"""Bytes before a segment's message. The first of them says whether there is one."""
 _SAID = struct.Struct("=III")
 """Number of a segment, bytes that it can hold, bytes of the message."""
 _TOKEN_BYTES = 16
@@ -50,7 +43,7 @@ def can_share() -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     try:
-        _Segment.new(0, 1).forget_file()
+        Segment.new(0, 1).forget_file()
         with _socket() as listener:
             listener.bind(_name())
     except (OSError, RuntimeError, AttributeError):
@@ -86,8 +79,7 @@ class SharedLane:
         return arrivals
 
     def _send(self, peer: int, tensor: Tensor) -> None:
-        """The kernel keeps some hundred messages and descriptors; meanwhile all that comes is taken in, which makes
-        room for the others, who may wait for it."""
+        """Where the kernel keeps its most, some hundred messages, others may wait for this rank to take in theirs."""
         deadline = time.monotonic() + ABSENCE
         while not self._channels[peer].send(tensor):
             if time.monotonic() > deadline:
@@ -123,19 +115,18 @@ class _Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
-        self._ours: list[_Segment] = []
-        self._theirs: dict[int, _Segment] = {}
-        self._early: deque[tuple[_Segment, int]] = deque()
+        self._ours: list[Segment] = []
+        self._theirs: dict[int, Segment] = {}
+        self._early: deque[tuple[Segment, int]] = deque()
         self._expected: deque[Arrival] = deque()
         limit_waiting(end, ABSENCE)
         weakref.finalize(self, end.close)
 
     def send(self, tensor: Tensor) -> bool:
         """False where the kernel keeps too many messages already."""
-        self.catch_up()
         segment = next((s for s in self._ours if s.is_free and s.room >= tensor.nbytes), None)
         if segment is None:
-            segment = _Segment.new(len(self._ours), tensor.nbytes)
+            segment = Segment.new(len(self._ours), tensor.nbytes)
             self._ours.append(segment)
         segment.fill(tensor)
         said = self._say(_SAID.pack(segment.number, segment.room, tensor.nbytes), segment.file)
@@ -149,7 +140,6 @@ class _Channel:
         arrival = Arrival(buffer, self._take)
         self._expected.append(arrival)
         self._match()
-        self.catch_up()
         return arrival
 
     def abort(self) -> None:
@@ -168,7 +158,7 @@ class _Channel:
         return True
 
     def catch_up(self) -> None:
-        """Take in what has come: it makes room for the other side."""
+        """Take in what has come."""
         while self._take(socket.MSG_DONTWAIT):
             pass
 
@@ -186,7 +176,7 @@ class _Channel:
             raise RuntimeError("a connection to another rank has ended")
         number, room, size = _SAID.unpack(words)
         if rights:
-            self._theirs[number] = _Segment(number, room, array.array("i", rights[0][2])[0])
+            self._theirs[number] = Segment(number, room, array.array("i", rights[0][2])[0])
             self._theirs[number].forget_file()
         elif number not in self._theirs:
             raise RuntimeError("another rank's memory can't be opened: this process has too many files open")
@@ -202,53 +192,6 @@ class _Channel:
             assert size == arrival.buffer.nbytes, "both ranks post the same exchanges"
             segment.empty_into(arrival.buffer)
             arrival.come = True
-
-
-class _Segment:
-    """Memory that two ranks have.
-
-    Args:
-        number: among those of one sender to one receiver.
-        room: bytes of the largest message that it can hold.
-        file: descriptor of the memory.
-    """
-
-    def __init__(self, number: int, room: int, file: int) -> None:
-        self.number, self.room, self.file = number, room, file
-        with torch.inference_mode(False):  # It outlives the call, and may be written in any mode.
-            # Python's mmap would keep a descriptor for each segment.
-            memory = torch.from_file(f"/proc/self/fd/{file}", shared=True, size=_HEAD + room, dtype=torch.uint8)
-            self._bytes = memory[_HEAD:]
-        self._taken = ctypes.c_uint8.from_address(memory.data_ptr())
-
-    @classmethod
-    def new(cls, number: int, size: int) -> _Segment:
-        """One for messages of `size` bytes, or twice as many."""
-        room = max(_LEAST, 1 << (size - 1).bit_length())
-        file = os.memfd_create("halovae")
-        os.ftruncate(file, _HEAD + room)
-        return cls(number, room, file)
-
-    @property
-    def is_free(self) -> bool:
-        return not self._taken.value
-
-    def fill(self, tensor: Tensor) -> None:
-        self._bytes[: tensor.nbytes].copy_(tensor)
-        self._taken.value = 1
-
-    def empty_into(self, buffer: Tensor) -> None:
-        buffer.copy_(self._bytes[: buffer.nbytes])
-        self.free()
-
-    def free(self) -> None:
-        self._taken.value = 0
-
-    def forget_file(self) -> None:
-        """The memory stays as long as one of the ranks has it mapped."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
 
 
 def _connected(link: Link, rank: int, peers: Sequence[int]) -> dict[int, socket.socket]:

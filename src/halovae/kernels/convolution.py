@@ -200,9 +200,8 @@ def _by_rows(
     out = torch.empty(shape, dtype=joined.dtype, device=joined.device, memory_format=memory_format(n + 2, True))
     stride, reach = window.stride[-2], window.reach(n - 2)
     inner = _inner_rows(joined, window, rows)
-    spans = _in_order(*inner, rows, step)
-    if max(joined.pads.get(n, (0, 0))) > reach:  # a piece could lie in the padding alone
-        spans = [(0, rows)]
+    padded_far = max(joined.pads.get(n, (0, 0))) > reach  # a piece could lie in the padding alone
+    spans = [(0, rows)] if padded_far else _in_order(*inner, rows, step)
     for low, high in in_turn(spans, out, lambda span: (span[1] - span[0], _is_inside(span, inner))):
         source = joined.rows(low * stride, (high - 1) * stride + reach + 1, work, True)
         run(source, out.narrow(-2, low, high - low))
