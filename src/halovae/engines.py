@@ -15,6 +15,7 @@ from halovae.comm import Comm, Traffic
 from halovae.config import Options, gather_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import run_on_group
+from halovae.kernels import trials
 from halovae.kernels.weights import forget
 from halovae.memory import PeakMemory
 from halovae.merge import Merger, merged
@@ -100,6 +101,7 @@ class ExactEngine(Engine):
     def __init__(self, comm: Comm, target: Target, options: Options) -> None:
         self._comm, self._target, self._options = comm, target, options
         self._verified: set[tuple[str, tuple[int, int]]] = set()
+        self._tried: set[Any] = set()
         self._ratio: int | None = None
         self._room = Room(target)
         self._merger = Merger(comm, target, options.frames_per_call)
@@ -118,6 +120,7 @@ class ExactEngine(Engine):
         call = merged(self._target, half, steps)
         outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep)
         self._room.learn(half, plan, picture, memory.growth)
+        self._choose_alike(half, plan, picture)
         _note(outcome.network_seconds, outcome.gather_seconds)
         timeline.note("probe", started, probed)
         report = {"shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps}
@@ -127,6 +130,16 @@ class ExactEngine(Engine):
             "gather": outcome.gather_seconds,
         }
         return Ran(outcome.result, "exact", report, phases)
+
+    def _choose_alike(self, half: str, plan: ShardPlan, picture: Tensor) -> None:
+        """After the first call of its kind, in which each rank has tried out by itself which kernels are fastest."""
+        kind = half, plan, tuple(picture.shape), picture.dtype
+        if self._comm.size == 1 or kind in self._tried:
+            return
+        self._tried.add(kind)
+        if any(everyone := self._comm.all_gather_object(trials.known())):
+            trials.adopt(everyone)
+            forget()  # Weights in the order of kernels that are not chosen now.
 
     def ratio(self, half: str, picture: Tensor) -> int:
         """Rows of the input per latent row; 1 where nothing is cut."""

@@ -78,6 +78,8 @@ def mark_like(result: Any, tensor: Tensor) -> Any:
 
 def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout:
     """The layout of an elementwise result; tensors of one constant value adapt to the others."""
+    if (first := layout_of(operands[0])) and all(layout_of(operand) is first for operand in operands):
+        return first
     known = [(layout_of(t), shape_of(t)) for t in operands if layout_of(t) or not is_uniform(t)]
     return broadcast(known, shape)
 
@@ -85,6 +87,8 @@ def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout
 def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
     """The operands, cut alike: where bounds or halos differ, all follow the first sharded operand."""
     layouts = [layout for operand in operands if (layout := layout_of(operand))]
+    if all(layout is layouts[0] for layout in layouts):
+        return operands
     for position in _cut_differently(tuple(layouts)):
         operands = [_without_halo(mesh, operand, position) for operand in operands]
         first = next(factor for o in operands if (factor := _axis_at(o, position)))

@@ -23,6 +23,7 @@ from halovae.exact.layout import (
     plain,
     shape_of,
     unmark_uniform,
+    with_shape,
 )
 from halovae.exact.registry import Mesh, named, rule
 from halovae.exact.sizes import whole
@@ -190,6 +191,8 @@ def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
     Raises:
         NotExactError: a sharded dimension is indexed by anything but a full slice.
     """
+    if isinstance(index, tuple) and _slices_what_is_whole(layout, index):
+        return with_shape(layout, shape)
     dims: list[Dim] = []
     position = 0
     for entry in _entries(index, len(layout.dims)):
@@ -215,6 +218,14 @@ def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
     for i in unknown:
         dims[i] = plain(shape[i])
     return Layout(tuple(dims))
+
+
+def _slices_what_is_whole(layout: Layout, index: tuple[Any, ...]) -> bool:
+    """Whether there are slices alone, full ones where a dimension is sharded: the usual case."""
+    for dim, entry in enumerate(index):
+        if not isinstance(entry, slice) or (is_sharded(layout.dims[dim]) and entry != _ALL):
+            return False
+    return True
 
 
 def _takes_all(entry: slice, size: int) -> bool:

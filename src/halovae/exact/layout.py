@@ -274,7 +274,8 @@ def _split_any(factor: Factor, size: int, pending: list[Factor]) -> tuple[Factor
     return split_factor(factor, size)
 
 
-def permuted(layout: Layout, order: Sequence[int]) -> Layout:
+@lru_cache(maxsize=4096)
+def permuted(layout: Layout, order: tuple[int, ...]) -> Layout:
     return Layout(tuple(layout.dims[i] for i in order))
 
 
@@ -286,10 +287,11 @@ def each(value: Any, n: int) -> list[Any]:
 
 def with_lengths(layout: Layout, result: Tensor) -> Layout:
     """The layout with the plain dimensions' lengths taken from the result."""
-    return _with_shape(layout, shape_of(result))
+    return with_shape(layout, shape_of(result))
 
 
 @lru_cache(maxsize=4096)
-def _with_shape(layout: Layout, shape: tuple[int, ...]) -> Layout:
+def with_shape(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    """The layout with the plain dimensions' lengths taken from a shape of as many dimensions."""
     dims = zip(layout.dims, shape, strict=True)
     return Layout(tuple(dim if is_sharded(dim) else plain(size) for dim, size in dims))

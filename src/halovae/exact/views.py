@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -97,10 +98,15 @@ def permute(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
     layout = layout_of(tensor)
     if layout is None:
         return keep_uniform(result, tensor)
-    # A tensor whose sizes are their own positions tells where each dimension went.
-    probe = func(torch.empty(tuple(range(2, tensor.ndim + 2)), device="meta"), *args, **kwargs)
-    order = [size - 2 for size in probe.shape]
-    return mark(result, permuted(layout, order))
+    given = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
+    return mark(result, permuted(layout, _order(func, layout.ndim, *given, **kwargs)))
+
+
+@lru_cache(maxsize=1024)
+def _order(func: Any, ndim: int, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+    """Where each dimension of the result comes from, as a tensor whose sizes are their own positions tells."""
+    probe = func(torch.empty(tuple(range(2, ndim + 2)), device="meta"), *args, **kwargs)
+    return tuple(size - 2 for size in probe.shape)
 
 
 @rule(*named("expand", "expand_as", "broadcast_to"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,15 +46,18 @@ def convolution(
     steps, pads, gaps = (each(value, n) for value in (stride, padding, dilation))
     if n == 2 and groups == 1 and (recipe := foldable(tensor, weight, steps, pads, gaps)):
         return upsampled_convolution(mesh, recipe, layout, weight, bias)
-    geometry = list(zip(weight.shape[2:], steps, pads, gaps, strict=True))
-    windows = {
-        dim: window(cut, *geometry[dim - layout.ndim])
-        for dim, cut in _spatial_cuts(layout, n, [g == (1, 1, 0, 1) for g in geometry]).items()
-    }
+    windows = _windows(layout, tuple(zip(weight.shape[2:], steps, pads, gaps, strict=True)))
     tensor = extend(mesh, tensor, layout, _needs(windows), later=True)
     rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
     result = func(tensor, weight, bias, stride, rest, dilation, groups)
     return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+@lru_cache(maxsize=4096)
+def _windows(layout: Layout, geometry: tuple[tuple[int, int, int, int], ...]) -> dict[int, Window]:
+    """Of the sharded dimensions, by kernel, stride, padding and dilation of each dimension of the convolution."""
+    cuts = _spatial_cuts(layout, len(geometry), [g == (1, 1, 0, 1) for g in geometry])
+    return {dim: window(cut, *geometry[dim - layout.ndim]) for dim, cut in cuts.items()}
 
 
 @rule(*TRANSPOSED)

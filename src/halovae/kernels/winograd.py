@@ -7,7 +7,6 @@ than a plain sum of 36. Lavin and Gray, "Fast algorithms for convolutional neura
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from halovae.kernels import packed
 from halovae.kernels.formats import memory_format
-from halovae.kernels.precision import seconds, undisturbed
 from halovae.kernels.slabs import threads
+from halovae.kernels.trials import Way, gain
 
 WORKSPACE_BYTES = 1 << 23
 """Bytes of the sums of a piece, per thread: more falls out of the cache, less leaves small matrix products."""
@@ -40,8 +39,10 @@ def pays(weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
     positions = shape[0]
     for size in shape[2:]:
         positions *= size
-    many = dtype == torch.float32 and positions >= MANY_POSITIONS
-    return many and _is_faster(min(channels, LIKE_MORE), min(out_channels, LIKE_MORE), *taps)
+    if dtype != torch.float32 or positions < MANY_POSITIONS:
+        return False
+    sizes = (min(channels, LIKE_MORE), min(out_channels, LIKE_MORE), *taps)
+    return gain(("Winograd", sizes), lambda: _ways(*sizes)) > CLEARLY
 
 
 def rows_at_once(shape: Sequence[int], out_channels: int) -> int:
@@ -127,21 +128,18 @@ def _add_up(products: Tensor, dim: int) -> None:
     second.sub_(third).add_(fourth)
 
 
-@functools.cache
-def _is_faster(channels: int, out_channels: int, *taps: int) -> bool:
-    """Timed once in a process, for some ten milliseconds: processors differ in how near both come to their peak."""
+def _ways(channels: int, out_channels: int, *taps: int) -> tuple[Way, Way]:
+    """A convolution by the library and this way, of a small picture."""
     n = 2 + len(taps)
     ones, zeros, last = [1] * n, [0] * n, memory_format(n + 2, True)
-    with undisturbed():
-        picture = torch.ones(1, channels, *taps, 34, 34).to(memory_format=last)
-        weight = torch.ones(out_channels, channels, *taps, 3, 3).to(memory_format=last)
-        geometry = packed.Geometry(
-            tuple(weight.shape), weight.dtype, tuple(picture.shape), tuple(ones), tuple(zeros), tuple(ones)
-        )
-        ordered = packed.prepared(weight, "trial", lambda: weight, geometry, {})
-        sums, out = sums_of(weight), torch.ones(1, out_channels, *ones[2:], 32, 32).to(memory_format=last)
-        plain, ours = seconds([
-            lambda: packed.convolve(picture, ordered, None, ones, zeros, ones),
-            lambda: convolve(picture, sums, None, out),
-        ])  # fmt: skip
-        return CLEARLY * ours < plain
+    picture = torch.ones(1, channels, *taps, 34, 34).to(memory_format=last)
+    weight = torch.ones(out_channels, channels, *taps, 3, 3).to(memory_format=last)
+    geometry = packed.Geometry(
+        tuple(weight.shape), weight.dtype, tuple(picture.shape), tuple(ones), tuple(zeros), tuple(ones)
+    )
+    ordered = packed.prepared(weight, "trial", lambda: weight, geometry, {})
+    sums, out = sums_of(weight), torch.ones(1, out_channels, *ones[2:], 32, 32).to(memory_format=last)
+    return (
+        lambda: packed.convolve(picture, ordered, None, ones, zeros, ones),
+        lambda: convolve(picture, sums, None, out),
+    )

@@ -1,0 +1,68 @@
+"""What is found out by trying: which of two ways is faster on this processor, since processors differ.
+
+Ranks that work on one picture have to choose alike: else each of them waits, at the halo of every layer, for the one
+that chose worse there. Two ways of about the same speed are enough for that.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+Way = Callable[[], object]
+Gains = Mapping[Hashable, float]
+"""How many times as fast the second of two ways is, by question."""
+
+_gains: dict[Hashable, float] = {}
+
+
+def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
+    """How many times as fast the second of two ways is as the first.
+
+    Timed once in a process, for some ten milliseconds, or `adopted`.
+
+    Args:
+        question: which ways these are.
+        ways: prepares them. Modes do not see what it or they call.
+    """
+    if question not in _gains:
+        with _undisturbed():
+            first, second = seconds(ways())
+        _gains[question] = first / second
+    return _gains[question]
+
+
+def known() -> Gains:
+    """All that this process has found out."""
+    return dict(_gains)
+
+
+def adopt(everyone: Sequence[Gains]) -> None:
+    """Take over what several processes have found out, so that all of them answer alike: the geometric mean."""
+    for question in {question for gains in everyone for question in gains}:
+        found = [gains[question] for gains in everyone if question in gains]
+        _gains[question] = math.exp(math.fsum(map(math.log, found)) / len(found))
+
+
+def seconds(ways: Sequence[Way]) -> list[float]:
+    """The least of five runs of each, in turns; in processor time, which other work disturbs less than the clock."""
+    turns = [[_timed(way) for way in ways] for _ in range(5)]
+    return [min(times) for times in zip(*turns, strict=True)]
+
+
+def _timed(way: Way) -> float:
+    started = time.thread_time()
+    way()
+    return time.thread_time() - started
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within it, torch runs without the modes around: they take time, and an answer is kept for other calls."""
+    with _disable_current_modes(), torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        yield
