@@ -17,7 +17,7 @@ if torch.accelerator.device_count() == 0:
 from ranks import Ranks
 from servers import Server
 
-from halovae.kernels import convolution, upsampling
+from halovae.kernels import convolution, pieces, upsampling
 from halovae.pipelines.demo import make_demo_model
 
 pytest_plugins = ["counting"]
@@ -49,7 +49,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halovae.kernels.chain.CHAIN_ELEMENTS", 100)
     for module in (convolution, upsampling):
         monkeypatch.setattr(module, "WINDOW_BYTES", 1)
-    monkeypatch.setattr(convolution, "MANY_ROWS", 1)
+    monkeypatch.setattr(pieces, "MANY", 1)
 
 
 @pytest.fixture(scope="session")

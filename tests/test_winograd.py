@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from shards import EXACT, assert_same, draw
 from test_kernels import CASES, CUTS, SHARDED, check_on_shards
 
-from halovae.kernels import convolution, winograd
+from halovae.kernels import pieces, winograd
 from halovae.kernels.mode import FastMode, finished
 
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pictures too, in every dtype, in pieces of a few rows."""
+    """Small pictures too, in every dtype, in pieces of a few rows or columns."""
     monkeypatch.setattr(winograd, "pays", lambda *args: True)
     monkeypatch.setattr(winograd, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(convolution, "MANY_ROWS", 1)
+    monkeypatch.setattr(pieces, "MANY", 1)
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 9), (3, 3), (4, 5)], ids=str)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.geometry import Extent
 from halovae.kernels import gpu, winograd
 from halovae.kernels.borders import Fill
 from halovae.kernels.chain import Chain
@@ -18,14 +17,13 @@ from halovae.kernels.deferred import Deferred, plain
 from halovae.kernels.formats import memory_format
 from halovae.kernels.joined import Joined, joined_in
 from halovae.kernels.packed import Geometry, convolve, prepared
+from halovae.kernels.pieces import Line, line_of
 from halovae.kernels.precision import LOW, working_dtype
 from halovae.kernels.shapes import alike, device_type, in_turn
 from halovae.kernels.slabs import WINDOW_BYTES, threads
 from halovae.kernels.still import copies, is_still, with_frames
 from halovae.kernels.weights import derived, make_room
 
-MANY_ROWS = 16
-"""With fewer inner rows than that, nothing is computed while the halo is under way."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -84,19 +82,21 @@ def _on_cpu(joined: Joined, window: Window) -> Tensor:
     work, weight = working_dtype(joined.dtype), window.weight
     shape = [joined.shape[0], len(weight), *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:]))]
     make_room(prod(shape) * joined.dtype.itemsize)
+    line = line_of(joined, shape, window.stride, [window.reach(i) for i in range(len(shape) - 2)])
     if winograd.fits(weight, window.stride, window.dilation) and winograd.pays(weight, shape, work):
         sums = winograd.sums_of(window.kernel(work))
         bias = None if window.bias is None else window.bias.to(work)
-        step = winograd.rows_at_once(joined.shape, len(weight))
-        return _by_rows(joined, window, shape, work, step, lambda rows, out: winograd.convolve(rows, sums, bias, out))
+        step = winograd.at_once(joined.shape, line.dim, len(weight))
+        return _by_pieces(joined, line, shape, work, step, lambda slab, out: winograd.convolve(slab, sums, bias, out))
     if work == joined.dtype and _is_alone(joined):
         if not joined.halo:
             return _at_once(joined, window, work)
-        if _is_same_size(joined, window, shape):
-            return _inside_first(joined, window, shape, work)
-    step = _rows_at_once(joined, window.stride[-2], work)
+        if _is_same_size(joined, window, line):
+            return _inside_first(joined, window, line, work)
     zeros = [0] * (len(shape) - 2)
-    return _by_rows(joined, window, shape, work, step, lambda rows, out: out.copy_(_run(rows, window, zeros, work)))
+    across = prod(joined.shape) // joined.shape[line.dim]
+    step = max(4, WINDOW_BYTES * threads() // (work.itemsize * line.stride * across))
+    return _by_pieces(joined, line, shape, work, step, lambda slab, out: out.copy_(_run(slab, window, zeros, work)))
 
 
 def _without_zero_frames(joined: Joined, window: Window) -> tuple[Joined, Window]:
@@ -144,32 +144,18 @@ def _is_alone(joined: Joined) -> bool:
     return len(joined.parts) == 1 and symmetric and (not joined.pads or joined.fill == Fill())
 
 
-def _is_same_size(joined: Joined, window: Window, shape: Sequence[int]) -> bool:
+def _is_same_size(joined: Joined, window: Window, line: Line) -> bool:
     """Whether the parts by themselves, padded evenly, give a result of this shape, most of it without the halo."""
-    low, high = _inner_rows(joined, window, shape[-2])
-    same = shape[-2] == joined.parts[0].shape[-2] and 2 * _row_padding(joined) == window.reach(len(shape) - 3)
-    return same and max(window.stride) == 1 and high - low >= MANY_ROWS
+    halo = joined.halo
+    if halo is None or halo.dim != line.dim or not line.has_many_inside or max(window.stride) > 1:
+        return False
+    return line.size == joined.parts[0].shape[line.dim] and 2 * _lead(joined, line.dim) == line.reach
 
 
-def _row_padding(joined: Joined) -> int:
-    """Rows before the parts, halo and padding together."""
-    n = len(joined.shape) - 2
-    halo = joined.halo.lengths[0] if joined.halo and joined.halo.dim == n else 0
-    return halo + joined.pads.get(n, (0, 0))[0]
-
-
-def _inner_rows(joined: Joined, window: Window, rows: int) -> Extent:
-    """Rows of the result that need nothing of the halo; none where it lies left and right."""
-    halo, n = joined.halo, len(joined.shape) - 2
-    if halo is None:
-        return 0, rows
-    if halo.dim != n:
-        return 0, 0
-    (before, after), (top, bottom), stride = halo.lengths, joined.pads.get(n, (0, 0)), window.stride[-2]
-    low = -(-(top + before) // stride) if before else 0
-    end = joined.shape[n] - bottom - after
-    high = (end - window.reach(n - 2) - 1) // stride + 1 if after else rows
-    return low, max(low, high)
+def _lead(joined: Joined, dim: int) -> int:
+    """Positions before the parts, halo and padding together."""
+    halo = joined.halo.lengths[0] if joined.halo and joined.halo.dim == dim else 0
+    return halo + joined.pads.get(dim, (0, 0))[0]
 
 
 def _at_once(joined: Joined, window: Window, work: torch.dtype) -> Tensor:
@@ -178,71 +164,42 @@ def _at_once(joined: Joined, window: Window, work: torch.dtype) -> Tensor:
     return _run(source, window, [joined.pads.get(2 + i, (0, 0))[0] for i in range(n)], work)
 
 
-def _by_rows(
+def _by_pieces(
     joined: Joined,
-    window: Window,
+    line: Line,
     shape: Sequence[int],
     work: torch.dtype,
     step: int,
     run: Callable[[Tensor, Tensor], Any],
 ) -> Tensor:
-    """Some rows at a time, so that only they exist joined and padded, and in the working dtype.
+    """Some rows or columns at a time, so that only they exist joined and padded, and in the working dtype.
 
     Args:
         joined: the input.
-        window: the convolution.
+        line: along which to cut.
         shape: of the result.
         work: the dtype to convolve in.
-        step: rows of the result at a time.
-        run: convolves rows that are joined and padded, and writes the result into its second argument.
+        step: rows or columns of the result at a time.
+        run: convolves a slab that is joined and padded, and writes the result into its second argument.
     """
-    n, rows = len(shape) - 2, shape[-2]
-    out = torch.empty(shape, dtype=joined.dtype, device=joined.device, memory_format=memory_format(n + 2, True))
-    stride, reach = window.stride[-2], window.reach(n - 2)
-    inner = _inner_rows(joined, window, rows)
-    padded_far = max(joined.pads.get(n, (0, 0))) > reach  # a piece could lie in the padding alone
-    spans = [(0, rows)] if padded_far else _in_order(*inner, rows, step)
-    for low, high in in_turn(spans, out, lambda span: (span[1] - span[0], _is_inside(span, inner))):
-        source = joined.rows(low * stride, (high - 1) * stride + reach + 1, work, True)
-        run(source, out.narrow(-2, low, high - low))
+    out = torch.empty(shape, dtype=joined.dtype, device=joined.device, memory_format=memory_format(len(shape), True))
+    padded_far = max(joined.pads.get(line.dim, (0, 0))) > line.reach  # a piece could lie in the padding alone
+    spans = [(0, line.size)] if padded_far else line.in_order(step)
+    for span in in_turn(spans, out, lambda span: (span[1] - span[0], line.is_inside(span))):
+        slab = joined.slab(line.dim, line.source(span), work, True)
+        run(slab, out.narrow(line.dim, span[0], span[1] - span[0]))
     return out
 
 
-def _inside_first(joined: Joined, window: Window, shape: Sequence[int], work: torch.dtype) -> Tensor:
-    """All rows at once, as if zeros were around the parts; then those anew that need the halo."""
-    n, rows = len(shape) - 2, shape[-2]
-    pads = [joined.pads.get(2 + i, (0, 0))[0] for i in range(n)]
-    pads[-2] = _row_padding(joined)
+def _inside_first(joined: Joined, window: Window, line: Line, work: torch.dtype) -> Tensor:
+    """All at once, as if zeros were around the parts; then those rows or columns anew that need the halo."""
+    n = len(joined.shape) - 2
+    pads = [_lead(joined, dim) for dim in range(2, n + 2)]
     out = _run(joined.parts[0].contiguous(memory_format=memory_format(n + 2, True)), window, pads, work)
-    inner = _inner_rows(joined, window, rows)
-    for low, high in ((0, inner[0]), (inner[1], rows)):
-        if low < high:
-            source = joined.rows(low, high + window.reach(n - 2), work, True)
-            out.narrow(-2, low, high - low).copy_(_run(source, window, [0] * n, work))
+    for span in line.borders:
+        slab = joined.slab(line.dim, line.source(span), work, True)
+        out.narrow(line.dim, span[0], span[1] - span[0]).copy_(_run(slab, window, [0] * n, work))
     return out
-
-
-def _in_order(low: int, high: int, rows: int, step: int) -> list[Extent]:
-    """Pieces of `step` rows, or one more, at the most; those within `low` and `high` first, if these are many."""
-    sides = (low > 0) + (high < rows)
-    if sides and high - low >= MANY_ROWS:
-        # Equal pieces, since one of the border alone would cost more than its rows; even ones, for Winograd's squares.
-        pieces = max(1 + sides, -(-rows // step))
-        step = 2 * -(-rows // (2 * pieces))
-    spans = [(at, min(at + step, rows)) for at in range(0, rows, step)]
-    return sorted(spans, key=lambda span: not _is_inside(span, (low, high)))
-
-
-def _is_inside(span: Extent, inner: Extent) -> bool:
-    return inner[0] <= span[0] and span[1] <= inner[1]
-
-
-def _rows_at_once(joined: Joined, stride: int, work: torch.dtype) -> int:
-    shape = joined.shape
-    row = work.itemsize * stride
-    for size in (*shape[:-2], shape[-1]):
-        row *= size
-    return max(4, WINDOW_BYTES * threads() // row)
 
 
 def _run(source: Tensor, window: Window, padding: Sequence[int], work: torch.dtype) -> Tensor:

@@ -99,7 +99,7 @@ class Joined:
     def compute(self) -> Tensor:
         if self.is_bare:
             return torch.cat(self.parts, self.dim)
-        return self.rows(0, self.shape[-2], self.dtype, self.channels_last)
+        return self.slab(-2, (0, self.shape[-2]), self.dtype, self.channels_last)
 
     def settled(self) -> Tensor:
         """Channels-last; the only part itself where nothing is joined or padded."""
@@ -107,50 +107,52 @@ class Joined:
             return self.parts[0].contiguous(memory_format=memory_format(len(self.shape), True))
         if self.is_bare and (joined := gpu.joined(self.parts, self.dim)) is not None:
             return joined
-        return self.rows(0, self.shape[-2], self.dtype, True)
+        return self.slab(-2, (0, self.shape[-2]), self.dtype, True)
 
-    def rows(self, low: int, high: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
-        """Padded rows from `low` to `high`, in one new tensor."""
-        before = self.pads.get(len(self.shape) - 2, (0, 0))[0]
-        height = self.inner[-2]
-        shape = [*self.shape[:-2], high - low, self.shape[-1]]
+    def slab(self, dim: int, extent: Extent, dtype: torch.dtype, channels_last: bool) -> Tensor:
+        """Padded rows or columns (`dim`) of an extent, in one new tensor."""
+        (low, high), dim = extent, dim % len(self.shape)
+        before, size = self.pads.get(dim, (0, 0))[0], self.inner[dim]
+        shape = list(self.shape)
+        shape[dim] = high - low
         buffer = torch.empty(
             shape, dtype=dtype, device=self.device, memory_format=memory_format(len(shape), channels_last)
         )
-        first, last = min(max(low - before, 0), height - 1), max(min(high - before, height), 1)
-        valid = [(self.pads.get(dim, (0, 0))[0],) * 2 for dim in range(len(shape))]
-        valid = [(start, start + size) for (start, _), size in zip(valid, self.inner, strict=True)]
-        valid[-2] = (max(first + before - low, 0), min(last + before - low, high - low))
-        self._copy_rows(region_of(buffer, valid), first, last)
-        for dim in sorted(self.pads):
-            fill_outside(buffer, dim, valid, self.fill)
+        first, last = min(max(low - before, 0), size - 1), max(min(high - before, size), 1)
+        valid = [(self.pads.get(d, (0, 0))[0],) * 2 for d in range(len(shape))]
+        valid = [(start, start + length) for (start, _), length in zip(valid, self.inner, strict=True)]
+        valid[dim] = (max(first + before - low, 0), min(last + before - low, high - low))
+        self._copy(region_of(buffer, valid), dim, first, last)
+        for d in sorted(self.pads):
+            fill_outside(buffer, d, valid, self.fill)
         return buffer
 
-    def _copy_rows(self, inside: Tensor, first: int, last: int) -> None:
-        """Write the unpadded rows from `first` to `last`; wait for the halo only where one of them is in it."""
+    def _copy(self, inside: Tensor, dim: int, first: int, last: int) -> None:
+        """Write what is unpadded from `first` to `last`; wait for the halo only where some of that is in it."""
         for block, starts in self._blocks():
-            low, high = max(first, starts[-2]), min(last, starts[-2] + block.shape[-2])
+            low, high = max(first, starts[dim]), min(last, starts[dim] + block.shape[dim])
             if low >= high:
                 continue
             if self.halo and any(block is edge for edge in (self.halo.before, self.halo.after)):
                 self.halo.wait()
             region = [(start, start + size) for start, size in zip(starts, block.shape, strict=True)]
-            region[-2] = (low - first, high - first)
-            region_of(inside, region).copy_(block.narrow(-2, low - starts[-2], high - low))
+            region[dim] = (low - first, high - first)
+            region_of(inside, region).copy_(block.narrow(dim, low - starts[dim], high - low))
 
     def _blocks(self) -> Iterator[tuple[Tensor, list[int]]]:
-        """Each tensor it is made of, and where that begins in the unpadded whole."""
+        """Each tensor it is made of, and where that begins in the unpadded whole; those that are here first."""
         halo, starts = self.halo, [0] * len(self.shape)
-        if halo and halo.before is not None:
-            yield halo.before, list(starts)
+        if halo:
             starts[halo.dim] = halo.lengths[0]
         for part in self.parts:
             yield part, list(starts)
             starts[self.dim] += part.shape[self.dim]
-        if halo and halo.after is not None:
-            starts = [0] * len(self.shape)
-            starts[halo.dim] = self.inner[halo.dim] - halo.lengths[1]
-            yield halo.after, starts
+        if not halo:
+            return
+        ends = 0, self.inner[halo.dim] - halo.lengths[1]
+        for edge, start in zip((halo.before, halo.after), ends, strict=True):
+            if edge is not None:
+                yield edge, [start if dim == halo.dim else 0 for dim in range(len(self.shape))]
 
 
 def joined_in(tensor: Tensor) -> Joined:

@@ -101,7 +101,7 @@ def upsampled_convolution(
     step = max(4, WINDOW_BYTES * threads() // (batch * channels * base.shape[3] * work.itemsize))
     for low in in_turn(range(0, rows - 2, step), out, lambda low: min(step, rows - 2 - low)):
         high = min(rows - 2, low + step)
-        piece = F.conv_transpose2d(joined.rows(low, high + 2, work, True), folded, bias, 2, (3, crops[1]))
+        piece = F.conv_transpose2d(joined.slab(2, (low, high + 2), work, True), folded, bias, 2, (3, crops[1]))
         out.narrow(2, 2 * low, 2 * (high - low)).copy_(piece)
     return out
 

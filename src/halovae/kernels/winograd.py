@@ -45,12 +45,12 @@ def pays(weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
     return gain(("Winograd", sizes), lambda: _ways(*sizes)) > CLEARLY
 
 
-def rows_at_once(shape: Sequence[int], out_channels: int) -> int:
-    """How many rows of a picture of this shape fit the workspace; even."""
-    row = 4 * 4 * (shape[1] + out_channels) * shape[-1]  # a quarter of 16 sums for each position, of four bytes each
-    for size in shape[2:-2]:
-        row *= size
-    return max(4, WORKSPACE_BYTES * threads() // row // 2 * 2)
+def at_once(shape: Sequence[int], dim: int, out_channels: int) -> int:
+    """How many rows or columns (`dim`) of a picture of this shape fit the workspace; even."""
+    line = 4 * 4 * (shape[1] + out_channels)  # a quarter of 16 sums for each position, of four bytes each
+    for size in (*shape[2:dim], *shape[dim + 1 :]):
+        line *= size
+    return max(4, WORKSPACE_BYTES * threads() // line // 2 * 2)
 
 
 def sums_of(weight: Tensor) -> Tensor:
