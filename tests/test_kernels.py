@@ -80,6 +80,20 @@ def grown(x: Tensor) -> Tensor:
     return out
 
 
+def shuffled(x: Tensor) -> Tensor:
+    """Pixels moved into channels and back by hand."""
+    b, c, h, w = x.shape
+    deep = x.reshape(b, c, h // 2, 2, w // 3, 3).permute(0, 3, 5, 1, 2, 4).reshape(b, 6 * c, h // 2, w // 3)
+    back = (2 * deep).reshape(b, 2, 3, c, h // 2, w // 3).permute(0, 3, 4, 1, 5, 2).reshape((b, c, h, w))
+    return F.conv2d(back, W2)
+
+
+def shuffled_in_place(x: Tensor) -> Tensor:
+    """A view, where one will do: who writes it writes the picture."""
+    x.reshape(2, 4, 2, 6, 9, 1).reshape(2, 4, 12, 9).mul_(2)
+    return x
+
+
 def up(x: Tensor, mode: str = "nearest", **geometry: Any) -> Tensor:
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode=mode), W2, BIAS, **({"padding": 1} | geometry))
 
@@ -138,6 +152,12 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "contiguous, normed, padded": (lambda x: F.pad(F.group_norm(F.conv2d(x, W2).contiguous(), 2), (1, 1)), IMAGE),
     "padding for nobody": (lambda x: (F.pad(x, (1, 1, 1, 1)), F.conv2d(x, W2, padding=1))[1], IMAGE),
     "grown frame by frame": (grown, VIDEO),
+    "shuffled by hand": (shuffled, IMAGE),
+    "shuffled in place": (lambda x: shuffled_in_place(x.clone(memory_format=torch.contiguous_format)), IMAGE),
+    "shuffled frames": (
+        lambda x: x.reshape(1, 2, 2, 5, 12, 3, 3).permute(0, 1, 3, 2, 4, 6, 5).reshape(1, 2, 10, 12, 9),
+        VIDEO,
+    ),
     "views of channels and rows": (lambda x: F.conv3d(x, W3, padding=1).view(1, -1, 9).sum(1), VIDEO),
 }
 

@@ -18,7 +18,7 @@ from halovae.kernels.borders import Fill
 from halovae.kernels.chain import Chain, uncut_by
 from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.deferred import Deferred, plain, recipe_of
-from halovae.kernels.formats import is_channels_last, is_dense_channels_last
+from halovae.kernels.formats import is_channels_last, is_dense_channels_last, memory_format
 from halovae.kernels.joined import Joined, copy_of, parts_in, read
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes import alike, device_type
@@ -33,11 +33,11 @@ rule = registrar(RULES)
 
 def fits(tensor: Any) -> bool:
     """Whether the kernels are for this tensor: a picture or video in a floating dtype, on a device that has kernels."""
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.ndim not in (4, 5)
-        or (tensor.requires_grad and torch.is_grad_enabled())
-    ):
+    return isinstance(tensor, Tensor) and tensor.ndim in (4, 5) and _has_kernels(tensor)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    if tensor.requires_grad and torch.is_grad_enabled():
         return False
     has_kernels = device_type(tensor.device) == "cpu" or gpu.supports(tensor.device)
     return has_kernels and tensor.dtype in DTYPES and 0 not in tensor.shape
@@ -136,6 +136,37 @@ def contiguous(tensor: Tensor, **kwargs: Any) -> Any:
     if isinstance(tensor, Deferred):
         return tensor
     return Deferred(copy_of(tensor)) if is_dense_channels_last(tensor) else NotImplemented
+
+
+@rule(*named("reshape"))
+def reshape(tensor: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+    """Pixels that are shuffled by hand come out channels last, as the convolutions around work."""
+    wanted: Any = sizes[0] if len(sizes) == 1 else sizes
+    if kwargs or tensor.ndim < 6 or isinstance(wanted, int) or len(wanted) not in (4, 5):
+        return NotImplemented
+    shape = tuple(map(int, wanted))
+    if -1 in shape or not _has_kernels(tensor):
+        return NotImplemented
+    given = tuple(map(int, tensor.shape))
+    if given[:2] != shape[:2] and (given[0], *given[-2:]) != (shape[0], *shape[-2:]):
+        return NotImplemented  # Neither do positions alone become one, nor channels alone.
+    source = plain(tensor)
+    if (seen := _view(source, shape)) is not None:
+        return seen
+    out = torch.empty(
+        shape, dtype=source.dtype, device=source.device, memory_format=memory_format(len(shape), channels_last=True)
+    )
+    if (apart := _view(out, given)) is None:
+        return NotImplemented
+    apart.copy_(source)
+    return out
+
+
+def _view(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
+    try:
+        return tensor.view(shape)
+    except RuntimeError:
+        return None
 
 
 @rule(*(f for f in named("div", "divide", "true_divide") if not writes(f) and not f.__name__.startswith("__r")))
