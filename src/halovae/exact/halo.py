@@ -48,6 +48,10 @@ def extend(
     pads = {dim: pad for dim, pad in (pads or {}).items() if pad != (0, 0)}
     if not pads and all(_is_present(layout, dim, need) for dim, need in needs.items()):
         return _narrow_to(mesh, tensor, layout, needs)
+    if later and len(needs) == 2:  # The second exchange has corners in it that the first one brings.
+        first, second = needs
+        tensor = extend(mesh, tensor, layout, {first: needs[first]}, fill=fill)
+        return extend(mesh, tensor, layout, {second: needs[second]}, pads, fill, later)
     if later and (deferred := extend_later(mesh, tensor, layout, needs, pads, fill)) is not None:
         return deferred
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}

@@ -35,7 +35,7 @@ def extend_later(
     """As `halo.extend`, computed by who uses it; the messages are on their way when this returns.
 
     Returns:
-        None where that can't be: several dimensions need rows, or rows of one side come from several ranks, or there
+        None where that can't be: several dimensions need rows, rows of one side come from several ranks, or there
         is no kernel for such a tensor. The messages are the same either way, so ranks may differ in it.
     """
     if len(needs) != 1 or fill.mode == "reflect" or not fits(tensor):
