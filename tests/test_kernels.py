@@ -153,6 +153,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "padding for nobody": (lambda x: (F.pad(x, (1, 1, 1, 1)), F.conv2d(x, W2, padding=1))[1], IMAGE),
     "grown frame by frame": (grown, VIDEO),
     "shuffled by hand": (shuffled, IMAGE),
+    "reshaped by keywords": (lambda x: torch.reshape(input=x, shape=(2, 4, 6, 2, 9, 1)), IMAGE),
     "shuffled in place": (lambda x: shuffled_in_place(x.clone(memory_format=torch.contiguous_format)), IMAGE),
     "shuffled frames": (
         lambda x: x.reshape(1, 2, 2, 5, 12, 3, 3).permute(0, 1, 3, 2, 4, 6, 5).reshape(1, 2, 10, 12, 9),

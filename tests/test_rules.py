@@ -26,6 +26,7 @@ VIEWS: dict[str, Any] = {
     "tokens and back": lambda x: tokens(x).transpose(1, 2).reshape(x.shape),
     "reshape_as": lambda x: x.flatten(2).reshape_as(x),
     "view of a cropped shard": lambda x: x.permute(0, 1, 3, 2).contiguous().view(2, 4, x.shape[3] * x.shape[2]),
+    "permute by a list": lambda x: torch.permute(x, dims=[0, 1, 3, 2]),
     "movedim": lambda x: x.movedim(1, -1),
     "mT": lambda x: x.mT,
     "swapaxes": lambda x: x.swapaxes(2, 3),

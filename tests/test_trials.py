@@ -35,6 +35,11 @@ def test_waiting_is_no_work() -> None:
     assert trials.gain("waits", lambda: (lambda: time.sleep(0.01), lambda: sum(range(200_000)))) < 1
 
 
+def test_a_clock_that_stands_still_divides_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)
+    assert trials.gain("too short", lambda: (lambda: None, lambda: None)) == 1.0
+
+
 def test_what_several_found_out_is_put_together() -> None:
     trials.adopt([{"a": 2.0, "b": 3.0}, {"a": 0.5}, {"c": 5.0}])
     assert {name: round(gain, 9) for name, gain in trials.known().items()} == {"a": 1.0, "b": 3.0, "c": 5.0}

@@ -16,6 +16,7 @@ from halovae.config import Options, gather_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import run_on_group
 from halovae.kernels import trials
+from halovae.kernels.precision import working_dtype
 from halovae.kernels.weights import forget
 from halovae.memory import PeakMemory
 from halovae.merge import Merger, merged
@@ -112,6 +113,12 @@ class ExactEngine(Engine):
         keep = gather_of(self._options.gather, half)
         if self._comm.rank < prod(plan.shape):
             self._room.check(half, plan, self.ratio(half, picture), keep, picture, args, kwargs)
+        kind = half, plan, tuple(picture.shape), picture.dtype
+        is_new = self._comm.size > 1 and kind not in self._tried
+        if is_new:
+            if picture.device.type == "cpu":
+                working_dtype(picture.dtype)  # What is sent depends on it.
+            self._share_trials()
         self._verify_once(half, plan, args, kwargs)
         steps = self._merger.steps(half, plan, lambda: self._compression(half, picture), args, kwargs)
         probed = time.perf_counter()
@@ -120,9 +127,11 @@ class ExactEngine(Engine):
         call = merged(self._target, half, steps)
         outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep)
         self._room.learn(half, plan, picture, memory.growth)
-        self._choose_alike(half, plan, picture)
         _note(outcome.network_seconds, outcome.gather_seconds)
         timeline.note("probe", started, probed)
+        if is_new:
+            self._share_trials()
+            self._tried.add(kind)
         report = {"shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps}
         phases = {
             "probe": probed - started,
@@ -131,12 +140,8 @@ class ExactEngine(Engine):
         }
         return Ran(outcome.result, "exact", report, phases)
 
-    def _choose_alike(self, half: str, plan: ShardPlan, picture: Tensor) -> None:
-        """After the first call of its kind, in which each rank has tried out by itself which kernels are fastest."""
-        kind = half, plan, tuple(picture.shape), picture.dtype
-        if self._comm.size == 1 or kind in self._tried:
-            return
-        self._tried.add(kind)
+    def _share_trials(self) -> None:
+        """Which kernels are fastest each rank has tried out by itself; all go on with the same answers."""
         if any(everyone := self._comm.all_gather_object(trials.known())):
             trials.adopt(everyone)
             forget()  # Weights in the order of kernels that are not chosen now.

@@ -11,8 +11,8 @@ from halovae.geometry import MIN_ROWS, even_bounds
 
 BOTH_WAYS = 1.25
 """What a shard costs where both axes are cut, over one of its size where one is: the halo of the first axis has to come
-before that of the second is sent, for the corners, so nothing is computed meanwhile, and it takes a copy more.
-docs/performance.md has the measurements, under "More ranks than two" and "GPUs"."""
+before that of the second is sent, for the corners, and nothing is computed meanwhile. Measured when the second one was
+waited for as well: docs/performance.md, under "More ranks than two" and "GPUs"."""
 BORDER = 0.25
 """What a position along an inner border costs, over one inside: it is moved and not computed. An estimate."""
 

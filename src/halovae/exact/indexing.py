@@ -12,6 +12,7 @@ from halovae.errors import NotExactError
 from halovae.exact.elementwise import align
 from halovae.exact.layout import (
     Dim,
+    GatheredFactor,
     Layout,
     global_length,
     is_sharded,
@@ -225,7 +226,7 @@ def _slices_what_is_whole(layout: Layout, index: tuple[Any, ...]) -> bool:
     for dim, entry in enumerate(index):
         if not isinstance(entry, slice) or (is_sharded(layout.dims[dim]) and entry != _ALL):
             return False
-    return True
+    return not any(isinstance(dim[0], GatheredFactor) for dim in layout.dims)
 
 
 def _takes_all(entry: slice, size: int) -> bool:

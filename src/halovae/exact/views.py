@@ -98,14 +98,18 @@ def permute(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
     layout = layout_of(tensor)
     if layout is None:
         return keep_uniform(result, tensor)
-    given = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
-    return mark(result, permuted(layout, _order(func, layout.ndim, *given, **kwargs)))
+    given = tuple(map(_hashable, args)), tuple((name, _hashable(value)) for name, value in kwargs.items())
+    return mark(result, permuted(layout, _order(func, layout.ndim, *given)))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 @lru_cache(maxsize=1024)
-def _order(func: Any, ndim: int, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+def _order(func: Any, ndim: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> tuple[int, ...]:
     """Where each dimension of the result comes from, as a tensor whose sizes are their own positions tells."""
-    probe = func(torch.empty(tuple(range(2, ndim + 2)), device="meta"), *args, **kwargs)
+    probe = func(torch.empty(tuple(range(2, ndim + 2)), device="meta"), *args, **dict(kwargs))
     return tuple(size - 2 for size in probe.shape)
 
 

@@ -139,18 +139,18 @@ def contiguous(tensor: Tensor, **kwargs: Any) -> Any:
 
 
 @rule(*named("reshape"))
-def reshape(tensor: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+def reshape(input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
     """Pixels that are shuffled by hand come out channels last, as the convolutions around work."""
     wanted: Any = sizes[0] if len(sizes) == 1 else sizes
-    if kwargs or tensor.ndim < 6 or isinstance(wanted, int) or len(wanted) not in (4, 5):
+    if kwargs or input.ndim < 6 or not isinstance(wanted, (tuple, list)) or len(wanted) not in (4, 5):
         return NotImplemented
     shape = tuple(map(int, wanted))
-    if -1 in shape or not _has_kernels(tensor):
+    if -1 in shape or not _has_kernels(input):
         return NotImplemented
-    given = tuple(map(int, tensor.shape))
+    given = tuple(map(int, input.shape))
     if given[:2] != shape[:2] and (given[0], *given[-2:]) != (shape[0], *shape[-2:]):
         return NotImplemented  # Neither do positions alone become one, nor channels alone.
-    source = plain(tensor)
+    source = plain(input)
     if (seen := _view(source, shape)) is not None:
         return seen
     out = torch.empty(

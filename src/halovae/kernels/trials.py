@@ -18,13 +18,16 @@ Way = Callable[[], object]
 Gains = Mapping[Hashable, float]
 """How many times as fast the second of two ways is, by question."""
 
+_TICK = 1e-9
+"""Seconds that a run takes at the least: some clocks stand still for milliseconds."""
+
 _gains: dict[Hashable, float] = {}
 
 
 def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
     """How many times as fast the second of two ways is as the first.
 
-    Timed once in a process, for some ten milliseconds, or `adopted`.
+    Timed once in a process, for some ten milliseconds, or taken over from others (`adopt`).
 
     Args:
         question: which ways these are.
@@ -58,7 +61,7 @@ def seconds(ways: Sequence[Way]) -> list[float]:
 def _timed(way: Way) -> float:
     started = time.thread_time()
     way()
-    return time.thread_time() - started
+    return max(time.thread_time() - started, _TICK)
 
 
 @contextmanager
