@@ -15,6 +15,7 @@ for real as well, next to one of them alone.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import statistics
 import sys
@@ -31,11 +32,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 import halovae
-from halovae.comm import SoloComm
-from halovae.exact.mesh import Mesh
-from halovae.exact.run import run_sharded
+from halovae.comm import SoloComm, Traffic
+from halovae.exact.run import Runner, on_shards, run_on_group
+from halovae.graphs import Graphs
 from halovae.merge import Merger, merged
-from halovae.plan import plan_shards
+from halovae.plan import ShardPlan, plan_shards
 from halovae.target import Target
 
 WAN_2_2 = {
@@ -56,7 +57,9 @@ class LonelyComm(SoloComm):
         super().__init__()
         self.rank, self.size = rank, size
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Any:
+    def post(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], bulk: bool = False
+    ) -> Any:
         self.traffic.messages += len(sends)
         self.traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
         for _, buffer in receives:
@@ -95,12 +98,14 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     for variant in variants.values():
-        variant()
+        for _ in range(2):  # The second call of a kind may be recorded.
+            variant()
     rounds = [{name: seconds(variant) for name, variant in variants.items()} for _ in range(repeats)]
     return {name: statistics.median(each[name] for each in rounds) for name in variants}
 
 
 def peak_gib(run: Callable[[], Any]) -> float:
+    gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -120,18 +125,22 @@ def errors(model: str, half: str) -> tuple[float, float]:
 
 
 def row(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
-    plain, ours, tensor = build(model), build(model), picture(model, size, half)
-    handle = halovae.parallelize(ours)
-    variants = {"diffusers": partial(call, plain, half, tensor), "halovae": partial(call, ours, half, tensor)}
+    vaes, tensor = {name: build(model) for name in ("diffusers", "halovae", "replayed")}, picture(model, size, half)
+    handles = [halovae.parallelize(vaes["halovae"]), halovae.parallelize(vaes["replayed"], graphs=True)]
+    variants = {name: partial(call, vae, half, tensor) for name, vae in vaes.items()}
     times = interleaved(variants, repeats)
-    memory = {name: peak_gib(variant) for name, variant in variants.items()}
-    handle.restore()
+    memory = {name: peak_gib(variants[name]) for name in ("diffusers", "halovae")}
+    replay = handles[1].last
+    assert replay is not None
+    for handle in handles:
+        handle.restore()
     error, our_error = errors(model, half)
     return {
         "case": f"{model} {'x'.join(map(str, size))}",
         "half": half,
         "diffusers s": times["diffusers"],
         "halovae s": times["halovae"],
+        "replayed s": times["replayed"] if replay.replayed else None,
         "speed-up": times["diffusers"] / times["halovae"],
         "diffusers GiB": memory["diffusers"],
         "halovae GiB": memory["halovae"],
@@ -140,44 +149,60 @@ def row(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict
     }
 
 
+def shard_seconds(comm: LonelyComm, plan: ShardPlan, network: tuple[Any, ...], runner: Runner, repeats: int) -> float:
+    """One rank's part without putting the parts together."""
+    run = partial(run_on_group, comm, plan.shape, *network, plan.bounds, "shard", runner)
+    for _ in range(3):  # The second is recorded, and sends nothing more than the first.
+        comm.traffic = Traffic()
+        run()
+    sent, comm.traffic = comm.traffic, Traffic()
+    found = statistics.median(seconds(run) for _ in range(repeats))
+    comm.traffic = sent
+    return found
+
+
 def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, repeats: int) -> dict[str, Any]:
     """The slowest shard alone, and its messages."""
     tensor, target = picture(model, size, half), Target(build(model))
     ratio = MODELS[model][2] if half == "encode" else 1
     plan = plan_shards(*tensor.shape[-2:], ratio, ranks, "auto")
     steps = Merger(SoloComm(), target, "auto").steps(half, plan, lambda: ratio, (tensor,), {})
-    shards: list[tuple[float, int, int]] = []
+    shards: list[tuple[float, float, int, int]] = []
     for rank in sorted({0, ranks // 2, ranks - 1}):
         comm = LonelyComm(rank, ranks)
-        shard = partial(run_sharded, Mesh(comm, plan.shape), merged(target, half, steps), (tensor,), {}, plan.bounds)
-        shard()
-        comm.traffic = type(comm.traffic)()
-        shard()
-        sent = comm.traffic.messages, comm.traffic.bytes
-        shards.append((statistics.median(seconds(shard) for _ in range(repeats)), *sent))
-    slowest, messages, sent_bytes = max(shards)
+        network = (merged(target, half, steps), (tensor,), {})
+        times = [
+            shard_seconds(comm, plan, network, runner, repeats)
+            for runner in (on_shards, partial(Graphs(comm, target).run, half, ""))
+        ]
+        shards.append((*times, comm.traffic.messages, comm.traffic.bytes))
+    slowest, replayed = (max(shard[i] for shard in shards) for i in range(2))
+    _, _, messages, sent_bytes = max(shards)
     link = sent_bytes / LINK_BYTES_PER_SECOND + messages * LINK_SECONDS_PER_MESSAGE
     return {
         "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks,
         "grid": "x".join(map(str, plan.shape)), "calls": len(steps), "slowest shard s": slowest,
         "messages": messages, "MiB sent": sent_bytes / 2**20, "link s": link,
-        "projected s": slowest + link,
+        "projected s": slowest + link, "replayed s": replayed, "projected replayed s": replayed + link,
     }  # fmt: skip
 
 
 def on_own_gpus(rank: int, model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
     """Exact mode on all ranks and the first rank alone, in turns: medians of the slowest rank's seconds."""
-    ours, alone, tensor = build(model), build(model), picture(model, size, half)
-    handle = halovae.parallelize(ours)
-    halovae.optimize(alone)
-    variants = {"exact": partial(call, ours, half, tensor), "one": partial(call, alone, half, tensor)}
+    vaes = {name: build(model) for name in ("exact", "replayed", "one", "one replayed")}
+    tensor = picture(model, size, half)
+    handle = halovae.parallelize(vaes["exact"])
+    halovae.parallelize(vaes["replayed"], graphs=True)
+    halovae.optimize(vaes["one"])
+    halovae.optimize(vaes["one replayed"], graphs=True)
+    variants = {name: partial(call, vae, half, tensor) for name, vae in vaes.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 2):
         for name, variant in variants.items():
             dist.barrier()
             torch.cuda.synchronize()
             started = time.perf_counter()
-            if name == "exact" or rank == 0:
+            if name in ("exact", "replayed") or rank == 0:
                 variant()
             torch.cuda.synchronize()
             if turn > 1:
@@ -192,10 +217,11 @@ def on_own_gpus(rank: int, model: str, size: tuple[int, int, int], half: str, re
 def several(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
     ranks = torch.cuda.device_count()
     found = run_ranks(ranks, on_own_gpus, model, size, half, repeats, device="cuda")
-    exact = max(each["exact"] for each in found)
+    exact, replayed = (max(each[name] for each in found) for name in ("exact", "replayed"))
     return {
         "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks, "one GPU s": found[0]["one"],
-        "exact s": exact, "speed-up": found[0]["one"] / exact, "calls": found[0]["calls"],
+        "exact s": exact, "speed-up": found[0]["one"] / exact, "one GPU replayed s": found[0]["one replayed"],
+        "replayed s": replayed, "speed-up replayed": found[0]["one replayed"] / replayed, "calls": found[0]["calls"],
         "messages": max(each["messages"] for each in found), "MiB sent": max(each["MiB"] for each in found),
         "exchanges s": max(each["wait"] for each in found),
     }  # fmt: skip

@@ -43,8 +43,8 @@ class Ranks:
 
     def __init__(self, size: int, preload: str = "warm", device: str = "cpu") -> None:
         self.size, self._device = size, device
-        # Who has touched an accelerator can't part, so these ranks import for themselves.
-        self._preload = preload if device == "cpu" else ""
+        # Who has touched an accelerator can't part, so where there is one ranks import for themselves.
+        self._preload = preload if torch.accelerator.device_count() == 0 else ""
         self._context = mp.get_context("forkserver" if self._preload else "spawn")
         if self._preload:
             self._warm_up()

@@ -59,6 +59,23 @@ def test_exact(devices: Ranks, name: str, half: str, axis: str) -> None:
     devices.run(exact, name, half, axis)
 
 
+def replayed(rank: int, name: str, half: str) -> None:
+    vae, tensor = placed(name, half)
+    expected = run(name, vae, half, tensor)
+    with halovae.parallelize(vae, graphs=True) as handle:
+        for turn in range(5):
+            found = run(name, vae, half, tensor)
+            assert error(found, expected) <= max(EXACT, getattr(FAMILIES[name], f"{half}_tolerance"))
+            assert handle.last is not None
+            assert handle.last.replayed == (turn > 1)
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@pytest.mark.parametrize("name", ["wan21", "kl"])
+def test_replayed(devices: Ranks, name: str, half: str) -> None:
+    devices.run(replayed, name, half)
+
+
 def low(rank: int, half: str) -> None:
     """Where the kernels for accelerators are at work; neither way may be farther from the truth."""
     vae, tensor = placed("wan21", half, torch.bfloat16)
@@ -99,10 +116,13 @@ def test_a_failure_is_raised_on_all_and_the_next_call_is_right(devices: Ranks) -
     assert max(max(each) for each in devices.run(fails_and_goes_on)) < SOON
 
 
-def dies(rank: int) -> float:
+def dies(rank: int, graphs: bool) -> float:
     vae, latent = placed("kl", "decode")
-    with halovae.parallelize(vae, verify=False):
-        run("kl", vae, "decode", latent)
+    with halovae.parallelize(vae, verify=False, graphs=graphs):
+        for _ in range(3):
+            run("kl", vae, "decode", latent)
+        if rank == 1 and graphs:
+            os.kill(os.getpid(), signal.SIGKILL)  # The other one is about to replay.
         if rank == 1:
             vae.decoder.up_blocks[0].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         started = time.monotonic()
@@ -111,10 +131,11 @@ def dies(rank: int) -> float:
         return time.monotonic() - started
 
 
-def test_a_killed_rank_is_told() -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_killed_rank_is_told(graphs: bool) -> None:
     ranks = Ranks(2, device=str(torch.accelerator.current_accelerator()))
     try:
-        ranks.begin(dies)
+        ranks.begin(dies, graphs)
         ok, seconds = ranks.answer(0)
         assert ok, seconds
         assert seconds < SOON

@@ -41,8 +41,10 @@ def test_a_clock_that_stands_still_divides_by_nothing(monkeypatch: pytest.Monkey
 
 
 def test_what_several_found_out_is_put_together() -> None:
-    trials.adopt([{"a": 2.0, "b": 3.0}, {"a": 0.5}, {"c": 5.0}])
-    assert {name: round(gain, 9) for name, gain in trials.known().items()} == {"a": 1.0, "b": 3.0, "c": 5.0}
+    assert trials.adopt([{"a": 2.0, "b": 3.0}, {"a": 0.5}, {"c": 5.0}])
+    known = trials.known()
+    assert {name: round(gain, 9) for name, gain in known.items()} == {"a": 1.0, "b": 3.0, "c": 5.0}
+    assert not trials.adopt([known, known])  # All agree already, to the bit.
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class AutoEngine(Engine):
         self._comm, self._target, self._options = comm, target, options
         self._may_tile = "shard" not in (gather_of(options.gather, half) for half in HALVES)
         self._exact = ExactEngine(comm, target, replace(options, mode="exact"))
-        frugal = replace(options, mode="exact", frames_per_call=1)
+        frugal = replace(options, mode="exact", frames_per_call=1, graphs=False)
         # From the one that takes most memory to the one that takes least.
         self._ways: dict[str, ExactEngine | TileEngine] = {
             "exact": self._exact,
@@ -79,8 +79,12 @@ class AutoEngine(Engine):
     def _key(self, half: str, picture: Tensor) -> Any:
         return half, tuple(picture.shape), picture.dtype, picture.device, described(self._target.vae)
 
+    def forget(self) -> None:
+        self._exact.forget()
+
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         """Every rank comes here, whatever it failed by; they agree on what to do by an exchange."""
+        self.forget()
         picture = next((value for value in (*args, *kwargs.values()) if is_picture(value)), None)
         key = None if picture is None else self._key(half, picture)
         choice = self._choices.get(key)

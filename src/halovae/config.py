@@ -45,6 +45,9 @@ class Options:
     """Latent frames in one call of a network that walks through time (exact mode); "auto": as many as fill an
     accelerator, and on a CPU as few as the VAE itself takes."""
 
+    graphs: bool = False
+    """Record calls of a kind that comes again, and replay them (exact mode, on accelerators that can)."""
+
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
         _one_of("mode", self.mode, MODES)
@@ -56,6 +59,8 @@ class Options:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
         _check_frames(self.frames_per_call)
+        if type(self.graphs) is not bool:
+            raise InputError(f"graphs is {self.graphs!r}: give True or False")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
             raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
 
@@ -146,6 +151,8 @@ class CallReport:
     """Exact mode: where the rows and the columns of the input were cut."""
     steps: tuple[int, ...] = ()
     """Exact mode: steps in time in each call of the network, where several go in one; else nothing."""
+    replayed: bool = False
+    """Exact mode: whether a recording of an earlier call was replayed."""
     tiles: int = 0
     """Tile mode: how many tiles there were, each with all its frames."""
     spread: float = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from math import prod
@@ -14,14 +15,16 @@ from halovae.agreement import together
 from halovae.comm import Comm, Traffic
 from halovae.config import Options, gather_of
 from halovae.exact.mesh import Mesh
-from halovae.exact.run import run_on_group
+from halovae.exact.run import Runner, on_shards, run_on_group
+from halovae.graphs import Graphs
 from halovae.kernels import trials
 from halovae.kernels.precision import working_dtype
 from halovae.kernels.weights import forget
 from halovae.memory import PeakMemory
-from halovae.merge import Merger, merged
+from halovae.merge import Merger, Steps, merged
 from halovae.plan import ShardPlan, plan_shards
 from halovae.room import Room
+from halovae.tape import can_record
 from halovae.target import Target
 from halovae.tile.run import TileRunner
 from halovae.verify import compression, make_probe, verify
@@ -35,6 +38,8 @@ class Ran:
     mode: str
     report: dict[str, Any]
     phases: dict[str, float]
+    recorded: int = 0
+    """Bytes of a recording that was replayed: the device does not count them as in use."""
 
 
 class Engine(Protocol):
@@ -45,6 +50,10 @@ class Engine(Protocol):
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         """After a call has failed on all ranks: whether all are to make it again, in a way that takes less memory."""
         return False
+
+    def forget(self) -> None:
+        """Free the memory that is kept between calls."""
+        return
 
 
 def make_engine(comm: Comm, target: Target, options: Options) -> Engine:
@@ -106,6 +115,7 @@ class ExactEngine(Engine):
         self._ratio: int | None = None
         self._room = Room(target)
         self._merger = Merger(comm, target, options.frames_per_call)
+        self._graphs = Graphs(comm, target)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
         started = time.perf_counter()
@@ -125,25 +135,44 @@ class ExactEngine(Engine):
         self._comm.traffic = Traffic()  # the probe's messages are not the call's
         memory = PeakMemory(picture.device)
         call = merged(self._target, half, steps)
-        outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep)
-        self._room.learn(half, plan, picture, memory.growth)
+        run = self._runner(half, plan, steps, picture, args, kwargs)
+        outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep, run)
+        replayed = self._graphs.replayed
+        if not replayed:
+            self._room.learn(half, plan, picture, memory.growth)
         _note(outcome.network_seconds, outcome.gather_seconds)
         timeline.note("probe", started, probed)
         if is_new:
             self._share_trials()
             self._tried.add(kind)
-        report = {"shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps}
+        report = {
+            "shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps,
+            "replayed": replayed is not None,
+        }  # fmt: skip
         phases = {
             "probe": probed - started,
             "network": outcome.network_seconds,
             "gather": outcome.gather_seconds,
         }
-        return Ran(outcome.result, "exact", report, phases)
+        return Ran(outcome.result, "exact", report, phases, replayed.growth if replayed else 0)
+
+    def forget(self) -> None:
+        self._graphs.forget()
+
+    def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
+        self.forget()
+        return False
+
+    def _runner(
+        self, half: str, plan: ShardPlan, steps: Steps, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Runner:  # fmt: skip
+        if not self._options.graphs or prod(plan.shape) < self._comm.size or not can_record(picture.device):
+            return on_shards
+        return functools.partial(self._graphs.run, half, (plan, steps, self._target.kind(half, args, kwargs)))
 
     def _share_trials(self) -> None:
         """Which kernels are fastest each rank has tried out by itself; all go on with the same answers."""
-        if any(everyone := self._comm.all_gather_object(trials.known())):
-            trials.adopt(everyone)
+        if trials.adopt(self._comm.all_gather_object(trials.known())):
             forget()  # Weights in the order of kernels that are not chosen now.
 
     def ratio(self, half: str, picture: Tensor) -> int:

@@ -95,16 +95,14 @@ class Merger:
 
     def _key(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the steps depend on."""
-        tensors = [(tuple(t.shape), t.dtype, t.device.type) for t in tensors_in((args, kwargs))]
-        others = [value for value in (*args, *kwargs.items()) if isinstance(value, (bool, int, float, str))]
-        return half, plan, *tensors, repr(others), _settings(self._target.vae)
+        return plan, self._target.kind(half, args, kwargs)
 
     def _choose(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
         with together(self._comm):
             calls = self._calls(half, args, kwargs)
             steps = sizes(calls, self._most(half, calls, plan))
             tensors = tensors_in((args, kwargs))
-            kind = half, tensors[0].dtype, tensors[0].device, _settings(self._target.vae)
+            kind = half, tensors[0].dtype, tensors[0].device, self._target.settings()
             able = max(steps, default=1) > 1
             if able and kind not in self._able and (verdict := self._try(half, ratio, args, kwargs)) is not None:
                 self._able[kind] = verdict
@@ -155,12 +153,6 @@ class Merger:
             LOG.debug("%s of %s takes one step at a time: %s", half, self._target.name, error)
             return False
         return distance(*results) <= _STRICTER * TOLERANCE.get(results[0].dtype, 1e-1)
-
-
-def _settings(vae: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The plain attributes of a VAE: how many frames go in a call of the network may depend on them."""
-    plain = {name: value for name, value in vars(vae).items() if isinstance(value, (bool, int, float, str))}
-    return tuple(sorted(plain.items()))
 
 
 def _uneven(value: Any) -> Any:

@@ -39,6 +39,7 @@ def parallelize(
     timeout: float = 60.0,
     halves: Sequence[str] = HALVES,
     frames_per_call: int | str = "auto",
+    graphs: bool = False,
 ) -> Handle:
     """Run a VAE's `encode` and `decode` on all ranks of a group. Called on every rank of it, with equal weights.
 
@@ -67,6 +68,10 @@ def parallelize(
         frames_per_call: latent frames that a VAE which walks through time takes in one call of its network (exact
             mode): more mean fewer and larger messages and kernels, and more memory. "auto": as many as fill an
             accelerator; on a CPU as few as the VAE itself takes. 1: always as the VAE itself.
+        graphs: record the second of two calls of the same kind, and replay that from the third on: on an accelerator
+            most of the time of a shard is Python's, and this leaves it out (exact mode, CUDA graphs or what other
+            accelerators have like them; elsewhere nothing changes). It keeps the memory of one call of each half, and
+            what hooks and other Python code do in a call they do no more.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
@@ -87,7 +92,7 @@ def parallelize(
         with together(comm) as said:
             options = Options(
                 mode=mode, axis=axis, size=size, gather=gather, verify=verify, tiles=tiles, timeout=timeout,
-                frames_per_call=frames_per_call,
+                frames_per_call=frames_per_call, graphs=graphs,
             )  # fmt: skip
             options.check_ranks(comm.size)
             target = Target(vae, checked_halves(halves))
@@ -100,7 +105,7 @@ def parallelize(
         raise
 
 
-def optimize(vae: Any, *, frames_per_call: int | str = "auto") -> Handle:
+def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool = False) -> Handle:
     """Run a VAE's `encode` and `decode` faster on this process alone: the same numbers, up to rounding.
 
     As `parallelize` in a world of one, whatever process group there is. The un-tiled result, as in exact mode.
@@ -108,6 +113,7 @@ def optimize(vae: Any, *, frames_per_call: int | str = "auto") -> Handle:
     Args:
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
         frames_per_call: as for `parallelize`.
+        graphs: likewise.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
@@ -119,7 +125,7 @@ def optimize(vae: Any, *, frames_per_call: int | str = "auto") -> Handle:
         >>> halovae.optimize(pipe)
         >>> image = pipe(prompt).images[0]
     """
-    return Handle(Target(vae), SoloComm(), Options(frames_per_call=frames_per_call))
+    return Handle(Target(vae), SoloComm(), Options(frames_per_call=frames_per_call, graphs=graphs))
 
 
 class Handle:
@@ -145,6 +151,7 @@ class Handle:
             if not self._restored:
                 self._restored = True
                 self._target.restore()
+                self._engine.forget()
                 self._comm.close()
 
     def __enter__(self) -> Handle:
@@ -205,7 +212,7 @@ class Handle:
         timeline.note("agree", begun, agreed)
         ran = self._engine.run(half, picture, args, kwargs)
         timeline.note(half, started)
-        traffic = self._comm.traffic
+        traffic, peak = self._comm.traffic, memory.read()
         self.last = CallReport(
             half=half,
             mode=ran.mode,
@@ -214,7 +221,7 @@ class Handle:
             messages=traffic.messages,
             bytes=traffic.bytes,
             wait_seconds=traffic.wait_seconds,
-            peak_memory=memory.read(),
+            peak_memory=None if peak is None else peak + ran.recorded,
             **ran.report,
         )
         return ran.result

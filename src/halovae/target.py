@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from halovae.config import HALVES
 from halovae.errors import InputError, NotExactError
+from halovae.trees import tensors_in
 
 _OURS = "_halovae_call"
 _MODULES = {"encode": "encoder", "decode": "decoder"}
+
+PLAIN = (bool, int, float, str)
+"""Types of values that say all about themselves."""
 
 Call = Callable[..., Any]
 
@@ -105,6 +109,16 @@ class Target:
             if before:
                 self.vae.use_tiling = before  # type: ignore[assignment]
 
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """The plain attributes of the VAE: what it does in a call may depend on them."""
+        return tuple(sorted((name, value) for name, value in vars(self.vae).items() if isinstance(value, PLAIN)))
+
+    def kind(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What a call depends on besides the weights and the values of its tensors."""
+        tensors = [(tuple(t.shape), t.dtype, t.device) for t in tensors_in((args, kwargs))]
+        others = [*map(_described, args), *((name, _described(value)) for name, value in sorted(kwargs.items()))]
+        return half, *tensors, *others, self.settings()
+
     def digest(self) -> str:
         """A fingerprint of architecture and weights; equal weights give equal digests on every device."""
         sums: list[Tensor] = []
@@ -119,6 +133,10 @@ class Target:
         config = json.dumps(settings, default=str, sort_keys=True)
         values = [total for group in _by_device(sums) for total in torch.stack(group).cpu().tolist()]
         return hashlib.sha256("\n".join([config, *names, *map(str, values)]).encode()).hexdigest()
+
+
+def _described(value: Any) -> str:
+    return repr(value) if value is None or isinstance(value, PLAIN) else type(value).__name__
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

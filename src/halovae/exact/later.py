@@ -35,12 +35,12 @@ def extend_later(
     """As `halo.extend`, computed by who uses it; the messages are on their way when this returns.
 
     Returns:
-        None where that can't be: several dimensions need rows, rows of one side come from several ranks, or there
-        is no kernel for such a tensor. The messages are the same either way, so ranks may differ in it.
+        None where that can't be: the padding is mirrored, rows of one side come from several ranks, or there is no
+        kernel for such a tensor. The messages are the same either way, so ranks may differ in it.
     """
-    if len(needs) != 1 or fill.mode == "reflect" or not fits(tensor):
+    if fill.mode == "reflect" or not fits(tensor):
         return None
-    ((dim, need),) = needs.items()
+    ((dim, need),) = needs.items()  # `halo.extend` takes one after the other.
     factor = require_axis(layout, dim)
     me, size = mesh.part(factor.axis), factor.cut.size
     have, (low, high) = factor.cut.extents[me], need[me]

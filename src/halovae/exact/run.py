@@ -22,6 +22,8 @@ from halovae.kernels.mode import FastMode, finished
 from halovae.trees import is_picture, map_tensors
 
 Call = Callable[..., Any]
+Runner = Callable[[Mesh, Call, tuple[Any, ...], dict[str, Any]], Any]
+"""Makes a call on shards: `on_shards`, or what stands in for it."""
 
 
 def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds) -> Any:
@@ -32,13 +34,23 @@ def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     Raises:
         NotExactError: an operator can't be sharded, or the result lost track of its shards.
     """
+    return on_shards(mesh, call, *_cut(mesh, args, kwargs, bounds))
 
+
+def _cut(
+    mesh: Mesh, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def cut(value: Any) -> Any:
         return scatter(mesh, value, _scaled(bounds, value)) if is_picture(value) else value
 
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+
+def on_shards(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As `run_sharded`, with arguments that are cut already."""
     # Rules call torch functions; the fast mode, entered first, receives them.
     with FastMode(), ShardMode(mesh) if mesh.size > 1 else nullcontext():
-        result = call(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+        result = call(*args, **kwargs)
     result = map_tensors(lambda t: mark(finished(t), layout_of(t)), result)
     if mesh.size > 1:
         first_tensor(result)  # there is one
@@ -74,7 +86,7 @@ class Outcome:
 
 def run_on_group(
     comm: Comm, shape: tuple[int, int], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds,
-    keep: str,
+    keep: str, run: Runner = on_shards,
 ) -> Outcome:  # fmt: skip
     """Run on the first rows * cols ranks; ranks beyond wait and share the result.
 
@@ -86,6 +98,7 @@ def run_on_group(
         kwargs: likewise.
         bounds: where the first picture is cut.
         keep: "all", "first" or "shard": who holds the whole result.
+        run: makes the call on shards.
     """
     spares = range(shape[0] * shape[1], comm.size)
     if comm.rank in spares:
@@ -94,7 +107,7 @@ def run_on_group(
         return Outcome(result, {"height": (0, 0), "width": (0, 0)}, 0.0, time.perf_counter() - started)
     mesh = Mesh(comm, shape)
     started = time.perf_counter()
-    result = run_sharded(mesh, call, args, kwargs, bounds)
+    result = run(mesh, call, *_cut(mesh, args, kwargs, bounds))
     mine = extents(mesh, first_tensor(result))
     ran = time.perf_counter()
     result = map_tensors(lambda t: _collect(mesh, t, keep), result)

@@ -15,7 +15,10 @@ from torch import Tensor
 from halovae.kernels.formats import memory_format
 from halovae.kernels.shapes import device_type
 from halovae.kernels.slabs import threads
-from halovae.kernels.weights import derived
+from halovae.kernels.weights import derived, keeps
+
+LIGHT = 8
+"""A picture with as many times fewer elements than the weight is convolved faster than the weight is packed."""
 
 KEEP_BELOW = 1 << 14
 """Weights are kept in packed order for calls of fewer positions than this; for more, packing is lost in the noise."""
@@ -35,9 +38,21 @@ def convolve(
 ) -> Tensor:
     """As torch.nn.functional.conv2d and conv3d with one group, and a weight from `prepared`."""
     if not (weight.is_mkldnn or (weight.is_meta and _packs(weight, weight.dtype))):
+        if _packs(weight, weight.dtype):
+            return _with_model_order(tensor, weight, bias, stride, padding, dilation)
         return (F.conv2d, F.conv3d)[tensor.ndim - 4](tensor, weight, bias, stride, padding, dilation)
     operation: Any = torch.ops.mkldnn._convolution_pointwise
     return operation(tensor, weight, bias, padding, stride, dilation, 1, "none", [], "")
+
+
+def _with_model_order(
+    tensor: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
+) -> Tensor:
+    """Channels first for this once: else the weight would be copied to channels last before it is put in order."""
+    first, last = torch.contiguous_format, memory_format(tensor.ndim, True)
+    tensor, weight = tensor.contiguous(memory_format=first), weight.contiguous(memory_format=first)
+    result = torch.mkldnn_convolution(tensor, weight, bias, padding, stride, dilation, 1)
+    return result.contiguous(memory_format=last)
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,15 @@ class Geometry:
     @property
     def positions(self) -> int:
         return self.source[0] * prod(self.source[2:])
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the picture is small beside the weight."""
+        return LIGHT * self.positions * sum(self.weight[:2]) < prod(self.weight)
+
+    @property
+    def weight_bytes(self) -> int:
+        return prod(self.weight) * self.dtype.itemsize
 
     def pack(self, weight: Tensor) -> Tensor:
         if weight.is_meta:
@@ -72,7 +96,8 @@ def prepared(
     """`make()`, a weight in the working dtype, in the order that this convolution asks for.
 
     One in the order that another convolution asks for would do, but can take many times as long. For most sizes of
-    picture it is the same order.
+    picture it is the same order. Where the picture is small beside the weight, and there is no room to keep what is
+    made, the weight is left as it is.
 
     Args:
         weight: of the model.
@@ -89,7 +114,10 @@ def prepared(
             return geometry.pack(make()) if packs else make().contiguous(memory_format=memory_format(weight.ndim, True))
 
         once = packs and geometry.positions >= KEEP_BELOW
-        made[order] = ordered() if once else derived(weight, (kind, order), ordered)
+        if packs and geometry.is_light and not keeps(weight, (kind, order), geometry.weight_bytes):
+            made[order] = make()
+        else:
+            made[order] = ordered() if once else derived(weight, (kind, order), ordered)
     return made[order]
 
 

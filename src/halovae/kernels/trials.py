@@ -6,7 +6,7 @@ that chose worse there. Two ways of about the same speed are enough for that.
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
     """
     if question not in _gains:
         with _undisturbed():
-            first, second = seconds(ways())
+            first, second = _seconds(ways())
         _gains[question] = first / second
     return _gains[question]
 
@@ -45,14 +45,21 @@ def known() -> Gains:
     return dict(_gains)
 
 
-def adopt(everyone: Sequence[Gains]) -> None:
-    """Take over what several processes have found out, so that all of them answer alike: the geometric mean."""
+def adopt(everyone: Sequence[Gains]) -> bool:
+    """Take over what several processes have found out, so that all of them answer alike: the geometric mean.
+
+    Returns:
+        Whether this process had other answers before.
+    """
+    before = known()
     for question in {question for gains in everyone for question in gains}:
         found = [gains[question] for gains in everyone if question in gains]
-        _gains[question] = math.exp(math.fsum(map(math.log, found)) / len(found))
+        # A mean of equal numbers may be another one by a rounding.
+        _gains[question] = statistics.geometric_mean(found) if len(set(found)) > 1 else found[0]
+    return known() != before
 
 
-def seconds(ways: Sequence[Way]) -> list[float]:
+def _seconds(ways: Sequence[Way]) -> list[float]:
     """The least of five runs of each, in turns; in processor time, which other work disturbs less than the clock."""
     turns = [[_timed(way) for way in ways] for _ in range(5)]
     return [min(times) for times in zip(*turns, strict=True)]

@@ -52,9 +52,19 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
     made = entry.made.get(kind)
     if made is None:
         made = make()
-        if made is not weight and (device_type(made.device) != "cpu" or kept_bytes() + made.nbytes <= _room):
+        if made is not weight and (device_type(made.device) != "cpu" or _has_room(made.nbytes)):
             entry.made[kind] = made
     return made
+
+
+def keeps(weight: Tensor, kind: Hashable, size: int) -> bool:
+    """Whether `derived` has kept what was made of a weight in host memory, or would keep it: so many bytes."""
+    entry = _entries.get(id(weight))
+    return (entry is not None and entry.holds_for(weight) and kind in entry.made) or _has_room(size)
+
+
+def _has_room(size: int) -> bool:
+    return kept_bytes() + size <= _room
 
 
 def make_room(picture_bytes: int) -> None:

@@ -1,0 +1,134 @@
+"""Calls that are replayed from a recording. What records is left out where there is no accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import EXACT, FAMILIES, run_decode, run_encode
+from pictures import error
+from ranks import Ranks
+from torch import Tensor
+
+import halovae
+from halovae.comm import default_device
+from halovae.config import Options
+from halovae.errors import InputError
+from halovae.tape import can_record
+
+records = pytest.mark.skipif(not can_record(default_device()), reason="there is nothing that records")
+HALVES = ["encode", "decode"]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Ranks]:
+    """Two ranks with gloo between them, on one device where there is one."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def placed(name: str, half: str) -> tuple[Any, list[Tensor]]:
+    """A VAE, and inputs of one shape."""
+    family, device = FAMILIES[name], default_device()
+    tensor = (family.sample if half == "encode" else family.latent)(torch.float64).to(device)
+    return family.build().to(device, torch.float64), [tensor, tensor.flip(-1), tensor * 0.5, tensor.flip(-2), tensor]
+
+
+def run(name: str, vae: Any, half: str, tensor: Tensor) -> Tensor:
+    return run_encode(vae, tensor) if half == "encode" else run_decode(FAMILIES[name], vae, tensor)
+
+
+def follow(handle: halovae.Handle, name: str, vae: Any, half: str, tensor: Tensor, expected: Tensor) -> bool:
+    """Whether a call that gives what it should was replayed."""
+    found = run(name, vae, half, tensor)
+    assert error(found, expected) <= max(EXACT, getattr(FAMILIES[name], f"{half}_tolerance"))
+    assert handle.last is not None
+    return handle.last.replayed
+
+
+@records
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("name", ["wan21", "wan22", "kl", "hunyuan_video", "dc", "qwenimage"])
+def test_a_third_call_is_replayed(name: str, half: str) -> None:
+    vae, tensors = placed(name, half)
+    expected = [run(name, vae, half, tensor) for tensor in tensors]
+    with halovae.optimize(vae, graphs=True) as handle:
+        replayed = [follow(handle, name, vae, half, *pair) for pair in zip(tensors, expected, strict=True)]
+    assert replayed == [False, False, True, True, True]
+
+
+@records
+def test_other_sizes_and_weights_are_not_replayed() -> None:
+    vae, (tensor, *_) = placed("kl", "decode")
+    larger = torch.cat([tensor, tensor], -1)
+    with halovae.optimize(vae, graphs=True) as handle:
+
+        def replayed(given: Tensor) -> bool:
+            return follow(handle, "kl", vae, "decode", given, by_diffusers(vae, given))
+
+        assert [replayed(tensor) for _ in range(3)] == [False, False, True]
+        assert not replayed(larger)
+        assert [replayed(tensor) for _ in range(3)] == [False, False, True]
+        with torch.no_grad():
+            vae.decoder.conv_in.weight.mul_(1.5)
+        assert replayed(tensor)  # Weights are read anew each time.
+        vae.decoder.conv_in.weight = torch.nn.Parameter(vae.decoder.conv_in.weight * 0.5)
+        assert not replayed(tensor)
+
+
+@torch.no_grad()
+def by_diffusers(vae: Any, latent: Tensor) -> Tensor:
+    """A decode by diffusers' own code, on a copy of the VAE."""
+    plain = FAMILIES["kl"].build().to(latent.device, latent.dtype)
+    plain.load_state_dict(vae.state_dict())
+    return run("kl", plain, "decode", latent)
+
+
+@records
+def test_what_asks_the_device_goes_on_as_before() -> None:
+    vae, (tensor, *_) = placed("kl", "decode")
+    expected = run("kl", vae, "decode", tensor)
+    vae.decoder.register_forward_pre_hook(lambda _, args: print(end=str(args[0].sum().item())[:0]))
+    with halovae.optimize(vae, graphs=True) as handle:
+        assert not any(follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(4))
+
+
+def on_shards(rank: int, name: str, half: str, axis: Any) -> None:
+    vae, tensors = placed(name, half)
+    expected = [run(name, vae, half, tensor) for tensor in tensors]
+    with halovae.parallelize(vae, axis=axis, graphs=True) as handle:
+        replayed, messages = list[bool](), set[int]()
+        for pair in zip(tensors, expected, strict=True):
+            replayed.append(follow(handle, name, vae, half, *pair))
+            assert handle.last is not None
+            messages.add(handle.last.messages if replayed[-1] or len(replayed) == 1 else 0)
+    assert replayed == [False, False, True, True, True]
+    assert len(messages - {0}) == 1, "a replay sends what the first call sent"
+
+
+@records
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("name", ["wan21", "kl"])
+@pytest.mark.parametrize("axis", ["height", "width"])
+def test_two_ranks_of_one_device(pair: Ranks, name: str, half: str, axis: str) -> None:
+    pair.run(on_shards, name, half, axis)
+
+
+def on_cpu(rank: int) -> None:
+    family = FAMILIES["kl"]
+    vae, latent = family.build().double(), family.latent(torch.float64)
+    expected = run("kl", vae, "decode", latent)
+    with halovae.parallelize(vae, graphs=True) as handle:
+        assert not any(follow(handle, "kl", vae, "decode", latent, expected) for _ in range(3))
+
+
+def test_nothing_changes_where_nothing_records(pair: Ranks) -> None:
+    pair.run(on_cpu)
+
+
+def test_graphs_is_yes_or_no() -> None:
+    with pytest.raises(InputError, match="graphs is 1: give True or False"):
+        Options(graphs=1)  # pyright: ignore[reportArgumentType]
