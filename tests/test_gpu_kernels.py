@@ -8,7 +8,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from halovae.kernels import convolution as kernels_convolution
-from halovae.kernels import gpu, gpu_chain
+from halovae.kernels import gpu, gpu_chain, gpu_copy
 from halovae.kernels.chain import Chain, Step
 from halovae.kernels.convolution import Window, on_gpu
 from halovae.kernels.deferred import recipe_of
@@ -94,6 +94,26 @@ def test_a_chain_without_a_norm():
     found = torch.empty_like(source)
     gpu_chain.run(source, found, times=factor)
     assert error(found, source * factor) < 1e-6
+
+
+@pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 4, 300, 16), (3, 1, 1, 96)])
+def test_rows_are_copied_into_a_larger_buffer(size: tuple[int, ...]):
+    source = frames(size[0] + 1, size[1], size[2], size[3])[1:]
+    buffer = torch.full((size[0] + 2, size[1] + 1, size[2] + 2, size[3]), -7.0)
+    expected = buffer.clone()
+    expected[2:, 1:, 1:-1] = source
+    out = buffer[2:, 1:, 1:-1]
+    assert gpu_copy.fits(source)
+    assert gpu_copy.fits(out)
+    gpu_copy.run(source, out)
+    assert torch.equal(buffer, expected)
+
+
+def test_rows_with_gaps_are_not_copied_as_rows():
+    source = frames(2, 3, 5, 7)
+    assert not gpu_copy.fits(source.transpose(1, 2))
+    assert not gpu_copy.fits(source[:, :, ::2])
+    assert not gpu_copy.fits(source.transpose(2, 3))
 
 
 # ---- the functions that the rules call, on tensors as networks make them ----

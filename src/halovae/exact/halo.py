@@ -16,6 +16,7 @@ from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length,
 from halovae.exact.mesh import Mesh
 from halovae.exact.transfers import transfers
 from halovae.geometry import Cut, Extent, covering, cut_at, overlap
+from halovae.kernels import gpu
 from halovae.kernels.borders import Fill, fill_outside, region_of
 from halovae.kernels.formats import is_channels_last, memory_format
 
@@ -57,7 +58,7 @@ def extend(
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     buffer = _new_like(tensor, shape)
-    region_of(buffer, valid).copy_(_narrow_to(mesh, tensor, layout, covered, clip=True))
+    gpu.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered, clip=True))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
         fill_outside(buffer, dim, valid, fill)

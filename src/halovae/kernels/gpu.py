@@ -17,6 +17,9 @@ from halovae.kernels.weights import derived
 FEW_POSITIONS = 1 << 14
 """Of the output. Below, the vendor library has kernels that share out the sum; above, ours fills the device."""
 
+_MANY = 1 << 16
+"""Elements from which a copy takes longer than it takes to ask for it."""
+
 
 @functools.cache
 def supports(device: torch.device) -> bool:
@@ -86,6 +89,29 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
         if part is not last:
             place.copy_(part)
     return room
+
+
+def copy(target: Tensor, source: Tensor) -> None:
+    """As `target.copy_(source)`."""
+    if not (supports(target.device) and _is_large_picture(target) and target.dtype == source.dtype):
+        target.copy_(source)
+        return
+    from halovae.kernels import gpu_copy
+
+    frames, out = _frames(source), _frames(target)
+    if gpu_copy.fits(frames) and gpu_copy.fits(out):
+        gpu_copy.run(frames, out)
+    else:
+        target.copy_(source)
+
+
+def _frames(picture: Tensor) -> Tensor:
+    """A batch of pictures, or one video, as `[T, H, W, C]`."""
+    return picture.movedim(1, -1) if picture.ndim == 4 else picture[0].movedim(0, -1)
+
+
+def _is_large_picture(tensor: Tensor) -> bool:
+    return tensor.numel() >= _MANY and (tensor.ndim == 4 or (tensor.ndim == 5 and len(tensor) == 1))
 
 
 def _positions(picture: Tensor) -> Tensor:

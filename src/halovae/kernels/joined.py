@@ -137,7 +137,7 @@ class Joined:
                 self.halo.wait()
             region = [(start, start + size) for start, size in zip(starts, block.shape, strict=True)]
             region[dim] = (low - first, high - first)
-            region_of(inside, region).copy_(block.narrow(dim, low - starts[dim], high - low))
+            gpu.copy(region_of(inside, region), block.narrow(dim, low - starts[dim], high - low))
 
     def _blocks(self) -> Iterator[tuple[Tensor, list[int]]]:
         """Each tensor it is made of, and where that begins in the unpadded whole; those that are here first."""
