@@ -46,6 +46,7 @@ WAN_2_2 = {
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {"Wan 2.1": ({}, 16, 8), "Wan 2.2": (WAN_2_2, 48, 16)}
 """Configuration, latent channels, spatial ratio."""
 CASES = [("Wan 2.1", (480, 832, 81)), ("Wan 2.1", (720, 1280, 81)), ("Wan 2.2", (480, 832, 81))]
+PARTS = ("one", "projection", "several", "processes")
 LINK_BYTES_PER_SECOND = 300e9
 LINK_SECONDS_PER_MESSAGE = 20e-6
 
@@ -245,25 +246,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of the cases to run")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8], help="numbers of GPUs to project to")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
     halves = ("encode", "decode")
     rows: list[dict[str, Any]] = []
     cases = [CASES[index] for index in options.cases]
-    for model, size in cases:
+    for model, size in cases if "one" in options.parts else []:
         for half in halves:
             rows.append(row(model, size, half, options.repeats))
             print(rows[-1], file=sys.stderr, flush=True)
     if rows:
         report(f"one {device}", rows, options.json)
-    projected = [projection(*CASES[0], half, n, options.repeats) for half in halves for n in options.ranks]
+    ranks = options.ranks if "projection" in options.parts else []
+    projected = [projection(*CASES[0], half, n, options.repeats) for half in halves for n in ranks]
     if projected:
         link = f"{LINK_BYTES_PER_SECOND / 1e9:.0f} GB/s, {LINK_SECONDS_PER_MESSAGE * 1e6:.0f} us a message"
         second = options.json and options.json.with_stem(f"{options.json.stem}-projection")
         print()
         report(f"projection from one {device}: {link}", projected, second)
-    if torch.cuda.device_count() > 1:
+    if "several" in options.parts and torch.cuda.device_count() > 1:
         shared = [
             several(*case, half, options.repeats) for case in [CASES[i] for i in options.cases] for half in halves
         ]
@@ -271,6 +274,8 @@ def main() -> None:
         print()
         report(f"{torch.cuda.device_count()} of {device}", shared, third)
     sys.stdout.flush()
+    if "processes" not in options.parts:
+        return
     worst = max(run_ranks(2, two_processes))
     print(f"\ntwo processes on one GPU, float64: largest difference {worst:.1e} of the largest value")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,3 +94,24 @@ def test_pieces_of_one_picture_share_what_was_made_for_them(room: Callable[[int]
     for _ in range(3):
         packed.prepared(weight, "kind", lambda: (calls.append(1), weight)[1], geometry(weight, 20, 34), made)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("taps", [(3, 3), (3, 3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_outweighs_the_picture_is_left_as_it_is(
+    room: Callable[[int], None], taps: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Unless there is room to keep it packed."""
+    weight, x = draw(40, 48, *taps, dtype=dtype), draw(2, 48, *(1 for _ in taps), dtype=dtype)
+    ones, padding = (1,) * len(taps), (1,) * len(taps)
+    shape = packed.Geometry(tuple(weight.shape), dtype, tuple(x.shape), ones, padding, ones)
+    assert shape.is_light
+    assert not replace(shape, source=(2, 48, *(9 for _ in taps))).is_light
+    convolution = F.conv2d if len(taps) == 2 else F.conv3d
+    for size, packs in ((0, False), (weight.nbytes, True)):
+        room(size)
+        made = packed.prepared(weight, "kind", lambda: weight, shape, {})
+        assert made.is_mkldnn == packs
+        found = packed.convolve(x, made, None, ones, padding, ones)
+        # One rounding of a sum that torch may add up in another order.
+        assert_same(found, convolution(x, weight, padding=padding), 1e-2 if dtype == torch.bfloat16 else 1e-5)
