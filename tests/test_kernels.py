@@ -12,7 +12,8 @@ from shards import EXACT, GRID, assert_same, draw, image, on_shards, video
 from torch import Tensor
 
 from halovae.kernels import convolution, slabs, upsampling
-from halovae.kernels.deferred import Deferred, recipe_of
+from halovae.kernels.deferred import Deferred, computed, recipe_of
+from halovae.kernels.formats import is_channels_last
 from halovae.kernels.joined import Joined
 from halovae.kernels.mode import FastMode, finished
 
@@ -153,6 +154,16 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "padding for nobody": (lambda x: (F.pad(x, (1, 1, 1, 1)), F.conv2d(x, W2, padding=1))[1], IMAGE),
     "grown frame by frame": (grown, VIDEO),
     "shuffled by hand": (shuffled, IMAGE),
+    "repeated channels": (
+        lambda x: (
+            F.conv2d(x, W2).repeat_interleave(4, dim=1, output_size=4 * len(W2)),
+            torch.repeat_interleave(x, 2, -3),
+            x.repeat_interleave(2, -2),
+            x.repeat_interleave(2),
+            torch.repeat_interleave(x, torch.arange(x.shape[1]), dim=1),
+        ),
+        IMAGE,
+    ),
     "reshaped by keywords": (lambda x: torch.reshape(input=x, shape=(2, 4, 6, 2, 9, 1)), IMAGE),
     "shuffled in place": (lambda x: shuffled_in_place(x.clone(memory_format=torch.contiguous_format)), IMAGE),
     "shuffled frames": (
@@ -202,6 +213,13 @@ def check_on_shards(name: str, bounds: Any) -> None:
         expected = function(x)
         for found in on_shards(function, (x,), bounds, fast=True):
             assert_same(found, expected, EXACT)
+
+
+def test_repeated_channels_stay_channels_last() -> None:
+    with torch.no_grad(), FastMode():
+        convolved = F.conv2d(draw(*IMAGE), W2)
+        repeated = F.pixel_shuffle(convolved.repeat_interleave(4, dim=1), 2)
+    assert is_channels_last(computed(repeated))
 
 
 def test_one_of_equal_frames_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,9 @@ def _on_cpu(joined: Joined, window: Window) -> Tensor:
     zeros = [0] * (len(shape) - 2)
     across = prod(joined.shape) // joined.shape[line.dim]
     step = max(4, WINDOW_BYTES * threads() // (work.itemsize * line.stride * across))
+    if step >= line.size and not joined.halo:
+        result = _run(joined.slab(line.dim, line.source((0, line.size)), work, True), window, zeros, work)
+        return result.to(joined.dtype, memory_format=memory_format(len(shape), True))
     return _by_pieces(joined, line, shape, work, step, lambda slab, out: out.copy_(_run(slab, window, zeros, work)))
 
 

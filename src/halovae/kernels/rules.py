@@ -162,6 +162,16 @@ def reshape(input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
     return out
 
 
+@rule(*named("repeat_interleave"))
+def repeat_interleave(input: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any) -> Any:
+    """Repeated channels of a channels-last picture are channels last too."""
+    if kwargs.keys() - {"output_size"} or not isinstance(repeats, int) or not fits(input):
+        return NotImplemented
+    if dim not in (1, 1 - input.ndim) or not is_dense_channels_last(source := plain(input)):
+        return NotImplemented
+    return source.movedim(1, -1).repeat_interleave(repeats, -1).movedim(-1, 1)
+
+
 def _view(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
     try:
         return tensor.view(shape)

@@ -60,7 +60,7 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
 def keeps(weight: Tensor, kind: Hashable, size: int) -> bool:
     """Whether `derived` has kept what was made of a weight in host memory, or would keep it: so many bytes."""
     entry = _entries.get(id(weight))
-    return (entry is not None and entry.holds_for(weight) and kind in entry.made) or _has_room(size)
+    return (entry is not None and entry.weight() is weight and kind in entry.made) or _has_room(size)
 
 
 def _has_room(size: int) -> bool:
