@@ -20,7 +20,7 @@ LAYERS = [
     {"target", "kernels"},
     {"dataflow", "state", "randomness", "record", "speed", "meter", "exact", "tile"},
     {"media", "models", "latents", "fit", "codec", "files"},
-    {"plan", "verify", "quality", "predict", "survey", "room", "merge"},
+    {"plan", "verify", "quality", "predict", "survey", "room", "merge", "tape", "graphs"},
     {"engines", "choice", "parallel", "context"},
     {"launch", "watch", "cli", "report", "pipelines", "serve", "__main__", "__init__"},
 ]  # fmt: skip
