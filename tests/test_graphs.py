@@ -94,6 +94,19 @@ def test_what_asks_the_device_goes_on_as_before() -> None:
     vae.decoder.register_forward_pre_hook(lambda _, args: print(end=str(args[0].sum().item())[:0]))
     with halovae.optimize(vae, graphs=True) as handle:
         assert not any(follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(4))
+    torch.get_device_module(tensor.device).empty_cache()  # The device is in order after a recording that failed.
+    assert torch.randn(3, device=tensor.device).isfinite().all()
+
+
+@records
+def test_what_torch_is_set_to_counts() -> None:
+    vae, (tensor, *_) = placed("kl", "decode")
+    expected = run("kl", vae, "decode", tensor)
+    with halovae.optimize(vae, graphs=True) as handle:
+        assert [follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(3)] == [False, False, True]
+        with torch.inference_mode():
+            again = [follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(3)]
+        assert again == [False, False, True]
 
 
 def on_shards(rank: int, name: str, half: str, axis: Any) -> None:

@@ -79,12 +79,12 @@ class AutoEngine(Engine):
     def _key(self, half: str, picture: Tensor) -> Any:
         return half, tuple(picture.shape), picture.dtype, picture.device, described(self._target.vae)
 
-    def forget(self) -> None:
-        self._exact.forget()
+    def free(self) -> None:
+        self._exact.free()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         """Every rank comes here, whatever it failed by; they agree on what to do by an exchange."""
-        self.forget()
+        self.free()
         picture = next((value for value in (*args, *kwargs.values()) if is_picture(value)), None)
         key = None if picture is None else self._key(half, picture)
         choice = self._choices.get(key)

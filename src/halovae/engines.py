@@ -51,8 +51,8 @@ class Engine(Protocol):
         """After a call has failed on all ranks: whether all are to make it again, in a way that takes less memory."""
         return False
 
-    def forget(self) -> None:
-        """Free the memory that is kept between calls."""
+    def free(self) -> None:
+        """Give back the memory that is kept between calls."""
         return
 
 
@@ -137,8 +137,7 @@ class ExactEngine(Engine):
         call = merged(self._target, half, steps)
         run = self._runner(half, plan, steps, picture, args, kwargs)
         outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep, run)
-        replayed = self._graphs.replayed
-        if not replayed:
+        if self._graphs.way == "plain":
             self._room.learn(half, plan, picture, memory.growth)
         _note(outcome.network_seconds, outcome.gather_seconds)
         timeline.note("probe", started, probed)
@@ -147,25 +146,26 @@ class ExactEngine(Engine):
             self._tried.add(kind)
         report = {
             "shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps,
-            "replayed": replayed is not None,
+            "replayed": self._graphs.way == "replay",
         }  # fmt: skip
         phases = {
             "probe": probed - started,
             "network": outcome.network_seconds,
             "gather": outcome.gather_seconds,
         }
-        return Ran(outcome.result, "exact", report, phases, replayed.growth if replayed else 0)
+        return Ran(outcome.result, "exact", report, phases, self._graphs.growth)
 
-    def forget(self) -> None:
-        self._graphs.forget()
+    def free(self) -> None:
+        self._graphs.clear()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
-        self.forget()
+        self.free()
         return False
 
     def _runner(
         self, half: str, plan: ShardPlan, steps: Steps, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Runner:  # fmt: skip
+        self._graphs.begin()
         if not self._options.graphs or prod(plan.shape) < self._comm.size or not can_record(picture.device):
             return on_shards
         return functools.partial(self._graphs.run, half, (plan, steps, self._target.kind(half, args, kwargs)))

@@ -31,7 +31,7 @@ from halovae.record import NETWORKS, NetworkCall, Recorder, answering
 from halovae.state import undone_by_failure
 from halovae.target import Call, Target
 from halovae.trees import tensors_in
-from halovae.verify import TOLERANCE, distance, frozen_generators, make_probe
+from halovae.verify import frozen_generators, is_rounding, make_probe
 
 LOG = logging.getLogger("halovae")
 FULL_CALL = 10 << 20
@@ -39,8 +39,6 @@ FULL_CALL = 10 << 20
 two latent frames of 480 x 832 pixels. Twice as many gained 1 to 3 % there, and took half as much memory again."""
 _PROBED = 2
 """Steps in one call of the probe."""
-_STRICTER = 0.3
-"""Than shards are compared: the same kernels run on the same device, so only roundings differ."""
 _MORE_FRAMES = 8
 """Frames that the probe is longer by, so that some of its steps are equal. A multiple of usual compressions."""
 
@@ -152,7 +150,7 @@ class Merger:
                 raise
             LOG.debug("%s of %s takes one step at a time: %s", half, self._target.name, error)
             return False
-        return distance(*results) <= _STRICTER * TOLERANCE.get(results[0].dtype, 1e-1)
+        return is_rounding(*results)
 
 
 def _uneven(value: Any) -> Any:

@@ -21,7 +21,7 @@ from halovae.errors import InputError
 from halovae.memory import PeakMemory
 from halovae.randomness import rewound_by_failure
 from halovae.state import undone_by_failure
-from halovae.target import Target
+from halovae.target import Target, in_words
 from halovae.tile.settings import described
 from halovae.trees import is_picture
 
@@ -69,9 +69,9 @@ def parallelize(
             mode): more mean fewer and larger messages and kernels, and more memory. "auto": as many as fill an
             accelerator; on a CPU as few as the VAE itself takes. 1: always as the VAE itself.
         graphs: record the second of two calls of the same kind, and replay that from the third on: on an accelerator
-            most of the time of a shard is Python's, and this leaves it out (exact mode, CUDA graphs or what other
-            accelerators have like them; elsewhere nothing changes). It keeps the memory of one call of each half, and
-            what hooks and other Python code do in a call they do no more.
+            most of the time of a shard is Python's, and this leaves it out (exact mode where each rank has a shard,
+            CUDA graphs or what other accelerators have like them; elsewhere nothing changes). It keeps the memory of
+            one call of each half, and what hooks and other Python code do in a call they do no more.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
@@ -151,7 +151,7 @@ class Handle:
             if not self._restored:
                 self._restored = True
                 self._target.restore()
-                self._engine.forget()
+                self._engine.free()
                 self._comm.close()
 
     def __enter__(self) -> Handle:
@@ -244,4 +244,4 @@ class Handle:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device.type}"
-    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
+    return in_words(value)

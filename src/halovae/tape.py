@@ -6,6 +6,7 @@ So a rank that fails is noticed as ever, and any backend will do.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,8 +20,14 @@ from halovae.functions import outside_modes
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether there are graphs for such a device."""
-    return device.type != "cpu" and hasattr(torch.get_device_module(device), _graph_of(device))
+    """Whether there are graphs for such a device, of the form that is used here."""
+    return device.type in ("cuda", "npu") and hasattr(torch.get_device_module(device), _graph_of(device))
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """To record on; one, because libraries keep a workspace for each stream that they have seen."""
+    return torch.get_device_module(device).Stream(device)
 
 
 def _graph_of(device: torch.device) -> str:
@@ -48,6 +55,7 @@ class Tape(SoloComm):
         self._steps: list[Callable[[], object]] = []
         self._recorded: list[_Recorded] = []
         self._under_way: dict[int, Pending] = {}
+        self._done: Any = self._module.Event()
 
     # ---- recording ---------------------------------------------------------------------------------------------------
 
@@ -60,19 +68,20 @@ class Tape(SoloComm):
         """
         self._module.synchronize(self._device)
         self._module.empty_cache()  # The graphs have memory of their own.
-        with warnings.catch_warnings(), self._module.stream(self._module.Stream(self._device)):
+        with warnings.catch_warnings(), self._module.stream(_stream(self._device)):
             # There is nothing between some messages.
             warnings.filterwarnings("ignore", message=".*Graph is empty")
-            self._begin()
             try:
+                self._begin()
                 yield
                 for posted in self._recorded:
                     posted.wait()
+                self._end()
             except BaseException:
-                with suppress(RuntimeError):  # It is broken already; this leaves the stream in order.
-                    self._graph.capture_end()
+                self._abandon()
                 raise
-            self._end()
+            finally:
+                self._recorded.clear()
         self._module.synchronize(self._device)
 
     def _begin(self) -> None:
@@ -84,6 +93,19 @@ class Tape(SoloComm):
         self._graph.capture_end()
         self._steps.append(self._graph.replay)
 
+    def _abandon(self) -> None:
+        """Leave the stream and the memory in order after an error."""
+        with suppress(RuntimeError):  # Of the error itself.
+            self._graph.capture_end()
+        if self._device.type == "cuda":
+            with suppress(RuntimeError):  # A capture that ended well has done it.
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # pyright: ignore
+                torch._C._cuda_releasePool(self._device.index, self._pool)  # pyright: ignore
+        with suppress(RuntimeError):  # An empty one that ends well: the generator of the device takes note of the end.
+            self._graph = getattr(self._module, _graph_of(self._device))()
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            self._graph.capture_end()
+
     def _between(self, step: Callable[[], object]) -> None:
         self._end()
         self._steps.append(step)
@@ -91,22 +113,24 @@ class Tape(SoloComm):
 
     @outside_modes
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        outgoing, incoming = _places(sends), _places(receives)
-        self._between(lambda: self._comm.exchange(outgoing, incoming))
+        # No step refers to the tape: a recording that is dropped is to give its memory back at once.
+        self._between(functools.partial(self._comm.exchange, _places(sends), _places(receives)))
 
     @outside_modes
     def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
         outgoing, incoming, number = _places(sends), _places(receives), len(self._recorded)
+        comm, under_way = self._comm, self._under_way
 
         def again() -> None:
-            self._under_way[number] = self._comm.post(outgoing, incoming, bulk)
+            under_way[number] = comm.post(outgoing, incoming, bulk)
 
         self._between(again)
         self._recorded.append(_Recorded(self, number, [*sends, *receives]))
         return self._recorded[-1]
 
     def wait_for(self, number: int) -> None:
-        self._between(lambda: self._under_way.pop(number).wait())
+        under_way = self._under_way
+        self._between(lambda: under_way.pop(number).wait())
 
     def all_gather_object(self, value: Any) -> list[Any]:
         raise RuntimeError("what ranks tell each other in a call can't be recorded")
@@ -115,6 +139,14 @@ class Tape(SoloComm):
         self._comm.check()
 
     # ---- afterwards --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within it, the memory of the recording is the caller's: replays on several streams follow each other."""
+        stream = self._module.current_stream(self._device)
+        stream.wait_event(self._done)
+        yield
+        self._done.record(stream)
 
     def replay(self) -> None:
         """Do again what was recorded, in the same memory.

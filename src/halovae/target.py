@@ -116,7 +116,7 @@ class Target:
     def kind(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What a call depends on besides the weights and the values of its tensors."""
         tensors = [(tuple(t.shape), t.dtype, t.device) for t in tensors_in((args, kwargs))]
-        others = [*map(_described, args), *((name, _described(value)) for name, value in sorted(kwargs.items()))]
+        others = [*map(in_words, args), *((name, in_words(value)) for name, value in sorted(kwargs.items()))]
         return half, *tensors, *others, self.settings()
 
     def digest(self) -> str:
@@ -135,7 +135,8 @@ class Target:
         return hashlib.sha256("\n".join([config, *names, *map(str, values)]).encode()).hexdigest()
 
 
-def _described(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """All of a plain value, of another one its type."""
     return repr(value) if value is None or isinstance(value, PLAIN) else type(value).__name__
 
 

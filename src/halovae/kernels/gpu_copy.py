@@ -37,7 +37,8 @@ def run(frames: Tensor, out: Tensor) -> None:
 def _copy_rows(
     source, out, height, length, source_frame, source_row, out_frame, out_row, ELEMENTS: tl.constexpr
 ):  # fmt: skip  # pyright: ignore
-    frame, row = tl.program_id(0).to(tl.int64) // height, tl.program_id(0) % height
+    number = tl.program_id(0).to(tl.int64)
+    frame, row = number // height, number % height
     element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     value = tl.load(source + frame * source_frame + row * source_row + element, mask=element < length)
     tl.store(out + frame * out_frame + row * out_row + element, value, mask=element < length)
