@@ -113,6 +113,11 @@ def run_decode(family: Family, vae: Any, latent: torch.Tensor) -> torch.Tensor:
     return output if torch.is_tensor(output) else output.sample
 
 
+def run_half(name: str, vae: Any, half: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What one half of a family's VAE gives."""
+    return run_encode(vae, tensor) if half == "encode" else run_decode(FAMILIES[name], vae, tensor)
+
+
 def _draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXACT, FAMILIES, run_decode, run_encode
+from families import EXACT, FAMILIES, run_half
 from pictures import error
 from ranks import ENDED, Ranks
 from torch import Tensor
@@ -36,19 +36,16 @@ def placed(name: str, half: str, dtype: torch.dtype = torch.float64) -> tuple[An
     return family.build().to(device, dtype), tensor.to(device)
 
 
-def run(name: str, vae: Any, half: str, tensor: Tensor) -> Tensor:
-    return run_encode(vae, tensor) if half == "encode" else run_decode(FAMILIES[name], vae, tensor)
-
-
-def exact(rank: int, name: str, half: str, axis: Any) -> None:
+def exact(rank: int, name: str, half: str, axis: Any, graphs: bool) -> None:
     vae, tensor = placed(name, half)
-    expected = run(name, vae, half, tensor)
-    with halovae.parallelize(vae, axis=axis) as handle:
-        for _ in range(2):
-            found = run(name, vae, half, tensor)
+    expected = run_half(name, vae, half, tensor)
+    with halovae.parallelize(vae, axis=axis, graphs=graphs) as handle:
+        for turn in range(5 if graphs else 2):
+            found = run_half(name, vae, half, tensor)
             assert error(found, expected) <= max(EXACT, getattr(FAMILIES[name], f"{half}_tolerance"))
-        assert handle.last is not None
-        assert handle.last.messages
+            assert handle.last is not None
+            assert handle.last.messages
+            assert handle.last.replayed == (graphs and turn > 1)
     assert found.device == tensor.device
 
 
@@ -56,33 +53,22 @@ def exact(rank: int, name: str, half: str, axis: Any) -> None:
 @pytest.mark.parametrize("half", ["encode", "decode"])
 @pytest.mark.parametrize("name", ["wan21", "wan22", "kl", "hunyuan_video", "dc"])
 def test_exact(devices: Ranks, name: str, half: str, axis: str) -> None:
-    devices.run(exact, name, half, axis)
-
-
-def replayed(rank: int, name: str, half: str) -> None:
-    vae, tensor = placed(name, half)
-    expected = run(name, vae, half, tensor)
-    with halovae.parallelize(vae, graphs=True) as handle:
-        for turn in range(5):
-            found = run(name, vae, half, tensor)
-            assert error(found, expected) <= max(EXACT, getattr(FAMILIES[name], f"{half}_tolerance"))
-            assert handle.last is not None
-            assert handle.last.replayed == (turn > 1)
+    devices.run(exact, name, half, axis, False)
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
 @pytest.mark.parametrize("name", ["wan21", "kl"])
 def test_replayed(devices: Ranks, name: str, half: str) -> None:
-    devices.run(replayed, name, half)
+    devices.run(exact, name, half, "auto", True)
 
 
 def low(rank: int, half: str) -> None:
     """Where the kernels for accelerators are at work; neither way may be farther from the truth."""
     vae, tensor = placed("wan21", half, torch.bfloat16)
-    truth = run("wan21", placed("wan21", half)[0].to(torch.bfloat16).double(), half, tensor.double())
-    plain = run("wan21", vae, half, tensor)
+    truth = run_half("wan21", placed("wan21", half)[0].to(torch.bfloat16).double(), half, tensor.double())
+    plain = run_half("wan21", vae, half, tensor)
     with halovae.parallelize(vae):
-        found = run("wan21", vae, half, tensor)
+        found = run_half("wan21", vae, half, tensor)
     assert (found.double() - truth).norm() <= 1.5 * (plain.double() - truth).norm()
 
 
@@ -93,18 +79,18 @@ def test_low_precision(devices: Ranks, half: str) -> None:
 
 def fails_and_goes_on(rank: int) -> list[float]:
     vae, latent = placed("kl", "decode")
-    expected, seconds = run("kl", vae, "decode", latent), list[float]()
+    expected, seconds = run_half("kl", vae, "decode", latent), list[float]()
     with halovae.parallelize(vae, verify=False):
-        run("kl", vae, "decode", latent)
+        run_half("kl", vae, "decode", latent)
         for number in range(6):
             handle = vae.decoder.up_blocks[0].register_forward_pre_hook(_raise) if rank == number % 2 else None
             started = time.monotonic()
             with pytest.raises(ZeroDivisionError if handle else RankFailedError):
-                run("kl", vae, "decode", latent)
+                run_half("kl", vae, "decode", latent)
             seconds.append(time.monotonic() - started)
             if handle:
                 handle.remove()
-            assert error(run("kl", vae, "decode", latent), expected) <= EXACT
+            assert error(run_half("kl", vae, "decode", latent), expected) <= EXACT
     return seconds
 
 
@@ -120,14 +106,14 @@ def dies(rank: int, graphs: bool) -> float:
     vae, latent = placed("kl", "decode")
     with halovae.parallelize(vae, verify=False, graphs=graphs):
         for _ in range(3):
-            run("kl", vae, "decode", latent)
+            run_half("kl", vae, "decode", latent)
         if rank == 1 and graphs:
             os.kill(os.getpid(), signal.SIGKILL)  # The other one is about to replay.
         if rank == 1:
             vae.decoder.up_blocks[0].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         started = time.monotonic()
         with pytest.raises(RankFailedError, match="its process has ended"):
-            run("kl", vae, "decode", latent)
+            run_half("kl", vae, "decode", latent)
         return time.monotonic() - started
 
 

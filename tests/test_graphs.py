@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXACT, FAMILIES, run_decode, run_encode
+from families import EXACT, FAMILIES, run_half
 from pictures import error
 from ranks import Ranks
 from torch import Tensor
@@ -37,13 +37,9 @@ def placed(name: str, half: str) -> tuple[Any, list[Tensor]]:
     return family.build().to(device, torch.float64), [tensor, tensor.flip(-1), tensor * 0.5, tensor.flip(-2), tensor]
 
 
-def run(name: str, vae: Any, half: str, tensor: Tensor) -> Tensor:
-    return run_encode(vae, tensor) if half == "encode" else run_decode(FAMILIES[name], vae, tensor)
-
-
 def follow(handle: halovae.Handle, name: str, vae: Any, half: str, tensor: Tensor, expected: Tensor) -> bool:
     """Whether a call that gives what it should was replayed."""
-    found = run(name, vae, half, tensor)
+    found = run_half(name, vae, half, tensor)
     assert error(found, expected) <= max(EXACT, getattr(FAMILIES[name], f"{half}_tolerance"))
     assert handle.last is not None
     return handle.last.replayed
@@ -54,7 +50,7 @@ def follow(handle: halovae.Handle, name: str, vae: Any, half: str, tensor: Tenso
 @pytest.mark.parametrize("name", ["wan21", "wan22", "kl", "hunyuan_video", "dc", "qwenimage"])
 def test_a_third_call_is_replayed(name: str, half: str) -> None:
     vae, tensors = placed(name, half)
-    expected = [run(name, vae, half, tensor) for tensor in tensors]
+    expected = [run_half(name, vae, half, tensor) for tensor in tensors]
     with halovae.optimize(vae, graphs=True) as handle:
         replayed = [follow(handle, name, vae, half, *pair) for pair in zip(tensors, expected, strict=True)]
     assert replayed == [False, False, True, True, True]
@@ -84,13 +80,13 @@ def by_diffusers(vae: Any, latent: Tensor) -> Tensor:
     """A decode by diffusers' own code, on a copy of the VAE."""
     plain = FAMILIES["kl"].build().to(latent.device, latent.dtype)
     plain.load_state_dict(vae.state_dict())
-    return run("kl", plain, "decode", latent)
+    return run_half("kl", plain, "decode", latent)
 
 
 @records
 def test_what_asks_the_device_goes_on_as_before() -> None:
     vae, (tensor, *_) = placed("kl", "decode")
-    expected = run("kl", vae, "decode", tensor)
+    expected = run_half("kl", vae, "decode", tensor)
     vae.decoder.register_forward_pre_hook(lambda _, args: print(end=str(args[0].sum().item())[:0]))
     with halovae.optimize(vae, graphs=True) as handle:
         assert not any(follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(4))
@@ -101,7 +97,7 @@ def test_what_asks_the_device_goes_on_as_before() -> None:
 @records
 def test_what_torch_is_set_to_counts() -> None:
     vae, (tensor, *_) = placed("kl", "decode")
-    expected = run("kl", vae, "decode", tensor)
+    expected = run_half("kl", vae, "decode", tensor)
     with halovae.optimize(vae, graphs=True) as handle:
         assert [follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(3)] == [False, False, True]
         with torch.inference_mode():
@@ -111,7 +107,7 @@ def test_what_torch_is_set_to_counts() -> None:
 
 def on_shards(rank: int, name: str, half: str, axis: Any) -> None:
     vae, tensors = placed(name, half)
-    expected = [run(name, vae, half, tensor) for tensor in tensors]
+    expected = [run_half(name, vae, half, tensor) for tensor in tensors]
     with halovae.parallelize(vae, axis=axis, graphs=True) as handle:
         replayed, messages = list[bool](), set[int]()
         for pair in zip(tensors, expected, strict=True):
@@ -133,7 +129,7 @@ def test_two_ranks_of_one_device(pair: Ranks, name: str, half: str, axis: str) -
 def on_cpu(rank: int) -> None:
     family = FAMILIES["kl"]
     vae, latent = family.build().double(), family.latent(torch.float64)
-    expected = run("kl", vae, "decode", latent)
+    expected = run_half("kl", vae, "decode", latent)
     with halovae.parallelize(vae, graphs=True) as handle:
         assert not any(follow(handle, "kl", vae, "decode", latent, expected) for _ in range(3))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, run_decode, run_encode
+from families import FAMILIES, run_half
 from pictures import error
 from ranks import Ranks
 from torch import Tensor, nn
@@ -32,17 +32,13 @@ def long_video(name: str, half: str) -> tuple[Any, Tensor]:
         (*shape[:2], frames, *shape[3:]), generator=draw, dtype=torch.float64).mul_(0.5)  # fmt: skip
 
 
-def run(name: str, vae: Any, half: str, tensor: Tensor) -> Tensor:
-    return run_encode(vae, tensor) if half == "encode" else run_decode(FAMILIES[name], vae, tensor)
-
-
 @pytest.mark.parametrize("half", ["encode", "decode"])
 @pytest.mark.parametrize("name", WALKERS + OTHERS)
 def test_equals_one_step_at_a_time(name: str, half: str) -> None:
     vae, tensor = long_video(name, half)
-    expected = run(name, vae, half, tensor)
+    expected = run_half(name, vae, half, tensor)
     with halovae.optimize(vae, frames_per_call=3) as handle:
-        found = run(name, vae, half, tensor)
+        found = run_half(name, vae, half, tensor)
         assert handle.last is not None
         assert (max(handle.last.steps, default=1) == 3) == (name in WALKERS)
     assert error(found, expected) <= getattr(FAMILIES[name], f"{half}_tolerance")
@@ -52,21 +48,21 @@ def test_in_inference_mode() -> None:
     """Where operators come undecomposed, dropout that is switched off among them."""
     with torch.inference_mode():
         vae, tensor = long_video("wan21", "decode")
-        expected = run("wan21", vae, "decode", tensor)
+        expected = run_half("wan21", vae, "decode", tensor)
         with halovae.optimize(vae, frames_per_call=3) as handle:
-            assert error(run("wan21", vae, "decode", tensor), expected) <= 1e-6
+            assert error(run_half("wan21", vae, "decode", tensor), expected) <= 1e-6
             assert handle.last is not None
             assert max(handle.last.steps) == 3
 
 
 def on_shards(rank: int, name: str, half: str, axis: Any) -> tuple[tuple[int, ...], int, int]:
     vae, tensor = long_video(name, half)
-    expected = run(name, vae, half, tensor)
+    expected = run_half(name, vae, half, tensor)
     messages: list[int] = []
     steps: tuple[int, ...] = ()
     for frames in (1, 3):
         with halovae.parallelize(vae, axis=axis, frames_per_call=frames) as handle:
-            found = run(name, vae, half, tensor)
+            found = run_half(name, vae, half, tensor)
             assert handle.last is not None
             messages.append(handle.last.messages)
             steps = handle.last.steps
@@ -138,11 +134,11 @@ def test_settings_that_change_are_heard_of() -> None:
     vae, tensor = long_video("wan21", "decode")
     tensor = torch.cat([tensor, tensor])
     with halovae.optimize(vae, frames_per_call=3) as handle:
-        expected = run("wan21", vae, "decode", tensor)
+        expected = run_half("wan21", vae, "decode", tensor)
         assert handle.last is not None
         steps = handle.last.steps
         vae.enable_slicing()
-        assert error(run("wan21", vae, "decode", tensor), expected) <= 1e-6
+        assert error(run_half("wan21", vae, "decode", tensor), expected) <= 1e-6
         assert len(handle.last.steps) > len(steps)
 
 
@@ -173,7 +169,7 @@ def test_a_vae_that_reads_each_result_walks_by_itself() -> None:
 def test_on_a_cpu_a_vae_walks_as_it_is() -> None:
     vae, tensor = long_video("wan21", "decode")
     with halovae.optimize(vae) as handle:
-        run("wan21", vae, "decode", tensor)
+        run_half("wan21", vae, "decode", tensor)
         assert handle.last is not None
         assert not handle.last.steps
 

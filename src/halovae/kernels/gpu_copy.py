@@ -1,7 +1,6 @@
 """Copying rows of channels-last pictures into a larger buffer, written in Triton.
 
-Such a row is one stretch of memory on both sides. torch's copy of a tensor with gaps goes element by element and takes
-more than twice as long.
+Such a row is one stretch of memory on both sides. torch's copy of a tensor with gaps goes element by element.
 """
 
 # Triton reads the types of kernel arguments at run time.
