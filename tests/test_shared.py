@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import socket
@@ -131,6 +132,24 @@ def test_who_waits_is_woken_by_an_end() -> None:
             lane.post([(1 - rank, buffers(10))], [])
 
     with_lanes(2, work)
+
+
+def test_a_message_to_a_rank_that_has_ended_leaves_no_file_open() -> None:
+    """Its segment's descriptor was to travel with it."""
+
+    def work(lane: SharedLane, rank: int) -> bool:
+        lane.abort()
+        with pytest.raises(RuntimeError, match="has ended"):
+            lane.post([(1 - rank, message(rank, 1 - rank, 0, 1000))], [])
+        return True
+
+    def open_files() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    assert all(with_lanes(2, work))
+    assert open_files() == before
 
 
 def test_a_rank_that_sends_nothing_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ class Segment:
     Args:
         number: among those of one sender to one receiver.
         room: bytes of the largest message that it can hold.
-        file: descriptor of the memory.
+        file: descriptor of the memory; closed with this segment at the latest.
     """
 
     def __init__(self, number: int, room: int, file: int) -> None:
         self.number, self.room, self.file = number, room, file
+        self._close = weakref.finalize(self, os.close, file)
         with torch.inference_mode(False):  # It outlives the call, and may be written in any mode.
             # Python's mmap would keep a descriptor for each segment.
             memory = torch.from_file(f"/proc/self/fd/{file}", shared=True, size=_HEAD + room, dtype=torch.uint8)
@@ -59,6 +61,5 @@ class Segment:
 
     def forget_file(self) -> None:
         """The memory stays as long as one of the ranks has it mapped."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
+        self._close()
+        self.file = -1
