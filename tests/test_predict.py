@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ NEEDS_VALUES = {("consistency", "decode")}
 
 
 def predict(name: str, half: str, mode: str, ranks: int, vae: Any = None, link: LinkSpeed = LINK) -> Prediction:
+    return predict_each(name, half, mode, [ranks], vae, link)[0]
+
+
+def predict_each(
+    name: str, half: str, mode: str, counts: Sequence[int] = (1, 2), vae: Any = None, link: LinkSpeed = LINK
+) -> list[Prediction]:
+    """On each number of ranks."""
     family = FAMILIES[name]
     vae = vae or CUTS.get(name, family).build().to("meta")
     picture = family.sample() if half == "encode" else family.latent()
@@ -37,9 +45,9 @@ def predict(name: str, half: str, mode: str, ranks: int, vae: Any = None, link: 
     kwargs = family.decode_kwargs(picture) if half == "decode" else {}
     predictor = Predictor(Target(vae), SPEED, link)
     if mode == "tile":
-        return predictor.tile(half, (picture,), kwargs, ranks=ranks)
+        return [predictor.tile(half, (picture,), kwargs, ranks=ranks) for ranks in counts]
     ratio = family.ratio[0] if half == "encode" else 1
-    return predictor.exact(half, (picture,), kwargs, ranks=ranks, ratio=ratio)
+    return [predictor.exact(half, (picture,), kwargs, ranks=ranks, ratio=ratio) for ranks in counts]
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
@@ -54,8 +62,7 @@ def test_every_family(name: str, half: str) -> None:
         with pytest.raises(InputError, match="can't be followed on shapes alone"):
             predict(name, half, "exact", 1)
     else:
-        vae = family.build().to("meta")
-        one, two = (predict(name, half, "exact", ranks, vae) for ranks in (1, 2))
+        one, two = predict_each(name, half, "exact")
         assert two.flops < 0.75 * one.flops
         assert two.messages > one.messages == 0
         assert two.exposed > one.exposed == 0
@@ -66,8 +73,7 @@ def test_every_family(name: str, half: str) -> None:
     ("name", "half"), [(n, h) for n, c in CUTS.items() for h in ("encode", "decode") if vars(c)[h]]
 )
 def test_every_tiled_family(name: str, half: str) -> None:
-    vae = CUTS[name].build().to("meta")
-    one, two = (predict(name, half, "tile", ranks, vae) for ranks in (1, 2))
+    one, two = predict_each(name, half, "tile")
     assert two.flops < 0.75 * one.flops
     assert one.cut == two.cut == f"{CUTS[name].chains(half)} tiles"
     assert two.seconds < one.seconds + two.exposed

@@ -22,11 +22,33 @@ from halovae.link_speed import LinkSpeed
 from halovae.speed import Job, Speed
 
 
+class Costs:
+    """What operators return and take, by the shapes of their arguments. Runs for one device share it.
+
+    Args:
+        speed: of the device.
+    """
+
+    def __init__(self, speed: Speed) -> None:
+        self.device = speed.device
+        self.shapes = Shapes({})
+        self._speed = speed
+        self._known: dict[Any, tuple[float, int, int]] = {}
+
+    def of(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[float, int, int]:
+        """Seconds, floating-point operations, and bytes beside arguments and result, of one call of an operator."""
+        key = func, key_of(args), key_of(kwargs)
+        if key not in self._known:
+            job = Job(func, args, kwargs, result, self.shapes.makes(func))
+            self._known[key] = self._speed.seconds(job), job.flops, self._speed.workspace(job)
+        return self._known[key]
+
+
 class Meter(TorchDispatchMode):
     """Within it, what meets a tensor of the meta device runs there, and takes time and memory on paper.
 
     Args:
-        speed: of the device that the run is predicted for.
+        costs: of operators on the device that the run is predicted for.
 
     Attributes:
         seconds: the clock.
@@ -36,12 +58,11 @@ class Meter(TorchDispatchMode):
         peak: most of them at any time.
     """
 
-    def __init__(self, speed: Speed) -> None:
+    def __init__(self, costs: Costs) -> None:
         super().__init__()
         self.seconds = self.exposed = 0.0
         self.flops = self.live = self.peak = 0
-        self._speed, self._shapes = speed, Shapes({})
-        self._costs: dict[Any, tuple[float, int, int]] = {}
+        self._costs = costs
         self._storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,19 +72,14 @@ class Meter(TorchDispatchMode):
                 args, kwargs = computed(args), computed(kwargs)
         if not meets_meta(args, kwargs):
             return func(*args, **kwargs)
-        result = self._shapes.run(func, args, kwargs)
+        result = self._costs.shapes.run(func, args, kwargs)
         if _is_constant(func, args, result):
             # Real, wherever it was asked for: code may look at the values of what doesn't depend on the picture.
             return func(*args, **{**kwargs, "device": "cpu"})
-        makes = self._shapes.makes(func)
-        if makes:
+        if self._costs.shapes.makes(func):
             for tensor in tensors_of(result):
                 self._follow(tensor)
-        key = func, key_of(args), key_of(kwargs)
-        if key not in self._costs:
-            job = Job(func, args, kwargs, result, makes)
-            self._costs[key] = self._speed.seconds(job), job.flops, self._speed.workspace(job)
-        seconds, flops, workspace = self._costs[key]
+        seconds, flops, workspace = self._costs.of(func, args, kwargs, result)
         self.seconds += self._stand_in.turns * seconds
         self.flops += self._stand_in.turns * flops
         self.peak = max(self.peak, self.live + workspace)
@@ -92,7 +108,7 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure what runs within it."""
-        with apart(), standing_in(self._speed.device) as self._stand_in, _FusedAttention(), self:
+        with apart(), standing_in(self._costs.device) as self._stand_in, _FusedAttention(), self:
             yield
 
 

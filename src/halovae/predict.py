@@ -19,9 +19,9 @@ from halovae.errors import HalovaeError, InputError, TilingError
 from halovae.exact.run import run_on_group
 from halovae.files import first_line
 from halovae.link_speed import LinkSpeed
-from halovae.meter import Meter, MeteredComm
+from halovae.meter import Costs, Meter, MeteredComm
 from halovae.plan import ShardPlan, plan_shards
-from halovae.record import NETWORKS
+from halovae.record import NETWORKS, NetworkCall
 from halovae.speed import Speed
 from halovae.state import ModuleState
 from halovae.target import Target
@@ -73,7 +73,8 @@ class Predictor:
     """
 
     def __init__(self, target: Target, speed: Speed, link: LinkSpeed) -> None:
-        self._target, self._speed, self._link = target, speed, link
+        self._target, self._costs, self._link = target, Costs(speed), link
+        self._tile_calls: dict[Any, tuple[NetworkCall, ...]] = {}
 
     @torch.inference_mode(False)  # in it operators come whole that are made of others, and views look like copies
     def exact(
@@ -98,7 +99,7 @@ class Predictor:
         args, kwargs = on_meta(args), on_meta(kwargs)
         height, width = pictures_in((args, kwargs))[0].shape[-2:]
         plan = plan_shards(height, width, ratio, ranks, axis)
-        meter = Meter(self._speed)
+        meter = Meter(self._costs)
         comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
         call = functools.partial(self._target.run_untiled, half)
         with self._running(half), meter.running():
@@ -127,9 +128,12 @@ class Predictor:
             raise TilingError(f"{self._target.name}.{half} has no tiles")
         args, kwargs = on_meta(args), on_meta(kwargs)
         blends = Blends(vae)
-        meter = Meter(self._speed)
+        meter = Meter(self._costs)
         with self._running(half), applied(vae, {"use_tiling": True}):
-            calls = _calls(Checker(self._target, half, blends), args, kwargs)
+            kind = self._target.kind(half, args, kwargs)
+            if kind not in self._tile_calls:
+                self._tile_calls[kind] = _calls(Checker(self._target, half, blends), args, kwargs)
+            calls = self._tile_calls[kind]
             schedule = assign(find_chains(calls), ranks)
             rank = schedule.loads.index(max(schedule.loads))
             comm = MeteredComm(rank, ranks, self._link, meter)
@@ -154,7 +158,7 @@ class Predictor:
             raise InputError(f"{name} can't be followed on shapes alone: {first_line(error)}") from error
 
 
-def _calls(checker: Checker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _calls(checker: Checker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[NetworkCall, ...]:
     """The network calls of the tiled half; refused where its result has another size than without tiles."""
     try:
         tiled, whole = checker.recorded(args, kwargs), checker.untiled(args, kwargs)

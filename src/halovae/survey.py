@@ -16,6 +16,7 @@ from halovae.errors import HalovaeError, InputError
 from halovae.fit import Fit, Limits, decode_arguments, latent_of
 from halovae.link_speed import LinkSpeed
 from halovae.models import quiet
+from halovae.plan import ShardPlan, plan_shards
 from halovae.predict import Prediction, Predictor
 from halovae.speed import Speed
 from halovae.target import Target
@@ -62,7 +63,7 @@ class Survey:
     def __init__(
         self, vae: nn.Module, limits: Limits, fit: Fit, dtype: torch.dtype, speed: Speed, link: LinkSpeed
     ) -> None:
-        self._alone: dict[str, Row] = {}
+        self._exact: dict[tuple[str, int, ShardPlan], Row] = {}
         with quiet():
             self._vae = vae.to(dtype)
         self._limits, self._fit, self._dtype = limits, fit, dtype
@@ -85,7 +86,12 @@ class Survey:
             yield self.tile(half, count)
 
     def exact(self, half: str, ranks: int, axis: Axis = "auto") -> Row:
-        return self._row(half, "exact", ranks, axis=axis, ratio=self._limits.ratio if half == "encode" else 1)
+        ratio = self._limits.ratio if half == "encode" else 1
+        height, width = self._inputs[half][0].shape[-2:]
+        key = half, ranks, plan_shards(height, width, ratio, ranks, axis)
+        if key not in self._exact:
+            self._exact[key] = self._row(half, "exact", ranks, axis=axis, ratio=ratio)
+        return self._exact[key]
 
     def tile(self, half: str, ranks: int) -> Row:
         return self._row(half, "tile", ranks)
@@ -115,13 +121,8 @@ class Survey:
             messages=calls * found.messages, bytes=calls * found.bytes,
         )  # fmt: skip
         row = Row(half=half, mode=mode, ranks=ranks, prediction=found, memory=self.weights + found.memory)
-        alone = row if (mode, ranks) == ("exact", 1) else self._run_alone(half)
+        alone = row if (mode, ranks) == ("exact", 1) else self.exact(half, 1)
         return row if alone.prediction is None else replace(row, efficiency=_efficiency(alone.prediction, found))
-
-    def _run_alone(self, half: str) -> Row:
-        if half not in self._alone:
-            self._alone[half] = self.exact(half, 1)
-        return self._alone[half]
 
     def _clip(self) -> tuple[Tensor, int]:
         """What encode gets, and how often it is called."""
@@ -133,7 +134,7 @@ class Survey:
 
     def _latents(self) -> tuple[Tensor, int]:
         """What decode gets, and how often it is called."""
-        alone = self._run_alone("encode")
+        alone = self.exact("encode", 1)
         found = alone.prediction or self.tile("encode", 1).prediction
         if found is None:
             raise InputError(alone.refusal)
