@@ -6,8 +6,9 @@
 One thread per rank. `limit` is what the machine allows: every rank runs the un-parallel VAE on its own part of the
 picture at the same time, with no communication; `fast limit` is the same with `halovae.optimize` on each rank, and
 `fast s` is one rank with it: exact mode uses the same kernels. Times are medians of interleaved rounds, of the slowest
-rank; `cpu of fast limit` compares the processor time of all ranks, to which waiting does not belong. Memory is the
-growth of the resident memory of a fresh process during one call, on the rank where it grew most.
+rank, and what compares two of them is the median of the rounds' own ratios; `cpu of fast limit` compares the processor
+time of all ranks, to which waiting does not belong. Memory is the growth of the resident memory of a fresh process
+during one call, on the rank where it grew most.
 """
 
 from __future__ import annotations
@@ -77,19 +78,17 @@ def measure_time(rank: int, case: dict[str, Any], half: str, repeats: int) -> di
     whole, part = picture(case, half), picture(case, half, ranks)
     variants = {
         "one": lambda: call(plain, half, whole) if rank == 0 else None,
-        "exact": lambda: call(ours, half, whole),
         "limit": lambda: call(plain, half, part),
         "fast": lambda: call(fast, half, whole) if rank == 0 else None,
         "fast limit": lambda: call(fast, half, part),
+        "exact": lambda: call(ours, half, whole),  # after the one that it is compared with most closely
     }
     expected, found = call(plain, half, whole), call(ours, half, whole)
     result: dict[str, Any] = {"error": _distance(found, expected), "peer_error": None}
     if peer is not None:
         variants["peer"] = lambda: call(peer, half, whole)
         result["peer_error"] = _distance(call(peer, half, whole), expected)
-    spent = interleaved(variants, repeats)
-    result |= {name: one.seconds for name, one in spent.items()}
-    result["cpu"] = {name: one.cpu for name, one in spent.items()}
+    result["spent"] = interleaved(variants, repeats)
     assert handle.last is not None
     last = handle.last
     return result | {"messages": last.messages, "bytes": last.bytes, "wait": last.wait_seconds}
@@ -156,26 +155,26 @@ def _name(case: dict[str, Any]) -> str:
 
 def row(case: dict[str, Any], half: str, ranks: int, repeats: int, with_memory: bool) -> dict[str, Any]:
     per_rank = run_ranks(ranks, measure_time, case, half, repeats)
-    times = per_rank[0]
-    has_peer = "peer" in times
+    spent, first = per_rank[0]["spent"], per_rank[0]
+    exact, has_peer = spent["exact"], "peer" in spent
     variants = ["one", "exact", *(["peer"] if has_peer else [])]
     memory = memory_of(case, half, ranks, variants) if with_memory else {}
     return {
         "case": _name(case),
         "half": half,
         "ranks": ranks,
-        "one rank s": times["one"],
-        "exact s": times["exact"],
-        "DistVAE s": times["peer"] if has_peer else "-",
-        "speed-up": times["one"] / times["exact"],
-        "limit": times["one"] / times["limit"],
-        "of limit": times["limit"] / times["exact"],
-        "fast s": times["fast"],
-        "of fast limit": times["fast limit"] / times["exact"],
-        "cpu of fast limit": sum(r["cpu"]["fast limit"] for r in per_rank) / sum(r["cpu"]["exact"] for r in per_rank),
-        "x DistVAE": times["peer"] / times["exact"] if has_peer else "-",
-        "error": f"{times['error']:.0e}",
-        "DistVAE error": f"{times['peer_error']:.0e}" if has_peer else "-",
+        "one rank s": spent["one"].seconds,
+        "exact s": exact.seconds,
+        "DistVAE s": spent["peer"].seconds if has_peer else "-",
+        "speed-up": spent["one"].over(exact),
+        "limit": spent["one"].over(spent["limit"]),
+        "of limit": spent["limit"].over(exact),
+        "fast s": spent["fast"].seconds,
+        "of fast limit": spent["fast limit"].over(exact),
+        "cpu of fast limit": _processor_time(per_rank, "fast limit") / _processor_time(per_rank, "exact"),
+        "x DistVAE": spent["peer"].over(exact) if has_peer else "-",
+        "error": f"{first['error']:.0e}",
+        "DistVAE error": f"{first['peer_error']:.0e}" if has_peer else "-",
         "messages": max(r["messages"] for r in per_rank),
         "wait s": max(r["wait"] for r in per_rank),
         "MiB sent": max(r["bytes"] for r in per_rank) / 2**20,
@@ -184,6 +183,10 @@ def row(case: dict[str, Any], half: str, ranks: int, repeats: int, with_memory: 
         "DistVAE MiB": _rounded(memory, "peer"),
         "memory": memory["exact"] / memory["one"] if memory else "-",
     }
+
+
+def _processor_time(per_rank: list[dict[str, Any]], variant: str) -> float:
+    return sum(result["spent"][variant].cpu for result in per_rank)
 
 
 def _rounded(memory: dict[str, float], name: str) -> Any:

@@ -64,10 +64,16 @@ def _enter(
 
 
 class Spent(NamedTuple):
-    """Seconds of the clock, of the slowest rank, and of processor time, of this rank and all its threads."""
+    """Medians: seconds of the clock, of the slowest rank, and of processor time, of this rank and all its threads."""
 
     seconds: float
     cpu: float
+    turns: tuple[float, ...]
+    """Seconds of the clock of each round."""
+
+    def over(self, other: Spent) -> float:
+        """Median of the ratios of the rounds: a machine whose speed changes changes both of a round."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.turns, other.turns, strict=True))
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Spent]:
@@ -75,7 +81,7 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
 
     A round ends for a variant when its slowest rank ends. Other work on the machine disturbs processor time less.
     """
-    turns: dict[str, list[Spent]] = {name: [] for name in variants}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, call in variants.items():
             dist.barrier()
@@ -84,8 +90,9 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
             used = time.process_time() - used
             dist.barrier()
             if turn:
-                turns[name].append(Spent(time.perf_counter() - started, used))
-    return {name: Spent(*map(statistics.median, zip(*spent, strict=True))) for name, spent in turns.items()}
+                turns[name].append((time.perf_counter() - started, used))
+    spent = {name: tuple(zip(*both, strict=True)) for name, both in turns.items()}
+    return {name: Spent(*map(statistics.median, both), both[0]) for name, both in spent.items()}
 
 
 def resident() -> int:
