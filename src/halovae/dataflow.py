@@ -27,18 +27,15 @@ class Shapes:
     def __init__(self, known: dict[Any, Any]) -> None:
         self._known = known
         self._makes: dict[Any, bool] = {}
-        self._overwrites: dict[Any, bool] = {}
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator's result on the meta device, wherever its arguments are."""
-        makes, writes = self.makes(func), self._writes(func) and args[0].is_meta
-        if not makes and not writes:
+        if not self.makes(func):
             return func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
         key = func, key_of(args), key_of(kwargs)
         if key not in self._known:
-            result = func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
-            self._known[key] = result if makes else None
-        return mapped(_fresh, self._known[key]) if makes else args[0]
+            self._known[key] = func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
+        return mapped(_fresh, self._known[key])
 
     def makes(self, func: Any) -> bool:
         """Whether an operator only makes new tensors: it runs once for arguments of equal shapes."""
@@ -47,16 +44,6 @@ class Shapes:
             plain = all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
             self._makes[func] = plain and func is not _UNSAFE_VIEW
         return self._makes[func]
-
-    def _writes(self, func: Any) -> bool:
-        """Whether an operator only writes into its first argument: its shapes are checked once."""
-        if func not in self._overwrites:
-            schema = func._schema
-            returned = [value.alias_info for value in schema.returns]
-            first = schema.arguments[0].alias_info if schema.arguments else None
-            in_place = first is not None and first.is_write and returned == [first]
-            self._overwrites[func] = in_place and torch.Tag.inplace_view not in func.tags
-        return self._overwrites[func]
 
 
 def meets_meta(args: Any, kwargs: dict[str, Any]) -> bool:
