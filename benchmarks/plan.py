@@ -5,6 +5,11 @@
 One thread per rank. The device is measured by itself, then the link between the ranks, then each mode runs on each
 number of ranks. Times are medians of rounds, of the slowest rank; memory is the growth of the resident memory of a
 fresh process during one call, on the rank where it grew most. Goals: 25 % for time, 15 % for memory.
+
+    python benchmarks/plan.py --device cuda --vae wan21-96 --dtype bfloat16 --size 480 832 81 --tile 256 --ranks 1
+
+On accelerators exact mode replays its calls (`graphs=True`), since the host's time is in no prediction, and memory is
+what a call allocates without replaying.
 """
 
 from __future__ import annotations
@@ -17,17 +22,16 @@ from typing import Any
 
 import one_rank
 import torch
-from harness import EAGER_FREE, interleaved, report, resident, run_ranks
+from harness import EAGER_FREE, interleaved, report, run_ranks
 
 import halovae
 from halovae import comm
 from halovae.link_speed import LINKS, LinkSpeed, measure
+from halovae.measured_speed import MeasuredSpeed
 from halovae.memory import PeakMemory
 from halovae.predict import Prediction, Predictor
-from halovae.speed import MeasuredSpeed
 from halovae.target import Target
 
-CPU = torch.device("cpu")
 Way = tuple[str, int]
 """Mode and number of ranks."""
 
@@ -39,9 +43,14 @@ _SHARES = {
 """What VAEs call the sizes of their tiles, as shares of the size that is asked for."""
 
 
+def device_of(options: argparse.Namespace) -> torch.device:
+    """This rank's."""
+    return torch.device(options.device, None if options.device == "cpu" else torch.accelerator.current_device_index())
+
+
 def build(options: argparse.Namespace) -> Any:
     """The VAE with random weights, the same on every rank, and its tiles."""
-    vae = one_rank.build(options.vae, options.dtype)
+    vae = one_rank.build(options.vae, options.dtype).to(device_of(options))
     vae.enable_tiling()
     for name, share in _SHARES.items():
         if hasattr(vae, name):
@@ -56,11 +65,12 @@ def picture(options: argparse.Namespace, half: str) -> torch.Tensor:
     channels, ratio = (sample[0], 1) if half == "encode" else (latent[0], sample[-1] // latent[-1])
     middle = (frames if half == "encode" else (frames - 1) // 4 + 1,) if len(sample) == 4 else ()
     shape = 1, channels, *middle, height // ratio, width // ratio
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(getattr(torch, options.dtype))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return noise.to(device_of(options), getattr(torch, options.dtype))
 
 
-def measured_link(rank: int) -> LinkSpeed:
-    return measure(comm.connect(), CPU)
+def measured_link(rank: int, options: argparse.Namespace) -> LinkSpeed:
+    return measure(comm.connect(), device_of(options))
 
 
 def predict(
@@ -68,8 +78,7 @@ def predict(
 ) -> dict[Way, tuple[float, int]]:
     """Seconds and bytes of growth of each way."""
     tensor = picture(options, half)
-    predictor = Predictor(Target(build(options)), MeasuredSpeed(CPU, tensor.dtype), link)
-
+    predictor = Predictor(Target(build(options)), MeasuredSpeed(tensor.device, tensor.dtype), link, frames="auto")
     _, _, sample, latent = one_rank.VAES[options.vae]
     ratio = sample[-1] // latent[-1]
 
@@ -82,13 +91,16 @@ def predict(
     return {way: (prediction.seconds, prediction.memory - tensor.nbytes) for way, prediction in found.items()}
 
 
-def run(vae: Any, half: str, tensor: torch.Tensor) -> Any:
-    return getattr(vae, half)(tensor)
+def run(vae: Any, half: str, tensor: torch.Tensor) -> None:
+    getattr(vae, half)(tensor)
+    if tensor.device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def time_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> float:
     vae, tensor = build(options), picture(options, half)
-    halovae.parallelize(vae, mode=mode, verify=False)
+    halovae.parallelize(vae, mode=mode, verify=False, graphs=mode == "exact" and options.device != "cpu")
+    run(vae, half, tensor)  # the second one is recorded, and is a warm-up too
     return interleaved({mode: lambda: run(vae, half, tensor)}, options.repeats)[mode].seconds
 
 
@@ -98,20 +110,20 @@ def growth_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> i
     height, width = (size * (5 if mode == "tile" else 2) // 8 for size in tensor.shape[-2:])
     run(vae, half, tensor[..., :height, :width].contiguous())  # libraries load; with tiles there are several
     gc.collect()
-    before = resident()
-    memory = PeakMemory(CPU)
+    memory = PeakMemory(tensor.device)
     run(vae, half, tensor)
-    return (memory.read() or 0) - before
+    return memory.growth
 
 
 def rows(options: argparse.Namespace, half: str, link: LinkSpeed) -> list[dict[str, Any]]:
-    ways = [(mode, ranks) for mode in ("exact", "tile") for ranks in options.ranks]
-    predicted = run_ranks(1, predict, options, half, ways, link)[0]
+    ways = [(mode, ranks) for mode in options.modes for ranks in options.ranks]
+    on = options.device
+    predicted = run_ranks(1, predict, options, half, ways, link, device=on)[0]
     found: list[dict[str, Any]] = []
     for mode, ranks in ways:
         seconds, growth = predicted[mode, ranks]
-        actual = max(run_ranks(ranks, time_of, options, half, mode))
-        grown = max(run_ranks(ranks, growth_of, options, half, mode, env=EAGER_FREE))
+        actual = max(run_ranks(ranks, time_of, options, half, mode, device=on))
+        grown = max(run_ranks(ranks, growth_of, options, half, mode, env=EAGER_FREE, device=on))
         row = {"half": half, "mode": mode, "ranks": ranks, "predicted s": seconds, "measured s": actual}
         row |= {"time error %": 100 * (seconds / actual - 1), "predicted MiB": growth / 2**20}
         row |= {"measured MiB": grown / 2**20, "memory error %": 100 * (growth / grown - 1)}
@@ -128,11 +140,13 @@ def main() -> None:
     parser.add_argument("--vae", default="wan21-32", choices=list(one_rank.VAES))
     parser.add_argument("--tile", type=int, default=128, help="pixels; tiles overlap by a quarter")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--modes", nargs="+", default=["exact", "tile"], choices=["exact", "tile"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     most = max(options.ranks)
-    link = run_ranks(most, measured_link)[0] if most > 1 else LINKS["ethernet"]
+    link = run_ranks(most, measured_link, options, device=options.device)[0] if most > 1 else LINKS["ethernet"]
     found = [row for half in options.halves for row in rows(options, half, link)]
     size = "x".join(map(str, options.size))
     title = f"predicted against measured: {options.vae}, {size}, {options.dtype}; link {link}"

@@ -8,7 +8,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from halovae.kernels import convolution as kernels_convolution
-from halovae.kernels import gpu, gpu_chain, gpu_copy
+from halovae.kernels import gpu, gpu_chain, gpu_copy, gpu_operators
 from halovae.kernels.chain import Chain, Step
 from halovae.kernels.convolution import Window, on_gpu
 from halovae.kernels.deferred import recipe_of
@@ -218,3 +218,28 @@ def test_frames_are_joined_in_the_room_that_a_chain_has_left():
     assert found is not None
     assert torch.equal(found, torch.cat((before, first), 2))
     assert found[:, :, 1:].data_ptr() == second.data_ptr()
+
+
+def test_operators_of_the_kernels_do_what_these_do():
+    """Trials run them, so that predictions know how long they take."""
+    source, bias = frames(2, 5, 7, 16), frames(20)
+    weight = frames(20, 16, 1, 3, 3)
+    tile = tile_for(16, 20)
+    packed = pack(weight, tile)
+    expected = torch.empty(2, 5, 7, 20)
+    convolve(source, packed, bias, tile, kernel=(1, 3, 3), stride=1, before=(1, 1), out=expected)
+    found = torch.zeros_like(expected)
+    pictures, out = source.movedim(-1, 1), found.movedim(-1, 1)
+    gpu_operators.convolve(pictures, packed, bias, kernel=(1, 3, 3), stride=1, before=(1, 1), out=out)
+    assert torch.equal(found, expected)
+
+    rows = source.reshape(-1, 16)
+    by_kernel, by_operator = torch.empty_like(rows), torch.zeros_like(rows)
+    scale = frames(16)
+    gpu_chain.run(rows, by_kernel, normalize=1e-12, times=scale, silu=True)
+    gpu_operators.chain(rows, by_operator, normalize=1e-12, times=scale, silu=True)
+    assert torch.equal(by_operator, by_kernel)
+
+    copied = torch.zeros_like(source)
+    gpu_operators.copy(pictures, copied.movedim(-1, 1))
+    assert torch.equal(copied, source)

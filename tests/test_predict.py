@@ -85,6 +85,44 @@ def test_tiles_that_cant_be(name: str, half: str) -> None:
         predict(name, half, "tile", 2)
 
 
+ACCELERATOR = GivenSpeed(flops=1e11, bandwidth=1e10, device=torch.device("cuda"))
+"""Nothing runs on it: it says which kernels are meant."""
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@pytest.mark.parametrize("name", ["wan21", "kl", "hunyuan_video"])
+def test_kernels_of_accelerators_are_followed(name: str, half: str) -> None:
+    """As much arithmetic as by the CPU's kernels, but for upsampled pixels, which ours fold in and it may not."""
+    pytest.importorskip("triton")
+    family = FAMILIES[name]
+    picture = (family.sample() if half == "encode" else family.latent()).bfloat16()
+    kwargs = family.decode_kwargs(picture) if half == "decode" else {}
+    predictor = Predictor(Target(family.build().to("meta", torch.bfloat16)), ACCELERATOR, LINK)
+    found = predictor.exact(half, (picture,), kwargs)
+    expected = predict(name, half, "exact", 1)
+    assert 0.4 * expected.flops < found.flops < 2.5 * expected.flops
+    assert {str(key[0]) for key in predictor._costs._known} >= {"halovae.gpu_chain.default"}
+
+
+def test_frames_that_go_together_make_fewer_messages() -> None:
+    """More in one call of the network: fewer messages, as much arithmetic, more memory."""
+    family = FAMILIES["wan21"]
+    picture, target = torch.empty(1, 3, 17, 64, 64, device="meta"), Target(family.build().to("meta"))
+    each, joined = (
+        Predictor(target, SPEED, LINK, frames).exact("encode", (picture,), {}, ranks=2, ratio=8) for frames in (1, 2)
+    )
+    assert joined.messages < each.messages
+    assert joined.flops == each.flops
+    assert joined.memory > each.memory
+
+
+def test_tiles_of_weights_that_are_on_a_device() -> None:
+    """What stands for the results of tiles is no constant: it must not meet real weights."""
+    family = CUTS["wan21"]
+    real = predict("wan21", "encode", "tile", 2, vae=family.build())
+    assert real.flops == predict("wan21", "encode", "tile", 2).flops
+
+
 def packed_flops(picture: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     """Of the operator with packed weights, which torch's counter doesn't know."""
     return conv_flop_count(picture, weight, out_shape)

@@ -21,9 +21,9 @@ from halovae.engines import Engine, ExactEngine, Ran, TileEngine
 from halovae.errors import HalovaeError, InputError, RankFailedError, TilingError
 from halovae.files import first_line
 from halovae.link_speed import measure
+from halovae.measured_speed import MeasuredSpeed
 from halovae.memory import is_shortage
 from halovae.predict import Predictor
-from halovae.speed import MeasuredSpeed
 from halovae.target import Target
 from halovae.tile.settings import described
 from halovae.trees import is_picture
@@ -143,7 +143,7 @@ class AutoEngine(Engine):
             kind = picture.device, picture.dtype
             if kind not in self._speeds:
                 self._speeds[kind] = MeasuredSpeed(*kind)
-            predictor = Predictor(self._target, self._speeds[kind], link)
+            predictor = Predictor(self._target, self._speeds[kind], link, self._options.frames_per_call)
             found = self._compare(predictor, half, args, kwargs, ratio)
         mode, why = self._comm.all_gather_object(found)[0]
         return mode, f"{why}; link {link}"

@@ -177,7 +177,8 @@ class Spec:
 
     def zeros(self, device: torch.device | str) -> Tensor:
         """Zeros that take no memory: one element, seen everywhere."""
-        return torch.zeros((), dtype=self.dtype, device=device).expand(self.shape)
+        # Made in two steps: a prediction takes what `torch.zeros` makes for a constant, whose values are known.
+        return torch.empty((), dtype=self.dtype, device=device).zero_().expand(self.shape)
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """The tensor in this memory order, dense: a copy only where it is not so already."""

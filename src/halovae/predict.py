@@ -6,7 +6,6 @@ in step with it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from halovae.errors import HalovaeError, InputError, TilingError
 from halovae.exact.run import run_on_group
 from halovae.files import first_line
 from halovae.link_speed import LinkSpeed
+from halovae.merge import merged
 from halovae.meter import Costs, Meter, MeteredComm
 from halovae.plan import ShardPlan, plan_shards
 from halovae.record import NETWORKS, NetworkCall
+from halovae.rehearsal import Rehearsal
 from halovae.speed import Speed
 from halovae.state import ModuleState
 from halovae.target import Target
@@ -70,10 +71,12 @@ class Predictor:
         target: the VAE; its weights may be on the meta device, and are not read anywhere else.
         speed: of each rank's device.
         link: between the ranks.
+        frames: latent frames in one call of the network in exact mode, as for `parallelize`.
     """
 
-    def __init__(self, target: Target, speed: Speed, link: LinkSpeed) -> None:
+    def __init__(self, target: Target, speed: Speed, link: LinkSpeed, frames: int | str = 1) -> None:
         self._target, self._costs, self._link = target, Costs(speed), link
+        self._rehearsal = Rehearsal(target, speed.device, frames)
         self._tile_calls: dict[Any, tuple[NetworkCall, ...]] = {}
 
     @torch.inference_mode(False)  # in it operators come whole that are made of others, and views look like copies
@@ -101,7 +104,7 @@ class Predictor:
         plan = plan_shards(height, width, ratio, ranks, axis)
         meter = Meter(self._costs)
         comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
-        call = functools.partial(self._target.run_untiled, half)
+        call = merged(self._target, half, self._rehearsal.steps(half, plan, ratio, args, kwargs))
         with self._running(half), meter.running():
             outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
         return _prediction(half, "exact", ranks, f"{plan.shape[0]}x{plan.shape[1]}", meter, comm, args, outcome.result)

@@ -1,9 +1,7 @@
-"""How long an operator takes on a device: from given rates, or from trying it there at a small size."""
+"""How long an operator takes on a device, from given rates. `measured_speed.py` tells it from trying it there."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from halovae.dataflow import Spec, key_of, mapped, tensors_of, to_meta
-from halovae.kernels.packed import PACKED_CONVOLUTION, Geometry
-from halovae.memory import allocated_by, is_shortage
+from halovae.dataflow import tensors_of
+from halovae.kernels.packed import PACKED_CONVOLUTION
 
-LOG = logging.getLogger("halovae")
 _CPU = torch.device("cpu")
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Job:
@@ -50,7 +46,7 @@ class Job:
     @cached_property
     def untouched(self) -> int:
         """Bytes of memory that the system hands out when they are first written, since no allocator has so many."""
-        return self.made if self.func in _ALLOCATIONS and self.made >= _KEPT else 0
+        return self.made if self.func in _ALLOCATIONS and self.made >= KEPT else 0
 
     @cached_property
     def bytes(self) -> int:
@@ -87,6 +83,11 @@ def _packed_convolution(args: Any, result: Tensor) -> int:
     return 2 * result.shape[0] * prod(result.shape[2:]) * prod(args[1].shape)
 
 
+def _gpu_convolution(args: Any, result: None) -> int:
+    pictures, kernel, out = args[0], args[3], args[6]
+    return 2 * out.numel() * pictures.shape[1] * prod(kernel)
+
+
 _FLOPS: dict[Any, Callable[[Any, Any], int]] = {
     PACKED_CONVOLUTION: _packed_convolution,
     torch.ops.aten.convolution.default: _convolution,
@@ -94,7 +95,8 @@ _FLOPS: dict[Any, Callable[[Any, Any], int]] = {
     torch.ops.aten.bmm.default: _product(0),
     torch.ops.aten.addmm.default: _product(1),
     torch.ops.aten.baddbmm.default: _product(1),
-    _ATTENTION: _attention,
+    ATTENTION: _attention,
+    "halovae.gpu_convolution.default": _gpu_convolution,
 }
 
 _ALLOCATIONS = {
@@ -104,7 +106,7 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
-_KEPT = 32 * 2**20
+KEPT = 32 * 2**20
 """Bytes up to which an allocator keeps what is freed: glibc's limit. Those of accelerators keep all."""
 
 
@@ -139,145 +141,9 @@ class GivenSpeed:
     """One of its type: it decides which kernels there are."""
 
     def seconds(self, job: Job) -> float:
+        if not job.bytes and self.device.type != "cpu":
+            return 0.0  # A view or an allocation is the host's work, which runs ahead of the device.
         return max(job.flops / self.flops, job.bytes / self.bandwidth) + self.overhead + self.touch * job.untouched
 
     def workspace(self, job: Job) -> int:
         return 0
-
-
-_ROWS, _COLUMNS = 256, (128, 64, 32, 16)
-"""Rows of a trial at most, and columns: as many as the limits below allow. Rows are many because libraries choose
-their algorithms by sizes that leave the columns out."""
-_TRIAL_BYTES, _TRIAL_FLOPS = 64 * 2**20, 4e9
-"""A call that is larger than that, even with few columns, is not tried: the device's rates tell its time."""
-_ROUNDS = 3
-
-
-class MeasuredSpeed:
-    """A device known by trials: each kind of operator runs on it, on random numbers and few columns.
-
-    Args:
-        device: that runs the trials.
-        dtype: of most of what the network computes with.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
-        self._known: dict[Any, Any] = {}
-        self.rates = rates_of(device, dtype)
-
-    def seconds(self, job: Job) -> float:
-        if not job.bytes:
-            return self.rates.seconds(job)
-        small = _cropped(job, *_COLUMNS)
-        if small is None:
-            return self.rates.seconds(job)
-        share = job.flops / small.flops if small.flops else job.bytes / small.bytes
-        return share * self._tried(small, _least_seconds, self.rates.seconds(small))
-
-    def workspace(self, job: Job) -> int:
-        """Of trials with two numbers of columns, continued in a straight line."""
-        if not job.bytes:
-            return 0
-        small, less = _cropped(job, *_COLUMNS), _cropped(job, _COLUMNS[-1])
-        if small is None or less is None:
-            return 0
-        more = self._tried(small, allocated_by, small.made) - small.made
-        if small.made == less.made:
-            return more
-        growth = (more - self._tried(less, allocated_by, less.made) + less.made) / (small.made - less.made)
-        return max(0, more + round(growth * (job.made - small.made)))
-
-    def _tried(self, job: Job, measure: Callable[[Callable[[], Any], torch.device], Any], otherwise: Any) -> Any:
-        """What is measured of a job, once; `otherwise` where an operator wants more of its arguments than a shape."""
-        key = measure, job.func, key_of(job.args), key_of(job.kwargs)
-        if key not in self._known:
-            args, kwargs = self._arguments(job)
-            try:
-                self._known[key] = measure(lambda: job.func(*args, **kwargs), self.device)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:  # How operators refuse values.
-                if is_shortage(error):
-                    raise
-                LOG.debug("no trial of %s, rates tell its time: %s", job.func, error)
-                self._known[key] = otherwise
-        return self._known[key]
-
-    def _arguments(self, job: Job) -> tuple[Any, Any]:
-        """Real ones of these shapes, with a packed weight where the operator takes one."""
-        args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
-        if str(job.func) == PACKED_CONVOLUTION:
-            picture, weight, bias, padding, stride, dilation, *rest = args
-            weight = Geometry(weight.shape, weight.dtype, picture.shape, stride, padding, dilation).pack(weight)
-            args = picture, weight, bias, padding, stride, dilation, *rest
-        return args, kwargs
-
-    def _real(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.device):
-            return self.device
-        if not isinstance(leaf, Tensor):
-            return leaf
-        tensor = Spec(leaf).empty(self.device)
-        return tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
-
-
-def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:
-    """Measure a device in a fraction of a second: a matrix product, a copy, and an operator on next to nothing."""
-    matrix = torch.randn(1024, 1024, device=device).to(dtype)
-    source = torch.zeros(8 * 2**20, device=device)
-    target, one = torch.empty_like(source), torch.zeros(1, device=device)
-    product = _least_seconds(lambda: matrix @ matrix, device)
-    copy = _least_seconds(lambda: target.copy_(source), device)
-    start = _least_seconds(lambda: one.add_(1), device)
-    return GivenSpeed(
-        flops=2 * 1024**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start, touch=_touch(device)
-    )
-
-
-def _touch(device: torch.device) -> float:
-    """Seconds for each byte of memory that the system hands out; none where the allocator keeps all of it."""
-    if device.type != "cpu":
-        return 0.0
-    many = torch.zeros(4 * _KEPT, dtype=torch.uint8)  # more than is free in a piece
-    new, again = (_least_seconds(call, device) for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
-    return max(0.0, new - again) / many.nbytes
-
-
-def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    seconds: list[float] = []
-    with torch.no_grad():
-        call()  # libraries prepare themselves
-        for _ in range(_ROUNDS):
-            started = time.perf_counter()
-            call()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            seconds.append(time.perf_counter() - started)
-    return min(seconds)  # other work on the machine only adds
-
-
-def _cropped(job: Job, *columns: int) -> Job | None:
-    """The same call on fewer columns, or None where that can't be made or is still too much."""
-    for count in columns:
-        try:
-            small = _with_columns(job, count)
-        except Exception:  # The rows and columns stand in other arguments too.
-            return None
-        if small.bytes <= _TRIAL_BYTES and small.flops <= _TRIAL_FLOPS:
-            return small
-    return None
-
-
-def _with_columns(job: Job, columns: int) -> Job:
-    def crop(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        spec = Spec(leaf)
-        if 0 not in leaf.stride():
-            # Also that of a part of a picture: copying from one order to another takes longest.
-            spec.order = tuple(sorted(range(leaf.ndim), key=lambda dim: -leaf.stride(dim)))
-        if leaf.ndim >= 4:
-            spec.shape = *leaf.shape[:-2], min(leaf.shape[-2], _ROWS), min(leaf.shape[-1], columns)
-        return spec.empty("meta")
-
-    args, kwargs = mapped(crop, job.args), mapped(crop, job.kwargs)
-    return Job(job.func, args, kwargs, job.func(*args, **mapped(to_meta, kwargs)), job.makes)

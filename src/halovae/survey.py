@@ -67,7 +67,7 @@ class Survey:
         with quiet():
             self._vae = vae.to(dtype)
         self._limits, self._fit, self._dtype = limits, fit, dtype
-        self._predictor = Predictor(Target(vae), speed, link)
+        self._predictor = Predictor(Target(vae), speed, link, frames="auto")
         self.weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))
         self._inputs = {"encode": self._clip()}
         self._inputs["decode"] = self._latents()

@@ -109,7 +109,8 @@ def _on_rank(session: Session, job: _Job) -> None:
     from halovae import fit, models
     from halovae.files import write_json
     from halovae.link_speed import LINKS, measure
-    from halovae.speed import GivenSpeed, MeasuredSpeed
+    from halovae.measured_speed import MeasuredSpeed
+    from halovae.speed import GivenSpeed
     from halovae.survey import HALVES, Survey
 
     link = measure(session.group, session.device) if job.link == "measured" else LINKS[job.link]

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halovae.kernels import gpu_operators
 from halovae.kernels.formats import memory_format
 from halovae.kernels.precision import LOW
+from halovae.kernels.shapes import device_type
 from halovae.kernels.weights import derived
 
 FEW_POSITIONS = 1 << 14
@@ -21,10 +23,14 @@ _MANY = 1 << 16
 """Elements from which a copy takes longer than it takes to ask for it."""
 
 
-@functools.cache
 def supports(device: torch.device) -> bool:
     """Whether there are kernels for this device: Triton has to be there, as it is with torch for CUDA and ROCm."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device_type(device) == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def chain(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any]) -> Tensor:
@@ -48,10 +54,13 @@ def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[
 
 
 def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
-    from halovae.kernels import gpu_chain
-
     base = base.contiguous(memory_format=memory_format(base.ndim, True))
-    gpu_chain.run(_positions(base), _positions(out), **form)
+    if out.is_meta:
+        gpu_operators.chain(_positions(base), _positions(out), **form)
+    else:
+        from halovae.kernels import gpu_chain
+
+        gpu_chain.run(_positions(base), _positions(out), **form)
     return out
 
 
@@ -99,10 +108,12 @@ def copy(target: Tensor, source: Tensor) -> None:
     from halovae.kernels import gpu_copy
 
     frames, out = _frames(source), _frames(target)
-    if gpu_copy.fits(frames) and gpu_copy.fits(out):
-        gpu_copy.run(frames, out)
-    else:
+    if not (gpu_copy.fits(frames) and gpu_copy.fits(out)):
         target.copy_(source)
+    elif out.is_meta:
+        gpu_operators.copy(frames.movedim(-1, 1), out.movedim(-1, 1))
+    else:
+        gpu_copy.run(frames, out)
 
 
 def _frames(picture: Tensor) -> Tensor:
@@ -219,5 +230,8 @@ def _by_frames(
     out = torch.empty(shape, dtype=picture.dtype, device=picture.device, memory_format=last)
     videos = [(picture, out)] if picture.ndim == 4 else zip(picture.transpose(1, 2), out.transpose(1, 2), strict=True)
     for source, target in videos:
+        if out.is_meta:
+            gpu_operators.convolve(source, packed, bias, out=target, **geometry)
+            continue
         convolve_frames(source.movedim(1, -1), packed, bias, tile, out=target.movedim(1, -1), **geometry)
     return out

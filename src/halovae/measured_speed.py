@@ -1,0 +1,204 @@
+"""How long an operator takes on a device, from trying it there: at a small size on a CPU, whole on an accelerator."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.dataflow import Spec, key_of, mapped, to_meta
+from halovae.kernels.packed import PACKED_CONVOLUTION, Geometry
+from halovae.memory import allocated_by, free_bytes, is_shortage
+from halovae.speed import ATTENTION, KEPT, GivenSpeed, Job
+
+LOG = logging.getLogger("halovae")
+_ROUNDS = 3
+_TURNS = 5
+"""Calls in a row in a round on an accelerator."""
+_HEAD_START = 4096
+"""Rows and columns of a matrix product in float32 that gives the host time to ask for these calls."""
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How large a trial is at the most. A call that is larger, even with few columns, is told by the device's rates."""
+
+    rows: int
+    columns: tuple[int, ...]
+    """Tried one after the other, until the rest is small enough."""
+    bytes: int
+    flops: float
+
+
+_ON_CPU = _Size(rows=256, columns=(128, 64, 32, 16), bytes=64 * 2**20, flops=4e9)
+"""Rows are many because libraries choose their algorithms by sizes that leave the columns out."""
+_ON_ACCELERATOR = _Size(rows=8192, columns=(8192, 512, 256, 128, 64), bytes=4 * 2**30, flops=2e13)
+"""Whole pictures, since a part of one does not fill it."""
+_SHARE = 4
+"""Of what is free on an accelerator, a trial takes so many times less at the most."""
+
+
+class MeasuredSpeed:
+    """A device known by trials: each kind of operator runs on it, on random numbers.
+
+    Args:
+        device: that runs the trials.
+        dtype: of most of what the network computes with.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self._known: dict[Any, Any] = {}
+        self._size = _size_on(device)
+        self.rates = rates_of(device, dtype)
+
+    def seconds(self, job: Job) -> float:
+        if not job.bytes:
+            return self.rates.seconds(job)
+        small = self._cropped(job, *self._size.columns)
+        if small is None:
+            return self.rates.seconds(job)
+        share = job.flops / small.flops if small.flops else job.bytes / small.bytes
+        return share * self._tried(small, _least_seconds, self.rates.seconds(small))
+
+    def workspace(self, job: Job) -> int:
+        """Of trials with two numbers of columns, continued in a straight line."""
+        if not job.bytes:
+            return 0
+        small, less = self._cropped(job, *self._size.columns), self._cropped(job, self._size.columns[-1])
+        if small is None or less is None:
+            return 0
+        more = self._tried(small, allocated_by, small.made) - small.made
+        if small.made in (less.made, job.made):
+            return max(0, more)
+        growth = (more - self._tried(less, allocated_by, less.made) + less.made) / (small.made - less.made)
+        return max(0, more + round(growth * (job.made - small.made)))
+
+    def _tried(self, job: Job, measure: Callable[[Callable[[], Any], torch.device], Any], otherwise: Any) -> Any:
+        """What is measured of a job, once; `otherwise` where an operator wants more of its arguments than a shape."""
+        key = measure, job.func, key_of(job.args), key_of(job.kwargs)
+        if key not in self._known:
+            func = _attend if job.func is ATTENTION and self.device.type != "cpu" else job.func
+            try:
+                args, kwargs = self._arguments(job)
+                self._known[key] = measure(lambda: func(*args, **kwargs), self.device)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:  # How operators refuse values.
+                if is_shortage(error):
+                    raise
+                LOG.debug("no trial of %s, rates tell its time: %s", job.func, error)
+                self._known[key] = otherwise
+        return self._known[key]
+
+    def _arguments(self, job: Job) -> tuple[Any, Any]:
+        """Real ones of these shapes, with a packed weight where the operator takes one."""
+        args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
+        if str(job.func) == PACKED_CONVOLUTION:
+            picture, weight, bias, padding, stride, dilation, *rest = args
+            weight = Geometry(weight.shape, weight.dtype, picture.shape, stride, padding, dilation).pack(weight)
+            args = picture, weight, bias, padding, stride, dilation, *rest
+        return args, kwargs
+
+    def _real(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.device):
+            return self.device
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensor = Spec(leaf).empty(self.device)
+        return tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
+
+    def _cropped(self, job: Job, *columns: int) -> Job | None:
+        """The same call on fewer columns, or None where that can't be made or is still too much."""
+        for count in columns:
+            try:
+                small = _with_size(job, self._size.rows, count)
+            except Exception:  # The rows and columns stand in other arguments too.
+                return None
+            if small.bytes <= self._size.bytes and small.flops <= self._size.flops:
+                return small
+        return None
+
+
+def _size_on(device: torch.device) -> _Size:
+    if device.type == "cpu":
+        return _ON_CPU
+    free = free_bytes(device)
+    return (
+        _ON_ACCELERATOR if free is None else replace(_ON_ACCELERATOR, bytes=min(_ON_ACCELERATOR.bytes, free // _SHARE))
+    )
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:
+    """Measure a device in a fraction of a second: a matrix product, a copy, and an operator on next to nothing."""
+    side, count = (1024, 8 * 2**20) if device.type == "cpu" else (8192, 128 * 2**20)
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    source = torch.zeros(count, device=device)
+    target, one = torch.empty_like(source), torch.zeros(1, device=device)
+    product = _least_seconds(lambda: matrix @ matrix, device)
+    copy = _least_seconds(lambda: target.copy_(source), device)
+    start = _least_seconds(lambda: one.add_(1), device)
+    return GivenSpeed(
+        flops=2 * side**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start, touch=_touch(device),
+        device=device,
+    )  # fmt: skip
+
+
+def _touch(device: torch.device) -> float:
+    """Seconds for each byte of memory that the system hands out; none where the allocator keeps all of it."""
+    if device.type != "cpu":
+        return 0.0
+    many = torch.zeros(4 * KEPT, dtype=torch.uint8)  # more than is free in a piece
+    new, again = (_least_seconds(call, device) for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
+    return max(0.0, new - again) / many.nbytes
+
+
+def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    measure = _seconds if device.type == "cpu" else _device_seconds
+    with torch.no_grad():
+        call()  # libraries prepare themselves
+        return min(measure(call, device) for _ in range(_ROUNDS))  # other work on the machine only adds
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _device_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """By an accelerator's own clock: what the host takes to ask is not in it, as in a network where it runs ahead."""
+    start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+    work = torch.ones(_HEAD_START, _HEAD_START, device=device)
+    torch.mm(work, work)  # meanwhile the host asks for the calls
+    start.record()
+    for _ in range(_TURNS):
+        call()
+    end.record()
+    torch.accelerator.synchronize()
+    return start.elapsed_time(end) / _TURNS / 1000
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """What stands for attention on shapes alone is an operator of CPUs."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def _with_size(job: Job, rows: int, columns: int) -> Job:
+    def crop(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        spec = Spec(leaf)
+        if 0 not in leaf.stride():
+            # Also that of a part of a picture: copying from one order to another takes longest.
+            spec.order = tuple(sorted(range(leaf.ndim), key=lambda dim: -leaf.stride(dim)))
+        if leaf.ndim >= 4:
+            spec.shape = *leaf.shape[:-2], min(leaf.shape[-2], rows), min(leaf.shape[-1], columns)
+        return spec.empty("meta")
+
+    args, kwargs = mapped(crop, job.args), mapped(crop, job.kwargs)
+    return Job(job.func, args, kwargs, job.func(*args, **mapped(to_meta, kwargs)), job.makes)

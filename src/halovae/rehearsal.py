@@ -1,0 +1,52 @@
+"""How many steps of a VAE would go in one call of its network, found out before there are weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.comm import SoloComm
+from halovae.merge import Merger, Steps
+from halovae.models import quiet
+from halovae.plan import ShardPlan
+from halovae.target import Target
+from halovae.trees import map_tensors
+
+
+class Rehearsal:
+    """Tries what `Merger` tries, on the device: a VAE without weights gets random ones for it.
+
+    Whether a network takes several steps at once is a matter of its architecture.
+
+    Args:
+        target: the VAE.
+        device: that calls would run on.
+        frames: latent frames in one call, as for `Merger`.
+    """
+
+    def __init__(self, target: Target, device: torch.device, frames: int | str) -> None:
+        self._target, self._device, self._frames = target, device, frames
+        self._merger: Merger | None = None
+
+    def steps(self, half: str, plan: ShardPlan, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
+        """As `Merger.steps`, of arguments that count by shape only."""
+        if self._frames == 1 or (self._frames == "auto" and self._device.type == "cpu"):
+            return ()
+        if self._merger is None:
+            self._merger = Merger(SoloComm(), self._able_to_run(), self._frames)
+        args, kwargs = (map_tensors(self._there, value) for value in (args, kwargs))
+        return self._merger.steps(half, plan, lambda: ratio, args, kwargs)
+
+    def _able_to_run(self) -> Target:
+        vae: Any = self._target.vae
+        if not any(parameter.is_meta for parameter in vae.parameters()):
+            return self._target
+        with quiet(), torch.random.fork_rng(), torch.device(self._device):
+            copy = type(vae).from_config(vae.config).to(self._device, vae.dtype)
+        return Target(copy.eval().requires_grad_(False))
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """One of this shape on the device, that takes no memory."""
+        return torch.zeros((), dtype=tensor.dtype, device=self._device).expand(tensor.shape)
