@@ -107,7 +107,8 @@ def time_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> flo
 def growth_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> int:
     vae, tensor = build(options), picture(options, half)
     halovae.parallelize(vae, mode=mode, verify=False)
-    height, width = (size * (5 if mode == "tile" else 2) // 8 for size in tensor.shape[-2:])
+    share, step = 5 if mode == "tile" else 2, 16 if half == "encode" else 1  # whole latents
+    height, width = (size * share // 8 // step * step for size in tensor.shape[-2:])
     run(vae, half, tensor[..., :height, :width].contiguous())  # libraries load; with tiles there are several
     gc.collect()
     memory = PeakMemory(tensor.device)
