@@ -121,13 +121,13 @@ def _on_rank(session: Session, job: _Job) -> None:
     padded = limits.fit(*job.sizes)
     for note in padded.notes:
         session.stages.note(note)
+    room = job.memory * _GIB if job.memory is not None else _free(session)  # before trials take any
     speed: Any = (
         GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1], device=session.device)
         if job.rates
         else MeasuredSpeed(session.device, session.dtype)
     )
     survey = Survey(vae, limits, padded, session.dtype, speed, link)
-    room = job.memory * _GIB if job.memory is not None else _free(session)
     typer.echo(_heading(session, name, type(vae).__name__, job, survey, link, room))
     found: dict[str, list[Row]] = {}
     for half in HALVES:
