@@ -104,9 +104,10 @@ class Predictor:
         plan = plan_shards(height, width, ratio, ranks, axis)
         meter = Meter(self._costs)
         comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
-        call = merged(self._target, half, self._rehearsal.steps(half, plan, ratio, args, kwargs))
-        with self._running(half), meter.running():
-            outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
+        with self._running(half):
+            call = merged(self._target, half, self._rehearsal.steps(half, plan, ratio, args, kwargs))
+            with meter.running():
+                outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
         return _prediction(half, "exact", ranks, f"{plan.shape[0]}x{plan.shape[1]}", meter, comm, args, outcome.result)
 
     @torch.inference_mode(False)

@@ -13,10 +13,11 @@ from halovae.models import quiet
 from halovae.plan import ShardPlan
 from halovae.target import Target
 from halovae.trees import map_tensors
+from halovae.verify import frozen_generators
 
 
 class Rehearsal:
-    """Tries what `Merger` tries, on the device: a VAE without weights gets random ones for it.
+    """Tries what `Merger` tries, where the weights are: a VAE without any gets random ones on the device.
 
     Whether a network takes several steps at once is a matter of its architecture.
 
@@ -43,7 +44,7 @@ class Rehearsal:
         vae: Any = self._target.vae
         if not any(parameter.is_meta for parameter in vae.parameters()):
             return self._target
-        with quiet(), torch.random.fork_rng(), torch.device(self._device):
+        with quiet(), frozen_generators(self._device), torch.device(self._device):
             copy = type(vae).from_config(vae.config).to(self._device, vae.dtype)
         return Target(copy.eval().requires_grad_(False))
 
