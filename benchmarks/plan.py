@@ -69,6 +69,12 @@ def picture(options: argparse.Namespace, half: str) -> torch.Tensor:
     return noise.to(device_of(options), getattr(torch, options.dtype))
 
 
+def ratio_of(options: argparse.Namespace, half: str) -> int:
+    """Pixels per latent for encode, 1 for decode."""
+    _, _, sample, latent = one_rank.VAES[options.vae]
+    return sample[-1] // latent[-1] if half == "encode" else 1
+
+
 def measured_link(rank: int, options: argparse.Namespace) -> LinkSpeed:
     return measure(comm.connect(), device_of(options))
 
@@ -79,13 +85,11 @@ def predict(
     """Seconds and bytes of growth of each way."""
     tensor = picture(options, half)
     predictor = Predictor(Target(build(options)), MeasuredSpeed(tensor.device, tensor.dtype), link, frames="auto")
-    _, _, sample, latent = one_rank.VAES[options.vae]
-    ratio = sample[-1] // latent[-1]
 
     def one(mode: str, ranks: int) -> Prediction:
         if mode == "tile":
             return predictor.tile(half, (tensor,), {}, ranks=ranks)
-        return predictor.exact(half, (tensor,), {}, ranks=ranks, ratio=ratio if half == "encode" else 1)
+        return predictor.exact(half, (tensor,), {}, ranks=ranks, ratio=ratio_of(options, half))
 
     found = {(mode, ranks): one(mode, ranks) for mode, ranks in ways}
     return {way: (prediction.seconds, prediction.memory - tensor.nbytes) for way, prediction in found.items()}
@@ -107,7 +111,7 @@ def time_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> flo
 def growth_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> int:
     vae, tensor = build(options), picture(options, half)
     halovae.parallelize(vae, mode=mode, verify=False)
-    share, step = 5 if mode == "tile" else 2, 16 if half == "encode" else 1  # whole latents
+    share, step = 5 if mode == "tile" else 2, ratio_of(options, half)
     height, width = (size * share // 8 // step * step for size in tensor.shape[-2:])
     run(vae, half, tensor[..., :height, :width].contiguous())  # libraries load; with tiles there are several
     gc.collect()

@@ -18,9 +18,9 @@ LAYERS = [
     {"errors", "geometry", "config"},
     {"comm", "agreement", "trees", "memory", "timeline", "link_speed", "functions"},
     {"target", "kernels"},
-    {"dataflow", "state", "randomness", "record", "speed", "meter", "exact", "tile"},
+    {"dataflow", "state", "randomness", "record", "speed", "measured_speed", "meter", "exact", "tile"},
     {"media", "models", "latents", "fit", "codec", "files"},
-    {"plan", "verify", "quality", "predict", "survey", "room", "merge", "tape", "graphs"},
+    {"plan", "verify", "quality", "predict", "survey", "room", "merge", "rehearsal", "tape", "graphs"},
     {"engines", "choice", "parallel", "context"},
     {"launch", "watch", "cli", "report", "pipelines", "serve", "__main__", "__init__"},
 ]  # fmt: skip

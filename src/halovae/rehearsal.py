@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from halovae.comm import SoloComm
+from halovae.dataflow import Spec
 from halovae.merge import Merger, Steps
-from halovae.models import quiet
 from halovae.plan import ShardPlan
 from halovae.target import Target
 from halovae.trees import map_tensors
@@ -37,17 +36,15 @@ class Rehearsal:
             return ()
         if self._merger is None:
             self._merger = Merger(SoloComm(), self._able_to_run(), self._frames)
-        args, kwargs = (map_tensors(self._there, value) for value in (args, kwargs))
+        args, kwargs = (map_tensors(lambda t: Spec(t).zeros(self._device), value) for value in (args, kwargs))
         return self._merger.steps(half, plan, lambda: ratio, args, kwargs)
 
     def _able_to_run(self) -> Target:
         vae: Any = self._target.vae
         if not any(parameter.is_meta for parameter in vae.parameters()):
             return self._target
+        from halovae.models import quiet  # needs diffusers, as such a VAE does
+
         with quiet(), frozen_generators(self._device), torch.device(self._device):
             copy = type(vae).from_config(vae.config).to(self._device, vae.dtype)
         return Target(copy.eval().requires_grad_(False))
-
-    def _there(self, tensor: Tensor) -> Tensor:
-        """One of this shape on the device, that takes no memory."""
-        return torch.zeros((), dtype=tensor.dtype, device=self._device).expand(tensor.shape)
