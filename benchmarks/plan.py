@@ -2,9 +2,10 @@
 
     python benchmarks/plan.py --vae wan21-32 --dtype float32
 
-One thread per rank. The device is measured by itself, then the link between the ranks, then each mode runs on each
-number of ranks. Times are medians of rounds, of the slowest rank; memory is the growth of the resident memory of a
-fresh process during one call, on the rank where it grew most. Goals: 25 % for time, 15 % for memory.
+One thread per rank. The link between the ranks is measured first; then, for each mode and number of ranks, the device
+by itself, and at once, since the speed of a shared machine changes by the minute, what it takes. Times are medians of
+rounds, of the slowest rank; memory is the growth of the resident memory of a fresh process during one call, on the rank
+where it grew most. Goals: 25 % for time, 15 % for memory.
 
     python benchmarks/plan.py --device cuda --vae wan21-96 --dtype bfloat16 --size 480 832 81 --tile 256 --ranks 1
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,8 @@ from halovae import comm
 from halovae.link_speed import LINKS, LinkSpeed, measure
 from halovae.measured_speed import MeasuredSpeed
 from halovae.memory import PeakMemory
-from halovae.predict import Prediction, Predictor
+from halovae.predict import Predictor
 from halovae.target import Target
-
-Way = tuple[str, int]
-"""Mode and number of ranks."""
-
 
 _SHARES = {
     "tile_sample_min_height": 1, "tile_sample_min_width": 1, "tile_sample_stride_height": 3 / 4,
@@ -80,19 +78,16 @@ def measured_link(rank: int, options: argparse.Namespace) -> LinkSpeed:
 
 
 def predict(
-    rank: int, options: argparse.Namespace, half: str, ways: list[Way], link: LinkSpeed
-) -> dict[Way, tuple[float, int]]:
-    """Seconds and bytes of growth of each way."""
+    rank: int, options: argparse.Namespace, half: str, mode: str, ranks: int, link: LinkSpeed
+) -> tuple[float, int]:
+    """Seconds and bytes of growth."""
     tensor = picture(options, half)
     predictor = Predictor(Target(build(options)), MeasuredSpeed(tensor.device, tensor.dtype), link, frames="auto")
-
-    def one(mode: str, ranks: int) -> Prediction:
-        if mode == "tile":
-            return predictor.tile(half, (tensor,), {}, ranks=ranks)
-        return predictor.exact(half, (tensor,), {}, ranks=ranks, ratio=ratio_of(options, half))
-
-    found = {(mode, ranks): one(mode, ranks) for mode, ranks in ways}
-    return {way: (prediction.seconds, prediction.memory - tensor.nbytes) for way, prediction in found.items()}
+    if mode == "tile":
+        found = predictor.tile(half, (tensor,), {}, ranks=ranks)
+    else:
+        found = predictor.exact(half, (tensor,), {}, ranks=ranks, ratio=ratio_of(options, half))
+    return found.seconds, found.memory - tensor.nbytes
 
 
 def run(vae: Any, half: str, tensor: torch.Tensor) -> None:
@@ -121,12 +116,10 @@ def growth_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> i
 
 
 def rows(options: argparse.Namespace, half: str, link: LinkSpeed) -> list[dict[str, Any]]:
-    ways = [(mode, ranks) for mode in options.modes for ranks in options.ranks]
     on = options.device
-    predicted = run_ranks(1, predict, options, half, ways, link, device=on)[0]
     found: list[dict[str, Any]] = []
-    for mode, ranks in ways:
-        seconds, growth = predicted[mode, ranks]
+    for mode, ranks in itertools.product(options.modes, options.ranks):
+        seconds, growth = run_ranks(1, predict, options, half, mode, ranks, link, device=on)[0]
         actual = max(run_ranks(ranks, time_of, options, half, mode, device=on))
         grown = max(run_ranks(ranks, growth_of, options, half, mode, env=EAGER_FREE, device=on))
         row = {"half": half, "mode": mode, "ranks": ranks, "predicted s": seconds, "measured s": actual}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from halovae import choice, comm
 from halovae import link_speed as links
@@ -14,16 +15,17 @@ BANDWIDTH = 1e9
 
 
 @contextmanager
-def given_speeds(latency: float) -> Iterator[None]:
+def given_speeds(latency: float, measured: Callable[..., Any] | None = None) -> Iterator[None]:
     """Within it, `mode="auto"` predicts with this link, and with a device that takes as long as its arithmetic does.
 
-    Exact mode is the faster one on a quick link then: tiles overlap, so they are more work.
+    Exact mode is the faster one on a quick link then: tiles overlap, so they are more work. `measured` makes another
+    device.
     """
-    key, measured = comm.connect().key, choice.MeasuredSpeed
+    key, before = comm.connect().key, choice.MeasuredSpeed
     links._measured[key] = links.LinkSpeed(latency=latency, bandwidth=BANDWIDTH)
-    choice.MeasuredSpeed = lambda *kind: GivenSpeed(flops=1e9, bandwidth=1e9)
+    choice.MeasuredSpeed = measured or (lambda *kind: GivenSpeed(flops=1e9, bandwidth=1e9))
     try:
         yield
     finally:
-        choice.MeasuredSpeed = measured
+        choice.MeasuredSpeed = before
         del links._measured[key]

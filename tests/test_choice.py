@@ -14,6 +14,7 @@ from tiles import CUTS, run_alone
 
 import halovae
 from halovae.link_speed import LinkSpeed
+from halovae.speed import GivenSpeed
 
 
 def with_link(rank: int, name: str, latency: float, gather: str = "all") -> tuple[str, str, bool, list[str]]:
@@ -79,3 +80,33 @@ def test_one_rank() -> None:
         run_decode(family, vae, family.latent())
         assert handle.last is not None
         assert handle.last.choice == "exact: one rank sends nothing"
+
+
+def with_trials(rank: int, fails: bool) -> tuple[str, bool]:
+    """The reason, and whether the generator is where it was, when trials draw numbers and may find no memory."""
+
+    def measured(*kind: Any) -> GivenSpeed:
+        torch.rand(7)
+        if fails:
+            raise torch.OutOfMemoryError("trials want more than there is")
+        return GivenSpeed(flops=1e9, bandwidth=1e9)
+
+    family = FAMILIES["wan21"]
+    vae = family.build()
+    with given_speeds(1e-6, measured), halovae.parallelize(vae, mode="auto", verify=False) as handle:
+        before = torch.get_rng_state()
+        run_decode(family, vae, family.latent())
+        report: Any = handle.last
+    return report.choice, torch.equal(before, torch.get_rng_state())
+
+
+def test_trials_leave_generators_as_they_were(two_ranks: Ranks) -> None:
+    for choice, same in two_ranks.run(with_trials, False):
+        assert choice.startswith("exact: predicted exact ")
+        assert same
+
+
+def test_no_memory_for_trials_means_exact_mode(two_ranks: Ranks) -> None:
+    for choice, same in two_ranks.run(with_trials, True):
+        assert choice.startswith("exact: no memory is left for trials (trials want more than there is)")
+        assert same

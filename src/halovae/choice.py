@@ -20,10 +20,11 @@ from halovae.config import HALVES, Options, gather_of
 from halovae.engines import Engine, ExactEngine, Ran, TileEngine
 from halovae.errors import HalovaeError, InputError, RankFailedError, TilingError
 from halovae.files import first_line
-from halovae.link_speed import measure
+from halovae.link_speed import LinkSpeed, measure
 from halovae.measured_speed import MeasuredSpeed
 from halovae.memory import is_shortage
 from halovae.predict import Predictor
+from halovae.randomness import Generators
 from halovae.target import Target
 from halovae.tile.settings import described
 from halovae.trees import is_picture
@@ -140,13 +141,25 @@ class AutoEngine(Engine):
         link = measure(self._comm, picture.device)
         found: tuple[str, str] | None = None
         if self._comm.rank == 0:
-            kind = picture.device, picture.dtype
+            generators = Generators(picture.device, *args, *kwargs.values())
+            found = self._predict(picture, link, half, args, kwargs, ratio)
+            generators.rewind()  # trials draw from them, on this rank alone
+        mode, why = self._comm.all_gather_object(found)[0]
+        return mode, f"{why}; link {link}"
+
+    def _predict(
+        self, picture: Tensor, link: LinkSpeed, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], ratio: int
+    ) -> tuple[str, str]:
+        kind = picture.device, picture.dtype
+        try:
             if kind not in self._speeds:
                 self._speeds[kind] = MeasuredSpeed(*kind)
             predictor = Predictor(self._target, self._speeds[kind], link, self._options.frames_per_call)
-            found = self._compare(predictor, half, args, kwargs, ratio)
-        mode, why = self._comm.all_gather_object(found)[0]
-        return mode, f"{why}; link {link}"
+            return self._compare(predictor, half, args, kwargs, ratio)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            return "exact", f"no memory is left for trials ({first_line(error)})"
 
     def _compare(
         self, predictor: Predictor, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], ratio: int
