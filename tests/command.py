@@ -92,15 +92,13 @@ def _on_rank(
 
 @contextmanager
 def _a_world_of_its_own(port: int, next_port: int) -> Iterator[None]:
-    """A program joins the world and leaves it; the tests after it find theirs."""
-    threads = torch.get_num_threads()
+    """A program joins the world and leaves it, with as many threads as other tests; they find theirs after it."""
     comm.shutdown()
     try:
-        with patch.dict(os.environ, MASTER_PORT=str(port)):
+        with patch.dict(os.environ, MASTER_PORT=str(port)), patch.object(torch, "set_num_threads", lambda count: None):
             yield
     finally:
         comm.shutdown()  # A program that fails does not leave.
-        torch.set_num_threads(threads)
         with patch.dict(os.environ, MASTER_PORT=str(next_port)):
             comm.init_from_env("cpu")
 
