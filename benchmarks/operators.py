@@ -68,6 +68,7 @@ def row(name: str, make: Any, shape: tuple[int, int, int], dtype: torch.dtype, r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -75,9 +76,9 @@ def main() -> None:
     makers = {"pad, conv3d": convolution, "nearest x2, conv2d": upsampling}
     with torch.inference_mode():
         rows = [
-            row(name, make, shape, dtype, options.repeats)
+            row(name, make, shape, getattr(torch, dtype), options.repeats)
             for name, make in makers.items()
-            for dtype in (torch.bfloat16, torch.float32)
+            for dtype in options.dtypes
             for shape in SHAPES
         ]
     report("single operators, one thread, processor time", rows, options.json)
