@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiles import CUTS, run_alone
 
 import halovae
 from halovae.link_speed import LinkSpeed
-from halovae.speed import GivenSpeed
+from halovae.measured_speed import MeasuredSpeed
 
 
 def with_link(rank: int, name: str, latency: float, gather: str = "all") -> tuple[str, str, bool, list[str]]:
@@ -82,31 +83,28 @@ def test_one_rank() -> None:
         assert handle.last.choice == "exact: one rank sends nothing"
 
 
-def with_trials(rank: int, fails: bool) -> tuple[str, bool]:
-    """The reason, and whether the generator is where it was, when trials draw numbers and may find no memory."""
-
-    def measured(*kind: Any) -> GivenSpeed:
-        torch.rand(7)
-        if fails:
-            raise torch.OutOfMemoryError("trials want more than there is")
-        return GivenSpeed(flops=1e9, bandwidth=1e9)
-
+def with_trials(rank: int, device: Callable[..., Any]) -> tuple[str, bool]:
+    """The reason, and whether the generator is where it was, when the device has yet to be tried."""
     family = FAMILIES["wan21"]
     vae = family.build()
-    with given_speeds(1e-6, measured), halovae.parallelize(vae, mode="auto", verify=False) as handle:
+    with given_speeds(1e-6, device), halovae.parallelize(vae, mode="auto", verify=False) as handle:
         before = torch.get_rng_state()
         run_decode(family, vae, family.latent())
         report: Any = handle.last
     return report.choice, torch.equal(before, torch.get_rng_state())
 
 
+def without_memory(*kind: Any) -> MeasuredSpeed:
+    raise torch.OutOfMemoryError("trials want more than there is")
+
+
 def test_trials_leave_generators_as_they_were(two_ranks: Ranks) -> None:
-    for choice, same in two_ranks.run(with_trials, False):
-        assert choice.startswith("exact: predicted exact ")
+    for choice, same in two_ranks.run(with_trials, MeasuredSpeed):
+        assert "predicted exact " in choice
         assert same
 
 
 def test_no_memory_for_trials_means_exact_mode(two_ranks: Ranks) -> None:
-    for choice, same in two_ranks.run(with_trials, True):
+    for choice, same in two_ranks.run(with_trials, without_memory):
         assert choice.startswith("exact: no memory is left for trials (trials want more than there is)")
         assert same

@@ -24,7 +24,6 @@ from halovae.link_speed import LinkSpeed, measure
 from halovae.measured_speed import MeasuredSpeed
 from halovae.memory import is_shortage
 from halovae.predict import Predictor
-from halovae.randomness import Generators
 from halovae.target import Target
 from halovae.tile.settings import described
 from halovae.trees import is_picture
@@ -141,9 +140,7 @@ class AutoEngine(Engine):
         link = measure(self._comm, picture.device)
         found: tuple[str, str] | None = None
         if self._comm.rank == 0:
-            generators = Generators(picture.device, *args, *kwargs.values())
             found = self._predict(picture, link, half, args, kwargs, ratio)
-            generators.rewind()  # trials draw from them, on this rank alone
         mode, why = self._comm.all_gather_object(found)[0]
         return mode, f"{why}; link {link}"
 

@@ -19,11 +19,12 @@ from halovae.exact.mesh import Mesh
 from halovae.exact.run import Call, on_shards
 from halovae.kernels.weights import apart
 from halovae.memory import PeakMemory
+from halovae.randomness import frozen_generators
 from halovae.state import ModuleState, undone_by_failure
 from halovae.tape import Tape
 from halovae.target import PLAIN, Target
 from halovae.trees import map_tensors, tensors_in
-from halovae.verify import frozen_generators, is_rounding
+from halovae.verify import is_rounding
 
 LOG = logging.getLogger("halovae")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from halovae.dataflow import Spec, key_of, mapped, to_meta
 from halovae.kernels.packed import PACKED_CONVOLUTION, Geometry
 from halovae.memory import allocated_by, free_bytes, is_shortage
+from halovae.randomness import frozen_generators
 from halovae.speed import ATTENTION, KEPT, GivenSpeed, Job
 
 LOG = logging.getLogger("halovae")
@@ -86,8 +87,9 @@ class MeasuredSpeed:
         if key not in self._known:
             func = _attend if job.func is ATTENTION and self.device.type != "cpu" else job.func
             try:
-                args, kwargs = self._arguments(job)
-                self._known[key] = measure(lambda: func(*args, **kwargs), self.device)
+                with frozen_generators(self.device):
+                    args, kwargs = self._arguments(job)
+                    self._known[key] = measure(lambda: func(*args, **kwargs), self.device)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:  # How operators refuse values.
                 if is_shortage(error) and self.device.type == "cpu":
                     raise
@@ -136,7 +138,8 @@ def _size_on(device: torch.device) -> _Size:
 def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:
     """Measure a device in a fraction of a second: a matrix product, a copy, and an operator on next to nothing."""
     side, count = (1024, 8 * 2**20) if device.type == "cpu" else (4096, 64 * 2**20)
-    matrix = torch.randn(side, side, device=device).to(dtype)
+    with frozen_generators(device):
+        matrix = torch.randn(side, side, device=device).to(dtype)
     source = torch.zeros(count, device=device)
     target, one = torch.empty_like(source), torch.zeros(1, device=device)
     product = _least_seconds(lambda: matrix @ matrix, device)

@@ -27,11 +27,12 @@ from halovae.exact.run import run_sharded
 from halovae.kernels.promise import promised
 from halovae.memory import is_shortage
 from halovae.plan import ShardPlan
+from halovae.randomness import frozen_generators
 from halovae.record import NETWORKS, NetworkCall, Recorder, answering
 from halovae.state import undone_by_failure
 from halovae.target import Call, Target
 from halovae.trees import tensors_in
-from halovae.verify import frozen_generators, is_rounding, make_probe
+from halovae.verify import is_rounding, make_probe
 
 LOG = logging.getLogger("halovae")
 FULL_CALL = 10 << 20

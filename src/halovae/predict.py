@@ -21,6 +21,7 @@ from halovae.link_speed import LinkSpeed
 from halovae.merge import merged
 from halovae.meter import Costs, Meter, MeteredComm
 from halovae.plan import ShardPlan, plan_shards
+from halovae.randomness import Generators
 from halovae.record import NETWORKS, NetworkCall
 from halovae.rehearsal import Rehearsal
 from halovae.speed import Speed
@@ -99,12 +100,12 @@ class Predictor:
             NotExactError: exact mode refuses the VAE.
             InputError: the VAE's code needs values where there are only shapes.
         """
-        args, kwargs = on_meta(args), on_meta(kwargs)
+        running, args, kwargs = self._running(half, args, kwargs), on_meta(args), on_meta(kwargs)
         height, width = pictures_in((args, kwargs))[0].shape[-2:]
         plan = plan_shards(height, width, ratio, ranks, axis)
         meter = Meter(self._costs)
         comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
-        with self._running(half):
+        with running:
             call = merged(self._target, half, self._rehearsal.steps(half, plan, ratio, args, kwargs))
             with meter.running():
                 outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
@@ -130,10 +131,10 @@ class Predictor:
         vae, method = self._target.vae, self._target.originals[half]
         if "use_tiling" not in vars(vae) or not hasattr(vae, NETWORKS[half]):
             raise TilingError(f"{self._target.name}.{half} has no tiles")
-        args, kwargs = on_meta(args), on_meta(kwargs)
+        running, args, kwargs = self._running(half, args, kwargs), on_meta(args), on_meta(kwargs)
         blends = Blends(vae)
         meter = Meter(self._costs)
-        with self._running(half), applied(vae, {"use_tiling": True}):
+        with running, applied(vae, {"use_tiling": True}):
             kind = self._target.kind(half, args, kwargs)
             if kind not in self._tile_calls:
                 self._tile_calls[kind] = _calls(Checker(self._target, half, blends), args, kwargs)
@@ -151,7 +152,9 @@ class Predictor:
         return _prediction(half, "tile", ranks, cut, meter, comm, args, result)
 
     @contextmanager
-    def _running(self, half: str) -> Iterator[None]:
+    def _running(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """The VAE's code may draw random numbers; the next call is to draw as if it had not."""
+        generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
         try:
             with torch.no_grad(), ModuleState(self._target.vae).kept(), torch.compiler.set_stance("force_eager"):
                 yield
@@ -160,6 +163,8 @@ class Predictor:
         except Exception as error:  # Whatever a model's code raises where a value should be.
             name = f"{self._target.name}.{half}"
             raise InputError(f"{name} can't be followed on shapes alone: {first_line(error)}") from error
+        finally:
+            generators.rewind()
 
 
 def _calls(checker: Checker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[NetworkCall, ...]:

@@ -44,3 +44,14 @@ def rewound_by_failure(device: torch.device, *values: Any) -> Iterator[None]:
     except BaseException:
         generators.rewind()
         raise
+
+
+@contextmanager
+def frozen_generators(device: torch.device) -> Iterator[None]:
+    """Within it, random numbers start from seed 0; afterwards the generators are as they were."""
+    generators = Generators(device)
+    generators.seed(0)
+    try:
+        yield
+    finally:
+        generators.rewind()

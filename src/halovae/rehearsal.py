@@ -10,9 +10,9 @@ from halovae.comm import SoloComm
 from halovae.dataflow import Spec
 from halovae.merge import Merger, Steps
 from halovae.plan import ShardPlan
+from halovae.randomness import frozen_generators
 from halovae.target import Target
 from halovae.trees import map_tensors
-from halovae.verify import frozen_generators
 
 
 class Rehearsal:

@@ -13,11 +13,10 @@ from halovae.link_speed import LinkSpeed
 from halovae.memory import Needs, free_bytes
 from halovae.plan import ShardPlan
 from halovae.predict import Predictor
-from halovae.randomness import Generators
 from halovae.speed import GivenSpeed
 from halovae.target import Target
 from halovae.tile.settings import applied, described
-from halovae.trees import on_meta, tensors_in
+from halovae.trees import tensors_in
 
 _GROWTH = {"encode": 2**10, "decode": 2**15}
 """Bytes at the peak per byte of input, more than known networks take: below that there is nothing to predict."""
@@ -132,15 +131,12 @@ class Room:
         given = tensors_in((args, kwargs))
         key = mode, half, described(self._target.vae), *((tuple(t.shape), t.dtype) for t in given), repr(options)
         if key not in self._predicted:
-            generators = Generators(given[0].device, *args, *kwargs.values())
             try:
                 predictor = Predictor(self._target, GivenSpeed(**_NO_TIME, device=given[0].device), _NO_LINK)
-                found = getattr(predictor, mode)(half, on_meta(args), on_meta(kwargs), **options)
+                found = getattr(predictor, mode)(half, args, kwargs, **options)
                 self._predicted[key] = found.memory - sum(tensor.nbytes for tensor in given)
             except HalovaeError:  # The call itself says what is wrong, if anything is.
                 self._predicted[key] = None
-            finally:
-                generators.rewind()
         return self._predicted[key]
 
 

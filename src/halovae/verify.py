@@ -20,7 +20,7 @@ from halovae.exact.partition import Bounds, first_tensor, gather
 from halovae.exact.run import run_sharded
 from halovae.memory import is_shortage
 from halovae.plan import plan_shards
-from halovae.randomness import Generators
+from halovae.randomness import frozen_generators
 from halovae.state import undone_by_failure
 from halovae.target import Call, Target
 from halovae.trees import is_picture, map_tensors
@@ -201,14 +201,3 @@ def _outputs(vae: nn.Module, seen: list[tuple[str, Tensor]], take: Callable[[Ten
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def frozen_generators(device: torch.device) -> Iterator[None]:
-    """Within it, random numbers start from seed 0; afterwards the generators are as they were."""
-    generators = Generators(device)
-    generators.seed(0)
-    try:
-        yield
-    finally:
-        generators.rewind()
