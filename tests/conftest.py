@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
@@ -19,6 +20,22 @@ from servers import Server
 
 from halovae.kernels import convolution, pieces, upsampling
 from halovae.pipelines.demo import make_demo_model
+
+
+def _let_loops_end_at_tensors() -> None:
+    """Triton 3.6's interpreter makes numbers of arrays of one element by `int`, which numpy 2.4 refuses."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if os.environ.get("TRITON_INTERPRET") and importlib.util.find_spec("triton"):
+    _let_loops_end_at_tensors()
 
 pytest_plugins = ["counting"]
 torch.set_num_threads(1)

@@ -1,5 +1,11 @@
 """The Triton kernels against torch. Without an accelerator Triton's interpreter runs them (see `conftest.py`)."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,13 +13,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from halovae.kernels import chain, gpu, gpu_attention, gpu_chain, gpu_copy, gpu_norms, gpu_operators, group_norm, rules
 from halovae.kernels import convolution as kernels_convolution
-from halovae.kernels import gpu, gpu_chain, gpu_copy, gpu_operators
 from halovae.kernels.chain import Chain, Step
 from halovae.kernels.convolution import Window, on_gpu
-from halovae.kernels.deferred import recipe_of
+from halovae.kernels.deferred import Deferred, recipe_of
 from halovae.kernels.gpu_convolution import Tile, convolve, pack, pack_upsampled, tile_for
 from halovae.kernels.joined import Joined
+from halovae.kernels.mode import FastMode, finished
 from halovae.kernels.promise import kept, promised
 
 SMALL = Tile(positions=32, channels=16, more_channels=16, depth=16, warps=4, stages=2)
@@ -243,3 +250,163 @@ def test_operators_of_the_kernels_do_what_these_do():
     copied = torch.zeros_like(source)
     gpu_operators.copy(pictures, copied.movedim(-1, 1))
     assert torch.equal(copied, source)
+
+    moments = gpu_norms.moments(rows[None], 4)
+    assert torch.equal(gpu_operators.moments(rows[None], 4, None), moments)
+    assert torch.equal(gpu_operators.merged(moments, 4), gpu_norms.merged(moments, 4))
+    affine = gpu_norms.affine(moments, 4, 16, scale, None, 1e-6)
+    assert torch.equal(gpu_operators.affine(moments, 4, 16, scale, None, 1e-6), affine)
+
+
+@pytest.mark.parametrize("found", ["moments", "merged", "affine"])
+def test_operators_of_statistics_tell_their_shapes(found: str):
+    def run(rows: Tensor) -> Tensor:
+        parts = gpu_operators.moments(rows, 4, None)
+        if found == "moments":
+            return parts
+        return (
+            gpu_operators.merged(parts, 4) if found == "merged" else gpu_operators.affine(parts, 4, 48, None, None, 0)
+        )
+
+    rows = frames(2, 5000, 48)
+    assert run(rows.to("meta")).shape == run(rows).shape
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules take the kernels of an accelerator, which the interpreter runs."""
+    monkeypatch.setattr(gpu, "supports", lambda _: True)
+    monkeypatch.setattr(gpu, "FEW_QUERIES", 1)
+    for module in (chain, gpu, rules):
+        monkeypatch.setattr(module, "device_type", lambda _: "cuda")
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((1, 64, 9, 11), 32), ((2, 96, 4, 8, 9), 32), ((1, 512, 3, 3), 1), ((2, 64, 50), 32), ((1, 320, 3, 3), 5)],
+)
+@pytest.mark.filterwarnings("ignore:overflow")  # of positions beyond the last, which are not stored
+def test_group_norm_and_what_follows(shape: tuple[int, ...], groups: int, as_on_gpu: None):
+    source = channels_last(frames(*shape) + 50)  # a mean large beside the spread: sums of squares would lose it
+    weight, bias = frames(shape[1]), frames(shape[1]) + 1
+    parameters = weight.double(), bias.double()
+    expected = F.silu(F.group_norm(source.double(), groups, *parameters, 1e-6))
+    with torch.no_grad(), FastMode():
+        found = F.silu(F.group_norm(source, groups, weight, bias, 1e-6))
+    assert len(shape) == 3 or isinstance(recipe_of(found), Chain)
+    assert error(finished(found).double(), expected) < 2e-5  # float32, with a mean fifty times the spread
+
+    parts = source.split(source.shape[-1] // 2 + 1, -1)
+    moments = [group_norm.moments(part, groups) for part in parts]
+    found = finished(group_norm.normalized(parts[0], moments, weight, bias, 1e-6))
+    expected = F.group_norm(source.double(), groups, *parameters, 1e-6)[..., : found.shape[-1]]
+    assert error(found.double(), expected) < 2e-5
+
+
+def test_group_norm_takes_the_bias_that_waits(as_on_gpu: None):
+    source, bias, weight = video(2, 32, 2, 5, 6), frames(32), frames(32)
+    waiting = Chain(source, source.dtype).plus(bias.view(-1, 1, 1, 1), frozenset((1,)))
+    found = group_norm.group_norm(Deferred(waiting), 8, weight, None, 1e-6)
+    recipe = recipe_of(found)
+    assert isinstance(recipe, Chain)
+    assert recipe.base is source
+    assert error(finished(found), F.group_norm(source + bias.view(-1, 1, 1, 1), 8, weight, None, 1e-6)) < 1e-5
+
+
+def test_group_norm_hands_on_what_is_not_a_number(as_on_gpu: None):
+    source = video(1, 16, 2, 3, 5)
+    source[0, 3, 0, 0, 0] = torch.nan
+    with torch.no_grad(), FastMode():
+        found = F.group_norm(source, 4)
+    assert torch.equal(finished(found).isnan(), F.group_norm(source, 4).isnan())
+
+
+def per_channel(picture: Tensor) -> Tensor:
+    return picture / torch.sqrt(torch.mean(picture**2, dim=1, keepdim=True) + 1e-8)
+
+
+def channels_moved(picture: Tensor) -> Tensor:
+    moved = picture.movedim(1, -1)
+    moved = moved * torch.rsqrt(moved.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-8)
+    return moved.to(picture.dtype).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("norm", [per_channel, channels_moved])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_root_mean_square_that_is_written_out_is_one_step(norm: Any, dtype: torch.dtype, as_on_gpu: None):
+    source = video(1, 24, 3, 6, 5).to(dtype)
+    expected = F.silu(norm(source.double()))
+    with torch.no_grad(), FastMode():
+        found = F.silu(norm(source))
+    recipe = recipe_of(found)
+    assert isinstance(recipe, Chain)
+    assert [step.kind for step in recipe.steps] == ["rms", "silu"]
+    assert error(finished(found).double(), expected) < (
+        1e-6 if dtype == torch.float32 else 2**-7
+    )  # one rounding, which the interpreter does downwards
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        lambda picture: (picture**2).mean(1, keepdim=True) * picture,
+        lambda picture: torch.sqrt(picture.pow(2).mean((2, 3, 4))),
+        lambda picture: (picture + 1) * torch.rsqrt((picture**2).mean(1, keepdim=True) + 1e-8),
+        lambda picture: (picture**2).sum() + 2**picture,
+    ],
+)
+def test_squares_for_anything_else_are_squares(others: Any, as_on_gpu: None):
+    source = video(1, 24, 3, 6, 5)
+    with torch.no_grad(), FastMode():
+        found = others(source)
+    assert error(finished(found), others(source)) < 1e-6  # sums in another order
+
+
+def test_attention_with_a_wide_head(as_on_gpu: None):
+    # Half precision: the interpreter has no products of bfloat16.
+    query, key, value = (frames(2, 1, length, 512).half() for length in (70, 130, 130))
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    with torch.no_grad(), FastMode():
+        found = F.scaled_dot_product_attention(query, key, value)
+    assert error(found.double(), expected) < 2**-9  # shares are rounded to half precision
+    assert not gpu_attention.fits(query[:, 0, :, :256])
+    assert not gpu_attention.fits(query[:, 0].float())
+
+
+@pytest.mark.parametrize("kernel", [(1, 1, 2), (2, 2, 1)])
+def test_a_transposed_convolution_whose_kernel_is_its_stride(kernel: tuple[int, ...], as_on_gpu: None):
+    source, weight, bias = video(2, 6, 3, 4, 5), frames(6, 1, *kernel), frames(6)
+    expected = F.conv_transpose3d(source, weight, bias, stride=kernel, groups=6)
+    with torch.no_grad(), FastMode():
+        found = F.conv_transpose3d(source, weight, bias, stride=kernel, groups=6)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    assert error(found, expected) < 1e-6
+
+
+def test_mirrored_padding_waits_for_the_convolution(as_on_gpu: None):
+    source = video(1, 4, 3, 6, 5)
+    with torch.no_grad(), FastMode():
+        padded = F.pad(source, (1, 2, 3, 1, 0, 0), mode="reflect")
+        assert isinstance(recipe_of(padded), Joined)
+        with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+            F.pad(source, (5, 0, 0, 0, 0, 0), mode="reflect")
+    assert torch.equal(finished(padded), F.pad(source, (1, 2, 3, 1, 0, 0), mode="reflect"))
+
+
+def test_kernels_compile_for_a_device():
+    """The interpreter takes what the compiler refuses; the compiler needs no device."""
+    folder = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, folder / "compile_gpu_kernels.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr

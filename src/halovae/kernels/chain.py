@@ -26,21 +26,41 @@ class Step:
     """One function of a chain."""
 
     kind: str
-    """"normalize", "times", "plus" or "silu"."""
+    """"normalize", "rms", "times", "plus" or "silu"."""
     value: Any = None
-    """(dim, least length); the factor; the term; nothing."""
+    """(dim, least length); (dim, added to the mean square); the factor; the term; nothing."""
 
     def run(self, piece: Tensor) -> None:
         """Write the result into the argument."""
         if self.kind == "normalize":
             dim, least = self.value
             piece.div_(torch.linalg.vector_norm(piece, dim=dim, keepdim=True).clamp_min_(least))
+        elif self.kind == "rms":
+            dim, added = self.value
+            piece.mul_(piece.square().mean(dim, keepdim=True).add_(added).rsqrt_())
         elif self.kind == "times":
             piece.mul_(self.value)
         elif self.kind == "plus":
             piece.add_(self.value)
         else:
             F.silu(piece, inplace=True)
+
+    def moved(self, ndim: int, source: int, destination: int) -> Step:
+        """The same of a tensor one of whose dimensions is moved."""
+        if self.kind in ("normalize", "rms"):
+            dim, number = self.value
+            return Step(self.kind, (_moved(ndim, source, destination).index(dim), number))
+        if isinstance(self.value, Tensor) and self.value.ndim:
+            whole = self.value.reshape(*[1] * (ndim - self.value.ndim), *self.value.shape)
+            return Step(self.kind, whole.movedim(source, destination))
+        return self
+
+
+def _moved(ndim: int, source: int, destination: int) -> list[int]:
+    """Which dimension stands where after one has been moved."""
+    order = [dim for dim in range(ndim) if dim != source % ndim]
+    order.insert(destination % ndim, source % ndim)
+    return order
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,18 @@ class Chain:
         """Divide by the Euclidean length over one dimension, or by `least` where that is more."""
         return self._then(Step("normalize", (dim, least)), frozenset((dim,)))
 
+    def by_rms(self, dim: int, added: float) -> Chain:
+        """Divide by the root of (the mean square over one dimension + `added`)."""
+        return self._then(Step("rms", (dim, added)), frozenset((dim,)))
+
+    def moved(self, source: int, destination: int) -> Chain:
+        """The same of the tensor with one dimension moved."""
+        ndim = self.base.ndim
+        order = _moved(ndim, source, destination)
+        steps = tuple(step.moved(ndim, source, destination) for step in self.steps)
+        uncut = frozenset(order.index(dim) for dim in self.uncut)
+        return Chain(self.base.movedim(source, destination), self.dtype, steps, uncut)
+
     def activated(self) -> Chain:
         """x * sigmoid(x)."""
         return self._then(Step("silu"))
@@ -105,6 +137,8 @@ class Chain:
 
     def compute(self) -> Tensor:
         if device_type(self.device) != "cpu":
+            if self.uncut == frozenset((self.base.ndim - 1,)):  # channels that are last in shape too
+                return self.moved(-1, 1).compute().movedim(1, -1)
             return gpu.chain(self.base, self.dtype, self.wide, self.steps)
         base = self.base
         out = torch.empty(

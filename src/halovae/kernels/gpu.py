@@ -13,11 +13,14 @@ from torch import Tensor
 from halovae.kernels import gpu_operators
 from halovae.kernels.formats import memory_format
 from halovae.kernels.precision import LOW
-from halovae.kernels.shapes import device_type
+from halovae.kernels.shapes import alike, device_type
 from halovae.kernels.weights import derived
 
 FEW_POSITIONS = 1 << 14
 """Of the output. Below, the vendor library has kernels that share out the sum; above, ours fills the device."""
+
+FEW_QUERIES = 1 << 11
+"""Below, there are too few tiles of queries for a device."""
 
 _MANY = 1 << 16
 """Elements from which a copy takes longer than it takes to ask for it."""
@@ -51,6 +54,48 @@ def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[
     last = memory_format(base.ndim, True)
     out = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
     return _run_chain(base, out, {**form, "other": _positions(other.contiguous(memory_format=last))})
+
+
+def moments(picture: Tensor, groups: int, shift: Tensor | None) -> Tensor:
+    """As `gpu_norms.moments`, of a picture."""
+    positions = _positions_of_each(picture)
+    if positions.is_meta:
+        return gpu_operators.moments(positions, groups, shift)
+    from halovae.kernels import gpu_norms
+
+    return gpu_norms.moments(positions, groups, shift)
+
+
+def merged_moments(parts: Tensor, groups: int) -> Tensor:
+    """As `gpu_norms.merged`."""
+    if parts.is_meta:
+        return gpu_operators.merged(parts, groups)
+    from halovae.kernels import gpu_norms
+
+    return gpu_norms.merged(parts, groups)
+
+
+def affine(
+    parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    """As `gpu_norms.affine`."""
+    weight, bias = (None if p is None else alike(p, parts) for p in (weight, bias))
+    if parts.is_meta:
+        return gpu_operators.affine(parts, groups, channels, weight, bias, eps)
+    from halovae.kernels import gpu_norms
+
+    return gpu_norms.affine(parts, groups, channels, weight, bias, eps)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
+    """Of one head `[N, 1, L, D]` that is too wide for the vendor's kernels; None where ours doesn't take it."""
+    if query.is_meta or query.shape[1] != 1 or query.shape[2] < FEW_QUERIES or not supports(query.device):
+        return None
+    from halovae.kernels import gpu_attention
+
+    query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+    fits = gpu_attention.fits(query, key, value)
+    return gpu_attention.run(query, key, value, scale).unsqueeze(1) if fits else None
 
 
 def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
@@ -130,7 +175,16 @@ def _positions(picture: Tensor) -> Tensor:
     return picture.movedim(1, -1).reshape(-1, picture.shape[1])
 
 
-_SLOTS = (("shift", "plus"), ("normalize", "normalize"), ("times", "times"), ("plus", "plus"), ("silu", "silu"))
+def _positions_of_each(pictures: Tensor) -> Tensor:
+    """Pictures as `[N, positions, C]`, dense."""
+    last = pictures.contiguous(memory_format=memory_format(pictures.ndim, True)).movedim(1, -1)
+    return last.reshape(len(pictures), -1, pictures.shape[1])
+
+
+_SLOTS = (
+    ("shift", {"plus"}), ("normalize", {"normalize", "rms"}), ("times", {"times"}), ("plus", {"plus"}),
+    ("silu", {"silu"}),
+)  # fmt: skip
 """Arguments of `gpu_chain.run` in the order in which it uses them, and the kind of step that each of them is."""
 
 
@@ -141,12 +195,13 @@ def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str
     form: dict[str, Any] = {}
     slots = iter(_SLOTS)
     for step in steps:
-        name = next((name for name, kind in slots if kind == step.kind), None)
+        name = next((name for name, kinds in slots if step.kind in kinds), None)
         value: Any = step.value
-        if step.kind == "normalize":
+        if step.kind in ("normalize", "rms"):
             dim, value = value
             if dim != 1:
                 return None
+            form["mean"] = step.kind == "rms"
         elif step.kind == "silu":
             value = True
         elif isinstance(value, Tensor):
@@ -158,7 +213,11 @@ def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str
 
 
 def _by_channel(parameter: Tensor, base: Tensor) -> Tensor | None:
-    """A parameter that broadcasts along everything but channels, as `[C]`."""
+    """A parameter that broadcasts along everything but channels, as `[C]`, or for each picture, as `[N, C]`."""
+    if parameter.ndim == base.ndim and parameter.shape[:2] == base.shape[:2] and {*parameter.shape[2:]} == {1}:
+        return parameter.reshape(-1 if len(base) == 1 else len(base), base.shape[1])[
+            0 if len(base) == 1 else slice(None)
+        ]
     place = parameter.ndim - (base.ndim - 1)
     varies = parameter.numel() > 1
     if varies and (place < 0 or parameter.shape[place] != parameter.numel()):

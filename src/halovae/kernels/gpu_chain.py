@@ -20,6 +20,7 @@ def run(
     shift: Tensor | float | None = None,
     other: Tensor | None = None,
     normalize: float | None = None,
+    mean: bool = False,
     times: Tensor | float | None = None,
     plus: Tensor | float | None = None,
     silu: bool = False,
@@ -29,9 +30,10 @@ def run(
     Args:
         positions: `[P, C]`, dense.
         out: likewise, any floating dtype.
-        shift: `[C]` in float32, or a number, or None.
+        shift: in float32 `[C]`, or `[N, C]` for N pictures of equally many positions; or a number, or None.
         other: as `positions`, or None.
         normalize: least length to divide by; None: no norm.
+        mean: divide by the root of (the mean square + `normalize`) instead.
         times: as `shift`.
         plus: as `shift`.
         silu: whether x * sigmoid(x) follows.
@@ -39,21 +41,22 @@ def run(
     count, channels = positions.shape
     padded = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // padded)
+    each = count // max(len(p) if isinstance(p, Tensor) and p.ndim == 2 else 1 for p in (shift, times, plus))
     _chain[(triton.cdiv(count, rows),)](
-        positions, out, shift, other, times, plus, count, normalize or 0.0, C=channels, PADDED=padded, ROWS=rows,
-        SHIFT=_kind(shift), OTHER=other is not None, NORM=normalize is not None, FACTOR=_kind(times),
+        positions, out, shift, other, times, plus, count, each, normalize or 0.0, C=channels, PADDED=padded, ROWS=rows,
+        SHIFT=_kind(shift), OTHER=other is not None, NORM=0 if normalize is None else 1 + mean, FACTOR=_kind(times),
         TERM=_kind(plus), SILU=silu, num_warps=4,
     )  # fmt: skip
 
 
 def _kind(parameter: Tensor | float | None) -> int:
-    """0: none, 1: a number, 2: one for each channel."""
-    return 0 if parameter is None else 1 + isinstance(parameter, Tensor)
+    """0: none, 1: a number, 2: one for each channel, 3: also for each picture."""
+    return 1 + parameter.ndim if isinstance(parameter, Tensor) else int(parameter is not None)
 
 
 @triton.jit
 def _chain(
-    x, out, shift, other, factor, term, count, eps, C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    x, out, shift, other, factor, term, count, each, eps, C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     SHIFT: tl.constexpr, OTHER: tl.constexpr, NORM: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip  # pyright: ignore
@@ -64,23 +67,29 @@ def _chain(
     value = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
     if SHIFT:
         # Where nothing is live, nothing is to be normalized.
-        value = tl.where(live, value + _parameter(shift, channel, C, SHIFT), 0.0)
+        value = tl.where(live, value + _parameter(shift, row // each, channel, live, C, SHIFT), 0.0)
     if OTHER:
         value = value + tl.load(other + place, mask=live, other=0.0).to(tl.float32)
-    if NORM:
+    if NORM == 2:
+        value = value * (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / C + eps))[:, None]
+    if NORM == 1:
         value = value / tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), eps)[:, None]
     if FACTOR:
-        value = value * _parameter(factor, channel, C, FACTOR)
+        value = value * _parameter(factor, row // each, channel, live, C, FACTOR)
     if TERM:
-        value = value + _parameter(term, channel, C, TERM)
+        value = value + _parameter(term, row // each, channel, live, C, TERM)
     if SILU:
         value = value / (1.0 + tl.exp(-value))
     tl.store(out + place, value.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _parameter(parameter, channel, C: tl.constexpr, KIND: tl.constexpr):
-    """A number, or one for each channel."""
+def _parameter(parameter, picture, channel, live, C: tl.constexpr, KIND: tl.constexpr):
+    """A number, or one for each channel, or for each channel of each picture."""
     if KIND == 1:
-        return parameter
-    return tl.load(parameter + channel, mask=channel < C, other=0.0)[None, :]
+        value = parameter
+    elif KIND == 2:
+        value = tl.load(parameter + channel, mask=channel < C, other=0.0)[None, :]
+    else:
+        value = tl.load(parameter + picture[:, None] * C + channel[None, :], mask=live, other=0.0)
+    return value

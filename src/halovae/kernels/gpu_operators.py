@@ -13,23 +13,26 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("halovae", "DEF")
 _LIBRARY.define(
-    "gpu_chain(Tensor positions, Tensor(a!) out, Tensor? shift, Tensor? other, float? normalize, Tensor? times, "
-    "Tensor? plus, bool silu) -> ()"
+    "gpu_chain(Tensor positions, Tensor(a!) out, Tensor? shift, Tensor? other, float? normalize, bool mean, "
+    "Tensor? times, Tensor? plus, bool silu) -> ()"
 )
 _LIBRARY.define(
     "gpu_convolution(Tensor pictures, Tensor packed, Tensor? bias, int[] kernel, int stride, int[] before, "
     "Tensor(a!) out, int upsample) -> ()"
 )
 _LIBRARY.define("gpu_copy(Tensor pictures, Tensor(a!) out) -> ()")
+_LIBRARY.define("gpu_moments(Tensor positions, int groups, Tensor? shift) -> Tensor")
+_LIBRARY.define("gpu_merged_moments(Tensor parts, int groups) -> Tensor")
+_LIBRARY.define("gpu_affine(Tensor parts, int groups, int channels, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 
 def chain(
     positions: Tensor, out: Tensor, *, shift: object = None, other: Tensor | None = None,
-    normalize: float | None = None, times: object = None, plus: object = None, silu: bool = False,
+    normalize: float | None = None, mean: bool = False, times: object = None, plus: object = None, silu: bool = False,
 ) -> None:  # fmt: skip
     """As `gpu_chain.run`. Numbers are left out: they take no time."""
     shift, times, plus = (value if isinstance(value, Tensor) else None for value in (shift, times, plus))
-    torch.ops.halovae.gpu_chain(positions, out, shift, other, normalize, times, plus, silu)
+    torch.ops.halovae.gpu_chain(positions, out, shift, other, normalize, mean, times, plus, silu)
 
 
 def convolve(
@@ -45,13 +48,32 @@ def copy(pictures: Tensor, out: Tensor) -> None:
     torch.ops.halovae.gpu_copy(pictures, out)
 
 
+def moments(positions: Tensor, groups: int, shift: Tensor | None) -> Tensor:
+    """As `gpu_norms.moments`."""
+    return torch.ops.halovae.gpu_moments(positions, groups, shift)
+
+
+def merged(parts: Tensor, groups: int) -> Tensor:
+    """As `gpu_norms.merged`."""
+    return torch.ops.halovae.gpu_merged_moments(parts, groups)
+
+
+def affine(
+    parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    """As `gpu_norms.affine`."""
+    return torch.ops.halovae.gpu_affine(parts, groups, channels, weight, bias, eps)
+
+
 def _launch_chain(
     positions: Tensor, out: Tensor, shift: Tensor | None, other: Tensor | None, normalize: float | None,
-    times: Tensor | None, plus: Tensor | None, silu: bool,
+    mean: bool, times: Tensor | None, plus: Tensor | None, silu: bool,
 ) -> None:  # fmt: skip
     from halovae.kernels import gpu_chain
 
-    gpu_chain.run(positions, out, shift=shift, other=other, normalize=normalize, times=times, plus=plus, silu=silu)
+    gpu_chain.run(
+        positions, out, shift=shift, other=other, normalize=normalize, mean=mean, times=times, plus=plus, silu=silu
+    )
 
 
 def _launch_convolution(
@@ -73,8 +95,48 @@ def _launch_copy(pictures: Tensor, out: Tensor) -> None:
     gpu_copy.run(pictures.movedim(1, -1), out.movedim(1, -1))
 
 
+def _launch_moments(positions: Tensor, groups: int, shift: Tensor | None) -> Tensor:
+    from halovae.kernels import gpu_norms
+
+    return gpu_norms.moments(positions, groups, shift)
+
+
+def _launch_merged(parts: Tensor, groups: int) -> Tensor:
+    from halovae.kernels import gpu_norms
+
+    return gpu_norms.merged(parts, groups)
+
+
+def _launch_affine(
+    parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    from halovae.kernels import gpu_norms
+
+    return gpu_norms.affine(parts, groups, channels, weight, bias, eps)
+
+
+def _shape_of_moments(positions: Tensor, groups: int, shift: Tensor | None) -> Tensor:
+    from halovae.kernels import gpu_norms
+
+    return positions.new_empty(gpu_norms.cut(positions.shape, groups).shape, dtype=torch.float32)
+
+
+def _shape_of_merged(parts: Tensor, groups: int) -> Tensor:
+    return parts.new_empty(3, parts.shape[2], groups)
+
+
+def _shape_of_affine(parts: Tensor, groups: int, channels: int, *_: object) -> Tensor:
+    return parts.new_empty(2, parts.shape[2], channels)
+
+
 for _name, _launch in {
     "gpu_chain": _launch_chain, "gpu_convolution": _launch_convolution, "gpu_copy": _launch_copy,
 }.items():  # fmt: skip
     _LIBRARY.impl(_name, _launch, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, lambda *_: None, "Meta")
+for _name, _launch, _shape in (
+    ("gpu_moments", _launch_moments, _shape_of_moments), ("gpu_merged_moments", _launch_merged, _shape_of_merged),
+    ("gpu_affine", _launch_affine, _shape_of_affine),
+):  # fmt: skip
+    _LIBRARY.impl(_name, _launch, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _shape, "Meta")

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from halovae.functions import named, registrar, writes
 from halovae.kernels import gpu
+from halovae.kernels import group_norm as norms
 from halovae.kernels.borders import Fill
 from halovae.kernels.chain import Chain, uncut_by
 from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.deferred import Deferred, plain, recipe_of
 from halovae.kernels.formats import is_channels_last, is_dense_channels_last, memory_format
 from halovae.kernels.joined import Joined, copy_of, parts_in, read
+from halovae.kernels.mean_square import MeanSquare
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes import alike, device_type
 from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
@@ -70,11 +72,35 @@ def convolve_transposed(
     input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
     groups: int = 1, dilation: Any = 1,
 ) -> Any:  # fmt: skip
-    """Groups channels first: torch takes many times as long for them channels last."""
-    if groups == 1 or not fits(input) or input.device.type != "cpu" or not is_channels_last(plain(input)):
+    """Groups. On a CPU channels first: torch takes many times as long for them channels last."""
+    if groups == 1 or not fits(input):
+        return NotImplemented
+    n = input.ndim - 2
+    if device_type(input.device) != "cpu":
+        gaps, more = (_each(value, n) for value in (dilation, output_padding))
+        apart = (*_each(stride, n),) == (*weight.shape[2:],) and not any(_each(padding, n)) and not any(more)
+        if not apart or {*gaps} != {1} or groups != len(weight) or weight.shape[1] != 1 or weight.dtype != input.dtype:
+            return NotImplemented
+        return _stamped(plain(read(input)), weight, bias)
+    if not is_channels_last(plain(input)):
         return NotImplemented
     function = (torch.conv_transpose2d, torch.conv_transpose3d)[input.ndim - 4]
     return function(plain(input).contiguous(), weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _stamped(picture: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each pixel of each channel becomes that channel's kernel times its value, side by side."""
+    weight = alike(weight, picture)
+    sizes, kernel = picture.shape[2:], weight.shape[2:]
+    shape = (*picture.shape[:2], *(size * taps for size, taps in zip(sizes, kernel, strict=True)))
+    out = torch.empty(
+        shape, dtype=picture.dtype, device=picture.device, memory_format=memory_format(len(shape), channels_last=True)
+    )
+    pairs = [pair for both in zip(sizes, kernel, strict=True) for pair in both]
+    pixels = picture.reshape(*picture.shape[:2], *(n for size in sizes for n in (size, 1)))
+    stamps = weight.reshape(weight.shape[0], *(n for taps in kernel for n in (1, taps)))
+    torch.mul(pixels, stamps, out=out.view(*picture.shape[:2], *pairs))
+    return out if bias is None else out.add_(bias.view(-1, *[1] * len(sizes)))
 
 
 def _each(value: Any, n: int) -> Sequence[int]:
@@ -85,8 +111,13 @@ def _each(value: Any, n: int) -> Sequence[int]:
 @rule(F.pad)
 def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     amounts = {input.ndim - 1 - i // 2: (int(pad[i]), int(pad[i + 1])) for i in range(0, len(pad), 2)}
-    if not fits(input) or mode not in ("constant", "replicate") or min(map(min, amounts.values()), default=0) < 0:
+    if not fits(input) or min(map(min, amounts.values()), default=0) < 0:
         return NotImplemented
+    mirrored = mode == "reflect" and device_type(input.device) != "cpu"  # on a CPU pictures go in pieces
+    if mode not in ("constant", "replicate") and not mirrored:
+        return NotImplemented
+    if mirrored and any(max(amount) >= input.shape[dim] for dim, amount in amounts.items()):
+        return NotImplemented  # torch says what is wrong
     if any(dim < 2 and amount != (0, 0) for dim, amount in amounts.items()):
         return NotImplemented
     recipe = recipe_of(input)
@@ -181,7 +212,10 @@ def _view(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
 
 @rule(*(f for f in named("div", "divide", "true_divide") if not writes(f) and not f.__name__.startswith("__r")))
 def divide(input: Any, other: Any, **kwargs: Any) -> Any:
-    """By one, as scales of residuals are."""
+    """By one, as scales of residuals are, or by a root mean square."""
+    root = recipe_of(other)
+    if isinstance(root, MeanSquare) and not kwargs:
+        return _by_rms(input, root, 0.5)
     by_one = isinstance(other, (int, float)) and other == 1 and not kwargs
     return Deferred(copy_of(input)) if by_one and fits(input) else NotImplemented
 
@@ -215,6 +249,58 @@ def _cast(tensor: Tensor, dtype: Any) -> Any:
     return NotImplemented
 
 
+@rule(*(f for f in named("pow", "square") if not writes(f) and not f.__name__.startswith("__r")))
+def square(input: Any, exponent: Any = 2, **kwargs: Any) -> Any:
+    if kwargs or not isinstance(exponent, (int, float)) or exponent != 2 or (chain := _chain(input)) is None:
+        return NotImplemented
+    return Deferred(MeanSquare(chain, input.dtype))
+
+
+@rule(*named("mean"))
+def mean(input: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """Of squares, over channels."""
+    recipe = recipe_of(input)
+    dims = tuple(dim) if isinstance(dim, (list, tuple)) else (dim,)
+    if not isinstance(recipe, MeanSquare) or recipe.dim is not None or kwargs or not keepdim:
+        return NotImplemented
+    return Deferred(recipe.mean(dims[0])) if dims in ((1,), (-1,), (input.ndim - 1,)) else NotImplemented
+
+
+@rule(*(f for f in named("sqrt") if not writes(f)))
+def root(input: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _raised(input, 0.5)
+
+
+@rule(*(f for f in named("rsqrt") if not writes(f)))
+def inverse_root(input: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _raised(input, -0.5)
+
+
+def _raised(input: Any, power: float) -> Any:
+    recipe = recipe_of(input)
+    if not isinstance(recipe, MeanSquare) or recipe.dim is None or recipe.is_root:
+        return NotImplemented
+    return Deferred(recipe.raised(power))
+
+
+def _by_rms(input: Any, root: MeanSquare, power: float) -> Any:
+    """Times, or through, the root mean square of the same tensor."""
+    chain = _chain(input)
+    if chain is None or root.power != power or root.dim is None or not root.is_of(chain):
+        return NotImplemented
+    dtype = torch.promote_types(input.dtype, root.dtype)
+    return Deferred(chain.by_rms(root.dim, root.added).cast(dtype))
+
+
+@rule(*named("movedim", "moveaxis"))
+def movedim(input: Tensor, source: Any, destination: Any) -> Any:
+    """Channels of a chain, to the end and back."""
+    recipe = recipe_of(input)
+    if not isinstance(recipe, Chain) or {source, destination} not in ({1, -1}, {1, input.ndim - 1}):
+        return NotImplemented
+    return Deferred(recipe.moved(source, destination))
+
+
 @rule(F.normalize)
 def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Any:
     chain = _chain(input)
@@ -232,15 +318,46 @@ def _chain(tensor: Tensor) -> Chain | None:
     return recipe if isinstance(recipe, Chain) else Chain(plain(read(tensor)), tensor.dtype)
 
 
+@rule(F.group_norm)
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    """On an accelerator: the statistics now, the scaling as a chain that goes on with what follows."""
+    if not _has_kernels(input) or not norms.on_gpu(input):
+        return NotImplemented
+    return norms.group_norm(input, num_groups, weight, bias, eps)
+
+
+@rule(F.scaled_dot_product_attention)
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    plainly = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
+    if not plainly or query.ndim != 4 or not _has_kernels(query) or device_type(query.device) == "cpu":
+        return NotImplemented
+    found = gpu.attention(plain(query), plain(key), plain(value), scale)
+    return NotImplemented if found is None else found
+
+
 @rule(*(f for f in named("mul") if not f.__name__.startswith("__i") and not f.__name__.endswith("l_")))
 def multiply(input: Any, other: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _with_parameter(input, other, "times")
+    if kwargs:
+        return NotImplemented
+    for one, root in ((input, recipe_of(other)), (other, recipe_of(input))):
+        if isinstance(root, MeanSquare):
+            return _by_rms(one, root, -0.5)
+    return _with_parameter(input, other, "times")
 
 
 @rule(*(f for f in named("add") if not f.__name__.startswith("__i") and not f.__name__.endswith("d_")))
 def add(input: Any, other: Any, **kwargs: Any) -> Any:
     if kwargs:
         return NotImplemented
+    recipe = recipe_of(input)
+    if isinstance(recipe, MeanSquare):
+        waits = recipe.dim is not None and not recipe.is_root and isinstance(other, (int, float))
+        return Deferred(recipe.plus(float(other))) if waits else NotImplemented
     summed = _sum(input, other)
     return _with_parameter(input, other, "plus") if summed is None else summed
 

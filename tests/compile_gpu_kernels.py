@@ -1,0 +1,73 @@
+"""Compile each Triton kernel for a device of compute capability 9.0, which takes no device, and see that none spills.
+
+Run by a test, since Triton decides at its import whether it interprets or compiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from halovae.kernels import gpu_attention, gpu_chain, gpu_norms
+
+PICTURE, WIDE = "*bf16", "*fp32"
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, **types: str) -> Any:
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    missing = signature.keys() - types.keys() - constants.keys()
+    assert not missing, f"{kernel.__name__}: {missing}"
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def chains() -> None:
+    numbers = {"count": "i32", "each": "i32", "eps": "fp32"}
+    for shift, other, norm, factor, term in (
+        (0, False, 0, 3, 3),
+        (2, True, 0, 0, 0),
+        (2, False, 1, 2, 1),
+        (0, False, 2, 1, 2),
+    ):
+        kinds = {"shift": shift, "factor": factor, "term": term}
+        types = {name: "fp32" if kind == 1 else WIDE for name, kind in kinds.items() if kind}
+        if other:
+            types["other"] = PICTURE
+        absent = {name: None for name in ("shift", "other", "factor", "term") if name not in types}
+        constants = {"C": 96, "PADDED": 128, "ROWS": 32, "NORM": norm, "OTHER": other, "SILU": True}
+        constants |= {"SHIFT": shift, "FACTOR": factor, "TERM": term} | absent
+        compiled(gpu_chain._chain, constants, 4, x=PICTURE, out=PICTURE, **numbers, **types)
+
+
+def statistics() -> None:
+    for whole in (True, False):
+        constants = {"C": 96, "TILE": 128, "ROWS": 32, "SHIFT": True, "WHOLE": whole}
+        types = {"x": PICTURE, "shift": WIDE, "out": WIDE, "count": "i32", "length": "i32"}
+        compiled(gpu_norms._moments, constants, 4, **types)
+    types = {"parts": WIDE, "out": WIDE, "count": "i32", "eps": "fp32"}
+    shape = {"CELLS": 96, "EACH": 3, "BLOCK": 1024}
+    bare = {"weight": None, "bias": None, "CHANNELS": 0, "WEIGHT": False, "BIAS": False}
+    compiled(gpu_norms._merge, shape | bare, 4, **types)
+    constants = shape | {"CHANNELS": 3, "WEIGHT": True, "BIAS": True}
+    compiled(gpu_norms._merge, constants, 4, weight=PICTURE, bias=PICTURE, **types)
+
+
+def attention() -> None:
+    for width in gpu_attention.WIDTHS:
+        queries = f"tensordesc<bf16[1,{gpu_attention.QUERIES},{width}]>"
+        keys = f"tensordesc<bf16[1,{gpu_attention.KEYS},{width}]>"
+        types = {"query": queries, "key": keys, "value": keys, "out": queries, "keys": "i32", "scale": "fp32"}
+        constants = {"D": width, "QUERIES": gpu_attention.QUERIES, "KEYS": gpu_attention.KEYS}
+        made = compiled(gpu_attention._attend, constants, gpu_attention.WARPS, gpu_attention.STAGES, **types)
+        assert made.metadata.shared <= 227 * 1024
+
+
+if __name__ == "__main__":
+    chains()
+    statistics()
+    attention()
