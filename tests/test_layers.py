@@ -20,7 +20,7 @@ LAYERS = [
     {"target", "kernels"},
     {"dataflow", "state", "randomness", "record", "speed", "measured_speed", "meter", "exact", "tile"},
     {"media", "models", "latents", "fit", "codec", "files"},
-    {"plan", "verify", "quality", "predict", "survey", "room", "merge", "rehearsal", "tape", "graphs"},
+    {"plan", "verify", "quality", "predict", "survey", "room", "merge", "rehearsal", "tape", "graphs", "advice"},
     {"engines", "choice", "parallel", "context"},
     {"launch", "watch", "cli", "report", "pipelines", "serve", "__main__", "__init__"},
 ]  # fmt: skip

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+import io
 import os
+import pickle
 import random
 import threading
 import time
+import types
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.core
 import pytest
 import torch
 from counting import RANDOM_SHAPES
 from families import EXACT, FAMILIES, run_decode, run_encode
-from pictures import error, kl, latents, raises
+from pictures import error, kl, latents, pixels, raises
 from ranks import Ranks
 from tiles import CUTS
+from torch import nn
 
 import halovae
 from halovae.errors import InputError
@@ -113,17 +121,101 @@ def test_restore_waits_for_a_call(two_ranks: Ranks) -> None:
     two_ranks.run(restored_in_a_call)
 
 
-def twice(rank: int) -> None:
-    vae = kl()
-    with halovae.parallelize(vae):
-        for _ in range(3):
-            with raises(InputError, r"parallelized already: call restore\(\) on its handle first"):
-                halovae.parallelize(vae)
-        vae.decode(latents())
+def anew(rank: int) -> None:
+    vae, x, z = kl(), pixels(), latents()
+    pipeline, moments, decoded = SimpleNamespace(vae=vae), vae.encode(x)[0].parameters, vae.decode(z)[0]
+
+    def check(handle: halovae.Handle, half: str, shape: tuple[int, int]) -> None:
+        found = vae.decode(z)[0] if half == "decode" else vae.encode(x)[0].parameters
+        assert error(found, decoded if half == "decode" else moments) <= EXACT
+        assert handle.last is not None
+        assert (handle.last.half, handle.last.shape) == (half, shape)
+
+    assert halovae.summary(pipeline) == "AutoencoderKL: encode and decode are its own"
+    first = halovae.parallelize(vae, axis="height")
+    check(first, "decode", (2, 1))
+    kept = vae.decode
+    with raises(InputError, "axis is"):
+        halovae.parallelize(vae, axis="depth")
+    second = halovae.parallelize(vae, axis="width", halves=["decode"])
+    check(second, "decode", (1, 2))
+    check(first, "encode", (2, 1))
+    assert torch.equal(kept(z)[0], decoded)  # Who has kept the old one gets the VAE's own.
+    assert [line.split()[-1] for line in halovae.summary(vae).splitlines() if "halves" in line] == ["encode", "decode"]
+    first.restore()
+    check(second, "decode", (1, 2))
+    with halovae.parallelize(pipeline, axis="height") as third:
+        check(third, "decode", (2, 1))
+        second.restore()  # It has nothing left to restore.
+        check(third, "decode", (2, 1))
+
+        parallel = vae.decode
+        vae.decode = functools.wraps(parallel)(lambda *args: parallel(*args))
+        with raises(InputError, r"something is wrapped around it: call halovae\.restore"):
+            halovae.parallelize(vae)
+        halovae.restore(pipeline)
+        assert torch.equal(vae.decode(z)[0], decoded)
+        fourth = halovae.parallelize(vae, axis="height")  # With what is wrapped around as the VAE's own.
+        check(fourth, "decode", (2, 1))
+        halovae.restore(vae)
+        del vae.decode
+    assert not {"encode", "decode", "__getstate__"} & vars(vae).keys()
+    with raises(InputError, "there is no VAE"):
+        halovae.restore("vae")
 
 
-def test_a_vae_is_parallelized_once(two_ranks: Ranks) -> None:
-    two_ranks.run(twice)
+def test_a_second_call_takes_the_place_of_the_first(two_ranks: Ranks) -> None:
+    two_ranks.run(anew)
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+def through_torch(vae: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(vae, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda vae: pickle.loads(pickle.dumps(vae)), through_torch])
+def test_copies_have_their_own_methods_and_weights(copied: Callable[[Any], Any]) -> None:
+    vae, z = kl().requires_grad_(False), latents()
+    expected = vae.decode(z)[0]
+    with halovae.optimize(vae) as handle:
+        vae.decode(z)
+        other = copied(SimpleNamespace(vae=vae)).vae
+        assert vars(other).keys() == vars(kl()).keys()
+        assert torch.equal(other.decode(z)[0], expected)
+        other.decoder.conv_out.bias += 1
+        assert error(other.decode(z)[0], expected + 1) <= EXACT
+        assert error(vae.decode(z)[0], expected) <= EXACT
+        assert b"halovae" not in pickle.dumps(vae)  # It can be loaded without.
+        with pytest.raises(InputError, match="a handle can't be copied"):
+            copied(handle)
+        if copied is not through_torch:
+            assert torch.equal(copied(vae.decode)(z)[0], expected)
+        vae = copied(vae)
+    with halovae.optimize(vae):
+        assert error(copied(vae).decode(z)[0], expected) == 0
+
+
+def test_copies_have_what_was_there_before() -> None:
+    """What compilers and hooks had put on the VAE; and of a VAE without methods, its modules' own."""
+    vae, z = kl(), latents()
+    vae.decode = types.MethodType(lambda self, z: 2 * type(self).decode(self, z)[0], vae)  # As accelerate's hooks.
+    expected = vae.decode(z)
+    with halovae.optimize(vae):
+        other = copy.deepcopy(vae)
+    assert other.decode.__self__ is other
+    assert torch.equal(other.decode(z), expected)
+
+    bare = nn.Module()
+    bare.decoder = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).double()
+    with halovae.optimize(bare):
+        other = copy.deepcopy(bare)
+        assert "forward" not in vars(other.decoder)
+        assert torch.equal(other.decoder(z), type(bare.decoder).forward(bare.decoder, z))
 
 
 # ---- values that are no numbers --------------------------------------------------------------------------------------

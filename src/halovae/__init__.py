@@ -10,13 +10,15 @@ from halovae.errors import (
     InputError,
     NotExactError,
     RankFailedError,
+    TilingError,
+    TooLittleMemoryError,
     VerificationError,
 )
 
 if TYPE_CHECKING:
     from halovae.config import CallReport
     from halovae.context import Sharded, sharded
-    from halovae.parallel import Handle, optimize, parallelize
+    from halovae.parallel import Handle, optimize, parallelize, restore, summary
 
 __version__ = "0.1.0"
 
@@ -29,10 +31,14 @@ __all__ = [
     "NotExactError",
     "RankFailedError",
     "Sharded",
+    "TilingError",
+    "TooLittleMemoryError",
     "VerificationError",
     "optimize",
     "parallelize",
+    "restore",
     "sharded",
+    "summary",
 ]
 
 _HOMES = {
@@ -41,7 +47,9 @@ _HOMES = {
     "Sharded": "context",
     "optimize": "parallel",
     "parallelize": "parallel",
+    "restore": "parallel",
     "sharded": "context",
+    "summary": "parallel",
 }
 
 
@@ -52,3 +60,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"halovae.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

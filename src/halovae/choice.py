@@ -132,6 +132,8 @@ class AutoEngine(Engine):
         self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str, str]:  # fmt: skip
         """The mode and the reason, as the first rank finds them."""
+        if self._may_tile and self._target.comes_tiled:
+            return "tile", "the VAE comes tiled, and its tiles are its own result"
         if self._comm.size == 1:
             return "exact", "one rank sends nothing"
         if not self._may_tile:

@@ -24,9 +24,9 @@ TILES = ("own", "fit")
 class Options:
     """How a VAE is run on the ranks of a group."""
 
-    mode: str = "exact"
+    mode: str | None = None
     """"exact": spatial shards with halo exchange; the un-tiled result. "tile": the VAE's own tiles, spread. "auto":
-    exact where the link is fast enough for it, else tile."""
+    exact where the link is fast enough for it, else tile. None: exact, or tile for a VAE that comes tiled."""
     axis: Axis = "auto"
     """"auto", "height", "width", or (rows, columns) of the grid of shards."""
     size: int | None = None
@@ -50,7 +50,8 @@ class Options:
 
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
-        _one_of("mode", self.mode, MODES)
+        if self.mode is not None:
+            _one_of("mode", self.mode, MODES)
         _check_gather(self.gather)
         if isinstance(self.axis, str):
             _one_of("axis", self.axis, AXES, "a (rows, columns) pair")
@@ -68,7 +69,8 @@ class Options:
     def cut(self) -> str:
         """How the picture is cut, in words."""
         exact = f"axis {self.axis}, verify {self.verify}"
-        return {"exact": exact, "tile": f"{self.tiles} tiles", "auto": f"{exact}, {self.tiles} tiles"}[self.mode]
+        tiles = f"{self.tiles} tiles"
+        return {"tile": tiles, "auto": f"{exact}, {tiles}"}.get(self.mode or "", exact)
 
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks in the group.
@@ -118,7 +120,7 @@ def checked_halves(halves: Sequence[str]) -> tuple[str, ...]:
     return tuple(half for half in HALVES if half in halves)
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...], also: str = "") -> None:
+def _one_of(name: str, value: object, allowed: tuple[str, ...], also: str = "") -> None:
     if value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
         raise InputError(f"{name} is {value!r}: allowed are {choices}{' or ' + also if also else ''}")
@@ -131,6 +133,9 @@ class CallReport:
     half: str
     """"encode" or "decode"."""
     mode: str
+    """"exact" or "tile": how it was run."""
+    reference: str
+    """What the result is that of: the "un-tiled" VAE, or the VAE's own "tiles"."""
     seconds: float
     phases: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds of attempts that ran out of memory (auto mode), agreement, choice (auto mode), probe (exact mode, first
@@ -171,5 +176,6 @@ class CallReport:
         memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
         return (
             f"{self.half} {self.mode} on {cut}: {self.seconds:.3f} s, {self.messages} messages, "
-            f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}"
+            f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}, "
+            f"reference: {self.reference}"
         )

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halovae import timeline
+from halovae.advice import advised
 from halovae.agreement import Glance, one_call, together
 from halovae.comm import Comm, Group, SoloComm, Traffic, connect
 from halovae.config import HALVES, Axis, CallReport, Gather, Options, checked_halves
-from halovae.engines import make_engine
-from halovae.errors import InputError
+from halovae.engines import Engine, make_engine
+from halovae.errors import InputError, NotExactError
 from halovae.memory import PeakMemory
 from halovae.randomness import rewound_by_failure
 from halovae.state import undone_by_failure
-from halovae.target import Target, in_words
+from halovae.target import Target, in_words, substitutes
 from halovae.tile.settings import described
 from halovae.trees import is_picture
+
+LOG = logging.getLogger("halovae")
 
 
 def parallelize(
     vae: Any,
     group: Group | None = None,
     *,
-    mode: str = "exact",
+    mode: str | None = None,
     axis: Axis = "auto",
     size: int | None = None,
     gather: Gather = "all",
@@ -44,7 +49,8 @@ def parallelize(
     """Run a VAE's `encode` and `decode` on all ranks of a group. Called on every rank of it, with equal weights.
 
     Afterwards `vae.encode` and `vae.decode` have the same signatures, return types and values as before; every rank
-    calls them with the same whole input.
+    calls them with the same whole input. A VAE that is parallelized already is run by the new options from now on: what
+    ran these halves before is given up, as by its handle's `restore()`.
 
     Args:
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
@@ -54,7 +60,10 @@ def parallelize(
             exact where the link between the ranks is fast enough for it to be predicted the faster of the two, else
             tile; `handle.last.choice` and the log of "halovae" say which and why. Where memory runs out, all ranks
             make the call again in a way that takes less: exact with fewer frames per call, then on idle ranks too, then
-            tiles, then smaller ones.
+            tiles, then smaller ones. None: "exact"; "tile" for a VAE whose class switches tiling on as it is made, for
+            as long as it is on: its tiles are its own result. Where `enable_tiling()` was called on another VAE, exact
+            mode gives the un-tiled result all the same, and the log of "halovae" warns of that once.
+            `handle.last.reference` says which of the two a result is.
         axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard, by preference
             of one axis).
         size: use the first `size` ranks only; the others wait and share the result.
@@ -77,7 +86,8 @@ def parallelize(
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
 
     Raises:
-        InputError: an option or the VAE can't be used; nothing was changed.
+        InputError: an option or the VAE can't be used, or torchrun has started several processes that have joined no
+            process group; nothing was changed.
         DisagreementError: ranks differ in their options or weights.
         RankFailedError: another rank failed, died or stopped; from calls too, on all ranks. While all of them live, the
             next call works again.
@@ -97,7 +107,7 @@ def parallelize(
             options.check_ranks(comm.size)
             target = Target(vae, checked_halves(halves))
             name = f"{target.name} ({', '.join(target.originals)})"
-            said.update({"options": options, "VAE": name, "weights": target.digest()})
+            said.update({"options": options, "VAE": name, "mode": _mode(options, target), "weights": target.digest()})
         comm.patience = options.timeout
         return Handle(target, comm, options)
     except BaseException:
@@ -108,7 +118,8 @@ def parallelize(
 def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool = False) -> Handle:
     """Run a VAE's `encode` and `decode` faster on this process alone: the same numbers, up to rounding.
 
-    As `parallelize` in a world of one, whatever process group there is. The un-tiled result, as in exact mode.
+    As `parallelize` in a world of one, whatever process group there is: the un-tiled result, as in exact mode. A VAE
+    that comes tiled gives the result of its tiles, bit for bit and no faster.
 
     Args:
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
@@ -128,6 +139,39 @@ def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool = Fa
     return Handle(Target(vae), SoloComm(), Options(frames_per_call=frames_per_call, graphs=graphs))
 
 
+def restore(vae: Any) -> None:
+    """Give a VAE its own encode and decode back, whatever `parallelize` and `optimize` have put there.
+
+    As `restore()` of their handles, for who has kept none. Does nothing where nothing was put.
+
+    Args:
+        vae: the VAE, or a pipeline with a `.vae`.
+
+    Raises:
+        InputError: there is no VAE.
+    """
+    for half, substitute in substitutes(vae).items():
+        substitute.holder.release(half)
+
+
+def summary(vae: Any) -> str:
+    """How the halves of a VAE run now, and what the last call did, in lines of text.
+
+    Args:
+        vae: the VAE, or a pipeline with a `.vae`.
+
+    Raises:
+        InputError: there is no VAE.
+    """
+    holders = dict.fromkeys(substitute.holder for substitute in substitutes(vae).values())
+    return "\n".join(map(str, holders)) or f"{Target(vae).name}: encode and decode are its own"
+
+
+def _mode(options: Options, target: Target) -> str:
+    """The mode of a call that is made now. A VAE that comes tiled is followed where that is switched off and on."""
+    return options.mode or ("tile" if target.comes_tiled else "exact")
+
+
 class Handle:
     """A parallelized or optimized VAE. Made by `parallelize` and `optimize`.
 
@@ -139,18 +183,28 @@ class Handle:
         self.last: CallReport | None = None
         self._target, self._comm, self._options = target, comm, options
         self._lock = threading.RLock()
-        self._engine = make_engine(comm, target, options)
+        self._mode = _mode(options, target)
+        self._engine = self._make_engine()
         self._calls = 0
-        self._running = self._restored = False
-        for half, original in target.originals.items():
-            target.replace(half, functools.wraps(original)(functools.partial(self._call, half)))
+        self._halves = set(target.originals)
+        self._running = self._warned = False
+        for half in target.originals:
+            target.replace(half, functools.partial(self._call, half), self)
+        self._warn_of_tiles(self._mode)
 
     def restore(self) -> None:
         """Give the VAE its own encode and decode back. Waits for a running call; a second time does nothing."""
+        for half in self._target.originals:
+            self.release(half)
+
+    def release(self, half: str) -> None:
+        """Give the VAE its own encode or decode back, as `restore` does with both."""
         with self._lock:
-            if not self._restored:
-                self._restored = True
-                self._target.restore()
+            if half not in self._halves:
+                return
+            self._halves.remove(half)
+            self._target.restore(half)
+            if not self._halves:
                 self._engine.free()
                 self._comm.close()
 
@@ -160,11 +214,18 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.restore()
 
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a handle can't be copied or saved: it belongs to this process and its group; copy or save the VAE, "
+            "whose copy has its own encode and decode, and call parallelize on that"
+        )
+
     def __repr__(self) -> str:
-        options = self._options
+        options = replace(self._options, mode=self._mode)
+        halves = [half for half in self._target.originals if half in self._halves]
         rows = [
             ("vae", self._target.name),
-            ("halves", ", ".join(self._target.originals)),
+            ("halves", ", ".join(halves) or "none: restored"),
             ("rank", f"{self._comm.rank} of {self._comm.size}, {options.size or self._comm.size} at work"),
             ("mode", f"{options.mode}, {options.cut}, gather {options.gather}"),
             ("last", str(self.last or "no call yet")),
@@ -174,7 +235,7 @@ class Handle:
     def _call(self, half: str, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             # A half that calls a half is in shards already; who kept the method beyond `restore` gets the VAE's own.
-            if self._running or self._restored:
+            if self._running or half not in self._halves:
                 return self._target.originals[half](*args, **kwargs)
             self._running, started = True, time.perf_counter()
             try:
@@ -210,12 +271,18 @@ class Handle:
     ) -> Any:  # fmt: skip
         memory, agreed = PeakMemory(picture.device), time.perf_counter()
         timeline.note("agree", begun, agreed)
-        ran = self._engine.run(half, picture, args, kwargs)
+        try:
+            ran = self._engine.run(half, picture, args, kwargs)
+        except NotExactError as error:
+            ranks = self._options.size or self._comm.size
+            raise advised(error, self._target, half, ranks, args, kwargs) from error
+        self._warn_of_tiles(ran.mode)
         timeline.note(half, started)
         traffic, peak = self._comm.traffic, memory.read()
         self.last = CallReport(
             half=half,
             mode=ran.mode,
+            reference="tiles" if ran.mode == "tile" else "un-tiled",
             seconds=time.perf_counter() - started,
             phases={"retreat": begun - started, "agree": agreed - begun, **ran.phases},
             messages=traffic.messages,
@@ -236,9 +303,36 @@ class Handle:
             said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in enumerate(tensors)})
-            if self._options.mode != "exact":
+            said["mode"] = self._follow()
+            if self._mode != "exact":
                 said["tile settings"] = described(self._target.vae)
         return pictures[0]
+
+    def _make_engine(self) -> Engine:
+        return make_engine(self._comm, self._target, replace(self._options, mode=self._mode))
+
+    def _follow(self) -> str:
+        """The mode of the call that is agreed on, which runs by the engine of that mode."""
+        mode = _mode(self._options, self._target)
+        if mode != self._mode:
+            self._engine.free()
+            self._mode = mode
+            self._engine = self._make_engine()
+        return mode
+
+    def _warn_of_tiles(self, mode: str) -> None:
+        """Once, and on the first rank: a VAE that is set to tile does not."""
+        target = self._target
+        if self._warned or mode != "exact" or self._comm.rank > 0 or not getattr(target.vae, "use_tiling", False):
+            return
+        self._warned = True
+        why = "comes tiled, and its tiles are its own result" if target.comes_tiled else "has tiling switched on"
+        LOG.warning(
+            "%s %s, but exact mode gives the un-tiled result, which differs: parallelize(vae, mode='tile') gives that "
+            "of its tiles, and after disable_tiling() the VAE itself gives the un-tiled one",
+            target.name,
+            why,
+        )
 
 
 def _described(value: Any) -> str:

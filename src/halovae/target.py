@@ -2,26 +2,135 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from halovae.config import HALVES
 from halovae.errors import InputError, NotExactError
+from halovae.functions import outside_modes
 from halovae.trees import tensors_in
 
-_OURS = "_halovae_call"
 _MODULES = {"encode": "encoder", "decode": "decoder"}
 
 PLAIN = (bool, int, float, str)
 """Types of values that say all about themselves."""
 
 Call = Callable[..., Any]
+
+
+class Holder(Protocol):
+    """Who has taken the place of halves of a VAE."""
+
+    def release(self, half: str) -> None:
+        """Give the VAE its own half back."""
+        ...
+
+
+class Substitute:
+    """Stands in a module for one of its methods. Copies and pickles of the module have the method itself.
+
+    Args:
+        owner: the module.
+        name: of the method.
+        call: what is called instead.
+        half: "encode" or "decode".
+        holder: whose call it is.
+
+    Attributes:
+        original: the method.
+        own: what the module's `__dict__` had of that name before: nothing, or what compilers and hooks had put there.
+        is_used: whether it still stands there, or in what others have wrapped around it.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, call: Call, half: str, holder: Holder) -> None:
+        self.original: Call = getattr(owner, name)
+        functools.update_wrapper(self, self.original)  # First, for it takes over all attributes.
+        self.owner, self.name, self.half, self.holder = owner, name, half, holder
+        self.own: Any = owner.__dict__.get(name)
+        self.is_used = True
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+    def put(self) -> None:
+        self.owner.__dict__[self.name] = self
+        self.owner.__dict__[_STATE] = functools.partial(_state_of, self.owner)
+
+    def remove(self) -> None:
+        """Does nothing where others have put something else in its place since."""
+        self.is_used, attributes = False, self.owner.__dict__
+        if attributes.get(self.name) is self:
+            del attributes[self.name]
+            if self.own is not None:
+                attributes[self.name] = self.own
+        if not any(isinstance(value, Substitute) for value in attributes.values()):
+            attributes.pop(_STATE, None)
+
+
+_STATE = "__getstate__"
+
+
+def _state_of(module: nn.Module) -> Any:
+    """What copies and pickles of a module get: as if nothing had taken the place of its methods."""
+    inherited = getattr(type(module), _STATE, None)  # From Python 3.11 on every object has one.
+    state = inherited(module) if inherited else module.__dict__
+    if not isinstance(state, dict):
+        return state
+    found = cast("dict[str, Any]", state)
+    own = {name: value.own for name, value in found.items() if isinstance(value, Substitute)}
+    others = {name: value for name, value in found.items() if name not in (_STATE, *own)}
+    return others | {name: value for name, value in own.items() if value is not None}
+
+
+def substitutes(vae: Any) -> dict[str, Substitute]:
+    """What stands in for the halves of a VAE (or of a pipeline's): of each half where something does.
+
+    Raises:
+        InputError: there is no VAE.
+    """
+    places = _places(_module_of(vae), HALVES)
+    found = {half: _substitute(getattr(owner, name)) for half, (owner, name) in places.items()}
+    return {half: value for half, value in found.items() if value is not None}
+
+
+def _substitute(call: Any) -> Substitute | None:
+    """What stands in for a method, also where something has been wrapped around it."""
+    while call is not None:
+        if isinstance(call, Substitute) and call.is_used:
+            return call
+        call = getattr(call, "__wrapped__", None)
+    return None
+
+
+def _module_of(vae: Any) -> nn.Module:
+    module = vae if isinstance(vae, nn.Module) else getattr(vae, "vae", None)
+    if not isinstance(module, nn.Module):
+        raise InputError("there is no VAE: pass an nn.Module with encode or decode, or a pipeline with a .vae")
+    return module
+
+
+def _places(vae: nn.Module, halves: Sequence[str]) -> dict[str, tuple[nn.Module, str]]:
+    """Module and name of the method that runs each half, where there is one."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for half in halves:
+        module = getattr(vae, _MODULES[half], None)
+        if callable(getattr(vae, half, None)):
+            found[half] = vae, half
+        elif isinstance(module, nn.Module):
+            found[half] = module, "forward"
+    return found
 
 
 class Target:
@@ -31,43 +140,66 @@ class Target:
         vae: the module, or a pipeline that has one as `.vae`.
         halves: which of the two are meant.
 
+    Attributes:
+        originals: the VAE's own halves, whatever stands in for them now.
+
     Raises:
-        InputError: it has neither, or is parallelized already.
+        InputError: it has neither.
     """
 
     def __init__(self, vae: Any, halves: Sequence[str] = HALVES) -> None:
-        vae = vae if isinstance(vae, nn.Module) else getattr(vae, "vae", None)
-        if not isinstance(vae, nn.Module):
-            raise InputError("there is no VAE: pass an nn.Module with encode or decode, or a pipeline with a .vae")
-        self.vae: nn.Module = vae
-        self.name = type(vae).__name__
-        self._places = {half: place for half in halves if (place := self._find(half))}
+        self.vae = _module_of(vae)
+        self.name = type(self.vae).__name__
+        self._places = _places(self.vae, halves)
         if not self._places:
             wanted = ", ".join([*halves, *(_MODULES[half] for half in halves)])
             raise InputError(f"{self.name} has none of {wanted}: it is not a VAE that can be run so")
-        if any(hasattr(getattr(owner, name), _OURS) for owner, name in self._places.values()):
-            raise InputError(f"{self.name} is parallelized already: call restore() on its handle first")
-        self._own = {half: owner.__dict__.get(name) for half, (owner, name) in self._places.items()}
-        self.originals: dict[str, Call] = {h: getattr(owner, name) for h, (owner, name) in self._places.items()}
-
-    def _find(self, half: str) -> tuple[nn.Module, str] | None:
-        if callable(getattr(self.vae, half, None)):
-            return self.vae, half
-        module = getattr(self.vae, _MODULES[half], None)
-        return (module, "forward") if isinstance(module, nn.Module) else None
-
-    def replace(self, half: str, call: Call) -> None:
-        owner, name = self._places[half]
-        setattr(call, _OURS, True)
-        owner.__dict__[name] = call
-
-    def restore(self) -> None:
-        """Put back what the instance had: nothing, or what compilers and hooks had put there."""
+        self._standing: dict[str, Substitute] = {}
+        self.originals: dict[str, Call] = {}
         for half, (owner, name) in self._places.items():
-            if hasattr(owner.__dict__.get(name), _OURS):
-                owner.__dict__.pop(name)
-                if self._own[half] is not None:
-                    owner.__dict__[name] = self._own[half]
+            call = getattr(owner, name)
+            standing = _substitute(call)
+            if standing is not None and standing is not call:
+                raise InputError(
+                    f"{self.name}.{half} is parallelized, and something is wrapped around it: "
+                    "call halovae.restore(vae) before it is parallelized anew"
+                )
+            self.originals[half] = standing.original if standing else call
+
+    def replace(self, half: str, call: Call, holder: Holder) -> None:
+        """Let `call` stand in for a half, also where another one does so far."""
+        owner, name = self._places[half]
+        before = owner.__dict__.get(name)
+        if isinstance(before, Substitute):
+            before.holder.release(before.half)
+        self._standing[half] = Substitute(owner, name, call, half, holder)
+        self._standing[half].put()
+
+    def restore(self, half: str) -> None:
+        """Put back what the instance had: nothing, or what compilers and hooks had put there."""
+        if half in self._standing:
+            self._standing.pop(half).remove()
+
+    @property
+    def comes_tiled(self) -> bool:
+        """Whether the VAE runs in tiles now as it did when it was made, before anybody could ask for it.
+
+        Its tiles are then what its results mean: those without are other ones, which nobody has trained it for.
+        """
+        return bool(getattr(self.vae, "use_tiling", False)) and self._was_made_tiled
+
+    @functools.cached_property
+    def _was_made_tiled(self) -> bool:
+        """By another one of its class and config, which has shapes and no weights."""
+        vae: Any = self.vae
+        cls: Any = type(vae)
+        try:
+            known = inspect.signature(cls.__init__).parameters
+            given = {name: value for name, value in dict(vae.config).items() if name in known}
+            with torch.device("meta"):
+                return bool(getattr(cls(**given), "use_tiling", False))
+        except Exception:  # Whatever a constructor says that needs more than its config.
+            return not hasattr(self.vae, "enable_tiling")
 
     def check_no_gradients(self, tensors: list[Tensor]) -> None:
         """Refuse to run where the un-parallel VAE would record a graph.
@@ -90,24 +222,51 @@ class Target:
             NotExactError: the VAE knows no other way than tiles.
         """
         try:
-            with self._untiled():
+            with self._tiled(False):
                 return self.originals[half](*args, **kwargs)
         except NotImplementedError as error:
-            if isinstance(error, NotExactError):
+            if isinstance(error, NotExactError) or not self.needs_tiles(half, *args, **kwargs):
                 raise
             raise NotExactError(f"{self.name}.{half} refuses to run without spatial tiles: {error}") from error
 
     @contextmanager
-    def _untiled(self) -> Iterator[None]:
-        """Within it, the VAE does not tile in space; what it does in time stays as configured."""
-        before = getattr(self.vae, "use_tiling", None)
-        if before:
-            self.vae.use_tiling = False  # type: ignore[assignment]
+    def _tiled(self, on: bool) -> Iterator[None]:
+        """Within it, the VAE tiles in space or does not; what it does in time stays as configured."""
+        before: Any = getattr(self.vae, "use_tiling", on)
+        if before != on:
+            self.vae.use_tiling = on  # type: ignore[assignment]
         try:
             yield
         finally:
-            if before:
-                self.vae.use_tiling = before  # type: ignore[assignment]
+            if before != on:
+                self.vae.use_tiling = before
+
+    def needs_tiles(self, half: str, *args: Any, **kwargs: Any) -> bool:
+        """Whether the VAE calls its network for these arguments in spatial tiles alone. The network does not run."""
+        return not self._calls_network(False, half, args, kwargs) and self._calls_network(True, half, args, kwargs)
+
+    @outside_modes
+    def _calls_network(self, tiled: bool, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        network, attributes = dict(self.vae.named_children()).get(_MODULES[half]), vars(self.vae)
+        if network is None or "use_tiling" not in attributes:
+            return False
+
+        def stop(module: nn.Module, args: Any) -> None:
+            raise _Called
+
+        hook = network.register_forward_pre_hook(stop)
+        others = {name: attributes.pop(name) for name in (_MODULES[half],) if name in attributes}  # Stand-ins for it.
+        try:
+            with self._tiled(tiled):
+                self.originals[half](*args, **kwargs)
+        except _Called:
+            return True
+        except Exception:  # Whatever a model's own method raises.
+            return False
+        finally:
+            hook.remove()
+            attributes.update(others)
+        return False
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """The plain attributes of the VAE: what it does in a call may depend on them."""
@@ -133,6 +292,10 @@ class Target:
         config = json.dumps(settings, default=str, sort_keys=True)
         values = [total for group in _by_device(sums) for total in torch.stack(group).cpu().tolist()]
         return hashlib.sha256("\n".join([config, *names, *map(str, values)]).encode()).hexdigest()
+
+
+class _Called(BaseException):
+    """The network is called."""
 
 
 def in_words(value: Any) -> str:

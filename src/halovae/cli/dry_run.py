@@ -26,6 +26,7 @@ from halovae.pipelines.transformers import degree
 from halovae.plan import ShardPlan, plan_shards
 from halovae.speed import GivenSpeed
 from halovae.survey import Row, Survey
+from halovae.target import Target
 
 if TYPE_CHECKING:
     from halovae.pipelines.settings import Generation, Setup
@@ -53,7 +54,7 @@ def dry_run(job: Job, ranks: int) -> int:
         "pipeline": source.cls.__name__,
         "ranks": ranks,
         **sizes,
-        "vae": _vae(grid, generation, job.setup, ranks),
+        "vae": _vae(components["vae"], grid, generation, job.setup, ranks),
         "vae_memory": _memory(components["vae"], sizes, job.setup, ranks),
         "ranks_per_sequence": degree(job.setup),
         "parts": _parts(components, job.setup),
@@ -75,19 +76,20 @@ def _sizes(cls: Any, grid: Grid, generation: Generation) -> dict[str, Any]:
     return {"height": generation.height, "width": generation.width, "frames": frames, "tokens": tokens}
 
 
-def _vae(grid: Grid, generation: Generation, setup: Setup, ranks: int) -> dict[str, Any]:
+def _vae(vae: nn.Module, grid: Grid, generation: Generation, setup: Setup, ranks: int) -> dict[str, Any]:
     """Mode, and for each half how many ranks cut what where."""
+    mode = setup.vae_mode or ("tile" if Target(vae).comes_tiled else "exact")
     workers = setup.vae_size or ranks
     halves: dict[str, Any] = {}
     for half, wanted, ratio in (("encode", setup.vae_encode, grid.ratio), ("decode", setup.vae_decode, 1)):
         halves[half] = {"ranks": workers if wanted else 1}
-        if setup.vae_mode == "exact" and generation.height and generation.width:
+        if mode == "exact" and generation.height and generation.width:
             scale = grid.ratio // ratio
             plan = plan_shards(
                 generation.height // scale, generation.width // scale, ratio, workers if wanted else 1, setup.vae_axis
             )
             halves[half] |= {"shards": list(plan.shape), "largest_shard": _largest(plan, scale)}
-    return {"mode": setup.vae_mode, **halves}
+    return {"mode": mode, **halves}
 
 
 def _memory(vae: nn.Module, sizes: dict[str, Any], setup: Setup, ranks: int) -> list[dict[str, Any]]:

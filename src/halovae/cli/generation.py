@@ -127,11 +127,11 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     )
 
 
-def _vae_mode(given: Mapping[str, Any]) -> str:
+def _vae_mode(given: Mapping[str, Any]) -> str | None:
     asked = None if given["vae_mode"] is None else given["vae_mode"].value
     if given["vae_use_tiling"] and asked not in (None, "tile"):
         raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
-    return "tile" if given["vae_use_tiling"] else asked or Setup.vae_mode
+    return "tile" if given["vae_use_tiling"] else asked
 
 
 def _check_files(job: Job) -> None:

@@ -108,7 +108,7 @@ VaeModeOption = Annotated[
         "--vae-mode",
         help="exact: shards with halo exchange, the un-tiled result; tile: the VAE's own tiles, spread; "
         "auto: what is predicted to be faster on this link, and possible.",
-        show_default="exact",
+        show_default="exact; tile for a VAE that comes tiled",
     ),
 ]
 VaeUseTiling = Annotated[bool, typer.Option("--vae-use-tiling", help="The same as --vae-mode tile.")]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from halovae import launch
+from halovae import __version__, launch
 from halovae.cli.compare_files import compare
 from halovae.cli.decode import decode
 from halovae.cli.doctor import doctor
@@ -33,6 +33,23 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"halovae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options before a command."""
+
+
 COMMANDS = (
     image_to_video, text_to_video, image_to_image, serve, make_demo_model, roundtrip, encode, decode, compare, plan,
     doctor,

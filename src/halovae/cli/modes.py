@@ -21,7 +21,7 @@ Mode = Annotated[
         metavar="WORD",
         help="exact: shards, the un-tiled result. tile: the VAE's own tiles, spread. auto: exact on a fast link, "
         "else tile.",
-        show_default="exact",
+        show_default="exact; tile for a VAE that comes tiled",
     ),
 ]
 TileSize = Annotated[
@@ -51,7 +51,8 @@ PatchParallelSize = Annotated[
 class Work:
     """How the VAE is to be run."""
 
-    mode: str = "exact"
+    mode: str | None = None
+    """None: exact, or tile for a VAE that comes tiled."""
     tile_size: tuple[int, int] | None = None
     """Height and width in pixels; None: the VAE's own."""
     tile_overlap: tuple[int, int] | None = None
@@ -108,9 +109,9 @@ def parse_work(
         raise InputError(f"--mode {mode}: give exact, tile or auto")
     if use_tiling and mode not in (None, "tile"):
         raise InputError(f"--vae-use-tiling means --mode tile, but --mode {mode} is given too: leave one out")
-    chosen = mode or ("tile" if use_tiling else "exact")
+    chosen = mode or ("tile" if use_tiling else None)
     for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):
-        if words is not None and chosen == "exact":
+        if words is not None and chosen in (None, "exact"):
             raise InputError(f"{flag} {words}: exact mode has no tiles; add --mode tile, or leave {flag} out")
     return Work(
         mode=chosen,

@@ -96,7 +96,7 @@ class RunOptions:
     work: Work = field(default_factory=Work)
 
 
-def parse_axis(text: str, mode: str = "exact") -> str | tuple[int, int]:
+def parse_axis(text: str, mode: str | None = None) -> str | tuple[int, int]:
     """From the words of `--axis`.
 
     Raises:

@@ -72,7 +72,7 @@ class Ways:
 def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> Result | None:
     """The clip in exact mode, on all ranks; None where exact mode refuses the VAE."""
     try:
-        with session.parallel(loaded.vae, mode="exact", gather=GATHER) as handle, _tiling(loaded.vae, False):
+        with _tiling(loaded.vae, False), session.parallel(loaded.vae, mode="exact", gather=GATHER) as handle:
             return run_through(session, loaded, fit, clip, handle, " exact")
     except NotExactError:
         return None

@@ -151,7 +151,8 @@ class Session:
         """
         work = self.options.work
         options = {"mode": work.mode, "axis": self.options.axis, "size": work.ranks, **options}
-        if self.group.size == 1 and options["mode"] == "exact":
+        # A VAE that comes tiled has a mode on one rank too.
+        if self.group.size == 1 and options["mode"] in (None, "exact") and not getattr(vae, "use_tiling", False):
             yield None
             return
         from halovae.parallel import parallelize

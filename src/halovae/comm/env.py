@@ -20,7 +20,7 @@ def init_from_env(device: str | None = None, timeout: timedelta | None = None) -
     Raises:
         InputError: the environment names a world but not this process's place in it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+    if launched_ranks() <= 1 or dist.is_initialized():
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -29,6 +29,12 @@ def init_from_env(device: str | None = None, timeout: timedelta | None = None) -
     if kind != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(dist.get_default_backend_for_device(kind), timeout=timeout)
+
+
+def launched_ranks() -> int:
+    """How many processes a launcher such as torchrun says that it has started; 1 where there is none."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    return int(said) if said.isdecimal() else 1
 
 
 def shutdown() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.comm.api import Comm, Message, Nothing, Pending, SoloComm, Traffic
-from halovae.comm.env import default_device
+from halovae.comm.env import default_device, launched_ranks
 from halovae.comm.lanes import DeviceLane, HostLane, Work, store_of
 from halovae.comm.link import Link
 from halovae.comm.shared import can_share
@@ -221,7 +221,8 @@ def connect(group: Group | None = None) -> Comm:
     Without an initialised torch.distributed the world is this one process.
 
     Raises:
-        InputError: the mesh has more than one dimension, or this process is not in the group.
+        InputError: a launcher has started several processes, and they have no group; the mesh has more than one
+            dimension; or this process is not in the group.
     """
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
@@ -231,6 +232,12 @@ def connect(group: Group | None = None) -> Comm:
         group = group.get_group()
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
+            if launched_ranks() > 1:
+                raise InputError(
+                    f"{launched_ranks()} processes were started (WORLD_SIZE), but this one has joined no group of them "
+                    "and would run alone: call torch.distributed.init_process_group() first, or halovae.optimize(vae) "
+                    "to let each process run alone"
+                )
             return SoloComm()
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):

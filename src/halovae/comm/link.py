@@ -51,6 +51,8 @@ class Link:
         self.era, self.troubled = 0, False
         self._rank, self._size, self._on_failure = rank, size, on_failure
         self._peers = star(rank, size, share)
+        self._heard = dict.fromkeys(self._peers, time.monotonic())
+        self._awake, self._end = connection.Pipe(duplex=False)
         self.patience = PATIENCE
         self._news = threading.Condition(threading.RLock())
         self._sending = {peer: threading.Lock() for peer in self._peers}
@@ -63,8 +65,6 @@ class Link:
         self._stuck: set[int] = set()
         self._notes: dict[str, bytes] = {}
         self.busy = self._closed = False
-        self._heard = dict.fromkeys(self._peers, time.monotonic())
-        self._awake, self._end = connection.Pipe(duplex=False)
         self._thread = threading.Thread(target=self._serve, name="halovae-link", daemon=True)
         self._thread.start()
 
@@ -79,6 +79,10 @@ class Link:
         for peer in self._peers.values():
             # A large message to a stopped rank must not silence this one for so long that it counts as stopped itself.
             limit_sending(peer, seconds / 2)
+        # More patient ranks have given signs of life less often: it counts from now on, and the thread learns of it.
+        self._heard = dict.fromkeys(self._peers, time.monotonic())
+        with suppress(OSError):
+            self._end.send_bytes(b"")
 
     # ---- for the ranks' own work -------------------------------------------------------------------------------------
 
@@ -243,6 +247,9 @@ class Link:
         while not self._closed:
             beat = min(5.0, self.patience / 4)
             ready = connection.wait([*alive.values(), self._awake], beat)
+            if self._awake in ready:
+                with suppress(EOFError, OSError):
+                    self._awake.recv_bytes()
             for rank, peer in [(r, p) for r, p in alive.items() if p in ready]:
                 if not self._read(rank, peer):
                     del alive[rank]

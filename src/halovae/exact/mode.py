@@ -127,7 +127,7 @@ def _located(error: NotExactError, func: Callable[..., Any]) -> NotExactError:
     if getattr(error, "located", False):
         return error
     name = resolve_name(func) or getattr(func, "__name__", str(func))
-    located = NotExactError(f"exact mode can't run {name}{_place()}: {error}. Use mode='tile' for this VAE")
+    located = NotExactError(f"exact mode can't run {name}{_place()}: {error}")
     located.located = True  # type: ignore[attr-defined]
     return located
 

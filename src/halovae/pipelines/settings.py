@@ -19,7 +19,7 @@ class Setup:
     """Of all parts but the VAE."""
     vae_dtype: str | None = None
     """Of the VAE; None: as `dtype`."""
-    vae_mode: str = "exact"
+    vae_mode: str | None = None
     """As `mode` of `halovae.parallelize`."""
     vae_encode: bool = True
     """Whether encode runs on all ranks; if not, every rank encodes the whole for itself."""

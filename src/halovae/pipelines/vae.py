@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,10 @@ from halovae.errors import InputError
 from halovae.parallel import Handle, parallelize
 from halovae.pipelines.settings import Setup
 from halovae.pipelines.timing import replaced
+from halovae.target import Target
 from halovae.trees import map_tensors, tensors_in
+
+LOG = logging.getLogger("halovae")
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def parallel_vae(
 
 
 def _switch(vae: Any, setup: Setup) -> None:
-    """The VAE's own switches, which hold with and without ranks. Where ranks choose a mode, one alone does not tile."""
+    """The VAE's own switches, which hold with and without ranks. What one rank alone runs is in the same mode."""
     for wanted, name, flag in (
         (setup.vae_mode == "tile", "enable_tiling", f"--vae-mode {setup.vae_mode}"),
         (setup.vae_slicing, "enable_slicing", "--vae-use-slicing"),
@@ -66,8 +70,11 @@ def _switch(vae: Any, setup: Setup) -> None:
             getattr(vae, name)()
         except (AttributeError, NotImplementedError) as error:
             raise InputError(f"{flag} can't be honoured: {type(vae).__name__} has no {name}(); leave it out") from error
-    if setup.vae_mode != "tile" and getattr(vae, "use_tiling", False) and hasattr(vae, "disable_tiling"):
-        vae.disable_tiling()
+    if setup.vae_mode == "exact" and getattr(vae, "use_tiling", False):
+        if Target(vae).comes_tiled:
+            name = type(vae).__name__
+            LOG.warning("%s comes tiled: in --vae-mode exact its result is the un-tiled one, which differs", name)
+        vae.use_tiling = False
 
 
 @contextmanager

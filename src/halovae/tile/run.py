@@ -66,7 +66,9 @@ class TileRunner:
 
     def __init__(self, comm: Comm, target: Target, *, ranks: int, gather: Gather = "all", fit: bool = False) -> None:
         if "shard" in (gather_of(gather, half) for half in HALVES):
-            raise InputError("gather is 'shard', but tiles overlap and are blended: use 'all' or 'first' in tile mode")
+            raise InputError(
+                "gather is 'shard', but tiles overlap and are blended: use 'all' or 'first', or mode='exact'"
+            )
         self._comm, self._target, self._ranks, self._fit = comm, target, ranks, fit
         self._gather = gather
         self._blends = Blends(target.vae)
