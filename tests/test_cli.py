@@ -18,6 +18,7 @@ from command import enter, names, saved
 from flags import FLAGS
 from safetensors import safe_open
 
+import halovae
 from halovae import media
 from halovae.cli.main import app, main
 from halovae.media import read
@@ -71,6 +72,10 @@ class TestHelp:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.endswith("[]\n")
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"halovae {halovae.__version__}\n"
 
 
 BAD_USE = {

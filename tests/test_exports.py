@@ -19,15 +19,20 @@ PUBLIC = {
     "NotExactError",
     "RankFailedError",
     "Sharded",
+    "TilingError",
+    "TooLittleMemoryError",
     "VerificationError",
     "optimize",
     "parallelize",
+    "restore",
     "sharded",
+    "summary",
 }
 
 
 def test_public_names() -> None:
-    assert set(halovae.__all__) >= PUBLIC
+    assert set(halovae.__all__) == PUBLIC
+    assert {name for name in dir(halovae) if not name.startswith("__")} == PUBLIC
     assert list(halovae.__all__) == sorted(halovae.__all__)
 
 
@@ -60,5 +65,6 @@ def test_importing_the_core_imports_no_diffusers() -> None:
 def test_errors_are_one_tree() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert all(issubclass(kind, halovae.HalovaeError) for kind in kinds)
+    assert {kind.__name__ for kind in kinds} <= PUBLIC
     assert issubclass(halovae.DisagreementError, ValueError)
     assert issubclass(halovae.NotExactError, NotImplementedError)

@@ -54,6 +54,18 @@ def test_a_sub_group_that_does_not_begin_at_rank_0(four_ranks: Ranks) -> None:
     assert "rank   1 of 2" in second
 
 
+def test_processes_that_have_not_joined_a_group_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torchrun, when nobody has called init_process_group."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    vae = kl()
+    for start in (lambda: halovae.parallelize(vae), halovae.sharded):
+        with pytest.raises(
+            InputError, match=r"2 processes were started .*: call torch\.distributed\.init_process_group"
+        ):
+            start()
+    halovae.optimize(vae).restore()
+
+
 def two_groups(rank: int) -> None:
     """Each rank is in two groups, and two threads use them at once, each for its own VAE."""
     groups = [dist.new_group(list(range(dist.get_world_size()))) for _ in range(2)]

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXACT
+from families import EXACT, FAMILIES
 from pictures import error, kl, latents, pixels, raises
 from ranks import Ranks
+from tiles import CUTS
 from torch import Tensor, nn
 
 import halovae
-from halovae.errors import InputError, NotExactError, VerificationError
+from halovae.errors import InputError, NotExactError, RankFailedError, VerificationError
 
 
 class Sharpen(nn.Module):
@@ -48,7 +49,10 @@ def wrong_rule(rank: int) -> None:
     from halovae.exact.registry import RULES, rule
 
     vae = Methods(nn.Sequential(nn.Identity(), Sharpen()))
-    with halovae.parallelize(vae, axis="height"), raises(NotExactError, r"torch\.roll in decoder\.1\.1 \(Sharpen\)"):
+    text = (
+        r"torch\.roll in decoder\.1\.1 \(Sharpen\): no rule says how it acts on shards$"  # It has no tiles to advise.
+    )
+    with halovae.parallelize(vae, axis="height"), raises(NotExactError, text):
         vae.decode(latents())
 
     @rule(torch.roll)
@@ -85,6 +89,55 @@ def verified_once(rank: int) -> None:
 
 def test_each_half_is_verified_once(two_ranks: Ranks) -> None:
     two_ranks.run(verified_once)
+
+
+# ---- refusals that are none of exact mode's --------------------------------------------------------------------------
+
+
+def not_its_size(rank: int) -> None:
+    """Sizes that the VAE itself does not take; the rank that fails first tells the other."""
+    vae = FAMILIES["wan22"].build()
+    text = "AutoencoderKLWan.encode itself takes no 72 x 64, on one rank either: use 80 x 64$"
+    with halovae.parallelize(vae, verify=False), raises((InputError, RankFailedError), text):
+        vae.encode(torch.zeros(1, 3, 1, 72, 64))
+    assert vae.encode(torch.zeros(1, 3, 1, 80, 64))[0].mean.shape[-2:] == (5, 4)
+
+
+def test_a_size_that_the_vae_does_not_take_is_not_put_down_to_exact_mode(two_ranks: Ranks) -> None:
+    two_ranks.run(not_its_size)
+
+
+class NotImplemented(Methods):
+    """It can tile, but not this."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_tiling = False
+
+    def decode(self, z: Tensor) -> Tensor:
+        raise NotImplementedError("no kernel for this dtype")
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.encoder(x)
+        raise NotImplementedError("no kernel for this dtype")
+
+
+@pytest.mark.parametrize("mode", ["exact", "tile"])
+def test_what_is_not_implemented_is_not_put_down_to_tiles(mode: str) -> None:
+    vae = NotImplemented()
+    with halovae.parallelize(vae, mode=mode):
+        for call in (lambda: vae.decode(latents()), lambda: vae.encode(pixels())):
+            with pytest.raises(NotImplementedError, match=r"^no kernel for this dtype$") as caught:
+                call()
+            assert not isinstance(caught.value, NotExactError)
+
+
+def test_a_vae_that_runs_in_tiles_alone_is_said_to() -> None:
+    tiled = CUTS["allegro_tiled"]
+    vae, z = tiled.build(), tiled.picture("decode")
+    text = r"decode refuses to run without spatial tiles.* Use mode='tile'"
+    with halovae.optimize(vae), pytest.raises(NotExactError, match=text):
+        vae.decode(z)
 
 
 # ---- what can be parallelized ----------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ class Room:
         learned = self._needs.expected(half, part)
         if learned is not None:
             if learned > free:
-                fitting = f"use {ceil(ranks * learned / max(free, 1))} ranks, a smaller picture, or mode='tile'"
-                raise _too_little(half, learned, ranks, free, fitting)
+                fits = [f"{ceil(ranks * learned / max(free, 1))} ranks", *self._tiles(half, ranks, free, args, kwargs)]
+                raise _too_little(half, learned, ranks, free, fits)
             return
         if part * picture.element_size() * _GROWTH[half] <= free:
             return
@@ -77,9 +77,15 @@ class Room:
         needed = exact(ranks, plan.shape)
         if needed is not None and needed > free:
             fits = [f"{n} ranks" for n in (2 * ranks, 4 * ranks, 8 * ranks) if (exact(n, "auto") or inf) <= free][:1]
-            tiles = self._predict("tile", half, args, kwargs, {"ranks": ranks, "gather": "all"})
-            fits += ["mode='tile'"] if tiles is not None and tiles <= free else []
-            raise _too_little(half, needed, ranks, free, f"use {' or '.join([*fits, 'a smaller picture'])}")
+            fits += self._tiles(half, ranks, free, args, kwargs)
+            raise _too_little(half, needed, ranks, free, fits)
+
+    def _tiles(
+        self, half: str, ranks: int, free: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[str]:  # fmt: skip
+        """The VAE's own tiles as a remedy, where they are one."""
+        needed = self._predict("tile", half, args, kwargs, {"ranks": ranks, "gather": "all"})
+        return ["mode='tile'"] if needed is not None and needed <= free else []
 
     def check_tiles(
         self, half: str, settings: dict[str, Any], ranks: int, ratio: Callable[[], int], gather: str, picture: Tensor,
@@ -121,8 +127,7 @@ class Room:
             more = ranks, 2 * ranks, 4 * ranks, 8 * ranks
             fits = [f"{n} ranks" for n in more[1:] if (tile(n) or inf) <= free][:1]
             fits += [f"mode='exact' on {n} ranks" for n in more if (exact(n) or inf) <= free][:1]
-        remedies = [*fits, "smaller tiles", "a smaller picture"]
-        raise _too_little(f"{half} in tiles", needed, ranks, free, f"use {' or '.join(remedies)}")
+        raise _too_little(f"{half} in tiles", needed, ranks, free, [*fits, "smaller tiles"])
 
     def _predict(
         self, mode: str, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
@@ -140,9 +145,10 @@ class Room:
         return self._predicted[key]
 
 
-def _too_little(what: str, needed: int, ranks: int, free: int, remedy: str) -> TooLittleMemoryError:
+def _too_little(what: str, needed: int, ranks: int, free: int, remedies: list[str]) -> TooLittleMemoryError:
     return TooLittleMemoryError(
-        f"{what} needs about {_size(needed)} on each of {ranks} ranks, but {_size(free)} are free: {remedy}"
+        f"{what} needs about {_size(needed)} on each of {ranks} ranks, but {_size(free)} are free: "
+        f"use {' or '.join([*remedies, 'a smaller picture'])}"
     )
 
 
