@@ -190,19 +190,6 @@ def test_a_killed_rank_is_named_at_once(victim: int) -> None:
     ranks.kill()
 
 
-def late_but_alive(rank: int) -> None:
-    """Ranks that wait for longer than the time-out, right after it was set."""
-    vae, z = kl(), latents()
-    for late in (0, 1):
-        with halovae.parallelize(vae, verify=False, timeout=1.0):
-            time.sleep(2.2 * (rank == late))
-            vae.decode(z)
-
-
-def test_a_rank_that_is_late_is_not_called_stopped(two_ranks: Ranks) -> None:
-    two_ranks.run(late_but_alive)
-
-
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_after_the_time_out(victim: int) -> None:
     ranks = Ranks(3)

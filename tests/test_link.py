@@ -109,6 +109,20 @@ def test_who_never_comes_is_named(missing: int, monkeypatch: pytest.MonkeyPatch)
     assert with_links(3, work) == [(missing, said, [0, 1, 2])] * 3
 
 
+def test_a_shorter_patience_is_kept_to_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else who is waiting by the longer one would give no sign of life in time, and be called stopped."""
+    heard: list[Link] = []
+    monkeypatch.setattr(Link, "_take_beat", lambda made: heard.append(made))
+
+    def work(made: Link, rank: int) -> bool:
+        made.patience, deadline = 0.4, time.monotonic() + 3
+        while made not in heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return made in heard
+
+    assert with_links(2, work) == [True, True]
+
+
 def test_strangers_are_not_let_in() -> None:
     """Who finds the port but does not know the token is turned away, and the ranks connect all the same."""
 
