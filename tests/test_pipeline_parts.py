@@ -11,12 +11,15 @@ import diffusers
 import pipelines
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import raises
 from threads import run_threads
 
 import halovae
+from halovae.cli import dry_run
+from halovae.comm import SoloComm
 from halovae.errors import InputError
 from halovae.pipelines.load import find_pipeline
 from halovae.pipelines.scheduler import check_steps, shifted
@@ -26,6 +29,7 @@ from halovae.pipelines.signature import arguments, does
 from halovae.pipelines.sizes import Grid, check_sizes, fill_in, grid_of
 from halovae.pipelines.timing import DENOISE, OTHER, VAE_DECODE, Timeline, watched
 from halovae.pipelines.transformers import check_degrees, patch, shared_sequences
+from halovae.pipelines.vae import parallel_vae
 
 WAN = diffusers.WanImageToVideoPipeline
 GRID = Grid(ratio=8, period=4, patch_frames=1, patch_side=2)
@@ -171,6 +175,17 @@ def test_halves_that_are_none_are_refused() -> None:
     for halves in (["both"], [], "encode"):
         with raises(InputError, "give a list of 'encode', 'decode' or both"):
             halovae.parallelize(pipelines.build("edit").vae, halves=halves)
+
+
+def test_a_vae_that_comes_tiled_is_left_so(caplog: pytest.LogCaptureFixture) -> None:
+    """But for exact mode by name, and not in silence."""
+    vae = FAMILIES["minimax_h3"].build()
+    for mode, used in ((None, "tile"), ("tile", "tile"), ("auto", "auto"), ("exact", "exact")):
+        vae.use_tiling, setup = True, Setup(vae_mode=mode)
+        assert dry_run._vae(vae, GRID, Generation(), setup, 2)["mode"] == used
+        with parallel_vae(vae, setup, SoloComm(), lambda half, report: None):
+            assert vae.use_tiling == (mode != "exact")
+        assert ("AutoencoderKLMiniMaxH3 comes tiled" in caplog.text) == (mode == "exact")
 
 
 def test_a_shift_goes_where_the_scheduler_has_one() -> None:
