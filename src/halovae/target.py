@@ -242,11 +242,12 @@ class Target:
                 self.vae.use_tiling = before
 
     def needs_tiles(self, half: str, *args: Any, **kwargs: Any) -> bool:
-        """Whether the VAE calls its network for these arguments in spatial tiles alone. The network does not run."""
-        return not self._calls_network(False, half, args, kwargs) and self._calls_network(True, half, args, kwargs)
+        """Whether what the VAE says not to implement is implemented in spatial tiles. Its network does not run."""
+        return self._refuses(False, half, args, kwargs) and not self._refuses(True, half, args, kwargs)
 
     @outside_modes
-    def _calls_network(self, tiled: bool, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _refuses(self, tiled: bool, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the VAE says that it is not implemented, before it has called its network."""
         network, attributes = dict(self.vae.named_children()).get(_MODULES[half]), vars(self.vae)
         if network is None or "use_tiling" not in attributes:
             return False
@@ -259,9 +260,9 @@ class Target:
         try:
             with self._tiled(tiled):
                 self.originals[half](*args, **kwargs)
-        except _Called:
+        except NotImplementedError:
             return True
-        except Exception:  # Whatever a model's own method raises.
+        except (_Called, Exception):  # Whatever a model's own method raises.
             return False
         finally:
             hook.remove()
