@@ -1,4 +1,4 @@
-"""Compile each Triton kernel for a device of compute capability 9.0, which takes no device, and see that none spills.
+"""Compile Triton kernels for a device of compute capability 9.0, which takes no device.
 
 Run by a test, since Triton decides at its import whether it interprets or compiles.
 """
@@ -58,13 +58,8 @@ def statistics() -> None:
 
 
 def attention() -> None:
-    for width in gpu_attention.WIDTHS:
-        queries = f"tensordesc<bf16[1,{gpu_attention.QUERIES},{width}]>"
-        keys = f"tensordesc<bf16[1,{gpu_attention.KEYS},{width}]>"
-        types = {"query": queries, "key": keys, "value": keys, "out": queries, "keys": "i32", "scale": "fp32"}
-        constants = {"D": width, "QUERIES": gpu_attention.QUERIES, "KEYS": gpu_attention.KEYS}
-        made = compiled(gpu_attention._attend, constants, gpu_attention.WARPS, gpu_attention.STAGES, **types)
-        assert made.metadata.shared <= 227 * 1024
+    types = {"scores": WIDE, "out": PICTURE, "length": "i32", "scale": "fp32"}
+    compiled(gpu_attention._softmax, {"BLOCK": 4096}, 8, **types)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ from halovae.kernels.weights import derived
 FEW_POSITIONS = 1 << 14
 """Of the output. Below, the vendor library has kernels that share out the sum; above, ours fills the device."""
 
-FEW_QUERIES = 1 << 11
-"""Below, there are too few tiles of queries for a device."""
+FEW_QUERIES = 1 << 12
+"""Below, the pieces are too small for the library's products."""
+
+FUSED_WIDTH = 256
+"""The widest head for which the vendor has fast fused kernels."""
 
 _MANY = 1 << 16
 """Elements from which a copy takes longer than it takes to ask for it."""
@@ -88,14 +91,15 @@ def affine(
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
-    """Of one head `[N, 1, L, D]` that is too wide for the vendor's kernels; None where ours doesn't take it."""
-    if query.is_meta or query.shape[1] != 1 or query.shape[2] < FEW_QUERIES or not supports(query.device):
+    """Of one head `[N, 1, L, D]` that is too wide for the vendor's fused kernels; None where ours doesn't take it."""
+    wide = query.shape[3] > FUSED_WIDTH and query.shape[1] == key.shape[1] == value.shape[1] == 1
+    if not wide or query.shape[2] < FEW_QUERIES or query.dtype not in LOW or query.is_meta:
         return None
     from halovae.kernels import gpu_attention
 
-    query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-    fits = gpu_attention.fits(query, key, value)
-    return gpu_attention.run(query, key, value, scale).unsqueeze(1) if fits else None
+    if not supports(query.device) or not gpu_attention.has_wide_products():
+        return None
+    return gpu_attention.run(query.squeeze(1), key.squeeze(1), value.squeeze(1), scale).unsqueeze(1)
 
 
 def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:

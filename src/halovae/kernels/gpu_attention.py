@@ -1,7 +1,7 @@
-"""Attention with one head too wide for the vendor's kernels, without a matrix of all pairs, written in Triton.
+"""Attention with a head too wide for the vendor's fused kernels: products by the library, the softmax in Triton.
 
-The attention of VAEs has one head of all channels, 512 or so. Libraries have fast kernels for up to 256, and one of an
-older generation for more. Dao et al., "FlashAttention" (2022), have the method: softmax in float32, block by block.
+The attention of VAEs has one head of all channels, 384 or more. Libraries have fast fused kernels for up to 256, and
+one of an older generation for more. Queries go in pieces, so that the matrix of all pairs never exists.
 """
 
 # Triton reads the types of kernel arguments at run time.
@@ -9,79 +9,82 @@ older generation for more. Dao et al., "FlashAttention" (2022), have the method:
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-WIDTHS = (512,)
-"""Channels of a head for which the tiles fit into the registers."""
+_SCORE_BYTES = 1 << 28
+"""Of the float32 scores of one piece of queries: large enough for products to be at their full speed."""
 
-QUERIES, KEYS, WARPS, STAGES = 64, 64, 8, 1
-"""Of a tile. More queries don't fit into the registers beside their results."""
+_ELEMENTS = 4096
+"""Of a row of scores, at a time."""
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether `[N, L, D]` can be read by the device's copy engine: aligned, channels next to each other."""
-    return all(
-        tensor.dtype in (torch.bfloat16, torch.float16)
-        and tensor.shape[-1] in WIDTHS
-        and tensor.stride(2) == 1
-        and all(step * tensor.element_size() % 16 == 0 for step in tensor.stride()[:2])
-        and tensor.storage_offset() * tensor.element_size() % 16 == 0
-        for tensor in tensors
-    )
+@functools.cache
+def has_wide_products() -> bool:
+    """Whether torch multiplies in low precision and gives float32: of rounded scores, shares have few digits."""
+    return "out_dtype" in (inspect.getdoc(torch.mm) or "")
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(query key^T * scale) value, of `[N, L, D]`, `[N, S, D]` and `[N, S, D]`; all as `fits` says.
+    """softmax(query key^T * scale) value in low precision, with scores and shares in float32.
 
     Args:
-        query: of one head.
-        key: likewise.
-        value: likewise.
+        query: `[N, L, D]`.
+        key: `[N, S, D]`.
+        value: `[N, S, D]`.
         scale: default: one over the root of `D`.
     """
-    batch, length, width = query.shape
+    length, width = query.shape[1:]
     scale = 1 / math.sqrt(width) if scale is None else scale
-    out = torch.empty(batch, length, width, dtype=query.dtype, device=query.device)
-    tiles = [_tiles(tensor, rows) for tensor, rows in ((query, QUERIES), (key, KEYS), (value, KEYS), (out, QUERIES))]
-    _attend[(triton.cdiv(length, QUERIES), batch)](
-        *tiles, key.shape[1], scale * math.log2(math.e), D=width, QUERIES=QUERIES, KEYS=KEYS, num_warps=WARPS,
-        num_stages=STAGES,
-    )  # fmt: skip
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    rows = min(length, max(1, _SCORE_BYTES // (4 * key.shape[1])))
+    scores = torch.empty(rows, key.shape[1], dtype=torch.float32, device=query.device)
+    shares = torch.empty_like(scores, dtype=query.dtype)
+    for n in range(len(query)):
+        for first, last in _pieces(length, rows):
+            wide, narrow = scores[: last - first], shares[: last - first]
+            products(query[n, first:last], key[n].T, wide)
+            _softmax[(last - first,)](
+                wide, narrow, key.shape[1], scale * math.log2(math.e), BLOCK=_ELEMENTS, num_warps=8
+            )  # fmt: skip
+            torch.mm(narrow, value[n], out=out[n, first:last])
     return out
 
 
-def _tiles(tensor: Tensor, rows: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
+def products(one: Tensor, other: Tensor, out: Tensor) -> None:
+    """The matrix product in float32."""
+    torch.mm(one, other, out_dtype=torch.float32, out=out)  # pyright: ignore[reportCallIssue]
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, rows, tensor.shape[2]])
+
+def _pieces(length: int, rows: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, length, rows):
+        yield first, min(first + rows, length)
 
 
 @triton.jit
-def _attend(
-    query, key, value, out, keys, scale, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
-):  # fmt: skip  # pyright: ignore
-    start, batch = tl.program_id(0) * QUERIES, tl.program_id(1)
-    queries = query.load([batch, start, 0]).reshape(QUERIES, D)
-    largest = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((QUERIES,), dtype=tl.float32)
-    found = tl.zeros((QUERIES, D), dtype=tl.float32)
-    for first in range(0, keys, KEYS):
-        scores = tl.dot(queries, key.load([batch, first, 0]).reshape(KEYS, D).T)
-        other = first + tl.arange(0, KEYS)
-        scores = tl.where((other < keys)[None, :], scores * scale, float("-inf"))
-        highest = tl.maximum(largest, tl.max(scores, axis=1))
-        shares = tl.exp2(scores - highest[:, None])
-        fade = tl.exp2(largest - highest)
-        total = total * fade + tl.sum(shares, axis=1)
-        # Beyond the last key the copy engine gives zeros.
-        values = value.load([batch, first, 0]).reshape(KEYS, D)
-        found = tl.dot(shares.to(values.dtype), values, found * fade[:, None])
+def _softmax(scores, out, length, scale, BLOCK: tl.constexpr):  # pyright: ignore
+    """A row: shares are two to the power of scores times `scale`."""
+    row = tl.program_id(0).to(tl.int64) * length
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, length, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        score = tl.load(scores + row + place, mask=place < length, other=float("-inf")) * scale
+        highest = tl.maximum(largest, score)
+        # A place that has met no score yet has nothing to fade.
+        fade = tl.where(largest == float("-inf"), 0.0, tl.exp2(largest - highest))
+        total = total * fade + tl.where(place < length, tl.exp2(score - highest), 0.0)
         largest = highest
-    found = (found / total[:, None]).to(queries.dtype)
-    out.store([batch, start, 0], found.reshape(1, QUERIES, D))
+    top = tl.max(largest, axis=0)
+    total = tl.sum(total * tl.where(largest == float("-inf"), 0.0, tl.exp2(largest - top)), axis=0)
+    for first in range(0, length, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        score = tl.load(scores + row + place, mask=place < length, other=float("-inf")) * scale
+        tl.store(out + row + place, (tl.exp2(score - top) / total).to(out.dtype.element_ty), mask=place < length)

@@ -1,0 +1,213 @@
+"""Every VAE on one GPU at its real size: diffusers, diffusers compiled, halovae, and halovae replayed, in one run.
+
+    python benchmarks/gpu_vaes.py --compiled --json benchmarks/results/gpu-vaes.json
+
+The classes' real configurations, random weights, bfloat16, whole pictures (no tiles). Each VAE has a process of its own
+with a time limit; what did not end in it is a row "not run". Times are medians of interleaved rounds by events of the
+device. Memory is the most that was allocated during a call beyond the weights. "compiled" is diffusers with weights
+channels last and `torch.compile` of the network, its warm-up beside it. Errors are relative distances to the same VAE
+in float32. "first" is the first call of a fresh VAE; whether kernels are in the cache on disk is as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from harness import report
+from torch import Tensor
+
+import halovae
+
+FOUR_DOWN = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+KL = {**FOUR_DOWN, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
+COGVIDEOX = {
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+    "block_out_channels": (128, 256, 256, 512), "layers_per_block": 3, "latent_channels": 16,
+}  # fmt: skip
+HUNYUAN_IMAGE = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+    "layers_per_block": 2, "spatial_compression_ratio": 32, "sample_size": 384,
+}  # fmt: skip
+WAN_2_2 = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12,
+    "out_channels": 12, "scale_factor_spatial": 16,
+}  # fmt: skip
+
+Shape = tuple[int, ...]
+VAES: dict[str, tuple[str, dict[str, Any], Shape, Shape]] = {
+    "SDXL 1024x1024": ("AutoencoderKL", KL | {"latent_channels": 4}, (4, 128, 128), (3, 1024, 1024)),
+    "FLUX.1 2048x2048": ("AutoencoderKL", KL | {"latent_channels": 16}, (16, 256, 256), (3, 2048, 2048)),
+    "FLUX.2 1024x1024": ("AutoencoderKLFlux2", {}, (32, 128, 128), (3, 1024, 1024)),
+    "FLUX.2 2048x2048": ("AutoencoderKLFlux2", {}, (32, 256, 256), (3, 2048, 2048)),
+    "QwenImage 1328x1328": ("AutoencoderKLQwenImage", {}, (16, 1, 166, 166), (3, 1, 1328, 1328)),
+    "HunyuanImage 2048x2048": ("AutoencoderKLHunyuanImage", HUNYUAN_IMAGE, (64, 64, 64), (3, 2048, 2048)),
+    "LTX 512x768x121": ("AutoencoderKLLTXVideo", {}, (128, 16, 16, 24), (3, 121, 512, 768)),
+    "LTX-2 512x768x121": ("AutoencoderKLLTX2Video", {}, (128, 16, 16, 24), (3, 121, 512, 768)),
+    "CogVideoX 480x720x49": ("AutoencoderKLCogVideoX", COGVIDEOX, (16, 13, 60, 90), (3, 49, 480, 720)),
+    "HunyuanVideo 480x832x33": ("AutoencoderKLHunyuanVideo", {}, (16, 9, 60, 104), (3, 33, 480, 832)),
+    "HunyuanVideo15 480x832x33": ("AutoencoderKLHunyuanVideo15", {}, (32, 9, 30, 52), (3, 33, 480, 832)),
+    "Mochi 480x848x31": ("AutoencoderKLMochi", {}, (12, 6, 60, 106), (3, 31, 480, 848)),
+    "Cosmos 480x832x33": ("AutoencoderKLCosmos", {}, (16, 5, 60, 104), (3, 33, 480, 832)),
+    "Wan 2.1 480x832x81": ("AutoencoderKLWan", {}, (16, 21, 60, 104), (3, 81, 480, 832)),
+    "Wan 2.2 704x1280x81": ("AutoencoderKLWan", WAN_2_2, (48, 21, 44, 80), (3, 81, 704, 1280)),
+}
+"""Class, configuration, latent and sample without the batch."""
+
+HALVES = ("encode", "decode")
+
+
+def build(name: str) -> Any:
+    kind, config, *_ = VAES[name]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        vae = getattr(diffusers, kind)(**config)
+    return vae.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def channels_last(vae: Any) -> Any:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+    return vae
+
+
+def picture(name: str, half: str) -> Tensor:
+    shape = VAES[name][2 if half == "decode" else 3]
+    generator = torch.Generator("cuda").manual_seed(1)
+    return torch.randn((1, *shape), generator=generator, device="cuda").clamp_(-1, 1).to(torch.bfloat16)
+
+
+def call(vae: Any, half: str, tensor: Tensor) -> Tensor:
+    if half == "decode":
+        return vae.decode(tensor).sample
+    result = vae.encode(tensor)
+    return result.latent_dist.parameters if hasattr(result, "latent_dist") else result.latent
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def first_seconds(run: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_gib(run: Callable[[], Any]) -> float:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def compiled(name: str, half: str) -> Any:
+    vae = channels_last(build(name))
+    network = "decoder" if half == "decode" else "encoder"
+    setattr(vae, network, torch.compile(getattr(vae, network)))
+    return vae
+
+
+def measured(name: str, half: str, with_compiled: bool, repeats: int) -> dict[str, Any]:
+    """One row: all variants of a half in turns."""
+    tensor = picture(name, half)
+    vaes = {way: build(name) for way in ("diffusers", "halovae", "replayed")}
+    halovae.optimize(vaes["halovae"], graphs=False)
+    handle = halovae.optimize(vaes["replayed"], graphs=True)
+    ways: dict[str, Callable[[], Any]] = {
+        way: (lambda vae=vae: call(vae, half, tensor)) for way, vae in vaes.items()
+    }  # fmt: skip
+    firsts = {way: first_seconds(ways[way]) for way in ("diffusers", "halovae")}
+    memory = {way: peak_gib(ways[way]) for way in ("diffusers", "halovae")}
+    results = {way: ways[way]().float() for way in ("diffusers", "halovae")}
+    warm_up = None
+    if with_compiled:
+        plain = compiled(name, half)
+        ways["compiled"] = lambda: call(plain, half, tensor)
+        warm_up = first_seconds(ways["compiled"])
+    for way in ways.values():
+        for _ in range(3):  # The second call of a kind may be recorded, and the third is replayed.
+            way()
+    rounds = [{way: seconds(run) for way, run in ways.items()} for _ in range(repeats)]
+    times = {way: statistics.median(each[way] for each in rounds) for way in ways}
+    replayed = handle.last is not None and handle.last.replayed
+    ours = min(times["halovae"], times["replayed"]) if replayed else times["halovae"]
+    truth = build(name).float()
+    expected = call(truth, half, tensor.float())
+    errors = {way: ((found - expected).norm() / expected.norm()).item() for way, found in results.items()}
+    return {
+        "VAE": name, "half": half, "diffusers s": times["diffusers"], "compiled s": times.get("compiled"),
+        "warm-up s": warm_up, "halovae s": times["halovae"], "replayed s": times["replayed"] if replayed else None,
+        "over diffusers": times["diffusers"] / ours,
+        "over the better": min(times["diffusers"], times.get("compiled", float("inf"))) / ours,
+        "first s": f"{firsts['diffusers']:.2f}, {firsts['halovae']:.2f}",
+        "GiB": f"{memory['diffusers']:.2f}, {memory['halovae']:.2f}",
+        "error": f"{errors['diffusers']:.1e}, {errors['halovae']:.1e}",
+    }  # fmt: skip
+
+
+def in_own_process(name: str, half: str, options: argparse.Namespace) -> dict[str, Any]:
+    arguments = ["--one", name, half, "--repeats", str(options.repeats), *(["--compiled"] if options.compiled else [])]
+    row: dict[str, Any] = {"VAE": name, "half": half}
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, timeout=options.limit
+        )  # fmt: skip
+        return json.loads(done.stdout) if done.returncode == 0 else row | {"not run": f"exit code {done.returncode}"}
+    except subprocess.TimeoutExpired:
+        return row | {"not run": f"no result after {options.limit:.0f} s"}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vaes", nargs="*", default=list(VAES), help="names, or parts of names")
+    parser.add_argument("--halves", nargs="*", default=HALVES, choices=HALVES)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="measure torch.compile as well")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for each VAE and half")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "HALF"), help="one row, as JSON")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    if options.one:
+        print(json.dumps(measured(*options.one, options.compiled, options.repeats)))
+        return
+    names = [name for name in VAES if any(part in name for part in options.vaes)]
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for half in options.halves:
+            rows.append(in_own_process(name, half, options))
+            print(rows[-1], file=sys.stderr, flush=True)
+    columns = max(rows, key=len)
+    rows = [{column: row.get(column, row.get("not run", "not run")) for column in columns} for row in rows]
+    report(f"one {torch.cuda.get_device_name()}", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
