@@ -1,12 +1,16 @@
 """Every VAE on one GPU at its real size: diffusers, diffusers compiled, halovae, and halovae replayed, in one run.
 
     python benchmarks/gpu_vaes.py --compiled --json benchmarks/results/gpu-vaes.json
+    python benchmarks/gpu_vaes.py --fresh --json benchmarks/results/gpu-vaes-fresh.json
 
 The classes' real configurations, random weights, bfloat16, whole pictures (no tiles). Each VAE has a process of its own
 with a time limit; what did not end in it is a row "not run". Times are medians of interleaved rounds by events of the
 device. Memory is the most that was allocated during a call beyond the weights. "compiled" is diffusers with weights
 channels last and `torch.compile` of the network, its warm-up beside it. Errors are relative distances to the same VAE
 in float32. "first" is the first call of a fresh VAE; whether kernels are in the cache on disk is as it is.
+
+With `--fresh`, what a command line does: one encode and one decode in a process of its own, from the VAE on the device to
+the frames, by diffusers, by halovae with an empty cache of kernels on disk, and with a filled one.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ import argparse
 import gc
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -182,6 +188,35 @@ def in_own_process(name: str, half: str, options: argparse.Namespace) -> dict[st
         return row | {"not run": f"no result after {options.limit:.0f} s"}
 
 
+def fresh(name: str, way: str) -> float:
+    """Seconds of one encode and one decode, from a VAE that is on the device."""
+    vae, tensors = build(name), {half: picture(name, half) for half in HALVES}
+
+    def both() -> None:
+        if way == "halovae":
+            halovae.optimize(vae)
+        for half in HALVES:
+            call(vae, half, tensors[half])
+
+    return first_seconds(both)
+
+
+def fresh_row(name: str, limit: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"VAE": name, "half": "both"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TRITON_CACHE_DIR": folder}
+        for title, way in (("diffusers s", "diffusers"), ("empty cache s", "halovae"), ("filled cache s", "halovae")):
+            command = [sys.executable, __file__, "--fresh-one", name, way]
+            try:
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, env=environment)
+            except subprocess.TimeoutExpired:
+                return row | {"not run": f"no result after {limit:.0f} s"}
+            if done.returncode:
+                return row | {"not run": f"exit code {done.returncode}"}
+            row[title] = float(done.stdout)
+    return row | {"filled over diffusers": row["filled cache s"] / row["diffusers s"]}
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,6 +226,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="measure torch.compile as well")
     parser.add_argument("--limit", type=float, default=120, help="seconds for each VAE and half")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "HALF"), help="one row, as JSON")
+    parser.add_argument("--fresh", action="store_true", help="one encode and one decode, each way in its own process")
+    parser.add_argument("--fresh-one", nargs=2, metavar=("NAME", "WAY"), help="seconds of one of them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -198,11 +235,14 @@ def main() -> None:
     if options.one:
         print(json.dumps(measured(*options.one, options.compiled, options.repeats)))
         return
+    if options.fresh_one:
+        print(fresh(*options.fresh_one))
+        return
     names = [name for name in VAES if any(part in name for part in options.vaes)]
     rows: list[dict[str, Any]] = []
     for name in names:
-        for half in options.halves:
-            rows.append(in_own_process(name, half, options))
+        for half in ("both",) if options.fresh else options.halves:
+            rows.append(fresh_row(name, options.limit) if options.fresh else in_own_process(name, half, options))
             print(rows[-1], file=sys.stderr, flush=True)
     columns = max(rows, key=len)
     rows = [{column: row.get(column, row.get("not run", "not run")) for column in columns} for row in rows]
