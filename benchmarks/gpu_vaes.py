@@ -9,8 +9,8 @@ device. Memory is the most that was allocated during a call beyond the weights. 
 channels last and `torch.compile` of the network, its warm-up beside it. Errors are relative distances to the same VAE
 in float32. "first" is the first call of a fresh VAE; whether kernels are in the cache on disk is as it is.
 
-With `--fresh`, what a command line does: one encode and one decode in a process of its own, from the VAE on the device to
-the frames, by diffusers, by halovae with an empty cache of kernels on disk, and with a filled one.
+With `--fresh`, what a command line does: one encode and one decode in a process of its own, from the VAE on the device
+to the frames, by diffusers, by halovae with an empty cache of kernels on disk, and with a filled one.
 """
 
 from __future__ import annotations
