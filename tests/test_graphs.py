@@ -13,6 +13,7 @@ from ranks import Ranks
 from torch import Tensor
 
 import halovae
+from halovae import graphs
 from halovae.comm import default_device
 from halovae.config import Options
 from halovae.errors import InputError
@@ -138,6 +139,33 @@ def test_nothing_changes_where_nothing_records(pair: Ranks) -> None:
     pair.run(on_cpu)
 
 
-def test_graphs_is_yes_or_no() -> None:
-    with pytest.raises(InputError, match="graphs is 1: give True or False"):
+@records
+def test_without_being_asked_for_what_pays_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, (tensor, *_) = placed("kl", "decode")
+    expected = run_half("kl", vae, "decode", tensor)
+
+    def replayed() -> list[bool]:
+        with halovae.optimize(vae) as handle:
+            found = [follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(4)]
+            assert handle.last is not None
+            assert (handle.last.kept_memory > 0) == found[-1]
+        return found
+
+    monkeypatch.setattr(graphs, "_GAIN", 1e9)
+    assert replayed() == [False, False, True, True]
+    monkeypatch.setattr(graphs, "_GAIN", 0.0)
+    assert not any(replayed())
+    monkeypatch.setattr(graphs, "_GAIN", 1e9)
+    monkeypatch.setattr(graphs, "_FREE_SHARE", 1e18)
+    assert not any(replayed())
+    monkeypatch.undo()
+    monkeypatch.setattr(graphs, "_GAIN", 1e9)
+    seen: list[int] = []
+    vae.decoder.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    assert not any(replayed())
+    assert len(seen) == 4
+
+
+def test_graphs_is_yes_or_no_or_auto() -> None:
+    with pytest.raises(InputError, match="graphs is 1: give True, False or 'auto'"):
         Options(graphs=1)  # pyright: ignore[reportArgumentType]

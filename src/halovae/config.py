@@ -45,8 +45,9 @@ class Options:
     """Latent frames in one call of a network that walks through time (exact mode); "auto": as many as fill an
     accelerator, and on a CPU as few as the VAE itself takes."""
 
-    graphs: bool = False
-    """Record calls of a kind that comes again, and replay them (exact mode, on accelerators that can)."""
+    graphs: bool | str = "auto"
+    """Record calls of a kind that comes again, and replay them (exact mode, on accelerators that can); "auto": where
+    that is faster, and most of the free memory stays free."""
 
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
@@ -60,8 +61,8 @@ class Options:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
         _check_frames(self.frames_per_call)
-        if type(self.graphs) is not bool:
-            raise InputError(f"graphs is {self.graphs!r}: give True or False")
+        if type(self.graphs) is not bool and self.graphs != "auto":
+            raise InputError(f"graphs is {self.graphs!r}: give True, False or 'auto'")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
             raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
 
@@ -158,6 +159,8 @@ class CallReport:
     """Exact mode: steps in time in each call of the network, where several go in one; else nothing."""
     replayed: bool = False
     """Exact mode: whether a recording of an earlier call was replayed."""
+    kept_memory: int = 0
+    """Exact mode: bytes that recordings keep on the accelerator until the next call."""
     tiles: int = 0
     """Tile mode: how many tiles there were, each with all its frames."""
     spread: float = 1.0

@@ -115,7 +115,7 @@ class ExactEngine(Engine):
         self._ratio: int | None = None
         self._room = Room(target)
         self._merger = Merger(comm, target, options.frames_per_call)
-        self._graphs = Graphs(comm, target)
+        self._graphs = Graphs(comm, target, always=options.graphs is True)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
         started = time.perf_counter()
@@ -138,7 +138,9 @@ class ExactEngine(Engine):
         run = self._runner(half, plan, steps, picture, args, kwargs)
         outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep, run)
         if self._graphs.way == "plain":
-            self._room.learn(half, plan, picture, memory.growth)
+            growth = memory.growth
+            self._room.learn(half, plan, picture, growth)
+            self._graphs.learn(half, growth)
         _note(outcome.network_seconds, outcome.gather_seconds)
         timeline.note("probe", started, probed)
         if is_new:
@@ -146,7 +148,7 @@ class ExactEngine(Engine):
             self._tried.add(kind)
         report = {
             "shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps,
-            "replayed": self._graphs.way == "replay",
+            "replayed": self._graphs.way == "replay", "kept_memory": self._graphs.kept,
         }  # fmt: skip
         phases = {
             "probe": probed - started,

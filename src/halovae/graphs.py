@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halovae.comm import Comm, Traffic
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import Call, on_shards
 from halovae.kernels.weights import apart
-from halovae.memory import PeakMemory
+from halovae.memory import PeakMemory, free_bytes
 from halovae.randomness import frozen_generators
 from halovae.state import ModuleState, undone_by_failure
 from halovae.tape import Tape
@@ -27,6 +29,12 @@ from halovae.trees import map_tensors, tensors_in
 from halovae.verify import is_rounding
 
 LOG = logging.getLogger("halovae")
+
+_FREE_SHARE = 4
+"""Without having been asked to, a recording keeps at most this part of the memory that is free: others need it too."""
+
+_GAIN = 0.97
+"""A replay pays where it takes less than this part of a call: less gain is within what two calls differ by."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,19 @@ class Graphs:
     Args:
         comm: the group. All its ranks have a shard.
         target: the VAE.
+        always: record whatever can be; else only where that pays and little memory is kept.
 
     Attributes:
         way: how the last call went: "plain", "record" or "replay".
         growth: bytes of what was replayed that the device does not count as in use.
     """
 
-    def __init__(self, comm: Comm, target: Target) -> None:
-        self._comm, self._target = comm, target
+    def __init__(self, comm: Comm, target: Target, always: bool = True) -> None:
+        self._comm, self._target, self._always = comm, target, always
         self._recordings: dict[str, Recording] = {}
         self._last: dict[str, Any] = {}
         self._refused: set[Any] = set()
+        self._taken: dict[str, int] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -76,6 +86,15 @@ class Graphs:
         """Free what is kept."""
         self._recordings.clear()
         self._last.clear()
+
+    def learn(self, half: str, growth: int) -> None:
+        """Take in by how many bytes the peak of a call that was not replayed was above what was in use before."""
+        self._taken[half] = growth
+
+    @property
+    def kept(self) -> int:
+        """Bytes that recordings keep."""
+        return sum(recording.growth for recording in self._recordings.values())
 
     def run(
         self, half: str, kind: Any, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -108,7 +127,14 @@ class Graphs:
         if half in self._recordings and self._recordings[half].key == key:
             return "replay"
         able = self._last.get(half) == key and key not in self._refused and _is_plain(*arguments)
-        return "record" if able else "plain"
+        return "record" if able and (self._always or self._is_wanted(half, arguments)) else "plain"
+
+    def _is_wanted(self, half: str, arguments: Any) -> bool:
+        """Whether to record without having been asked to."""
+        free = free_bytes(tensors_in(arguments)[0].device)
+        if half not in self._taken or free is None or _FREE_SHARE * self._taken[half] > free:
+            return False
+        return not is_hooked(self._target.vae)
 
     def _places_of_weights(self) -> tuple[int, ...]:
         vae = self._target.vae
@@ -117,20 +143,28 @@ class Graphs:
     def _run_and_record(self, half: str, key: Any, mesh: Mesh, call: Call, arguments: Any) -> Any:
         """The result of an ordinary call. A recording that gives another one is not kept."""
         args, kwargs = arguments = map_tensors(_copied, arguments)
-        result, traffic = on_shards(mesh, call, args, kwargs), self._comm.traffic
+        device = tensors_in(arguments)[0].device
+        result, seconds = _timed(device, lambda: on_shards(mesh, call, args, kwargs))
+        traffic = self._comm.traffic
         self._refused.add(key)  # Until it has turned out well: what fails in here is not to fail each time.
         self._comm.traffic = Traffic()  # What the trial sends is not the call's.
-        with frozen_generators(tensors_in(arguments)[0].device), ModuleState(self._target.vae).kept():
+        with frozen_generators(device), ModuleState(self._target.vae).kept():
             recording = self._record(key, mesh, call, args, kwargs)
-            able = all(self._comm.all_gather_object(recording is not None))
+            able = pays = all(self._comm.all_gather_object(recording is not None))
             if able and recording is not None:
-                able = all(self._comm.all_gather_object(_is_near(recording.replay(arguments), result)))
+                again, replay_seconds = _timed(device, lambda: recording.replay(arguments))
+                found = self._comm.all_gather_object((_is_near(again, result), seconds, replay_seconds))
+                near, plain, replayed = zip(*found, strict=True)
+                able, pays = all(near), self._always or max(replayed) < _GAIN * max(plain)
         self._comm.traffic = traffic
-        if able and recording is not None:
+        if able and pays and recording is not None:
             self._recordings[half] = recording
             self._refused.discard(key)
+        elif able:
+            LOG.info("%s of %s takes as long replayed: it goes on as before", half, self._target.name)
         else:
-            LOG.warning("%s of %s can't be replayed: it goes on as before", half, self._target.name)
+            level = logging.WARNING if self._always else logging.INFO
+            LOG.log(level, "%s of %s can't be replayed: it goes on as before", half, self._target.name)
         return result
 
     def _record(
@@ -158,6 +192,24 @@ def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         value.device.type != "cpu" if isinstance(value, Tensor) else isinstance(value, (*PLAIN, type(None)))
         for value in (*args, *kwargs.values())
     )
+
+
+def is_hooked(vae: nn.Module) -> bool:
+    """Whether somebody's code hangs on a module: in a replay it would not run."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")  # pyright: ignore
+        or hasattr(module, "_diffusers_hook")
+        for module in vae.modules()
+    )  # fmt: skip
+
+
+def _timed(device: torch.device, run: Callable[[], Any]) -> tuple[Any, float]:
+    module = torch.get_device_module(device)
+    module.synchronize(device)
+    started = time.perf_counter()
+    result = run()
+    module.synchronize(device)
+    return result, time.perf_counter() - started
 
 
 def _copied(tensor: Tensor) -> Tensor:

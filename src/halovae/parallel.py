@@ -44,7 +44,7 @@ def parallelize(
     timeout: float = 60.0,
     halves: Sequence[str] = HALVES,
     frames_per_call: int | str = "auto",
-    graphs: bool = False,
+    graphs: bool | str = "auto",
 ) -> Handle:
     """Run a VAE's `encode` and `decode` on all ranks of a group. Called on every rank of it, with equal weights.
 
@@ -80,7 +80,8 @@ def parallelize(
         graphs: record the second of two calls of the same kind, and replay that from the third on: on an accelerator
             most of the time of a shard is Python's, and this leaves it out (exact mode where each rank has a shard,
             CUDA graphs or what other accelerators have like them; elsewhere nothing changes). It keeps the memory of
-            one call of each half, and what hooks and other Python code do in a call they do no more.
+            one call of each half. "auto": where the replay turns out faster, the memory kept is at most a quarter of
+            what is free, and no hooks hang on the VAE, since these do nothing in a replay. True: always.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
@@ -115,7 +116,7 @@ def parallelize(
         raise
 
 
-def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool = False) -> Handle:
+def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool | str = "auto") -> Handle:
     """Run a VAE's `encode` and `decode` faster on this process alone: the same numbers, up to rounding.
 
     As `parallelize` in a world of one, whatever process group there is: the un-tiled result, as in exact mode. A VAE
