@@ -246,6 +246,8 @@ def main() -> None:
         for half in ("both",) if options.fresh else options.halves:
             rows.append(fresh_row(name, options.limit) if options.fresh else in_own_process(name, half, options))
             print(rows[-1], file=sys.stderr, flush=True)
+            if options.json:  # What is there by now, should the rest not be reached.
+                options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = max(rows, key=len)
     rows = [{column: row.get(column, row.get("not run", "not run")) for column in columns} for row in rows]
     report(f"one {torch.cuda.get_device_name()}", rows, options.json)
