@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 CLIP = Path(__file__).parent.parent / "media" / "bigbuckbunny.mp4"
 
@@ -71,3 +72,15 @@ def content(folder: Path, data: bytes, name: str = "file.mp4") -> Path:
 def cut_after_header(folder: Path) -> Path:
     whole = make_video(folder / "whole.mp4", frames=30, movflags="faststart").read_bytes()
     return content(folder, whole[:-200])
+
+
+def cut(folder: Path, name: str, codec: str = "libx264", **options: str) -> Path:
+    whole = make_video(folder / f"whole_{name}", codec=codec, frames=30, **options).read_bytes()
+    return content(folder, whole[: int(0.7 * len(whole))], name)
+
+
+def cut_animation(folder: Path) -> Path:
+    first, *others = [Image.fromarray(pixels) for pixels in bars(5)]
+    first.save(folder / "whole.gif", save_all=True, append_images=others, duration=100)
+    whole = (folder / "whole.gif").read_bytes()
+    return content(folder, whole[: int(0.7 * len(whole))], "o.gif")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from clips import CLIP, bars, make_video
 from PIL import Image
 
 from halovae import files, media
 from halovae.errors import InputError
 from halovae.media import FrameRange, read, write
+from halovae.quality import psnr
 
 
 @pytest.mark.parametrize("fps", [Fraction(25), Fraction(30000, 1001), Fraction(1)])
@@ -96,19 +101,83 @@ def test_absurd_sizes_are_refused() -> None:
         read(CLIP, height=99_999)
 
 
-def test_rotation_is_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_a_display_matrix_is_followed(tmp_path: Path, degrees: int, mirrored: bool) -> None:
+    """Turned counterclockwise, then mirrored: as players show it."""
     with av.open(str(tmp_path / "o.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv444p"
-        stream.set_display_rotation(90)
+        stream.set_display_rotation(degrees, hflip=mirrored)
         for pixels in bars():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    with av.open(str(tmp_path / "o.mp4")) as container:
-        assert next(container.decode(video=0)).rotation == 90  # counterclockwise
+    expected = np.rot90(bars(), degrees // 90, axes=(1, 2))
+    expected = expected[:, :, ::-1] if mirrored else expected
     clip = read(tmp_path / "o.mp4")
-    assert clip.frames.shape == (5, 96, 64, 3)
-    assert np.abs(clip.frames.astype(int) - np.rot90(bars(), axes=(1, 2))).mean() < 8
+    assert clip.frames.shape == expected.shape
+    assert np.abs(clip.frames.astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_clip_of_jpegs_is_followed(tmp_path: Path, orientation: int) -> None:
+    """As that of one JPEG is."""
+    image = Image.fromarray(bars(1)[0])
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "o.jpg", exif=exif, quality=95)
+    with av.open(str(tmp_path / "o.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        for number in range(3):
+            packet = av.Packet((tmp_path / "o.jpg").read_bytes())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            container.mux(packet)
+    still, clip = read(tmp_path / "o.jpg").frames, read(tmp_path / "o.avi").frames
+    assert clip.shape == (3, *still.shape[1:])
+    assert np.abs(clip.astype(int) - still).mean() < 3
+
+
+def test_colour_is_sampled_where_the_file_says(tmp_path: Path) -> None:
+    """Half a pixel off costs 13 dB here."""
+    y, x = np.mgrid[0:128, 0:192]
+    waves = np.stack([x / 7, y / 9 + 1, (x + y) / 11], -1)
+    pixels = (127 + 120 * np.sin(waves)).astype(np.uint8)[None]
+    write(tmp_path / "o.mp4", pixels, Fraction(25), crf=0)
+    assert psnr(pixels, read(tmp_path / "o.mp4").frames) > 48
+    if shutil.which("ffmpeg"):
+        left = "scale=in_h_chr_pos=0:in_v_chr_pos=128:flags=lanczos+accurate_rnd+full_chroma_int,format=rgb24"
+        subprocess.run(["ffmpeg", "-v", "error", "-i", "o.mp4", "-vf", left, "o.png"], check=True, cwd=tmp_path)
+        assert psnr(pixels, read(tmp_path / "o.png").frames) > 48
+        probe = ["ffprobe", "-v", "error", "-show_streams", "o.mp4"]
+        assert b"chroma_location=left" in subprocess.run(probe, cwd=tmp_path, capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("matrix", "said"), [(8, "YCgCo"), (10, "BT.2020 with constant luminance"), (14, "ICtCp")])
+def test_colours_that_cannot_be_converted_are_named(tmp_path: Path, matrix: int, said: str) -> None:
+    with av.open(str(tmp_path / "o.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.colorspace = matrix
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(bars(1)[0], format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    with pytest.raises(InputError, match=f"its colours are {said}, which can't be converted"):
+        read(tmp_path / "o.mp4")
+
+
+def test_the_default_track_is_taken(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "o.mkv"), "w") as container:
+        streams = [container.add_stream("libx264", rate=25) for _ in range(2)]
+        for stream, size in zip(streams, (32, 64), strict=True):
+            stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        streams[0].disposition, streams[1].disposition = Disposition.dub, Disposition.default
+        for stream in streams:
+            for pixels in bars(3, stream.height, stream.width):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+    clip = read(tmp_path / "o.mkv")
+    assert clip.frames.shape == (3, 64, 64, 3)
+    assert clip.notes == ("1 other video track is left out",)
 
 
 def test_exif_orientation_is_undone(tmp_path: Path) -> None:
@@ -154,10 +223,77 @@ def test_image_modes(tmp_path: Path, mode: str) -> None:
     assert clip.notes == (("the alpha channel is left out",) if mode in ("LA", "RGBA") else ())
 
 
-def test_animations_are_videos(tmp_path: Path) -> None:
-    first, *others = [Image.fromarray(pixels) for pixels in bars(3)]
-    first.save(tmp_path / "o.gif", save_all=True, append_images=others, duration=100)
-    assert len(read(tmp_path / "o.gif").frames) == 3
+class TestTimes:
+    """Frames keep the moments at which they are shown."""
+
+    MILLISECONDS = (0, 40, 80, 500, 540, 1000, 1040, 1080, 3000)
+
+    def screen_recording(self, path: Path, milliseconds: Sequence[int] = MILLISECONDS) -> Path:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 1000)
+            for pixels, moment in zip(bars(len(milliseconds)), milliseconds, strict=True):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts, frame.time_base = moment, Fraction(1, 1000)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    @pytest.mark.parametrize("name", ["o.mkv", "o.mp4"])
+    def test_uneven_ones_are_kept_and_written(self, tmp_path: Path, name: str) -> None:
+        clip = read(self.screen_recording(tmp_path / name))
+        assert clip.times[:-1] == tuple(90 * moment for moment in self.MILLISECONDS)
+        assert len(clip.frames) / clip.fps == pytest.approx(clip.times[-1] / 90_000)
+        (note,) = clip.notes
+        assert "the frames come unevenly" in note
+        write(tmp_path / "again.mp4", clip.frames, clip.fps, times=clip.times)
+        again = read(tmp_path / "again.mp4")
+        assert (again.times, again.fps) == (clip.times, clip.fps)
+
+    def test_a_part_has_its_own(self, tmp_path: Path) -> None:
+        path = self.screen_recording(tmp_path / "o.mkv")
+        part = read(path, frames=FrameRange(0, 3))
+        assert (part.fps, part.times) == (25, ())
+        assert read(path, frames=FrameRange(2, 5)).times == (0, 420 * 90, 460 * 90, 920 * 90)
+
+    def test_rounded_ones_are_even(self, tmp_path: Path) -> None:
+        path = self.screen_recording(tmp_path / "o.mkv", [round(1000 * n / 24) for n in range(40)])
+        clip = read(path)
+        assert (clip.times, clip.notes) == ((), ())
+        assert len(clip.frames) / clip.fps == pytest.approx(40 / 24, abs=0.02)
+
+    @pytest.mark.parametrize("kind", ["gif", "png", "webp", "avif"])
+    def test_animations(self, tmp_path: Path, kind: str) -> None:
+        first, *others = [Image.fromarray(pixels) for pixels in bars(4)]
+        lasts = [100, 50, 400, 200]
+        first.save(tmp_path / f"o.{kind}", save_all=True, append_images=others, duration=lasts)
+        clip = read(tmp_path / f"o.{kind}")
+        assert clip.times == (0, 9000, 13500, 49500, 67500)
+        assert np.abs(clip.frames.astype(int) - bars(4)).mean() < 12
+        first.save(tmp_path / f"even.{kind}", save_all=True, append_images=others, duration=100)
+        even = read(tmp_path / f"even.{kind}")
+        assert (len(even.frames), even.fps, even.times) == (4, 10, ())
+        assert not media.inspect(tmp_path / f"o.{kind}").is_image
+
+    def test_pages_are_frames_without_times(self, tmp_path: Path) -> None:
+        first, *others = [Image.fromarray(pixels) for pixels in bars(3)]
+        first.save(tmp_path / "o.tiff", save_all=True, append_images=others)
+        clip = read(tmp_path / "o.tiff")
+        assert np.array_equal(clip.frames, bars(3))
+        assert clip.fps == 10
+        assert any("without a time of their own" in note for note in clip.notes)
+        first.save(tmp_path / "sizes.tiff", save_all=True, append_images=[others[0].resize((48, 32))])
+        with pytest.raises(InputError, match="pages of 96x64 and of 48x32, which can't be frames"):
+            read(tmp_path / "sizes.tiff")
+        assert len(read(tmp_path / "sizes.tiff", frames=FrameRange(0, 1)).frames) == 1
+
+    def test_previews_are_no_frames(self, tmp_path: Path) -> None:
+        first, other = (Image.fromarray(pixels) for pixels in bars(2))
+        first.save(tmp_path / "o.mpo", save_all=True, append_images=[other])
+        clip = read(tmp_path / "o.mpo")
+        assert len(clip.frames) == 1
+        assert clip.notes == ("of the 2 pictures in it the first is taken",)
 
 
 def test_sound_is_left_out_and_said() -> None:

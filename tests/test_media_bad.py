@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import CLIP, content, cut_after_header, make_video, no_frames, only_sound, png_of_claimed_size
+from clips import (
+    CLIP,
+    content,
+    cut,
+    cut_after_header,
+    cut_animation,
+    make_video,
+    no_frames,
+    only_sound,
+    png_of_claimed_size,
+)
 from PIL import Image
 
 from halovae import media
@@ -25,6 +35,10 @@ BAD = {
         "can't be read as an image or a video .*cut short",
     ),
     "cut after the header": (cut_after_header, r"is broken at frame \d+ .*--frames 0:\d+"),
+    "matroska cut short": (lambda folder: cut(folder, "o.mkv"), r"is broken at frame \d+ \(the file ends early"),
+    "a live recording cut short": (lambda folder: cut(folder, "o.mkv", live="1"), r"the file ends early"),
+    "raw frames cut short": (lambda folder: cut(folder, "o.y4m", codec="rawvideo"), r"the file ends early"),
+    "animation cut short": (cut_animation, r"is broken at frame \d .*truncated"),
     "image cut short": (
         lambda folder: content(folder, (CLIP.parent / "coffee.png").read_bytes()[:9000]),
         "can't read image .*truncated",

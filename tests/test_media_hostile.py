@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -45,20 +44,6 @@ def test_lies_in_the_header(tmp_path: Path, lie: str) -> None:
     assert clip is None or (1 <= len(clip.frames) <= 12 and clip.fps > 0)
     assert memory.growth < 300 * 2**20
     assert time.monotonic() - started < 30
-
-
-def test_uneven_times_are_said(tmp_path: Path) -> None:
-    with av.open(str(tmp_path / "o.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for pixels, time_stamp in zip(bars(8), (0, 1, 2, 7, 8, 20, 21, 30), strict=True):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
-            frame.pts, frame.time_base = time_stamp, Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    clip = read(tmp_path / "o.mp4")
-    assert len(clip.frames) == 8
-    assert any("uneven" in note for note in clip.notes)
 
 
 def test_alpha_is_left_out_and_said(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class LatentsInfo:
     padded_frames: int
     padded_height: int
     padded_width: int
+    times: tuple[int, ...] = ()
+    """As in `media.Clip`: where frames come unevenly, when each begins and the final one ends, in 1/90000 s."""
 
     def __post_init__(self) -> None:
         pairs = {
@@ -60,6 +62,9 @@ class LatentsInfo:
                 raise InputError(f"metadata {name}={size}, padded to {padded}: need 1 <= {name} <= padded_{name}")
         if self.fps <= 0:
             raise InputError(f"metadata fps={self.fps}: needs to be positive")
+        in_order = all(begin < end for begin, end in zip(self.times[:-1], self.times[1:], strict=True))
+        if self.times and not (len(self.times) == self.frames + 1 and self.times[0] == 0 and in_order):
+            raise InputError(f"metadata times: needs {self.frames + 1} numbers that grow from 0")
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors stores it: text to text."""
@@ -70,6 +75,7 @@ class LatentsInfo:
             "model_class": self.model_class,
             "scaling": json.dumps(dict(self.scaling)),
             "fps": str(self.fps),
+            **({"times": json.dumps(self.times)} if self.times else {}),
             **sizes,
         }
 
@@ -87,13 +93,19 @@ class LatentsInfo:
             raise InputError(f"metadata lacks {', '.join(missing)}")
         try:
             scaling = json.loads(metadata["scaling"])
+            times = json.loads(metadata.get("times", "[]"))
             fps = Fraction(metadata["fps"])
             sizes = {name: int(metadata[name]) for name in _INTEGERS}
         except (ValueError, ZeroDivisionError) as error:
             raise InputError(f"metadata can't be read: {first_line(error)}") from error
         if not isinstance(scaling, dict):
             raise InputError(f"metadata scaling is {metadata['scaling'][:40]!r}, not a JSON object")
-        return cls(model=metadata["model"], model_class=metadata["model_class"], scaling=scaling, fps=fps, **sizes)
+        if not isinstance(times, list) or not all(type(time) is int for time in times):
+            raise InputError(f"metadata times is {metadata['times'][:40]!r}, not a list of integers")
+        return cls(
+            model=metadata["model"], model_class=metadata["model_class"], scaling=scaling, fps=fps, times=tuple(times),
+            **sizes,
+        )  # fmt: skip
 
 
 _INTEGERS = ("frames", "height", "width", "padded_frames", "padded_height", "padded_width")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,9 +25,12 @@ def read_clip(
     return clip
 
 
-def write_clip(session: Session, output: Path, frames: media.Frames, fps: Fraction, crf: int | None = None) -> None:
+def write_clip(
+    session: Session, output: Path, frames: media.Frames, fps: Fraction, crf: int | None = None,
+    times: Sequence[int] = (),
+) -> None:  # fmt: skip
     """Write on this rank alone."""
     with session.stages.stage("write", len(frames)) as advance:
-        notes = media.write(output, frames, fps, advance, crf)
+        notes = media.write(output, frames, fps, advance, crf, times)
     for note in notes:
         session.stages.note(f"{output}: {note}")

@@ -86,7 +86,7 @@ def _on_rank(session: Session, job: _Job) -> None:
     sample = fit.crop(sample)
     if loaded.source.class_name != info.model_class:
         session.stages.note(f"the latents were made by {info.model} ({info.model_class})")
-    write_clip(session, job.output, codec.Frames(sample), info.fps)
+    write_clip(session, job.output, codec.Frames(sample), info.fps, times=info.times)
     if job.json is not None:
         write_json(job.json, document | {"input": str(job.source), "output": str(job.output)})
     typer.echo(f"{job.output}: {report.clip_line(fit, info.fps)}")

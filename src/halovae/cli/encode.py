@@ -97,5 +97,6 @@ def _info(loaded: Loaded, clip: Clip, fit: Fit) -> LatentsInfo:
         model_class=loaded.source.class_name,
         scaling=scaling_of(loaded.vae.config),
         fps=clip.fps,
+        times=clip.times,
         **vars(fit),
     )

@@ -12,6 +12,9 @@ from halovae import latents, media
 from halovae.errors import InputError
 from halovae.latents import LatentsInfo
 
+_ROUNDING = 5e-4
+"""Rates nearer than this may be one rate: some formats keep times in milliseconds. 24 and 24000/1001 are 1e-3 apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trimmed:
@@ -61,13 +64,16 @@ def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None
     """
     reference, result = media.Film(one, advance), media.Film(other, advance)
     lengths = reference.count, result.count
+    rates = reference.pace.fps, result.pace.fps
+    if abs(rates[0] / rates[1] - 1) < _ROUNDING:
+        rates = rates[0], rates[0]
     sizes = [f"{film.size[1]}x{film.size[0]}" for film in (reference, result)]
     differing = [
         f"{what} {first} and {second}"
         for what, first, second in (
             ("frames", *lengths),
             ("size", *sizes),
-            ("rate", reference.fps, result.fps),
+            ("rate", *rates),
         )
         if first != second
     ]

@@ -90,7 +90,7 @@ def _on_rank(session: Session, job: _Job) -> None:
     spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
         return
-    write_clip(session, job.output, result.frames, clip.fps)
+    write_clip(session, job.output, result.frames, clip.fps, times=clip.times)
     words, ratio = compare.to_source(clip.frames, result)
     numbers, alone = {}, None
     # On one rank while the others have ended: nobody needs them any more.

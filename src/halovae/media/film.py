@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 from halovae.errors import InputError
 from halovae.files import check_input
+from halovae.media.pace import pace_of
 from halovae.media.reader import Frame, cover, opened
 
 
@@ -25,17 +27,21 @@ class Film:
     def __init__(self, path: Path, advance: Callable[[], None] = lambda: None) -> None:
         check_input(path)
         self._path = path
-        self.count = 0
         self.size = (0, 0)
         """Height and width of the first frame, which the others are scaled to."""
         self._part: tuple[int, int, int] | None = None
-        with opened(path) as (source, self.fps, _):
-            for picture in source:
-                self.size = self.size if self.count else (picture.height, picture.width)
-                self.count += 1
+        begins: list[Fraction | None] = []
+        end: Fraction | None = None
+        with opened(path) as source:
+            for shown in source.pictures:
+                self.size = self.size if begins else (shown.picture.height, shown.picture.width)
+                begins.append(shown.begins)
+                end = shown.end
                 advance()
-        if not self.count:
+        if not begins:
             raise InputError(f"{path} has no frames")
+        self.count = len(begins)
+        self.pace = pace_of(source, begins, end)
 
     def trim(self, count: int, height: int, width: int) -> None:
         """Keep the first frames only, and of them the middle."""
@@ -44,6 +50,6 @@ class Film:
     def __iter__(self) -> Iterator[Frame]:
         count, height, width = self._part or (self.count, *self.size)
         top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
-        with opened(self._path) as (source, _, _):
-            for picture in islice(source, count):
-                yield cover(picture, self.size)[top : top + height, left : left + width]
+        with opened(self._path) as source:
+            for shown in islice(source.pictures, count):
+                yield cover(shown.picture, self.size)[top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""How large a picture and a clip may be."""
+"""How large a picture and a clip may be, and what to say of a broken one."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def check_pixels(path: Path, width: int, height: int) -> None:
         )
     if width < 1 or height < 1:
         raise InputError(f"{path} has a picture of {width}x{height} pixels")
+
+
+def broken(path: Path, frame: int, why: str) -> str:
+    """What to tell of a clip whose frames before `frame` are whole."""
+    remedy = f"; the first {frame} can be read: use --frames 0:{frame}" if frame else ""
+    return f"{path} is broken at frame {frame} ({why}){remedy}"

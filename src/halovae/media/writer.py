@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.filter import Graph
+from av.packet import Packet
+from av.video.format import VideoFormat
+from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
 
 from halovae.errors import InputError
 from halovae.files import atomic, first_line, reason
+from halovae.media.pace import TICKS
 
 Frames = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
 
 SUFFIXES = (".mp4", ".png")
 CRF = 16
 """Of x264: visually lossless for most content, so that what is seen is the VAE's doing."""
-_ENCODER = {"preset": "medium", "x264-params": "mbtree=0"}
-"""Of x264. Its macroblock tree makes different files of the same frames, one time in five on small noisy ones."""
-_SCALER = 0x200 | 0x40000
-"""SWS_LANCZOS and SWS_ACCURATE_RND of libswscale."""
+_ENCODER = {"preset": "medium", "x264-params": "mbtree=0:chromaloc=0"}
+"""Of x264. Its macroblock tree makes different files of the same frames, one time in five on small noisy ones.
+`chromaloc` says that colour is sampled where every player assumes it, at the left of two pixels."""
+_SCALE = "flags=lanczos+accurate_rnd:out_color_matrix=bt709:out_range=tv:out_chroma_loc=left"
+"""For libavfilter; libswscale by itself would sample colour between two pixels."""
 _BT709 = 1
 """ITU-T H.273 gives matrix, primaries and transfer of BT.709 the same number."""
 
@@ -35,6 +41,7 @@ def write(
     fps: Fraction,
     advance: Callable[[], None] = lambda: None,
     crf: int | None = None,
+    times: Sequence[int] = (),
 ) -> tuple[str, ...]:
     """Write `frames` to `path`; its suffix chooses the format. A file of that name is replaced at the very end.
 
@@ -44,6 +51,8 @@ def write(
         fps: frames per second.
         advance: called after each frame.
         crf: of x264, 0 to 51; 0 loses nothing but colour resolution. None: `CRF`.
+        times: when each frame begins and, last, when the final one ends, in 1/90000 s from the first one on; empty:
+            evenly, `fps` a second.
 
     Returns:
         Notes on what a reader might not expect of the file.
@@ -57,7 +66,7 @@ def write(
             Image.fromarray(frames[0]).save(draft, format="PNG")
         advance()
         return ()
-    return _write_mp4(path, frames, fps, advance, CRF if crf is None else crf)
+    return _write_mp4(path, frames, fps, advance, CRF if crf is None else crf, times)
 
 
 def check_still(path: Path, frames: int) -> None:
@@ -70,22 +79,41 @@ def check_still(path: Path, frames: int) -> None:
         raise InputError(f"output {path} is one image, but there are {frames} frames: name it .mp4")
 
 
-def _write_mp4(path: Path, frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int) -> tuple[str, ...]:
+def _write_mp4(
+    path: Path, frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int, times: Sequence[int]
+) -> tuple[str, ...]:
     height, width = frames[0].shape[:2]
     # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
     even = height % 2 == 0 and width % 2 == 0
     try:
         with atomic(path) as draft, av.open(str(draft), mode="w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), **_ENCODER})
+            # Without frames that are sent before earlier ones, the muxer keeps every duration, the last one too.
+            order = {"bf": "0"} if times else {}
+            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), **_ENCODER, **order})
             _describe(stream, height, width, "yuv420p" if even else "yuv444p")
-            for pixels in frames:
-                container.mux(stream.encode(_to_yuv(pixels, stream)))
+            if times:
+                stream.codec_context.time_base = Fraction(1, TICKS)
+            lasts = {begin: end - begin for begin, end in zip(times[:-1], times[1:], strict=True)}
+            to_yuv = _converter(stream)
+            for number, pixels in enumerate(frames):
+                frame = to_yuv(pixels)
+                frame.time_base = Fraction(1, TICKS) if times else 1 / fps
+                frame.pts = times[number] if times else number
+                container.mux(_lasting(stream.encode(frame), lasts))
                 advance()
-            container.mux(stream.encode())
+            container.mux(_lasting(stream.encode(), lasts))
     except av.FFmpegError as error:
         why = reason(error) if isinstance(error, OSError) else first_line(error)
         raise InputError(f"can't write {path}: {why}") from error
     return () if even else (f"{width}x{height} is odd: written as yuv444p, which not every player shows",)
+
+
+def _lasting(packets: list[Packet], lasts: Mapping[int, int]) -> list[Packet]:
+    """Packets that say how long their frames last, where that is known."""
+    for packet in packets:
+        if packet.pts is not None and packet.pts in lasts:
+            packet.duration = lasts[packet.pts]
+    return packets
 
 
 def _describe(stream: VideoStream, height: int, width: int, pixel_format: str) -> None:
@@ -95,11 +123,19 @@ def _describe(stream: VideoStream, height: int, width: int, pixel_format: str) -
     context.color_range = ColorRange.MPEG
 
 
-def _to_yuv(pixels: NDArray[np.uint8], stream: VideoStream) -> av.VideoFrame:
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-    return frame.reformat(
-        format=stream.pix_fmt,
-        dst_colorspace=Colorspace.ITU709,
-        dst_color_range=ColorRange.MPEG,
-        interpolation=_SCALER,
+def _converter(stream: VideoStream) -> Callable[[NDArray[np.uint8]], av.VideoFrame]:
+    """From RGB to what the stream takes."""
+    graph = Graph()
+    pixel_format = VideoFormat("rgb24", stream.width, stream.height)
+    source = graph.add_buffer(
+        width=stream.width, height=stream.height, format=pixel_format, time_base=Fraction(1, TICKS)
     )
+    steps = [graph.add("scale", _SCALE), graph.add("format", f"pix_fmts={stream.pix_fmt}"), graph.add("buffersink")]
+    graph.link_nodes(source, *steps).configure()
+
+    def to_yuv(pixels: NDArray[np.uint8]) -> av.VideoFrame:
+        graph.push(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"))
+        frame: Any = graph.pull()
+        return frame
+
+    return to_yuv

@@ -107,6 +107,7 @@ def encode_clip(session: Session, model: Model, task: Task, on_step: OnStep) -> 
         model_class=type(vae).__name__,
         scaling=scaling_of(vae.config),
         fps=clip.fps,
+        times=clip.times,
         **vars(fit),
     )
     latents.save(task.output, encoded, info)
@@ -131,7 +132,7 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
     if not session.is_first:
         return {}
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
-    media.write(task.output, codec.Frames(fit.crop(sample)), info.fps)
+    media.write(task.output, codec.Frames(fit.crop(sample)), info.fps, times=info.times)
     return {"num_frames": info.frames, "height": info.height, "width": info.width}
 
 
