@@ -38,7 +38,7 @@ _Grid = Annotated[
     typer.Option(
         metavar="HxW[+O]",
         help="Tiles every H rows and W columns, overlapping by O: measure seams there.",
-        show_default="where they show",
+        show_default="no seams are measured",
     ),
 ]
 _Trim = Annotated[bool, typer.Option("--trim", help="Compare what two files of different sizes or lengths share.")]
@@ -171,6 +171,8 @@ def _clip_text(found: ClipComparison) -> str:
     from halovae.cli.report import table
     from halovae.quality.numbers import decibel
 
+    if found.is_identical:
+        return "identical: no level of any pixel differs, in any frame\n"
     worst = found.frames[found.worst]
     rows = [("", "all", f"worst frame ({worst.frame})")]
     if found.ssim is not None and worst.ssim is not None:
@@ -187,18 +189,13 @@ def _clip_text(found: ClipComparison) -> str:
     if found.drift is not None and found.flicker is not None:
         rows.append(("drift, first frame to last", f"{found.drift:+.3g}", ""))
         rows.append(("flicker", f"{found.flicker:.3g}", "" if worst.flicker is None else f"{worst.flicker:.3g}"))
-    rows.append(("seam energy", _seam(found), ""))
+    if found.seam is not None:
+        rows.append(("seam energy", f"{found.seam:.2f}", ""))
     return table(rows) + _lines(found.grid)
 
 
 def _shift(shift: tuple[float, float, float]) -> str:
     return " ".join(f"{value:+.2f}" for value in shift)
-
-
-def _seam(found: ClipComparison) -> str:
-    if found.seam is None:
-        return "none found" if found.detected and found.largest else "none"
-    return f"{found.seam:.2f}"
 
 
 def _lines(grid: Grid) -> str:
@@ -211,6 +208,8 @@ def _lines(grid: Grid) -> str:
 def _latent_text(found: LatentComparison) -> str:
     from halovae.cli.report import table
 
+    if found.largest == 0:
+        return "identical: no latent differs\n"
     rows = [("", "relative L2", "largest", "shift")]
     rows += [
         (f"channel {c.channel}", f"{c.relative_l2:.3e}", f"{c.largest:.3e}", f"{c.shift:+.2e}") for c in found.channels

@@ -122,12 +122,12 @@ def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, ways: Ways, nam
 def _section(
     title: str, text: str, names: tuple[str, str], reference: Frames, result: Frames, cut: tuple[Grid, str]
 ) -> ClipSection:
-    """Compare, with seams at the borders of the cut; without a cut, where they show."""
+    """Compare, with seams at the borders of the cut."""
     grid, grid_name = cut
-    found = compare_clips(reference, result, grid or None)
+    found = compare_clips(reference, result, grid)
     return ClipSection(
         title=title, text=text, reference_name=names[0], result_name=names[1], reference=reference, result=result,
-        found=found, borders=grid or found.grid, borders_name=grid_name or "a grid that shows",
+        found=found, borders=grid, borders_name=grid_name,
     )  # fmt: skip
 
 
@@ -145,11 +145,12 @@ def clips_report(
         result=result,
         found=found,
         borders=found.grid,
-        borders_name="a grid that shows" if found.detected else "given lines",
+        borders_name="given lines",
     )
     height, width = found.energy.shape
     facts = {"Frames": str(len(found.frames)), "Size": f"{width}x{height}"}
-    verdict = _verdict(gates) or f"PSNR is {decibel(found.psnr)}."
+    same = "Identical in every level of every frame." if found.is_identical else f"PSNR is {decibel(found.psnr)}."
+    verdict = _verdict(gates) or same
     return Report(
         title=section.title, verdict=verdict, facts=facts, clips=[section], gates=gates, command=command(words)
     )

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halovae.quality.detect import Steps
 from halovae.quality.numbers import finite, mean, mean_known
 from halovae.quality.scores import FrameScores, as_floats, psnr, score_frame
 from halovae.quality.seams import Grid, Map, seam_energy
@@ -31,11 +30,14 @@ class ClipComparison:
     energy: Map
     """(height, width): squared difference in levels², the mean over frames and channels."""
     grid: Grid
-    """The lines that seam energy was measured at."""
-    detected: bool
-    """Whether these lines were found in the difference, and not given."""
+    """The lines that seam energy was measured at, if any."""
     seam: float | None
     """Seam energy, see `seams.seam_energy`."""
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether no level of any frame differs."""
+        return self.largest == 0
 
     @property
     def ssim(self) -> float | None:
@@ -81,6 +83,7 @@ class ClipComparison:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, where null stands for what is infinite."""
         return {
+            "identical": self.is_identical,
             "psnr": finite(self.psnr),
             "ssim": self.ssim,
             "ms_ssim": self.ms_ssim,
@@ -91,7 +94,7 @@ class ClipComparison:
             "drift": self.drift,
             "flicker": self.flicker,
             "seam_energy": finite(self.seam),
-            "grid": {**self.grid.to_dict(), "detected": self.detected},
+            "grid": self.grid.to_dict(),
             "worst_frame": self.frames[self.worst].frame,
             "frames": [{**asdict(scores), "psnr": finite(scores.psnr)} for scores in self.frames],
         }
@@ -108,28 +111,26 @@ def compare_clips(
     Args:
         reference: (frames, height, width, 3), levels of 0 to 255.
         result: likewise, of the same shape.
-        grid: where to measure seams; None: at lines that show in the difference.
+        grid: where to measure seams, if anywhere.
         advance: called after each frame.
     """
     scores: list[FrameScores] = []
-    steps, energy, before = Steps(), 0.0, None
+    energy, before = 0.0, None
     for number, (a, b) in enumerate(zip(reference, result, strict=True)):
         scores.append(score_frame(a, b, number, before))
         before = as_floats(b) - as_floats(a)
         energy = energy + np.square(before).mean(axis=2, dtype=np.float64)
-        steps.add(before)
         advance()
     assert isinstance(energy, np.ndarray), "a clip has at least one frame"
     energy = energy / len(scores)
-    lines = steps.find() if grid is None else grid.inside((energy.shape[0], energy.shape[1]))
+    grid = (grid or Grid()).inside((energy.shape[0], energy.shape[1]))
     return ClipComparison(
         frames=tuple(scores),
         psnr=psnr(reference, result),
         drift=_growth([one.mean for one in scores]),
         energy=energy,
-        grid=lines,
-        detected=grid is None,
-        seam=seam_energy(energy, lines),
+        grid=grid,
+        seam=seam_energy(energy, grid),
     )
 
 

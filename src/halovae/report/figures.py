@@ -31,7 +31,7 @@ def clip_figures(found: ClipComparison) -> list[Figure]:
         ("Drift", _signed(found.drift), "levels gained from first frame to last"),
         ("Flicker", level(found.flicker), "levels the difference changes per frame"),
         ("Colour shift", _shift(found.colour_shift), "levels of red, green and blue"),
-        ("Seam energy", _seam(found), _seam_meaning(found)),
+        ("Seam energy", _seam(found), "difference at the borders over elsewhere"),
     ]
     return [Figure(name=name, value=value, meaning=meaning) for name, value, meaning in figures if value]
 
@@ -85,11 +85,5 @@ def _shift(shift: tuple[float, float, float]) -> str:
 
 def _seam(found: ClipComparison) -> str:
     if found.seam is None:
-        return "none" if found.detected and not found.grid else ""
+        return ""
     return "only there" if math.isinf(found.seam) else f"{found.seam:.2f}"
-
-
-def _seam_meaning(found: ClipComparison) -> str:
-    if found.seam is None:
-        return "no grid shows in the difference"
-    return "difference at the borders over elsewhere" + (", at a grid that shows" if found.detected else "")

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("halovae", "torch", "diffusers", "torchmetrics", "av")
+_PACKAGES = ("halovae", "torch", "diffusers", "av")
 
 
 def machine() -> dict[str, str]:
