@@ -104,8 +104,13 @@ class TestGates:
         assert "5 frames of 96x64" in shown.out
         document = json.loads(Path("o.json").read_text())
         assert [gate["passed"] for gate in document["gates"]] == [False, False]
-        assert main(["compare", clips[0], clips[0], *gates]) == 0
         page = Path("r/index.html").read_text()
+        assert main(["compare", clips[0], clips[0], *gates, "--report", "same"]) == 0
+        assert "identical: no level of any pixel differs" in capsys.readouterr().out
+        same = Path("same/index.html").read_text()
+        assert "Identical: no level of any pixel differs" in same
+        assert 'data-role="difference"' not in same
+        assert 'class="heat"' not in same
         assert page.count("✗ failed") == 2
         assert "halovae compare a.mkv b.mkv --min-ssim 0.94" in page
         assert json.loads(Path("r/report.json").read_text())["gates"] == document["gates"]

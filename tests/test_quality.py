@@ -49,9 +49,7 @@ class TestClips:
             for x in range(2):
                 p, q = (clip[0, y : y + 11, x : x + 11].astype(float) for clip in (a, b))
                 p_mean, q_mean = ((weights * one).sum((0, 1)) for one in (p, q))
-                p_variance, q_variance = (
-                    (weights * (one - m) ** 2).sum((0, 1)) for one, m in ((p, p_mean), (q, q_mean))
-                )
+                p_variance, q_variance = ((weights * gap**2).sum((0, 1)) for gap in (p - p_mean, q - q_mean))
                 both = (weights * (p - p_mean) * (q - q_mean)).sum((0, 1))
                 luminance = (2 * p_mean * q_mean + 2.55**2) / (p_mean**2 + q_mean**2 + 2.55**2)
                 values.append(luminance * (2 * both + 7.65**2) / (p_variance + q_variance + 7.65**2))
