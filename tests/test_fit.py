@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -10,6 +16,7 @@ from families import FAMILIES
 from halovae import codec
 from halovae.errors import InputError
 from halovae.fit import Fit, Limits, limits_of
+from halovae.pixels import IMAGENET, PIXELS, SIGNED, UNIT, Pixels, pixels_of
 
 # Name, pixels per latent, whether frames go one by one, and for some frame counts what they are padded to.
 LEARNT = [
@@ -19,14 +26,18 @@ LEARNT = [
     ("temporal_decoder", 8, True, {6: 6}),
     ("qwenimage21", 16, True, {1: 1, 6: 6}),
     ("hunyuan_image_refiner", 16, False, {1: 1, 6: 6}),
-    ("wan21", 8, False, {1: 1, 2: 5, 8: 9, 33: 33, 80: 81, 81: 81}),
+    ("wan21", 8, False, {1: 1, 2: 5, 8: 9, 33: 33}),
     ("wan22", 16, False, {8: 9}),
-    ("hunyuan_video_framewise", 8, False, {1: 1, 18: 21, 130: 133}),
-    ("ltx", 32, False, {1: 1, 8: 9, 120: 121}),
+    ("hunyuan_video_framewise", 8, False, {1: 1, 18: 21}),
+    ("ltx", 32, False, {1: 1, 8: 9}),
     ("ltx095", 32, False, {10: 17}),
-    ("cogvideox", 8, False, {1: 1, 5: 9, 49: 49, 50: 57}),
-    ("mochi", 8, False, {1: 1, 8: 13, 80: 85}),
+    ("cogvideox", 8, False, {1: 1, 5: 9, 50: 57}),
+    ("mochi", 8, False, {1: 1, 8: 13}),
     ("minimax_h3", 16, False, {1: 22, 23: 39}),
+    ("kvae_video", 8, False, {5: 5, 37: 41, 49: 49}),
+    ("vidtok", 8, False, {1: 1, 6: 9}),
+    ("vidtok_noncausal", 8, False, {1: 16, 17: 32}),
+    ("vidtok_fsq", 8, False, {2: 5}),
 ]
 
 
@@ -39,7 +50,7 @@ def test_limits_are_learnt(name: str, ratio: int, per_frame: bool, counts: dict[
     assert limits.fit(min(counts), ratio + 1, 3 * ratio).padded_width == 3 * ratio
 
 
-@pytest.mark.parametrize("name", ["kl", "tiny", "temporal_decoder", "qwenimage21", "wan22", "ltx095", "cogvideox"])
+@pytest.mark.parametrize("name", ["kl", "tiny", "temporal_decoder", "qwenimage21", "wan22", "ltx095", "vidtok_fsq"])
 def test_what_is_learnt_is_true(name: str) -> None:
     """A clip of sizes that the VAE doesn't take comes back in its own sizes."""
     vae = FAMILIES[name].build()
@@ -67,6 +78,85 @@ def test_frames_of_an_image_vae_are_what_each_gives_alone() -> None:
         for frame in range(3):
             alone = vae.decode(vae.encode(clip[:, frame][None]).latent_dist.mode()).sample[0]
             assert torch.equal(sample[:, frame], alone)
+
+
+def test_a_causal_vae_gets_copies_of_the_first_frame_as_in_its_own_forward() -> None:
+    vae = FAMILIES["vidtok"].build()
+    limits = limits_of(vae)
+    clip = torch.rand(3, 5, 32, 40) * 2 - 1
+    with torch.no_grad():
+        sample = codec.decode(vae, limits, codec.encode(vae, limits, clip))
+        assert torch.equal(sample, vae(clip[None], sample_posterior=False).sample[0])
+
+
+def small_rae() -> torch.nn.Module:
+    """Vision transformers that resize any picture to 64 x 64."""
+    return diffusers.AutoencoderRAE(
+        encoder_hidden_size=64, encoder_patch_size=16, encoder_num_hidden_layers=1, decoder_hidden_size=32,
+        decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=32, encoder_input_size=64,
+    ).eval()  # fmt: skip
+
+
+def test_a_vae_of_one_size_says_so_before_the_work() -> None:
+    limits = limits_of(small_rae())
+    assert limits.fit(2, 64, 64).padded_frames == 2
+    with pytest.raises(InputError, match="AutoencoderRAE takes 64x64 only, not 96x80: use --height 64 --width 64"):
+        limits.fit(2, 80, 96)
+
+
+class TestPixels:
+    """Which numbers a VAE takes for a picture."""
+
+    def test_every_class_has_been_looked_up(self) -> None:
+        assert set(PIXELS) == {family.model for family in FAMILIES.values()} | {"AutoencoderRAE"}
+
+    def test_documentation_agrees(self) -> None:
+        """Whose class tells of ImageNet takes no -1 to 1."""
+        unusual = {name for name in PIXELS if "imagenet" in (getattr(diffusers, name).__doc__ or "").lower()}
+        assert unusual == {name for name, pixels in PIXELS.items() if pixels != SIGNED}
+
+    def test_processors_agree(self) -> None:
+        """Whose pipelines don't normalise takes 0 to 1: one class, by its config."""
+        unnormalised = re.compile(r"self\.(image|video)_processor = \w+\([^)]*do_normalize=False")
+        annotated = re.compile(r"^\s+(?:vae|movq|vqvae): (\w+)", re.MULTILINE)
+        found = set()
+        for path in Path(diffusers.__file__).parent.glob("*pipelines/**/*.py"):
+            text = path.read_text()
+            if unnormalised.search(text):
+                found |= set(annotated.findall(text))
+        assert found == {"VQModel"}
+        tokens = diffusers.VQModel(**FAMILIES["vq"].config, lookup_from_codebook=True)
+        assert pixels_of(tokens) == UNIT
+        assert pixels_of(FAMILIES["vq"].build()) == SIGNED
+
+    @pytest.mark.parametrize("pixels", [UNIT, IMAGENET])
+    def test_there_and_back(self, pixels: Pixels) -> None:
+        levels = torch.linspace(0, 255, 3 * 2 * 4 * 5).reshape(3, 2, 4, 5).double()
+        signed = levels / 127.5 - 1
+        mean, std = (torch.tensor(value)[:, None, None, None].double() for value in (pixels.mean, pixels.std))
+        assert torch.allclose(pixels.from_signed(signed), (levels / 255 - mean) / std, atol=1e-6)
+        assert torch.allclose(pixels.to_signed(pixels.from_signed(signed)), signed, atol=1e-6)
+        assert pixels.from_signed(signed.bfloat16()).dtype == torch.bfloat16
+        assert SIGNED.from_signed(signed) is signed
+
+    def test_both_halves_go_by_it(self) -> None:
+        vae = small_rae()
+        limits = limits_of(vae)
+        clip = torch.rand(3, 1, 64, 64) * 2 - 1
+        with torch.no_grad():
+            latents = codec.encode(vae, limits, clip)
+            assert torch.equal(latents, vae.encode((clip[:, 0][None] + 1) / 2).latent)
+            assert torch.equal(codec.decode(vae, limits, latents)[:, 0], vae.decode(latents).sample[0] * 2 - 1)
+
+    def test_an_unknown_class_is_refused_by_name(self) -> None:
+        class AutoencoderOfTomorrow(torch.nn.Module):
+            config: ClassVar[dict[str, int]] = {}
+
+        assert pixels_of(AutoencoderOfTomorrow()) is None
+        limits = replace(limits_of(FAMILIES["kl"].build()), name="AutoencoderOfTomorrow", pixels=None)
+        for call in (codec.encode, codec.decode):
+            with pytest.raises(InputError, match="not known which numbers AutoencoderOfTomorrow takes"):
+                call(None, limits, torch.zeros(3, 1, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +192,9 @@ def test_a_vae_that_keeps_no_count_is_refused() -> None:
     def none(frames: int) -> int:
         raise InputError("keeps no frame count")
 
-    limits = Limits(has_frame_dim=True, per_frame=False, channels=3, latent_channels=4, ratio=8, padded_count=none)
+    limits = Limits(
+        name="Some", has_frame_dim=True, per_frame=False, channels=3, latent_channels=4, ratio=8, padded_count=none
+    )
     with pytest.raises(InputError, match="keeps no frame count"):
         limits.fit(5, 8, 8)
 

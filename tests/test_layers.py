@@ -19,7 +19,7 @@ LAYERS = [
     {"comm", "agreement", "trees", "memory", "timeline", "link_speed", "functions"},
     {"target", "kernels"},
     {"dataflow", "state", "randomness", "record", "speed", "measured_speed", "meter", "exact", "tile"},
-    {"media", "models", "latents", "fit", "codec", "files"},
+    {"media", "models", "latents", "fit", "codec", "files", "pixels"},
     {"plan", "verify", "quality", "predict", "survey", "room", "merge", "rehearsal", "tape", "graphs", "advice"},
     {"engines", "choice", "parallel", "context"},
     {"launch", "watch", "cli", "report", "pipelines", "serve", "__main__", "__init__"},

@@ -62,7 +62,7 @@ def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = l
     Args:
         vae: its `encode` is called once, or once per frame when it is a VAE of images.
         limits: of this VAE.
-        clip: (3, frames, height, width), of sizes that the VAE takes.
+        clip: (3, frames, height, width) of -1 to 1, whatever the VAE itself takes, and of sizes that it takes.
         after: called after each call of the VAE.
 
     Returns:
@@ -79,7 +79,14 @@ def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = l
 
 
 def encode_inputs(limits: Limits, clip: Tensor) -> list[Tensor]:
-    """What the VAE's `encode` gets for a clip, call by call."""
+    """What the VAE's `encode` gets for a clip, call by call.
+
+    Raises:
+        InputError: it is not known which numbers the VAE takes.
+    """
+    clip = limits.known_pixels().from_signed(clip)
+    if limits.lead:
+        clip = torch.cat([clip[:, :1].expand(-1, limits.lead, -1, -1), clip], dim=1)
     if limits.channels > clip.shape[0]:
         clip = torch.cat([clip, torch.ones_like(clip[:1])])  # Alpha: opaque.
     # One by one, where it is possible: a batch of all frames would hold all their activations at once.
@@ -88,14 +95,18 @@ def encode_inputs(limits: Limits, clip: Tensor) -> list[Tensor]:
 
 
 def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:
-    """Decode what `encode` returned, to (3, frames, height, width).
+    """Decode what `encode` returned, to (3, frames, height, width) of -1 to 1.
 
     Args:
         vae: its `decode` is called `decode_calls` times.
         limits: of this VAE.
         latents: as `encode` returns them.
         after: called after each call of the VAE.
+
+    Raises:
+        InputError: it is not known which numbers the VAE gives.
     """
+    pixels = limits.known_pixels()
     calls = decode_calls(vae, limits, latents)
 
     def decoded(part: Tensor) -> Tensor:
@@ -104,10 +115,9 @@ def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] 
         return sample
 
     sample = _joined(map(decoded, latents.split(latents.shape[0] // calls)), calls)
-    if sample.ndim == 4:  # The frames are the batch.
-        return sample.transpose(0, 1)[:3]
-    # As above with a frame dimension of one, or else a batch of one.
-    return sample.transpose(0, 1).flatten(1, 2)[:3]
+    # The frames are the batch, with a frame dimension of one or without; or else it is a batch of one.
+    clip = sample.transpose(0, 1)
+    return pixels.to_signed(clip[:3] if sample.ndim == 4 else clip.flatten(1, 2)[:3])
 
 
 def decode_calls(vae: Any, limits: Limits, latents: Tensor) -> int:

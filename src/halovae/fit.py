@@ -20,9 +20,11 @@ from torch.nn import functional
 from halovae.errors import InputError
 from halovae.files import first_line
 from halovae.models import skeleton
+from halovae.pixels import Pixels, pixels_of
 
-_SIDE = 128
-"""Pixels of the trial's picture: a multiple of every compression ratio in use, and large enough for every padding."""
+_SIZE = (128, 192)
+"""Height and width of the trial's picture: multiples of every compression ratio in use, and large enough for every
+padding. No square: one that comes back could be the only size that there is."""
 _SEARCH = 32
 """How many frames to add at most in search of a valid count."""
 _CHANNELS = (3, 4)
@@ -77,6 +79,8 @@ class Fit:
 class Limits:
     """What one VAE takes and gives."""
 
+    name: str
+    """Of its class."""
     has_frame_dim: bool
     """Whether it takes (batch, channels, frames, height, width), or else (batch, channels, height, width)."""
     per_frame: bool
@@ -85,15 +89,39 @@ class Limits:
     latent_channels: int
     ratio: int
     """Pixels per latent, along height and width."""
+    lead: int = 0
+    """Copies of the first frame that encode gets before it, and that decode leaves out."""
+    only_size: tuple[int, int] | None = None
+    """Height and width, of a VAE that takes no others."""
+    pixels: Pixels | None = None
+    """The numbers that it takes and gives for a picture; None where they are not known."""
     padded_count: Callable[[int], int]
     """The smallest frame count from the given one on that goes through the VAE whole."""
+
+    def known_pixels(self) -> Pixels:
+        """The numbers that the VAE takes and gives for a picture.
+
+        Raises:
+            InputError: they are not known.
+        """
+        if self.pixels is None:
+            raise InputError(
+                f"it is not known which numbers {self.name} takes for a picture, -1 to 1 or others: use its encode and "
+                f"decode from Python, with halovae.parallelize"
+            )
+        return self.pixels
 
     def fit(self, frames: int, height: int, width: int) -> Fit:
         """How a clip of these sizes goes through the VAE.
 
         Raises:
-            InputError: no frame count near `frames` comes out whole.
+            InputError: no frame count near `frames` comes out whole, or the VAE takes one size only.
         """
+        if self.only_size not in (None, (height, width)):
+            tall, wide = self.only_size
+            raise InputError(
+                f"{self.name} takes {wide}x{tall} only, not {width}x{height}: use --height {tall} --width {wide}"
+            )
         return Fit(
             frames=frames,
             height=height,
@@ -111,18 +139,22 @@ def limits_of(vae: nn.Module) -> Limits:
         InputError: it takes no RGB images or clips, or doesn't keep their size.
     """
     trial = _Trial(vae)
-    channels, has_frame_dim, latent = trial.first()
-    if _SIDE % latent.shape[-1] or latent.shape[-1] != latent.shape[-2]:
-        raise InputError(
-            f"{trial.name} makes latents of {tuple(latent.shape)} from {_SIDE}x{_SIDE} pixels: not to scale"
-        )
-    per_frame = not has_frame_dim or trial.is_for_images()
+    latent = trial.first()
+    rows, columns = trial.height / latent.shape[-2], trial.width / latent.shape[-1]
+    if rows != columns or rows != int(rows):
+        sizes = f"latents of {tuple(latent.shape)} from {trial.width}x{trial.height} pixels"
+        raise InputError(f"{trial.name} makes {sizes}: not to scale")
+    per_frame = not trial.has_frame_dim or trial.is_for_images()
     return Limits(
-        has_frame_dim=has_frame_dim,
+        name=trial.name,
+        has_frame_dim=trial.has_frame_dim,
         per_frame=per_frame,
-        channels=channels,
+        channels=trial.channels,
         latent_channels=latent.shape[1],
-        ratio=_SIDE // latent.shape[-1],
+        ratio=int(rows),
+        lead=trial.lead,
+        only_size=None if (trial.height, trial.width) == _SIZE else (trial.height, trial.width),
+        pixels=pixels_of(vae),
         padded_count=(lambda frames: frames) if per_frame else trial.padded_count,
     )
 
@@ -133,75 +165,106 @@ class _Trial:
     def __init__(self, vae: nn.Module) -> None:
         self.name = type(vae).__name__
         self._vae = vae
-        self._channels = 0
-        self.latent_frames = cache(self._latent_frames)
-        self.returned = cache(self._returned)
+        self.height, self.width = _SIZE
+        self.channels = 0
+        self.has_frame_dim = False
+        self.lead = 0
+        self.padded_count = cache(self._padded_count)
+        self._period = cache(self._period)
+        self._returned = cache(self._returned)
 
-    def first(self) -> tuple[int, bool, Tensor]:
-        """Channels, whether there is a frame dimension, and a latent (on meta) of a square of `_SIDE` pixels."""
+    def first(self) -> Tensor:
+        """A latent (on meta) of a picture that is kept. Finds out all but frame counts."""
+        latent, sample = self._first()
+        if sample.shape[-2:] != (self.height, self.width):
+            # One that resizes every picture to its own size keeps pictures of this size.
+            got = _sizes(1, *sample.shape[-2:])
+            wanted = _sizes(1, self.height, self.width)
+            self.height, self.width = sample.shape[-2:]
+            latent, sample = self._first()
+            if sample.shape[-2:] != (self.height, self.width):
+                raise InputError(f"{self.name} gives back {got} for {wanted}: it resizes its input")
+        if self.has_frame_dim:
+            self.lead = self._lead()
+        return latent
+
+    def _first(self) -> tuple[Tensor, Tensor]:
         problems: list[str] = []
         # 25 frames satisfy every VAE that wants more than one.
         for frames in ((1,), (25,), ()):
             for channels in _CHANNELS:
                 twin, latent = self._twin(), None
                 try:
-                    latent = self._encode(twin, (1, channels, *frames, _SIDE, _SIDE))
+                    latent = self._encode(twin, (1, channels, *frames, self.height, self.width))
                     sample = _decode(twin, latent)
                 except Exception as error:  # Whatever a model's code raises on a shape that it can't take.
-                    if latent is None:
-                        problems.append(f"takes neither RGB images nor RGB clips: {first_line(error)}")
-                    else:  # The shape was right, so this says more.
+                    if latent is not None:  # The shape was right, so this says more.
                         problems.insert(0, f"can't decode what it encodes: {first_line(error)}")
+                    elif isinstance(error, InputError):  # It was right here, too.
+                        problems.insert(0, f"can't be used here: {error}")
+                    else:
+                        problems.append(f"takes neither RGB images nor RGB clips: {first_line(error)}")
                     continue
-                if sample.shape[-2:] != (_SIDE, _SIDE):
-                    got = _sizes(1, *sample.shape[-2:])
-                    raise InputError(
-                        f"{self.name} gives back {got} for {_sizes(1, _SIDE, _SIDE)}: it resizes its input"
-                    )
-                self._channels = channels
-                return channels, bool(frames), latent
+                self.channels, self.has_frame_dim = channels, bool(frames)
+                return latent, sample
         raise InputError(f"{self.name} {problems[0]}")
 
     def is_for_images(self) -> bool:
         """Whether it keeps one frame, and no other count that a clip might have."""
         return self._keeps(1) and self._period() is None and not any(map(self._keeps, range(2, _SEARCH)))
 
-    def padded_count(self, frames: int) -> int:
+    def _lead(self) -> int:
+        """See `Limits.lead`. A causal network can leave out nothing but the beginning."""
+        vae: Any = self._vae
+        ratio = vars(vae).get("temporal_compression_ratio")
+        if not vae.config.get("is_causal") or not isinstance(ratio, int) or self._keeps(1 + 2 * ratio):
+            return 0
+        return ratio - 1 if self._returned(ratio - 1 + 1 + 2 * ratio) == 1 + 2 * ratio else 0
+
+    def _padded_count(self, frames: int) -> int:
         """See `Limits.padded_count`."""
-        period = self._period()
-        start = frames if period is None else 1 + -(-(frames - 1) // period) * period
-        for count in range(start, frames + _SEARCH, period or 1):
-            if self._keeps(count if period is None else _equivalent(count)):
+        period, last = self._period(), frames + _SEARCH - 1
+        for count in range(frames, last + 1):
+            if period and (count - 1) % period == 0 and self._keeps(count):
                 return count
-        raise InputError(
-            f"{self.name} keeps no frame count from {frames} to {frames + _SEARCH - 1}: "
-            f"choose another with --frames A:B"
-        )
+        smallest, count = None, last
+        while count >= frames:
+            back = self._returned(self.lead + count)
+            smallest = count if back == count else smallest
+            # Where frames at the end are dropped, what comes back is the next smaller count that is kept.
+            count = back if 0 < back < count else count - 1
+        if smallest is None:
+            raise InputError(
+                f"{self.name} keeps no frame count from {frames} to {last}: choose another with --frames A:B"
+            )
+        return smallest
 
     def _period(self) -> int | None:
-        """k if 1, 1 + k, 1 + 2k, ... frames are valid. Costs far less than trying a long clip."""
+        """k if 1, 1 + k, 1 + 2k, ... frames are likely to be valid."""
         for base in (8, 24):
-            one, more = self.latent_frames(1), self.latent_frames(1 + base)
+            one, more = self._latent_frames(1), self._latent_frames(1 + base)
             if one and more and more > one and base % (more - one) == 0 and self._keeps(1 + base):
                 return base // (more - one)
         return None
 
     def _keeps(self, frames: int) -> bool:
-        return self.returned(frames) == frames
+        return self._returned(self.lead + frames) == frames
 
     def _latent_frames(self, frames: int) -> int:
         try:
-            return int(self._encode(self._twin(), (1, self._channels, frames, _SIDE, _SIDE)).shape[2])
-        except Exception:  # As in `first`.
+            return int(self._encode(self._twin(), self._clip(self.lead + frames)).shape[2])
+        except Exception:  # As in `_first`.
             return 0
 
     def _returned(self, frames: int) -> int:
         twin = self._twin()
         try:
-            latent = self._encode(twin, (1, self._channels, frames, _SIDE, _SIDE))
-            return int(_decode(twin, latent).shape[2])
-        except Exception:  # As in `first`.
+            return int(_decode(twin, self._encode(twin, self._clip(frames))).shape[2])
+        except Exception:  # As in `_first`.
             return 0
+
+    def _clip(self, frames: int) -> tuple[int, ...]:
+        return 1, self.channels, frames, self.height, self.width
 
     def _encode(self, twin: Any, shape: tuple[int, ...]) -> Tensor:
         with torch.no_grad():
@@ -217,11 +280,6 @@ def _decode(twin: Any, latent: Tensor) -> Tensor:
         return sample_of(twin.decode(latent, **decode_arguments(twin, latent)))
 
 
-def _equivalent(frames: int) -> int:
-    """A short clip that a periodic VAE treats as a long one: every period in use divides 24."""
-    return frames if frames < 33 else 9 + (frames - 9) % 24
-
-
 def latent_of(output: Any) -> Tensor:
     """The latent in what `encode` returned: the mode where it is a distribution."""
     if hasattr(output, "latent_dist"):
@@ -229,6 +287,8 @@ def latent_of(output: Any) -> Tensor:
     for name in ("latents", "latent"):
         if hasattr(output, name):
             return getattr(output, name)
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return output[0]  # Quantised latents, before their indices.
     raise InputError(f"encode returned a {type(output).__name__}, which holds no latents that halovae knows")
 
 

@@ -127,10 +127,10 @@ class Survey:
     def _clip(self) -> tuple[Tensor, int]:
         """What encode gets, and how often it is called."""
         limits, fit = self._limits, self._fit
-        frames = 1 if limits.per_frame else fit.padded_frames
+        frames = 1 if limits.per_frame else limits.lead + fit.padded_frames
         middle = (frames,) if limits.has_frame_dim else ()
         shape = 1, limits.channels, *middle, fit.padded_height, fit.padded_width
-        return torch.empty(shape, dtype=self._dtype, device="meta"), fit.padded_frames // frames
+        return torch.empty(shape, dtype=self._dtype, device="meta"), fit.padded_frames if limits.per_frame else 1
 
     def _latents(self) -> tuple[Tensor, int]:
         """What decode gets, and how often it is called."""

@@ -129,7 +129,9 @@ class Session:
             source = models.find(self.options.model)
             vae = models.load(source, dtype=self.dtype, device=self.device)
             self.options.work.set_tiles(vae)
-            return Loaded(source=source, vae=vae, limits=fit.limits_of(vae))
+            limits = fit.limits_of(vae)
+            limits.known_pixels()
+            return Loaded(source=source, vae=vae, limits=limits)
 
         return self.together("load", step)
 
