@@ -16,6 +16,7 @@ import typer
 from clips import bars
 from command import enter, names, saved
 from flags import FLAGS
+from PIL import Image
 from safetensors import safe_open
 
 import halovae
@@ -138,6 +139,15 @@ def test_bad_use_is_one_line(name: str, in_folder: Path, capfd: pytest.CaptureFi
 
 class TestAlone:
     """In this process, a world of one."""
+
+    def test_uneven_times_come_out_as_they_went_in(self, tiny: str) -> None:
+        first, *others = [Image.fromarray(pixels) for pixels in bars(5)]
+        first.save("o.webp", save_all=True, append_images=others, duration=[40, 500, 40, 40, 1000])
+        times = (0, 3600, 48600, 52200, 55800, 145800)
+        assert main(["roundtrip", "o.webp", "-o", "r.mp4", "--model", tiny]) == 0
+        assert main(["encode", "o.webp", "-o", "z.safetensors", "--model", tiny]) == 0
+        assert main(["decode", "z.safetensors", "-o", "d.mp4", "--model", tiny]) == 0
+        assert read(Path("r.mp4")).times == read(Path("d.mp4")).times == times
 
     def test_video(self, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["roundtrip", CLIP, "-o", "o.mp4", "--frames", "2:8", "--height", "50", "--width", "66"]

@@ -52,6 +52,15 @@ def test_what_is_saved_is_loaded(tmp_path: Path, dtype: torch.dtype, shape: tupl
     assert (tmp_path / "o.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_times_are_kept(tmp_path: Path) -> None:
+    uneven = replace(INFO, times=(0, 3600, 7200, 45000, 48600, 90000, 270000))
+    latents.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), uneven)
+    assert latents.load(tmp_path / "o.safetensors")[1] == uneven
+    for times in ("[0, 1]", "[0, 2, 1, 3, 4, 5, 6]", "[1, 2, 3, 4, 5, 6, 7]", '["0"]', "{}", "[0.5]", "?"):
+        with pytest.raises(InputError, match="metadata"):
+            latents.load(write(tmp_path / "bad.safetensors", times=times))
+
+
 def test_scaling_is_what_the_config_says() -> None:
     wan = {"latents_mean": [1.0], "latents_std": [2.0], "z_dim": 16}
     assert latents.scaling_of(wan) == {"latents_mean": [1.0], "latents_std": [2.0]}

@@ -58,6 +58,15 @@ def test_a_module_imports_nothing_from_above(name: str, path: Path) -> None:
     assert not above, f"{name} (layer {layer(name)}) imports {above}"
 
 
+def test_asserts_only_narrow_types() -> None:
+    """`python -O` leaves them out: what keeps a wrong picture from coming out is raised."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                text = ast.unparse(node.test)
+                assert "isinstance(" in text or text.endswith("is not None"), f"{name}: assert {text}"
+
+
 def test_exact_and_tile_do_not_import_each_other() -> None:
     for name, path in MODULES.items():
         for one, other in (("exact", "tile"), ("tile", "exact")):

@@ -178,6 +178,8 @@ def check_shape(latents: Tensor, info: LatentsInfo, limits: Limits, name: str) -
             f"{info.padded_frames} frames of {info.padded_width}x{info.padded_height} is {wanted}: "
             f"they were made by {info.model} ({info.model_class})"
         )
+    if limits.padded_count(info.padded_frames) != info.padded_frames:
+        raise InputError(f"{name} does not give back clips of {info.padded_frames} frames whole: encode the clip anew")
 
 
 def _check_values(path: Path, latents: Tensor) -> None:

@@ -254,7 +254,8 @@ def world() -> Comm:
 
 def _raw(tensor: Tensor) -> Tensor:
     """As bytes: no backend then needs to know the dtype."""
-    assert tensor.is_contiguous(), "only contiguous tensors travel"
+    if not tensor.is_contiguous():
+        raise RuntimeError("only contiguous tensors travel")
     return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
 
 

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from halovae.errors import NotExactError
 from halovae.exact.later import extend_later
 from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
 from halovae.exact.mesh import Mesh
@@ -130,7 +131,9 @@ def _narrow_to(
     """The part of the local tensor inside this rank's needs."""
     for dim, need in needs.items():
         low, high, start = _kept(mesh, layout, dim, need)
-        assert clip or (low, high) == need[mesh.part(require_axis(layout, dim).axis)]
+        wanted = need[mesh.part(require_axis(layout, dim).axis)]
+        if not clip and (low, high) != wanted:
+            raise NotExactError(f"of rows {wanted} of dimension {dim} only {(low, high)} are there")
         if high - low != length(layout.dims[dim]):
             tensor = tensor.narrow(dim, low - start, high - low)
     return tensor

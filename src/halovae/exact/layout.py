@@ -263,7 +263,8 @@ def reshaped(layout: Layout, shape: tuple[int, ...]) -> Layout:
                 pending.append(inner)
                 size = 1
         dims.append(merge_factors(taken))
-    assert not pending, f"reshape {layout.shape} to {shape} left factors over"
+    if pending:
+        raise NotExactError(f"reshape {layout.shape} to {shape} left factors over")
     return Layout(tuple(dims))
 
 

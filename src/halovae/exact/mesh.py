@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from halovae.comm import Comm
+from halovae.errors import HalovaeError
 from halovae.exact.layout import Layout
 
 
@@ -20,7 +21,8 @@ class Mesh:
 
     def __init__(self, comm: Comm, shape: tuple[int, int]) -> None:
         rows, cols = shape
-        assert comm.rank < rows * cols, "a spare rank has no place in the mesh"
+        if comm.rank >= rows * cols:
+            raise HalovaeError(f"rank {comm.rank} has no place in a mesh of {rows} x {cols}")
         self.comm, self.shape = comm, shape
         self.coordinates = divmod(comm.rank, cols)
         self.asked: Layout | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from halovae.errors import NotExactError
+from halovae.errors import HalovaeError, NotExactError
 from halovae.exact.halo import extend, gather_dim, own
 from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
@@ -26,7 +26,8 @@ def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
         if mesh.shape[axis] == 1:
             continue
         cut, part, dim = cut_at(axis_bounds), mesh.part(axis), axis - 2
-        assert (cut.size, cut.parts) == (tensor.shape[dim], mesh.shape[axis])
+        if (cut.size, cut.parts) != (tensor.shape[dim], mesh.shape[axis]):
+            raise HalovaeError(f"cuts {axis_bounds} of {tensor.shape[dim]} rows for {mesh.shape[axis]} parts")
         low, high = cut.owned(part)
         tensor = tensor.narrow(dim, low, high - low)
         dims[dim] = (AxisFactor(high - low, axis, cut),)

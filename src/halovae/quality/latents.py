@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halovae.errors import InputError
 from halovae.quality.numbers import finite
 
 
@@ -63,8 +64,12 @@ def compare_latents(reference: Tensor, result: Tensor) -> LatentComparison:
         reference: (batch, channels, height, width), where the batch are the frames of a VAE of images, or
             (batch, channels, frames, height, width).
         result: likewise.
+
+    Raises:
+        InputError: they are of two shapes.
     """
-    assert reference.shape == result.shape
+    if reference.shape != result.shape:
+        raise InputError(f"latents of shapes {tuple(reference.shape)} and {tuple(result.shape)} can't be compared")
     a, b = _by_frame(reference.double()), _by_frame(result.double())
     gap = b - a
     channels = tuple(
