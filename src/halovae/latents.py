@@ -62,7 +62,8 @@ class LatentsInfo:
                 raise InputError(f"metadata {name}={size}, padded to {padded}: need 1 <= {name} <= padded_{name}")
         if self.fps <= 0:
             raise InputError(f"metadata fps={self.fps}: needs to be positive")
-        in_order = all(begin < end for begin, end in zip(self.times[:-1], self.times[1:], strict=True))
+        gaps = [end - begin for begin, end in zip(self.times[:-1], self.times[1:], strict=True)]
+        in_order = all(0 < gap < 2**31 for gap in gaps)  # An mp4 holds no longer ones.
         if self.times and not (len(self.times) == self.frames + 1 and self.times[0] == 0 and in_order):
             raise InputError(f"metadata times: needs {self.frames + 1} numbers that grow from 0")
 
