@@ -56,7 +56,8 @@ def test_times_are_kept(tmp_path: Path) -> None:
     uneven = replace(INFO, times=(0, 3600, 7200, 45000, 48600, 90000, 270000))
     latents.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), uneven)
     assert latents.load(tmp_path / "o.safetensors")[1] == uneven
-    for times in ("[0, 1]", "[0, 2, 1, 3, 4, 5, 6]", "[1, 2, 3, 4, 5, 6, 7]", '["0"]', "{}", f"[0, 1, 2, 3, 4, 5, {2**40}]", "[0.5]", "?"):
+    bad = ("[0, 1]", "[0, 2, 1, 3, 4, 5, 6]", "[1, 2, 3, 4, 5, 6, 7]", f"[0, 1, 2, 3, 4, 5, {2**40}]")
+    for times in (*bad, '["0"]', "{}", "[0.5]", "?"):
         with pytest.raises(InputError, match="metadata"):
             latents.load(write(tmp_path / "bad.safetensors", times=times))
 
