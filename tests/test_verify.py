@@ -72,25 +72,6 @@ def test_a_wrong_rule_is_found_and_its_submodule_named(two_ranks: Ranks) -> None
     two_ranks.run(wrong_rule)
 
 
-def verified_once(rank: int) -> None:
-    vae = kl()
-    calls: list[int] = []
-    vae.decoder.register_forward_hook(lambda *_: calls.append(1))
-    with halovae.parallelize(vae):
-        vae.decode(latents())
-        assert len(calls) == 3  # un-parallel and sharded probe, then the call
-        vae.decode(latents())
-        assert len(calls) == 4
-    calls.clear()
-    with halovae.parallelize(vae, verify=False):
-        vae.decode(latents())
-        assert len(calls) == 1
-
-
-def test_each_half_is_verified_once(two_ranks: Ranks) -> None:
-    two_ranks.run(verified_once)
-
-
 # ---- refusals that are none of exact mode's --------------------------------------------------------------------------
 
 

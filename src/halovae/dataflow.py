@@ -60,12 +60,16 @@ class Dataflow(TorchDispatchMode):
     Attributes:
         reads: ids of the followed tensors that operators read since it was cleared.
         draws: the random draws since it was cleared.
+        watched: tensors by their ids.
+        met: whether an operator has read one of those.
     """
 
     def __init__(self, known: dict[Any, Any]) -> None:
         super().__init__()
         self.reads: set[int] = set()
         self.draws: list[Draw] = []
+        self.watched: dict[int, Tensor] = {}
+        self.met = False
         self._origins: dict[int, tuple[Tensor, Origin]] = {}
         self._shapes = Shapes(known)
 
@@ -80,6 +84,7 @@ class Dataflow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = list(tensors_of((args, kwargs)))
+        self.met = self.met or any(id(tensor) in self.watched for tensor in tensors)
         chance = torch.Tag.nondeterministic_seeded in func.tags
         if chance and func._can_decompose():
             # In inference mode dropout and attention come whole, and may not draw at all.

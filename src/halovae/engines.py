@@ -24,10 +24,11 @@ from halovae.memory import PeakMemory
 from halovae.merge import Merger, Steps, merged
 from halovae.plan import ShardPlan, plan_shards
 from halovae.room import Room
+from halovae.state import settle
 from halovae.tape import can_record
 from halovae.target import Target
 from halovae.tile.run import TileRunner
-from halovae.verify import compression, make_probe, verify
+from halovae.verify import compression, make_probe, run_alone, scales_of, verify
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class ExactEngine(Engine):
         call = merged(self._target, half, steps)
         run = self._runner(half, plan, steps, picture, args, kwargs)
         outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep, run)
+        settle(self._target.vae)
         if self._graphs.way == "plain":
             growth = memory.growth
             self._room.learn(half, plan, picture, growth)
@@ -201,12 +203,18 @@ class ExactEngine(Engine):
         """The first time a half runs on a grid of this shape; every rank learns how it ended."""
         if not self._options.verify or plan.shape == (1, 1) or (half, plan.shape) in self._verified:
             return
-        verdict = None
-        if self._comm.rank < plan.shape[0] * plan.shape[1]:
-            ratio = self._ratio if half == "encode" and self._ratio else 1
-            probe = make_probe(plan.shape, ratio, args, kwargs)
-            # What fails in there fails the call at once: others may wait for a message of this rank.
-            verdict = verify(Mesh(self._comm, plan.shape), self._target, half, probe)
+        is_in, ratio = self._comm.rank < prod(plan.shape), self._ratio if half == "encode" and self._ratio else 1
+        verdict, alone, probe = None, None, make_probe(plan.shape, ratio, args, kwargs)
+        # What fails in there fails the call at once: others may wait for a message of this rank.
+        if is_in:
+            alone = run_alone(self._target, half, probe)
+        scales = self._comm.all_gather_object(None if alone is None or alone.is_finite else scales_of(args, kwargs))
+        if given := next(filter(None, scales), None):
+            # Noise may be too much for the VAE's range, where what the caller has is not.
+            probe = make_probe(plan.shape, ratio, args, kwargs, scales=given)
+            alone = run_alone(self._target, half, probe) if is_in else None
+        if alone is not None:
+            verdict = verify(Mesh(self._comm, plan.shape), self._target, half, probe, alone)
             forget()  # Weights in the order that the probe's small pictures ask for.
         with together(self._comm):
             if verdict:

@@ -22,7 +22,7 @@ from halovae.exact.run import Call, on_shards
 from halovae.kernels.weights import apart
 from halovae.memory import PeakMemory, free_bytes
 from halovae.randomness import frozen_generators
-from halovae.state import ModuleState, undone_by_failure
+from halovae.state import Snapshot, unchanged, undone_by_failure
 from halovae.tape import Tape
 from halovae.target import PLAIN, Target
 from halovae.trees import map_tensors, tensors_in
@@ -143,13 +143,14 @@ class Graphs:
     def _run_and_record(self, half: str, key: Any, mesh: Mesh, call: Call, arguments: Any) -> Any:
         """The result of an ordinary call. A recording that gives another one is not kept."""
         args, kwargs = arguments = map_tensors(_copied, arguments)
-        device = tensors_in(arguments)[0].device
+        device, before = tensors_in(arguments)[0].device, Snapshot(self._target.vae)
         result, seconds = _timed(device, lambda: on_shards(mesh, call, args, kwargs))
         traffic = self._comm.traffic
         self._refused.add(key)  # Until it has turned out well: what fails in here is not to fail each time.
         self._comm.traffic = Traffic()  # What the trial sends is not the call's.
-        with frozen_generators(device), ModuleState(self._target.vae).kept():
-            recording = self._record(key, mesh, call, args, kwargs)
+        with frozen_generators(device), unchanged(self._target.vae):
+            # A replay leaves nothing in the VAE that the next call could go on with.
+            recording = None if before.has_gone_on() else self._record(key, mesh, call, args, kwargs)
             able = pays = all(self._comm.all_gather_object(recording is not None))
             if able and recording is not None:
                 again, replay_seconds = _timed(device, lambda: recording.replay(arguments))

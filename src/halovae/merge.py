@@ -27,12 +27,10 @@ from halovae.exact.run import run_sharded
 from halovae.kernels.promise import promised
 from halovae.memory import is_shortage
 from halovae.plan import ShardPlan
-from halovae.randomness import frozen_generators
 from halovae.record import NETWORKS, NetworkCall, Recorder, answering
-from halovae.state import undone_by_failure
 from halovae.target import Call, Target
 from halovae.trees import tensors_in
-from halovae.verify import is_rounding, make_probe
+from halovae.verify import is_rounding, make_probe, scales_of, tried
 
 LOG = logging.getLogger("halovae")
 FULL_CALL = 10 << 20
@@ -126,26 +124,29 @@ class Merger:
             method = functools.partial(self._target.run_untiled, half)
             self._recorders[half] = Recorder(self._target.vae, half, method)
         try:
-            calls = self._recorders[half].record(args, kwargs).calls
+            recording = self._recorders[half].record(args, kwargs)
         except Exception as error:  # Whatever a model's code raises on shapes alone: nothing is lost but speed.
             LOG.debug("%s of %s walks by itself: %s", half, self._target.name, error)
             return ()
-        return calls if all(map(_is_step, calls)) else ()
+        if recording.keeps:
+            LOG.debug("%s of %s goes on with what the last call left: it walks by itself", half, self._target.name)
+            return ()
+        return recording.calls if all(map(_is_step, recording.calls)) else ()
 
     def _try(self, half: str, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
         """Whether a small picture gives the same in merged calls; None where it has too few steps to tell."""
-        probe = make_probe((1, 1), ratio(), args, kwargs, more_frames=_MORE_FRAMES)
+        scales = scales_of(args, kwargs)
+        probe = make_probe((1, 1), ratio(), args, kwargs, _MORE_FRAMES, scales)
         steps = sizes(self._calls(half, probe.args, probe.kwargs), _PROBED)
         if max(steps, default=1) == 1:
             return None
-        given = tuple(map(_uneven, probe.fresh_args()))
-        alone, results = Mesh(SoloComm(), (1, 1)), list[Tensor]()
+        given, alone = tuple(map(_uneven, probe.fresh_args())), Mesh(SoloComm(), (1, 1))
+        results: list[Tensor] = []
         try:
             for each in ((), steps):
-                with frozen_generators(probe.device), undone_by_failure(self._target.vae):
-                    call = merged(self._target, half, each)
-                    found = run_sharded(alone, call, given, probe.fresh_kwargs(), probe.bounds)
-                    results.append(first_tensor(found))
+                call = merged(self._target, half, each)
+                run = functools.partial(run_sharded, alone, call, given, probe.fresh_kwargs(), probe.bounds)
+                results.append(first_tensor(tried(self._target.vae, probe.device, run)[0]))
         except Exception as error:  # Of a network that doesn't take it.
             if is_shortage(error):
                 raise

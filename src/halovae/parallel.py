@@ -254,7 +254,7 @@ class Handle:
         begun, vae = time.perf_counter(), self._target.vae
         device = next((value.device for value in (*args, *kwargs.values()) if is_picture(value)), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
-        with undone_by_failure(vae), undone, one_call(self._comm):
+        with undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
             self._comm.traffic = Traffic()
             picture = self._agree_on_call(half, args, kwargs)
             with torch.no_grad():

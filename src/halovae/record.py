@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from halovae.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.errors import TilingError
-from halovae.state import ModuleState, refill
+from halovae.state import ModuleState, kept_tensors, refill, unchanged
 from halovae.trees import on_meta, tensors_in
 
 NETWORKS = {"encode": "encoder", "decode": "decoder"}
@@ -78,6 +78,8 @@ class Recording:
 
     calls: tuple[NetworkCall, ...]
     result: Any
+    keeps: bool
+    """Whether a call goes on with tensors that the call before has left in the VAE."""
 
 
 class Recorder:
@@ -105,13 +107,33 @@ class Recorder:
         Raises:
             TilingError: what the network gets depends on what it gave before.
         """
+        with unchanged(self._vae, args, kwargs) as before:
+            calls, result, _ = self._run(args, kwargs, ())
+            left = _others(kept_tensors(self._vae), before.tensors)
+            keeps = False
+            if left:  # Caches, or what is made once and for all: a second call tells.
+                *_, met = self._run(args, kwargs, left)
+                keeps = met and bool(_others(left, kept_tensors(self._vae)))
+        return Recording(calls, result, keeps)
+
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Iterable[Tensor]
+    ) -> tuple[tuple[NetworkCall, ...], Any, bool]:  # fmt: skip
+        """The calls, the result, and whether a watched tensor is read."""
         network = getattr(self._vae, NETWORKS[self._half])
         listener = _Listener(network, self._state, self._effects, Dataflow(self._known))
+        listener.flow.watched = {id(tensor): tensor for tensor in watched}
         args, kwargs = on_meta(args), on_meta(kwargs)
         eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), eager, self._state.kept(), answering(self._vae, self._half, listener), listener.flow:
+        with torch.no_grad(), eager, answering(self._vae, self._half, listener), listener.flow:
             result = self._method(*args, **kwargs)
-        return Recording(listener.finish(result), result)
+        return listener.finish(result), result, listener.flow.met
+
+
+def _others(tensors: Iterable[Tensor], known: Iterable[Tensor]) -> list[Tensor]:
+    """Those that are not among the known ones."""
+    ids = set(map(id, known))
+    return [tensor for tensor in tensors if id(tensor) not in ids]
 
 
 @contextmanager
@@ -192,6 +214,7 @@ class _Listener:
         if key not in self._effects:
             self._effects[key] = self._run(args, kwargs, before)
         effect = self._effects[key]
+        self.flow.met = self.flow.met or any(id(before[place]) in self.flow.watched for place in effect.read)
         inputs = tuple(Spec(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self._heard.append(_Heard(inputs, effect, self._needs([before[place] for place in effect.read])))
         return self._apply(effect, args, kwargs, before)

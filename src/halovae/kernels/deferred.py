@@ -111,6 +111,11 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.computed() if isinstance(tensor, Deferred) else tensor
 
 
+def any_pending() -> bool:
+    """Whether something is not computed yet that somebody holds on to."""
+    return bool(_pending)
+
+
 def settle(written: Tensor) -> None:
     """Compute what reads the memory of a tensor that is about to be written."""
     memory = memory_of(written)

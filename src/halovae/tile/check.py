@@ -18,6 +18,7 @@ from halovae.dataflow import Spec
 from halovae.errors import TilingError
 from halovae.randomness import Generators
 from halovae.record import Recorder, Recording, answering
+from halovae.state import unchanged
 from halovae.target import Target
 from halovae.tile.blend import Blends
 from halovae.tile.settings import applied
@@ -104,8 +105,9 @@ class Checker:
             plane = picture.float().flatten(1, -3).mean(1, keepdim=True)
             return call.result([_spread(plane, spec) for spec in call.specs], device=picture.device)
 
+        vae = self._target.vae
         generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
-        with torch.no_grad(), answering(self._target.vae, self._half, network), self._blends.fast():
+        with torch.no_grad(), unchanged(vae), answering(vae, self._half, network), self._blends.fast():
             result = self._method(*args, **kwargs)
         generators.rewind()
         return pictures_in(result)[0].double()

@@ -85,6 +85,8 @@ class Planner:
                 recording = self._checker.recorded(args, kwargs)
                 if not recording.calls:
                     raise TilingError("never calls its network")
+                if recording.keeps:
+                    raise TilingError("goes on with what the call before has left in it")
                 self._checker.check(args, kwargs, recording)
         except Exception as error:
             # Where the call fails without tiles too, the tiles are not to blame: this lets the VAE's own error be seen.

@@ -11,8 +11,9 @@ import torch
 from halovae.agreement import together
 from halovae.comm import Comm
 from halovae.config import HALVES, Gather, gather_of
-from halovae.errors import DisagreementError, InputError
+from halovae.errors import DisagreementError, InputError, TilingError
 from halovae.randomness import Generators
+from halovae.state import unchanged
 from halovae.target import Target
 from halovae.tile.blend import Blends
 from halovae.tile.move import Mover
@@ -91,8 +92,13 @@ class TileRunner:
         started = time.perf_counter()
         with applied(vae, plan.settings):
             if mine := plan.schedule.calls_of(self._comm.rank):
-                with Watched(self._comm):
+                # The VAE's own method runs once more, to put the results together.
+                with Watched(self._comm), unchanged(vae, args, kwargs) as before:
                     run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, self._blends, device)
+                    if before.written():
+                        raise TilingError(
+                            f"{self._target.name}.{half} writes into tensors that it keeps: use mode='exact'"
+                        )
             worked = time.perf_counter()
             mover.finish()
             if self._comm.rank in holders:
