@@ -32,7 +32,7 @@ class Glance:
         if tensor.is_meta or tensor.is_complex() or not tensor.numel():
             return cls(())
         # A stride without a common factor with any size: not all in one column.
-        places = torch.arange(_LOOKED_AT) * 2_654_435_761 % tensor.numel()
+        places = torch.arange(_LOOKED_AT, device="cpu") * 2_654_435_761 % tensor.numel()
         seen = tensor[torch.unravel_index(places.to(tensor.device), tensor.shape)] if tensor.ndim else tensor.reshape(1)
         return cls(tuple(torch.nan_to_num(seen.double(), nan=0.0, posinf=1.0, neginf=-1.0).tolist()))
 

@@ -155,7 +155,7 @@ def _touch(device: torch.device) -> float:
     """Seconds for each byte of memory that the system hands out; none where the allocator keeps all of it."""
     if device.type != "cpu":
         return 0.0
-    many = torch.zeros(4 * KEPT, dtype=torch.uint8)  # more than is free in a piece
+    many = torch.zeros(4 * KEPT, dtype=torch.uint8, device=device)  # more than is free in a piece
     new, again = (_least_seconds(call, device) for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
     return max(0.0, new - again) / many.nbytes
 

@@ -25,7 +25,7 @@ from halovae.randomness import Generators
 from halovae.record import NETWORKS, NetworkCall
 from halovae.rehearsal import Rehearsal
 from halovae.speed import Speed
-from halovae.state import unchanged
+from halovae.state import unchanged, without_fetching
 from halovae.target import Target
 from halovae.tile.blend import Blends
 from halovae.tile.check import Checker
@@ -156,7 +156,9 @@ class Predictor:
         """The VAE's code may draw random numbers; the next call is to draw as if it had not."""
         generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
         try:
-            with torch.no_grad(), unchanged(self._target.vae, args, kwargs), torch.compiler.set_stance("force_eager"):
+            vae = self._target.vae
+            eager = torch.compiler.set_stance("force_eager")
+            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), eager:
                 yield
         except HalovaeError:
             raise

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from halovae.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.errors import TilingError
-from halovae.state import ModuleState, kept_tensors, refill, unchanged
+from halovae.state import ModuleState, kept_tensors, refill, unchanged, without_fetching
 from halovae.trees import on_meta, tensors_in
 
 NETWORKS = {"encode": "encoder", "decode": "decoder"}
@@ -107,7 +107,7 @@ class Recorder:
         Raises:
             TilingError: what the network gets depends on what it gave before.
         """
-        with unchanged(self._vae, args, kwargs) as before:
+        with unchanged(self._vae, args, kwargs) as before, without_fetching(self._vae):
             calls, result, _ = self._run(args, kwargs, ())
             left = _others(kept_tensors(self._vae), before.tensors)
             keeps = False

@@ -11,6 +11,7 @@ from halovae.dataflow import Spec
 from halovae.merge import Merger, Steps
 from halovae.plan import ShardPlan
 from halovae.randomness import frozen_generators
+from halovae.state import fetches_weights
 from halovae.target import Target
 from halovae.trees import map_tensors
 
@@ -41,7 +42,8 @@ class Rehearsal:
 
     def _able_to_run(self) -> Target:
         vae: Any = self._target.vae
-        if not any(parameter.is_meta for parameter in vae.parameters()):
+        fetched = any(map(fetches_weights, vae.modules()))
+        if fetched or not any(parameter.is_meta for parameter in vae.parameters()):
             return self._target
         from halovae.models import quiet  # needs diffusers, as such a VAE does
 

@@ -330,3 +330,27 @@ def without_hooks(network: nn.Module) -> Iterator[None]:
     finally:
         for attributes, hooks in before:
             attributes.update(hooks)
+
+
+@contextmanager
+def without_fetching(network: nn.Module) -> Iterator[None]:
+    """Within it, hooks that fetch offloaded weights before a module runs do not: a run on shapes needs none.
+
+    They would put into the module what is only a shape, and leave it there.
+    """
+    offloaded = [vars(module) for module in network.modules() if fetches_weights(module)]
+    forwards = [attributes["forward"] for attributes in offloaded]
+    for attributes in offloaded:
+        attributes["forward"] = attributes["_old_forward"]
+    try:
+        yield
+    finally:
+        for attributes, forward in zip(offloaded, forwards, strict=True):
+            attributes["forward"] = forward
+
+
+def fetches_weights(module: nn.Module) -> bool:
+    """Whether a hook of accelerate stands around a module whose weights are elsewhere."""
+    return vars(module).keys() >= {"_hf_hook", "_old_forward", "forward"} and any(
+        tensor.is_meta for tensors in (module.parameters(), module.buffers()) for tensor in tensors
+    )

@@ -5,20 +5,26 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from halovae.comm import keeper_of_parts
 from halovae.config import HALVES
 from halovae.errors import InputError, NotExactError
 from halovae.functions import outside_modes
 from halovae.trees import tensors_in
 
 _MODULES = {"encode": "encoder", "decode": "decoder"}
+
+_DEVICE = re.compile(r"\A([a-z]+):\d+\Z")
+"""A device with its number, as text."""
 
 PLAIN = (bool, int, float, str)
 """Types of values that say all about themselves."""
@@ -118,7 +124,8 @@ def _module_of(vae: Any) -> nn.Module:
     module = vae if isinstance(vae, nn.Module) else getattr(vae, "vae", None)
     if not isinstance(module, nn.Module):
         raise InputError("there is no VAE: pass an nn.Module with encode or decode, or a pipeline with a .vae")
-    return module
+    # These wrap a module whose weights each rank has whole.
+    return cast("nn.Module", module.module) if isinstance(module, (DistributedDataParallel, DataParallel)) else module
 
 
 def _places(vae: nn.Module, halves: Sequence[str]) -> dict[str, tuple[nn.Module, str]]:
@@ -137,19 +144,24 @@ class Target:
     """A VAE: an nn.Module with `encode` / `decode` methods, or else `encoder` / `decoder` modules.
 
     Args:
-        vae: the module, or a pipeline that has one as `.vae`.
+        vae: the module, or a pipeline that has one as `.vae`; of a data-parallel wrapper, what it wraps.
         halves: which of the two are meant.
 
     Attributes:
         originals: the VAE's own halves, whatever stands in for them now.
 
     Raises:
-        InputError: it has neither.
+        InputError: it has neither, or this rank has a part of its weights only.
     """
 
     def __init__(self, vae: Any, halves: Sequence[str] = HALVES) -> None:
         self.vae = _module_of(vae)
         self.name = type(self.vae).__name__
+        if keeper := keeper_of_parts(self.vae):
+            raise InputError(
+                f"the weights of {self.name} are in parts on the ranks ({keeper}): halovae cuts the picture and needs "
+                "them whole on each rank; load this VAE without FSDP or tensor parallelism"
+            )
         self._places = _places(self.vae, halves)
         if not self._places:
             wanted = ", ".join([*halves, *(_MODULES[half] for half in halves)])
@@ -290,9 +302,8 @@ class Target:
         config = getattr(self.vae, "config", None)
         settings = dict(config) if isinstance(config, Mapping) else {}
         settings = {name: value for name, value in settings.items() if not str(name).startswith("_")}
-        config = json.dumps(settings, default=str, sort_keys=True)
         values = [total for group in _by_device(sums) for total in torch.stack(group).cpu().tolist()]
-        return hashlib.sha256("\n".join([config, *names, *map(str, values)]).encode()).hexdigest()
+        return hashlib.sha256("\n".join([told(settings), *names, *map(str, values)]).encode()).hexdigest()
 
 
 class _Called(BaseException):
@@ -300,8 +311,32 @@ class _Called(BaseException):
 
 
 def in_words(value: Any) -> str:
-    """All of a plain value, of another one its type."""
-    return repr(value) if value is None or isinstance(value, PLAIN) else type(value).__name__
+    """All of a plain value, of another one its type; the same on all ranks."""
+    return told(value) if value is None or isinstance(value, PLAIN) else type(value).__name__
+
+
+def told(value: Any) -> str:
+    """A value in words that equal values have in every process: without addresses, orders of hashing, and the number
+    of a device, which is each rank's own. Of an object, its type."""
+    if isinstance(value, torch.device):
+        return value.type
+    if isinstance(value, str):
+        return repr(_DEVICE.sub(r"\1", value))
+    if value is None or isinstance(value, (bool, int, float, complex, bytes, torch.dtype)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[Any, Any]", value)
+        return f"{{{', '.join(sorted(f'{told(key)}: {told(item)}' for key, item in entries.items()))}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(told, cast('set[Any]', value))))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(told, cast('list[Any]', value)))}]"
+    if isinstance(value, functools.partial):
+        return told([cast("Any", value.func), value.args, value.keywords])
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

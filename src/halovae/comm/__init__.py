@@ -4,7 +4,15 @@ Ranks here are always indices in the group; only this package knows global ranks
 """
 
 from halovae.comm.api import Comm, Message, Pending, SoloComm, Traffic, all_gather
-from halovae.comm.env import backend_name, default_device, default_generator, init_from_env, mesh, shutdown
+from halovae.comm.env import (
+    backend_name,
+    default_device,
+    default_generator,
+    init_from_env,
+    keeper_of_parts,
+    mesh,
+    shutdown,
+)
 from halovae.comm.group import Group, GroupComm, connect, world
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "default_device",
     "default_generator",
     "init_from_env",
+    "keeper_of_parts",
     "mesh",
     "shutdown",
     "world",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -63,6 +64,18 @@ def default_generator(device: torch.device) -> torch.Generator:
     generators = torch.get_device_module(device).default_generators
     index: int | None = getattr(device, "index", None)  # None for "cuda", whatever its stub says
     return generators[torch.accelerator.current_device_index() if index is None else index]
+
+
+def keeper_of_parts(module: torch.nn.Module) -> str | None:
+    """What keeps the weights of a module in parts, one on each rank; None where each rank has them whole."""
+    # Who has not imported these has none of them.
+    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    weights = (weight for weights in (module.parameters(), module.buffers()) for weight in weights)
+    if tensors and any(isinstance(weight, tensors.DTensor) for weight in weights):
+        return "DTensor"
+    if fsdp and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in module.modules()):
+        return "FullyShardedDataParallel"
+    return None
 
 
 def backend_name() -> str:

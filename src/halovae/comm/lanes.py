@@ -82,7 +82,7 @@ class GlooLane:
         # Gloo breaks all of a group's connections when one wait of it is over time. It has to be one that is whole yet.
         for peer in self._peers:
             with suppress(RuntimeError):
-                self._group.recv([torch.empty(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+                self._group.recv([torch.empty(1, device="cpu")], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
 
 class HostLane:

@@ -63,7 +63,7 @@ def random(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
     A size is taken for a shard's when it ends like the sharded tensor whose shape was asked last.
     """
     sizes = tuple(size[0] if size and not isinstance(size[0], int) else size or kwargs.pop("size"))
-    device = torch.device(kwargs.get("device") or "cpu")
+    device = torch.device(kwargs.get("device") or torch.get_default_device())
     _share(mesh, kwargs.get("generator") or default_generator(device), device)
     layout = _ending_like(sizes, mesh.asked)
     if layout is None:
@@ -109,6 +109,6 @@ def unshaped_random(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
     tensors = [value for value in args if isinstance(value, Tensor)]
     if any(layout_of(tensor) for tensor in tensors):
         raise NotExactError("random numbers are drawn for a shard alone")
-    device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+    device = tensors[0].device if tensors else torch.device(kwargs.get("device") or torch.get_default_device())
     _share(mesh, kwargs.get("generator") or default_generator(device), device)
     return func(*args, **kwargs)

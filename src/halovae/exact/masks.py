@@ -45,7 +45,7 @@ class BlockMask:
         blocks, rest = divmod(size, block)
         if rest or any(length % block for length in self.prefixes) or changes != list(range(block, size, block)):
             raise NotExactError("the attention mask is not the same for all tokens of a frame")
-        table = torch.full((blocks, blocks), float("-inf"))
+        table = torch.full((blocks, blocks), float("-inf"), device="cpu")
         for row in range(blocks):
             table[row, : self.prefixes[row * block] // block] = 0
         self.table = table

@@ -110,7 +110,7 @@ def _hashable(value: Any) -> Any:
 def _order(func: Any, ndim: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> tuple[int, ...]:
     """Where each dimension of the result comes from, as a tensor whose sizes are their own positions tells."""
     # Not on the meta device, where a prediction would take it for work. It has one element in memory.
-    probe = func(torch.empty(()).expand(tuple(range(2, ndim + 2))), *args, **dict(kwargs))
+    probe = func(torch.empty((), device="cpu").expand(tuple(range(2, ndim + 2))), *args, **dict(kwargs))
     return tuple(size - 2 for size in probe.shape)
 
 

@@ -125,4 +125,4 @@ def prepared(
 def order_of(geometry: Geometry, threads: int) -> bytes:
     """The order as the library writes it down. It tells by a weight that it packs; there is no way just to ask."""
     operation: Any = torch.ops.mkldnn._get_mkldnn_serialized_md
-    return bytes(operation(geometry.pack(torch.empty(geometry.weight, dtype=geometry.dtype))).tolist())
+    return bytes(operation(geometry.pack(torch.empty(geometry.weight, dtype=geometry.dtype, device="cpu"))).tolist())

@@ -81,7 +81,7 @@ def blend_rows(above: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
         return tile
     # A Python number times a half-precision tensor is computed in float32 and rounded once; so is this.
     wide = torch.float64 if tile.dtype == torch.float64 else torch.float32
-    steps = torch.arange(extent, dtype=torch.float64) / extent
+    steps = torch.arange(extent, dtype=torch.float64, device="cpu") / extent
     shape = [extent] + [1] * (-dim - 1)
     fade_in = steps.to(wide).view(shape).to(tile.device, non_blocking=True)
     fade_out = (1 - steps).to(wide).view(shape).to(tile.device, non_blocking=True)

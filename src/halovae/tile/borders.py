@@ -84,7 +84,7 @@ def near_borders(supports: Tensor, distance: int) -> Tensor:
         supports: of `tile_supports`.
         distance: in positions, along rows and columns; 1 is next to the border itself.
     """
-    border = torch.zeros(supports.shape[-2:], dtype=torch.bool)
+    border = torch.zeros(supports.shape[-2:], dtype=torch.bool, device="cpu")
     down = (supports[:, 1:] != supports[:, :-1]).any(0)
     across = (supports[:, :, 1:] != supports[:, :, :-1]).any(0)
     border[1:] |= down

@@ -133,7 +133,7 @@ def shrunk(values: Any, frames: int | None) -> Any:
         tensor = tensor[:1] if tensor.ndim and tensor.shape[0] == batch else tensor
         if not is_picture(tensor):
             return tensor
-        noise = torch.randn((*tensor.shape[:2], *tensor.shape[-2:]), generator=generator)
+        noise = torch.randn((*tensor.shape[:2], *tensor.shape[-2:]), generator=generator, device="cpu")
         noise = 0.1 * noise.to(device=tensor.device, dtype=tensor.dtype)  # small: a clamp must make no difference
         return noise if tensor.ndim == 4 else noise.unsqueeze(2).expand(-1, -1, frames or tensor.shape[2], -1, -1)
 

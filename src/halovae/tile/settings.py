@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from halovae.target import told
+
 _AXES = ("height", "width")
 
 
@@ -29,12 +31,8 @@ def applied(vae: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
 def described(vae: nn.Module) -> str:
     """The VAE's settings as text: where it is equal on two ranks, they cut the same tiles."""
     plain = (bool, int, float, str, tuple, type(None))
-    return repr(
-        {
-            name: value
-            for name, value in sorted(vars(vae).items())
-            if not name.startswith("_") and isinstance(value, plain)
-        }
+    return told(
+        {name: value for name, value in vars(vae).items() if not name.startswith("_") and isinstance(value, plain)}
     )
 
 
