@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tiles import CUTS, run_alone, strides
 from torch import Tensor
 
 import halovae
+from halovae import choice
+from halovae.agreement import one_call
 from halovae.errors import RankFailedError
 from halovae.randomness import rewound_by_failure
 from halovae.tile.settings import applied
@@ -174,6 +177,44 @@ def test_after_the_last_way_all_fail(two_ranks: Ranks) -> None:
 @pytest.mark.parametrize("spoiler", [0, 1])
 def test_other_failures_are_raised_at_once(two_ranks: Ranks, spoiler: int) -> None:
     two_ranks.run(to_the_end, spoiler)
+
+
+@contextmanager
+def then_interrupted(comm: Any) -> Iterator[None]:
+    with one_call(comm):
+        yield
+    raise KeyboardInterrupt
+
+
+def interrupted(rank: int, moment: str) -> None:
+    """Ctrl-C on one rank while all choose a way, or look for one that takes less. The next call is right on both."""
+    vae, latent = CUT.build(), CUT.picture("decode")
+    expected = run_decode(CUT.family, vae, latent)
+    stopped = {
+        "in a choice": patch.object(choice, "Choice", side_effect=KeyboardInterrupt),
+        "early in a retreat": patch.object(choice.AutoEngine, "_leaner", side_effect=KeyboardInterrupt),
+        "late in a retreat": patch.object(choice, "one_call", then_interrupted),
+    }[moment]
+    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", axis="height", verify=False):
+        if moment != "in a choice":
+            run_decode(CUT.family, vae, latent)
+        failures = iter([allocate_too_much] if rank == 0 else [])
+        with limited(vae, 0, lambda: next(failures, int)()):
+            if rank:
+                with stopped, pytest.raises(KeyboardInterrupt):
+                    run_decode(CUT.family, vae, latent)
+            elif moment != "late in a retreat":
+                with raises(Exception, "can't allocate memory|KeyboardInterrupt"):
+                    run_decode(CUT.family, vae, latent)
+                next(failures, None)
+            # Else the first rank makes its call once more, and the other one comes to it with its next call.
+            assert torch.allclose(run_decode(CUT.family, vae, latent), expected, atol=1e-4)
+        assert torch.allclose(run_decode(CUT.family, vae, latent), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("moment", ["in a choice", "early in a retreat", "late in a retreat"])
+def test_who_is_interrupted_goes_on_with_the_others(two_ranks: Ranks, moment: str) -> None:
+    two_ranks.run(interrupted, moment)
 
 
 def test_alone() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,20 @@ class Glance:
         return f"values like {', '.join(f'{value:.4g}' for value in self.values[:3])}"
 
 
+@dataclass(frozen=True)
+class Tally:
+    """How many things a rank remembers that all ranks have settled together, and will not ask each other again.
+
+    One that was interrupted may have missed the last of them. Where ranks differ, all forget.
+    """
+
+    count: int
+    forget: Callable[[], None] | None = field(default=None, compare=False)
+
+
+Message = str | Glance | Tally
+
+
 @contextmanager
 def one_call(comm: Comm) -> Iterator[None]:
     """A call on all ranks: an exception on one of them ends it on each, at once, and the next call finds all in order.
@@ -79,7 +93,7 @@ def together(comm: Comm) -> Iterator[dict[str, Any]]:
     except Exception as error:
         problem = error
     told = problem and (str(problem), "".join(traceback.format_exception(problem)))
-    words = {name: value if isinstance(value, Glance) else str(value) for name, value in said.items()}
+    words = {name: _message(value) for name, value in said.items()}
     everyone = comm.all_gather_object((told, words))
     if problem:
         raise problem
@@ -87,13 +101,24 @@ def together(comm: Comm) -> Iterator[dict[str, Any]]:
         if failure is not None:
             raise RankFailedError(rank, *failure)
     _compare([other for _, other in everyone])
+    for name, value in said.items():
+        if isinstance(value, Tally) and value.forget and len({other[name] for _, other in everyone}) > 1:
+            value.forget()
 
 
-def _compare(everyone: list[dict[str, str | Glance]]) -> None:
+def _message(value: Any) -> Message:
+    if isinstance(value, Tally):
+        return Tally(value.count)
+    return value if isinstance(value, Glance) else str(value)
+
+
+def _compare(everyone: list[dict[str, Message]]) -> None:
     for rank, other in enumerate(everyone):
         for name, value in other.items():
             first = everyone[0].get(name)
             if isinstance(value, Glance) and isinstance(first, Glance) and value.is_near(first):
+                continue
+            if isinstance(value, Tally) and isinstance(first, Tally):
                 continue
             if value != first:
                 raise DisagreementError(

@@ -62,6 +62,7 @@ class AutoEngine(Engine):
             self._ways["smaller tiles"] = TileEngine(comm, target, replace(options, mode="tile", tiles="fit"))
         self._speeds: dict[Any, MeasuredSpeed] = {}
         self._choices: dict[Any, Choice] = {}
+        self._retreats = 0
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
         started = time.perf_counter()
@@ -79,18 +80,27 @@ class AutoEngine(Engine):
     def _key(self, half: str, picture: Tensor) -> Any:
         return half, tuple(picture.shape), picture.dtype, picture.device, described(self._target.vae)
 
+    def settled(self) -> int:
+        return self._retreats + len(self._choices) + sum(engine.settled() for engine in self._ways.values())
+
+    def forget(self) -> None:
+        self._retreats = 0
+        self._choices.clear()
+        for engine in self._ways.values():
+            engine.forget()
+
     def free(self) -> None:
         self._exact.free()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         """Every rank comes here, whatever it failed by; they agree on what to do by an exchange."""
-        self.free()
-        picture = next((value for value in (*args, *kwargs.values()) if is_picture(value)), None)
-        key = None if picture is None else self._key(half, picture)
-        choice = self._choices.get(key)
         said = None if isinstance(error, RankFailedError) else (is_shortage(error), _words(error))
         try:
-            with one_call(self._comm):
+            with one_call(self._comm):  # All of it: who is interrupted here tells those that wait.
+                self.free()
+                picture = next((value for value in (*args, *kwargs.values()) if is_picture(value)), None)
+                key = None if picture is None else self._key(half, picture)
+                choice = self._choices.get(key)
                 everyone = self._comm.all_gather_object((choice, said))
                 problems = {rank: problem for rank, (_, problem) in enumerate(everyone) if problem}
                 if picture is None or choice is None or any(other != choice for other, _ in everyone):
@@ -105,6 +115,7 @@ class AutoEngine(Engine):
         rank, (_, words) = next(iter(problems.items()))
         now = Choice(leaner, f"{choice.way} was too large for rank {rank} ({words})")
         self._choices[key] = now
+        self._retreats += 1
         LOG.warning("%s of %s: %s", half, self._target.name, now)
         return True
 

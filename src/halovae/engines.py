@@ -52,6 +52,14 @@ class Engine(Protocol):
         """After a call has failed on all ranks: whether all are to make it again, in a way that takes less memory."""
         return False
 
+    def settled(self) -> int:
+        """How many things this rank remembers that all ranks have settled together."""
+        ...
+
+    def forget(self) -> None:
+        """Settle them anew in the next call."""
+        ...
+
     def free(self) -> None:
         """Give back the memory that is kept between calls."""
         return
@@ -96,6 +104,12 @@ class TileEngine(Engine):
         report = {"tiles": outcome.tiles, "spread": outcome.spread, "tile_sizes": outcome.cut}
         phases = {"network": outcome.network_seconds, "gather": outcome.gather_seconds}
         return Ran(outcome.result, "tile", report, phases)
+
+    def settled(self) -> int:
+        return len(self._runner.plans)
+
+    def forget(self) -> None:
+        self._runner.plans.clear()
 
     def settings(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the VAE's settings for tiles are changed to. Called on every rank.
@@ -158,6 +172,14 @@ class ExactEngine(Engine):
             "gather": outcome.gather_seconds,
         }
         return Ran(outcome.result, "exact", report, phases, self._graphs.growth)
+
+    def settled(self) -> int:
+        return len(self._verified) + len(self._tried) + len(self._merger.chosen)
+
+    def forget(self) -> None:
+        self._verified.clear()
+        self._tried.clear()
+        self._merger.chosen.clear()
 
     def free(self) -> None:
         self._graphs.clear()

@@ -53,12 +53,15 @@ class Merger:
         comm: the group.
         target: the VAE.
         frames: latent frames in one call at the most; "auto": as many as fill the device, one step on a CPU.
+
+    Attributes:
+        chosen: the steps by kind of call; the same on all ranks.
     """
 
     def __init__(self, comm: Comm, target: Target, frames: int | str) -> None:
         self._comm, self._target, self._frames = comm, target, frames
         self._recorders: dict[str, Recorder] = {}
-        self._steps: dict[Any, Steps] = {}
+        self.chosen: dict[Any, Steps] = {}
         self._able: dict[Any, bool] = {}
 
     def steps(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
@@ -77,9 +80,9 @@ class Merger:
         if not self.may_merge(half, plan, args, kwargs):
             return ()
         key = self._key(half, plan, args, kwargs)
-        if key not in self._steps:
-            self._steps[key] = self._choose(half, plan, ratio, args, kwargs)
-        return self._steps[key]
+        if key not in self.chosen:
+            self.chosen[key] = self._choose(half, plan, ratio, args, kwargs)
+        return self.chosen[key]
 
     def may_merge(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call merges steps, as far as it is known without trying; the same on every rank."""
@@ -88,7 +91,7 @@ class Merger:
             return False
         if not hasattr(self._target.vae, NETWORKS[half]) or not any(t.ndim == 5 and t.shape[2] > 1 for t in tensors):
             return False
-        return self._steps.get(self._key(half, plan, args, kwargs)) != ()
+        return self.chosen.get(self._key(half, plan, args, kwargs)) != ()
 
     def _key(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the steps depend on."""

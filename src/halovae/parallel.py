@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halovae import timeline
 from halovae.advice import advised
-from halovae.agreement import Glance, one_call, together
+from halovae.agreement import Glance, Tally, one_call, together
 from halovae.comm import Comm, Group, SoloComm, Traffic, connect
 from halovae.config import HALVES, Axis, CallReport, Gather, Options, checked_halves
 from halovae.engines import Engine, make_engine
@@ -302,6 +302,7 @@ class Handle:
             self._check(half, pictures)
             shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
             said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
+            said["what was settled"] = Tally(self._engine.settled(), self._engine.forget)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in enumerate(tensors)})
             said["mode"] = self._follow()

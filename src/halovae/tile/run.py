@@ -61,6 +61,9 @@ class TileRunner:
         gather: "all" or "first": who gets the whole result; or a mapping that says it for each half.
         fit: choose smaller tiles where some ranks would have none to run.
 
+    Attributes:
+        plans: by kind of call; the same on all ranks.
+
     Raises:
         InputError: `gather` is "shard": tiles overlap, so no rank has a part of its own.
     """
@@ -74,7 +77,7 @@ class TileRunner:
         self._gather = gather
         self._blends = Blends(target.vae)
         self._planners: dict[str, Planner] = {}
-        self._plans: dict[tuple[str, ...], TilePlan] = {}
+        self.plans: dict[tuple[str, ...], TilePlan] = {}
 
     def run(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TileOutcome:
         """The tiled encode or decode, bit for bit what the VAE alone gives. Called on every rank, with equal arguments.
@@ -116,7 +119,7 @@ class TileRunner:
             TilingError: the VAE's tiles can't be used.
         """
         key = half, described(self._target.vae), repr([*map(_signature, args), *map(_signature, kwargs.items())])
-        if key not in self._plans:
+        if key not in self.plans:
             with together(self._comm):
                 if half not in self._planners:
                     self._planners[half] = Planner(self._target, half, self._blends, self._ranks, self._fit)
@@ -127,8 +130,8 @@ class TileRunner:
                 raise DisagreementError(
                     f"rank 0 and rank {rank} cut different tiles: enable_tiling() with the same sizes on all ranks"
                 )
-            self._plans[key] = plan
-        return self._plans[key]
+            self.plans[key] = plan
+        return self.plans[key]
 
 
 def _signature(value: Any) -> Any:
