@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from enum import Enum
+from math import inf, nan
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from families import EXACT, FAMILIES
 from pictures import error, kl, latents, pixels, raises
 from ranks import Ranks
+from speeds import given_speeds
 from tiles import CUTS
 from torch import Tensor, nn
 
 import halovae
+from halovae import verify
 from halovae.errors import InputError, NotExactError, RankFailedError, VerificationError
+from halovae.target import told
 
 
 class Sharpen(nn.Module):
@@ -121,6 +129,56 @@ def test_a_vae_that_runs_in_tiles_alone_is_said_to() -> None:
         vae.decode(z)
 
 
+def overflowing(rank: int) -> None:
+    """Noise of variance one is too much for float16 here, and the caller's latents are not; or they are too."""
+    for weights, size, caplog in (
+        (2e4, 1e-3, ""),
+        (3e5, 1.0, "float16 overflows in this VAE, use float32 or bfloat16"),
+    ):
+        vae = kl(torch.float32)
+        vae.decoder.conv_in.weight.data *= weights
+        vae, z = vae.half(), latents().half() * size
+        expected = vae.decode(z).sample
+        with halovae.parallelize(vae), patch.object(verify.LOG, "warning") as warned:
+            found = vae.decode(z).sample
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert verify.distance(found, expected) < 0.05
+        assert caplog in str(warned.mock_calls)
+        assert bool(expected.isnan().all()) == bool(warned.called) == bool(caplog)
+
+
+def test_a_vae_that_overflows_gives_what_it_gives(two_ranks: Ranks) -> None:
+    two_ranks.run(overflowing)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "allowed"),
+    [
+        ([1.0, nan, inf, -inf], [1.0, nan, inf, -inf], 0.0),
+        ([1.0, nan, 0.0], [1.0, 0.0, 0.0], inf),
+        ([1.0, inf], [1.0, -inf], inf),
+        ([1.0, inf], [1.0, 5.0], inf),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([3.0, 5.0, nan], [3.0, 4.0, nan], 0.2),
+    ],
+)
+def test_the_distance_of_results_that_are_not_finite(found: Any, expected: Any, allowed: float) -> None:
+    assert verify.distance(torch.tensor(found), torch.tensor(expected)) == pytest.approx(allowed)
+
+
+def test_nothing_but_nan_tells_nothing() -> None:
+    assert not verify.is_rounding(torch.full((2,), nan), torch.full((2,), nan))
+
+
+def test_the_scale_of_what_the_caller_has() -> None:
+    tensor = torch.full((1, 2, 4, 4), 3.0)
+    tensor[0, 0, 0, 0] = inf
+    scales = verify.scales_of(
+        (tensor, 5), {"other": [torch.zeros(1, 2, 4, 4), torch.full((1, 1, 2, 2), 7e4).half() / 2]}
+    )
+    assert scales == pytest.approx([3 * (31 / 32) ** 0.5, 1.0, 1.0])
+
+
 # ---- what can be parallelized ----------------------------------------------------------------------------------------
 
 
@@ -202,6 +260,65 @@ def composing(rank: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_composes_with_offloading_hooks_and_inference_mode(two_ranks: Ranks) -> None:
     two_ranks.run(composing)
+
+
+class Kind(Enum):
+    SMALL = 1
+
+
+class Unnamed:
+    """What repr() gives an address."""
+
+
+def test_what_ranks_compare_is_the_same_in_every_process() -> None:
+    config = {
+        "act": nn.functional.silu, "scheduler": Unnamed(), "tasks": {"encode", "decode", "edit"}, "kind": Kind.SMALL,
+        "levels": {1: 2, "all": 3}, "device": "cuda:3", "place": torch.device("cpu", 1), "dtype": torch.float16,
+        "own": Unnamed, "part": functools.partial(max, 1), "sizes": (1, [2.5, None]), "name": "cuda:3 or so",
+    }  # fmt: skip
+    words = told(config)
+    assert told(dict(reversed(config.items()))) == words
+    for part in (
+        "'act': torch.nn.functional.silu", "'scheduler': test_verify.Unnamed", "'tasks': {'decode', 'edit', 'encode'}",
+        "'levels': {'all': 3, 1: 2}", "'device': 'cuda'", "'place': cpu", "'kind': Kind.SMALL",
+        "'dtype': torch.float16", "'own': test_verify.Unnamed",
+        "'part': [builtins.max, [1], {}]", "'sizes': [1, [2.5, None]]",
+        "'name': 'cuda:3 or so'",
+    ):  # fmt: skip
+        assert part in words
+    assert "0x" not in words
+
+
+def wrapped(rank: int, folder: str) -> None:
+    """Offloaded weights, another default device, a data-parallel wrapper, and weights in parts."""
+    from accelerate import cpu_offload, disk_offload
+    from torch.distributed.fsdp import fully_shard
+
+    vae, z = kl(), latents()
+    expected = vae.decode(z).sample
+    with given_speeds(1e-9), torch.device("meta"), halovae.parallelize(vae, mode="auto"):
+        assert error(vae.decode(z).sample, expected) <= EXACT
+    for number, offload in enumerate((cpu_offload, lambda vae, **more: disk_offload(vae, f"{folder}/{rank}", **more))):
+        vae = kl()
+        offload(vae, execution_device=torch.device("cpu"), offload_buffers=True)
+        with given_speeds(1e-9), halovae.parallelize(vae, mode=("auto", "exact")[number]):
+            assert error(vae.decode(z).sample, expected) <= EXACT
+        assert all(parameter.is_meta for parameter in vae.parameters())
+    vae = kl()
+    replicas = nn.parallel.DistributedDataParallel(vae.requires_grad_(True))
+    vae.requires_grad_(False)
+    with halovae.parallelize(replicas):
+        assert error(vae.decode(latents()).sample, expected) <= EXACT
+    fully_shard(vae.decoder.conv_in)
+    for call in (halovae.parallelize, halovae.optimize):
+        with raises(InputError, r"in parts on the ranks \(DTensor\).* without FSDP"):
+            call(vae)
+    assert "decode" not in vars(vae)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrapped_and_offloaded_vaes(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(wrapped, str(tmp_path))
 
 
 def plain_stack(rank: int) -> None:

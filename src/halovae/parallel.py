@@ -302,10 +302,10 @@ class Handle:
             self._check(half, pictures)
             shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
             said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
-            said["what was settled"] = Tally(self._engine.settled(), self._engine.forget)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in enumerate(tensors)})
             said["mode"] = self._follow()
+            said["what was settled"] = Tally(self._engine.settled(), self._engine.forget)
             if self._mode != "exact":
                 said["tile settings"] = described(self._target.vae)
         return pictures[0]
