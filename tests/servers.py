@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -19,8 +20,13 @@ SMALL = {"prompt": "a cup", "size": "64x64", "num_frames": "5", "num_inference_s
 """The fields of a video that takes a second."""
 
 
+def _few_files() -> None:
+    end_with_parent()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+
 class Server:
-    """`halovae serve` on a free port.
+    """`halovae serve` on a free port, with 256 descriptors, as some systems give them.
 
     Args:
         model: folder of the pipeline.
@@ -29,11 +35,13 @@ class Server:
     """
 
     def __init__(self, model: Path, store: Path, *options: str) -> None:
-        self.store = store
+        self.store, self.temporary = store, store.parent / "temporary"
+        self.temporary.mkdir(exist_ok=True)
         self.process = start(
             "serve", "--model", str(model), "--port", "0", "--store", str(store), "--served-model-name", "demo",
             *options,
-            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=end_with_parent,
+            stdout=subprocess.DEVNULL, preexec_fn=_few_files,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)},
         )  # fmt: skip
         self.address = self._address()
         self.client = httpx2.Client(base_url=self.address, timeout=PATIENCE)

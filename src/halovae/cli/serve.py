@@ -102,7 +102,7 @@ def _start(context: typer.Context, given: dict[str, Any]) -> int:
     options = RunOptions(
         model=job.model, ranks=ranks, axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
     )
-    return run(context, options, lambda session: _on_rank(session, job, context.obj))
+    return run(context, options, lambda session: _on_rank(session, job, context.obj, given["max_steps"]))
 
 
 def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
@@ -145,11 +145,11 @@ def _has_ranks() -> bool:
     return FRONT_FD in os.environ
 
 
-def _on_rank(session: Session, job: Job, arguments: list[str]) -> None:
+def _on_rank(session: Session, job: Job, arguments: list[str], steps: int) -> None:
     from halovae.serve.wire import RANK_FD, Wire
     from halovae.serve.worker import serve_ranks
 
     wire = Wire.inherited(RANK_FD)
     if wire is None and session.is_first:  # Torchrun's ranks: the front is started by them, and not they by it.
         wire = Wire.to_new_front([sys.executable, "-m", "halovae", *arguments, "--ranks", str(session.group.size)])
-    serve_ranks(session, job, wire)
+    serve_ranks(session, job, wire, steps)

@@ -48,7 +48,7 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service, app.state.started = service, int(time.time())
-    errors.install(app)
+    errors.install(app, service)
     app.include_router(videos.router)
     app.include_router(vae.router)
     for path in _PAGE:

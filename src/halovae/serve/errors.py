@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from halovae.serve.store import ERRORS
+
+if TYPE_CHECKING:
+    from halovae.serve.service import Service
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -35,6 +40,9 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        # What was sent as JSON may hold halves of characters, which no answer can.
+        message = message.encode("utf-8", "backslashreplace").decode()
+        param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
@@ -44,8 +52,8 @@ class ApiError(Exception):
         return JSONResponse({"error": body}, self.status, headers=dict(self.headers or {}))
 
 
-def install(app: FastAPI) -> None:
-    """Let every error of `app` have this shape."""
+def install(app: FastAPI, service: Service) -> None:
+    """Let every error of `app`, which serves `service`, have this shape."""
 
     def of_ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -60,21 +68,34 @@ def install(app: FastAPI) -> None:
         message = error.detail or HTTPStatus(error.status_code).phrase
         return ApiError(error.status_code, message, headers=error.headers).response()
 
+    async def of_store(request: Request, error: Exception) -> JSONResponse:
+        return service.no_room(error).response()
+
+    def of_gone(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(400, "the request did not come to its end").response()
+
     def unexpected(request: Request, error: Exception) -> JSONResponse:
-        traceback.print_exception(error)
+        # The web server logs it.
         return ApiError(500, "the server has failed at this request; its log says why").response()
 
     app.add_exception_handler(ApiError, of_ours)
     app.add_exception_handler(RequestValidationError, of_fields)
     app.add_exception_handler(HTTPException, of_http)
+    for kind in ERRORS:
+        app.add_exception_handler(kind, of_store)
+    app.add_exception_handler(ClientDisconnect, of_gone)
     app.add_exception_handler(Exception, unexpected)
 
 
 def _field_error(error: RequestValidationError) -> ApiError:
-    first: Mapping[str, Any] = error.errors()[0]
-    place, *names = first["loc"] or ("request",)
-    field = str(names[0]) if names else None
-    value = first.get("input")
+    faults = [described({**each, "loc": each["loc"][1:]}) for each in error.errors()]
+    return ApiError(400, "; ".join(message for _, message in faults), param=faults[0][0], code="invalid_value")
+
+
+def described(error: Mapping[str, Any]) -> tuple[str, str]:
+    """The field that one of pydantic's errors blames, and what to say of it."""
+    name, value = str((*error["loc"], "request")[0]), error.get("input")
+    if error["type"] == "extra_forbidden":
+        return name, f"{name[:80]!r} is no field here"
     shown = f" ({str(value)[:60]!r})" if isinstance(value, (str, int, float)) else ""
-    where = f"{field}{shown}" if field else str(place)
-    return ApiError(400, f"{where}: {first['msg']}", param=field, code=first["type"])
+    return name, f"{name}{shown}: {error['msg']}"

@@ -3,80 +3,225 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
+import itertools
 import os
+import re
 import shutil
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, cast
 
-from fastapi import File, Form, Request, UploadFile
+from pydantic import BaseModel, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
 
 from halovae.errors import InputError
-from halovae.media.images import open_image
+from halovae.files import first_line
+from halovae.media.images import open_image, upright_rgb
 from halovae.pipelines.grid import Grid
-from halovae.serve.errors import ApiError
+from halovae.serve.errors import ApiError, described
 from halovae.serve.service import Service
 from halovae.serve.settings import Limits, ServeOptions
-from halovae.serve.store import Job, Store
+from halovae.serve.store import VIDEO, Job, Store
 
 _TEXT = 20_000
 """Characters of a prompt."""
 _FPS = 16
+_ONE_BY_ONE = asyncio.Semaphore(1)
+"""A picture takes much memory while it is looked at."""
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_IN_A_FORM = "input_reference[image_url]"
+"""How the official client sends an object in a form."""
 
-Count = Annotated[int | None, Form(ge=1, le=100_000)]
-Number = Annotated[float | None, Form(ge=0, le=1000, allow_inf_nan=False)]
-Words = Annotated[str | None, Form(max_length=_TEXT)]
-
-
-async def video_form(
-    request: Request,
-    prompt: Annotated[str, Form(max_length=_TEXT, description="What to show.")],
-    input_reference: Annotated[UploadFile | None, File(description="The image to begin with.")] = None,
-    model: Annotated[str | None, Form(max_length=1000, description="The one that is served.")] = None,
-    seconds: Annotated[float | None, Form(gt=0, le=100_000, allow_inf_nan=False, description="Length.")] = None,
-    size: Annotated[str | None, Form(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT.")] = None,
-    width: Count = None,
-    height: Count = None,
-    num_frames: Count = None,
-    fps: Annotated[int | None, Form(ge=1, le=1000)] = None,
-    num_inference_steps: Count = None,
-    guidance_scale: Number = None,
-    guidance_scale_2: Number = None,
-    flow_shift: Annotated[float | None, Form(gt=0, le=1000, allow_inf_nan=False)] = None,
-    boundary_ratio: Annotated[float | None, Form(ge=0, le=1, allow_inf_nan=False)] = None,
-    seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
-    negative_prompt: Words = None,
-) -> VideoRequest:
-    """The fields of a request for a video, checked."""
-    given = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS and value is not None}
-    service: Service = request.app.state.service
-    options = service.options
-    _check_model(model, options)
-    given["fps"] = fps or _FPS
-    _settle_size(given, size)
-    if "seconds" in given and "num_frames" in given:
-        raise ApiError(400, "seconds and num_frames exclude each other: give one", param="seconds")
-    _check_limits(given, options.limits)
-    _check_grid(given, service.ranks.grid)
-    if options.takes_image and input_reference is None:
-        raise ApiError(400, f"input_reference is missing: {options.task} needs an image", param="input_reference")
-    if not options.takes_image and input_reference is not None:
-        raise ApiError(400, f"input_reference can't be used: this server does {options.task}", param="input_reference")
-    return VideoRequest(given, input_reference)
+Count = Annotated[int | None, Field(ge=1, le=100_000)]
+Number = Annotated[float | None, Field(ge=0, le=1000, allow_inf_nan=False)]
 
 
-class VideoRequest:
-    """A checked request.
+class VideoFields(BaseModel, extra="forbid"):
+    """The fields of a request for a video."""
 
-    Attributes:
-        settings: by name; of `Generation`, of the scheduler, and `fps`, `seconds`.
-        image: what was sent with it.
+    prompt: Annotated[str, Field(max_length=_TEXT, description="What to show.")]
+    model: Annotated[str | None, Field(max_length=1000, description="The one that is served.")] = None
+    seconds: Annotated[float | None, Field(gt=0, le=100_000, allow_inf_nan=False, description="Length.")] = None
+    size: Annotated[str | None, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT.")] = None
+    width: Count = None
+    height: Count = None
+    num_frames: Count = None
+    fps: Annotated[int, Field(ge=1, le=1000)] = _FPS
+    num_inference_steps: Count = None
+    guidance_scale: Number = None
+    guidance_scale_2: Number = None
+    flow_shift: Annotated[float | None, Field(gt=0, le=1000, allow_inf_nan=False)] = None
+    boundary_ratio: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    negative_prompt: Annotated[str | None, Field(max_length=_TEXT)] = None
+
+
+def body_of(file: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The part of an OpenAPI document for a body with the file of that name; with other fields it may be JSON too."""
+    schema = fields or {"type": "object", "properties": {}, "required": [file], "additionalProperties": False}
+    address = {"type": "string", "pattern": "^data:", "description": "The image: data:image/png;base64,..."}
+    kinds = {
+        "multipart/form-data": {"type": "string", "format": "binary"},
+        "application/json": {"type": "object", "properties": {"image_url": address}, "required": ["image_url"]},
+    }
+    content = {
+        kind: {"schema": {**schema, "properties": {**schema["properties"], file: shape}}}
+        for kind, shape in kinds.items()
+        if fields is not None or kind == _FORMS[0]
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@dataclass
+class Faults:
+    """All that is wrong with a request, to be told in one answer."""
+
+    found: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """By field."""
+
+    def add(self, name: str, message: str) -> None:
+        self.found.setdefault(name, []).append(message)
+
+    def check(self) -> None:
+        """
+        Raises:
+            ApiError: names them all, if there are any.
+        """
+        if self.found:
+            messages = itertools.chain.from_iterable(self.found.values())
+            raise ApiError(400, "; ".join(messages), param=next(iter(self.found)), code="invalid_value")
+
+
+async def accepted(request: Request) -> Job:
+    """Take in a request for a video: its fields checked, its image on the disk.
+
+    Raises:
+        ApiError: says all that is wrong with it.
     """
+    service: Service = request.app.state.service
+    service.check_room()
+    faults = Faults()
+    async with _closing(request):
+        sent = await _body(request, faults)
+        image = _image_of(sent.pop(_IN_A_FORM, sent.pop("input_reference", None)), service.options, faults)
+        settings = _settings_of(sent, service, faults)
+        with _new_folder(service.store, VIDEO) as job:
+            if image is not None:
+                path = service.store.input(job)
+                await asyncio.to_thread(_save, image, path)
+                async with _ONE_BY_ONE:
+                    await asyncio.to_thread(_check_image, path, service.options.limits, faults)
+            faults.check()
+            return service.submit(job, VIDEO, {"settings": settings})
 
-    def __init__(self, settings: dict[str, Any], image: UploadFile | None) -> None:
-        self.settings, self.image = settings, image
+
+async def accepted_file(request: Request, kind: str, name: str) -> Job:
+    """Take in a request that is one file, the field `name`.
+
+    Raises:
+        ApiError: as above.
+    """
+    service: Service = request.app.state.service
+    service.check_room()
+    faults, limits = Faults(), service.options.limits
+    async with _closing(request):
+        sent = await _body(request, faults)
+        file = sent.pop(name, None)
+        if not isinstance(file, UploadFile) or not file.size:
+            what = "empty" if isinstance(file, UploadFile) else "missing"
+            faults.add(name, f"{name} is {what}: send a file, in a form")
+        for other in sent:
+            faults.add(other, f"{other[:80]!r} is no field here: there is {name}")
+        faults.check()
+        with _new_folder(service.store, kind) as job:
+            await asyncio.to_thread(_save, file.file, service.store.input(job))
+            return service.submit(job, kind, {"settings": {"pixels": limits.pixels, "frames": limits.frames}})
 
 
-_NOT_SETTINGS = ("request", "input_reference", "model", "size")
+@asynccontextmanager
+async def _closing(request: Request) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await request.close()
+
+
+async def _body(request: Request, faults: Faults) -> dict[str, Any]:
+    """The fields of a request, by name."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in _FORMS:
+        form = await request.form()
+        for name, count in Counter(name for name, _ in form.multi_items()).items():
+            if count > 1:
+                faults.add(name, f"{name[:80]!r} is given {count} times: give it once")
+        return dict(form)
+    if kind != "application/json":
+        raise ApiError(400, f"the body is of type {kind[:80]!r}: send {_FORMS[0]} or application/json")
+    try:
+        found = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body is no JSON object: send the fields by name")
+    return cast("dict[str, Any]", found)
+
+
+def _image_of(value: Any, options: ServeOptions, faults: Faults) -> IO[bytes] | None:
+    name = "input_reference"
+    if value is None:
+        if options.takes_image:
+            faults.add(name, f"{name} is missing: {options.task} needs an image")
+        return None
+    if not options.takes_image:
+        faults.add(name, f"{name} can't be used: this server does {options.task}")
+    if isinstance(value, UploadFile):
+        if value.size:
+            return value.file
+        faults.add(name, f"{name} is empty")
+        return None
+    address = cast("dict[str, Any]", value).get("image_url") if isinstance(value, dict) else None
+    found = re.fullmatch(r"data:[^,]*;base64,(.+)", address, re.DOTALL) if isinstance(address, str) else None
+    try:
+        if found is not None and len(cast("dict[str, Any]", value)) == 1:
+            return io.BytesIO(base64.b64decode(found[1], validate=True))
+    except ValueError:
+        pass
+    faults.add(
+        name, f"{name} is no image: send a file, or {{'image_url': 'data:image/png;base64,...'}} with the image in it"
+    )
+    return None
+
+
+def _settings_of(sent: dict[str, Any], service: Service, faults: Faults) -> dict[str, Any]:
+    """What the fields ask for, as far as they can be understood."""
+    try:
+        fields = VideoFields.model_validate(sent)
+    except ValidationError as error:
+        wrong = {str(each["loc"][0]) for each in error.errors()}
+        for each in error.errors():
+            faults.add(*described(each))
+        fields = VideoFields.model_validate({"prompt": "", **{n: value for n, value in sent.items() if n not in wrong}})
+    given = fields.model_dump(exclude_none=True)
+    facts, limits = service.ranks.facts, service.options.limits
+    _check_model(given.pop("model", None), service.options)
+    _settle_size(given, given.pop("size", None), faults)
+    if "seconds" in given and "num_frames" in given:
+        faults.add("seconds", "seconds and num_frames exclude each other: give one")
+    _check_limits(given, limits, faults)
+    _check_grid(given, service.ranks.grid, faults)
+    for name, why in facts.get("refused", {}).items():
+        if name in given:
+            faults.add(name, why)
+    steps = str(given.get("num_inference_steps"))
+    if steps in facts.get("refused_steps", {}) and "flow_shift" not in given:  # It moves the noise levels.
+        faults.add("num_inference_steps", facts["refused_steps"][steps])
+    return given
 
 
 def _check_model(model: str | None, options: ServeOptions) -> None:
@@ -87,87 +232,74 @@ def _check_model(model: str | None, options: ServeOptions) -> None:
         )  # fmt: skip
 
 
-def _settle_size(given: dict[str, Any], size: str | None) -> None:
+def _settle_size(given: dict[str, Any], size: str | None, faults: Faults) -> None:
     if size is None:
         return
     width, height = map(int, size.split("x"))
     for name, value in (("width", width), ("height", height)):
         if given.setdefault(name, value) != value:
-            raise ApiError(400, f"size {size} and {name} {given[name]} contradict each other: give one", param=name)
+            faults.add(name, f"size {size} and {name} {given[name]} contradict each other: give one")
 
 
-def _check_limits(given: dict[str, Any], limits: Limits) -> None:
+def _check_limits(given: Mapping[str, Any], limits: Limits, faults: Faults) -> None:
     frames = given.get("num_frames", given.get("seconds", 0) * given["fps"])
     if frames > limits.frames:
-        raise ApiError(400, f"{frames:g} frames are more than {limits.frames}: ask for fewer", param="num_frames")
+        faults.add("num_frames", f"{frames:g} frames are more than {limits.frames}: ask for fewer")
     steps = given.get("num_inference_steps", 0)
     if steps > limits.steps:
-        raise ApiError(
-            400, f"num_inference_steps {steps} is more than {limits.steps}: ask for fewer", param="num_inference_steps"
-        )  # fmt: skip
+        faults.add("num_inference_steps", f"num_inference_steps {steps} is more than {limits.steps}: ask for fewer")
     if ("width" in given) != ("height" in given):
-        raise ApiError(400, "width and height go together: give both, or neither", param="width")
+        faults.add("width", "width and height go together: give both, or neither")
     width, height = given.get("width", 1), given.get("height", 1)
     if width * height > limits.pixels:
-        raise ApiError(
-            400, f"{width}x{height} is more than {limits.pixels} pixels: ask for a smaller size", param="size"
-        )
+        faults.add("size", f"{width}x{height} is more than {limits.pixels} pixels: ask for a smaller size")
 
 
-def _check_grid(given: dict[str, Any], grid: Grid | None) -> None:
+def _check_grid(given: Mapping[str, Any], grid: Grid | None, faults: Faults) -> None:
     """As the ranks would: a client hears it at once, and not when its turn has come."""
     if grid is None:
         return
     for name, check in (("width", grid.check_side), ("height", grid.check_side), ("num_frames", grid.check_count)):
-        if name not in given:
-            continue
         try:
-            check(name, given[name])
+            if name in given:
+                check(name, given[name])
         except InputError as error:
-            raise ApiError(400, str(error), param=name) from error
+            faults.add(name, str(error))
 
 
-async def saved(upload: UploadFile, path: Path) -> None:
-    """Write what was sent to `path`, so that it is there after a power cut too.
-
-    Raises:
-        ApiError: it is empty.
-    """
-
-    def write() -> int:
-        with path.open("wb") as file:
-            upload.file.seek(0)
-            shutil.copyfileobj(upload.file, file)
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell()
-
-    if not await asyncio.to_thread(write):
-        raise ApiError(400, "the file that was sent is empty", param="input_reference")
-
-
-async def check_image(path: Path, limits: Limits) -> None:
-    """Refuse what is no still image, by its header.
-
-    Raises:
-        ApiError: says why.
-    """
+@contextmanager
+def _new_folder(store: Store, kind: str) -> Iterator[str]:
+    """A job's folder, which is there after the block only if all went well in it."""
+    job = store.new_folder(kind)
     try:
-        size = await asyncio.to_thread(_image_size, path)
+        yield job
+    except BaseException:
+        store.drop_files(job)
+        raise
+
+
+def _save(upload: IO[bytes], path: Path) -> None:
+    """Write what was sent, so that it is there after a power cut too."""
+    with path.open("wb") as file:
+        upload.seek(0)
+        shutil.copyfileobj(upload, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_image(path: Path, limits: Limits, faults: Faults) -> None:
+    """Refuse what is no still image, or not the whole of one."""
+    name = "input_reference"
+    try:
+        with open_image(path) as image:
+            if image is None:
+                faults.add(name, f"{name} is no still image: send a PNG, JPEG or WebP")
+            elif image.width * image.height > limits.image_pixels:
+                faults.add(name, f"{name} has {image.width}x{image.height} pixels, more than {limits.image_pixels}")
+            else:
+                upright_rgb(path, image)
     except InputError as error:
-        raise ApiError(400, str(error).replace(str(path), "input_reference"), param="input_reference") from error
-    if size is None:
-        raise ApiError(400, "input_reference is no still image: send a PNG, JPEG or WebP", param="input_reference")
-    if size[0] * size[1] > limits.image_pixels:
-        raise ApiError(
-            400, f"input_reference has {size[0]}x{size[1]} pixels, more than {limits.image_pixels}",
-            param="input_reference",
-        )  # fmt: skip
-
-
-def _image_size(path: Path) -> tuple[int, int] | None:
-    with open_image(path) as image:
-        return None if image is None else image.size
+        faults.add(name, str(error).replace(str(path), name))
 
 
 def video_document(job: Job, progress: int, store: Store, options: ServeOptions) -> dict[str, Any]:

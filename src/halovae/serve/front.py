@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import logging.config
 import os
 import signal
 import socket
-import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import uvicorn
 
 from halovae.errors import InputError
 from halovae.files import reason
+from halovae.serve import connections
 from halovae.serve.app import make_app
 from halovae.serve.group import Ranks
 from halovae.serve.guard import is_loopback
@@ -25,6 +28,8 @@ from halovae.serve.wire import FRONT_FD
 
 _FAREWELL = 3
 """Seconds that open connections get when the server ends."""
+
+log = logging.getLogger(__name__)
 
 
 def serve(options: ServeOptions, arguments: Sequence[str]) -> int:
@@ -42,26 +47,33 @@ def serve(options: ServeOptions, arguments: Sequence[str]) -> int:
     """
     given = os.environ.pop(FRONT_FD, None)
     ends = None if given is None else socket.socket(fileno=int(given))
+    logging.config.dictConfig(connections.LOGGING)
     with contextlib.closing(Store(options.store)) as store, _listening(options) as listener:
+        # What is uploaded fills the store's disk or none.
+        tempfile.tempdir = str(store.files)
         return asyncio.run(_serve(options, store, listener, Ranks(arguments, options.ranks, ends)))
 
 
 async def _serve(options: ServeOptions, store: Store, listener: socket.socket, ranks: Ranks) -> int:
     service = Service(options, store, ranks, Metrics())
+    most = connections.most_requests()
     config = uvicorn.Config(
         make_app(service),
-        log_level="warning",
+        http=connections.Connection,
+        ws="none",
+        log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_FAREWELL,
-        # Headers and bodies of a slow client cost little here; an idle connection nothing.
-        limit_concurrency=None,
+        limit_concurrency=most,
+        backlog=min(most, 128),
     )
     server = _Server(config)
     address = listener.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    sys.stderr.write(f"halovae: serving {options.model} on http://{shown}:{address[1]}\n")
-    _warn(options)
+    log.info("serving %s on http://%s:%d", options.model, shown, address[1])
+    if not is_loopback(options.host) and options.key is None:
+        log.warning("%s is open to other machines, without a key: give --api-key-file", options.host)
     working = asyncio.create_task(ranks.run(service))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
@@ -84,13 +96,6 @@ class _Server(uvicorn.Server):
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(signum, self.handle_exit, signum, None)
         yield
-
-
-def _warn(options: ServeOptions) -> None:
-    if not is_loopback(options.host) and options.key is None:
-        sys.stderr.write(
-            f"halovae: note: {options.host} is open to other machines, without a key: give --api-key-file\n"
-        )
 
 
 @contextlib.contextmanager

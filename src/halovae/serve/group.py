@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import sys
@@ -15,11 +16,15 @@ from halovae.errors import HalovaeError, InputError
 from halovae.launch import PROGRAM, Group, Verdict
 from halovae.pipelines.grid import Grid
 from halovae.serve.wire import RANK_FD, Message
+from halovae.watch import restore_terminal
 
+log = logging.getLogger(__name__)
 SILENT_SECONDS = 10.0
 """An idle group that has not been heard for so long does not answer."""
 _LONGEST_PAUSE = 30.0
 """Seconds between two attempts to start a group that keeps ending."""
+_LONGEST_LINE = 2**24
+"""Bytes of a message."""
 _WELL = 60.0
 """Seconds of work after which a group that ends is started again at once."""
 
@@ -84,7 +89,8 @@ class Ranks:
             if self._given is not None or (self.starts == 1 and not was_ready):
                 sys.stderr.write(verdict.details)
                 raise (InputError if verdict.exit_code == 2 else HalovaeError)(self.trouble)
-            verdict.say()
+            restore_terminal()
+            log.error("%s; the ranks are started again\n%s", self.trouble, verdict.details)
             if time.monotonic() - started < _WELL:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -124,7 +130,7 @@ class Ranks:
 
     async def _listen(self, end: socket.socket, listener: Listener) -> bool:
         """Take in messages until the group's end; whether it has been ready."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=end)
+        reader, self._writer = await asyncio.open_unix_connection(sock=end, limit=_LONGEST_LINE)
         was_ready = False
         try:
             while line := await reader.readline():

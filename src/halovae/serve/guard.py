@@ -34,13 +34,21 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
+        status, ended = 500, False
+        # Routes know GET. The answer to HEAD is the same, without its body.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def counted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
+            if ended:
+                return
+            await send(message)
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+                if scope["method"] == "HEAD":
+                    # All of the answer, also where there would be no end to its body.
+                    ended = True
+                    await send({"type": "http.response.body"})
 
         received = 0
 
@@ -54,9 +62,9 @@ class Guard:
 
         try:
             refusal = self._refusal(scope)
-            await (self._app if refusal is None else refusal.response())(scope, limited, counted)
+            await (self._app if refusal is None else refusal.response())(asked, limited, counted)
         finally:
-            route = getattr(scope.get("route"), "path", "(none)")
+            route = getattr(asked.get("route"), "path", "(none)")
             self._metrics.requests.labels(scope["method"], route, str(status)).inc()
 
     def _too_much(self) -> ApiError:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from halovae.files import first_line, reason
 from halovae.serve.errors import ApiError
 from halovae.serve.group import SILENT_SECONDS, Ranks
 from halovae.serve.metrics import Metrics
 from halovae.serve.settings import ServeOptions
-from halovae.serve.store import COMPLETED, QUEUED, Job, Store
+from halovae.serve.store import COMPLETED, ERRORS, NO_ROOM, QUEUED, Job, Store
 from halovae.serve.wire import Message
 
 ATTEMPTS = 2
 """How often a job is begun at most, when the ranks end while they work on it: it may be the job that ends them."""
 _TIDY_SECONDS = 60.0
+_RETRY_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,15 +40,23 @@ class _Current:
 class Service:
     """The jobs of one server. Everything in it happens in one event loop.
 
+    What becomes of a job is written down when the store can be written. Until then nothing new is begun.
+
     Args:
         options: of the server.
         store: where jobs are kept.
         ranks: who does them.
         metrics: what is counted.
+
+    Attributes:
+        trouble: why the store can't be written at the moment; empty when it can.
     """
 
     def __init__(self, options: ServeOptions, store: Store, ranks: Ranks, metrics: Metrics) -> None:
         self.options, self.store, self.ranks, self.metrics = options, store, ranks, metrics
+        self.trouble = ""
+        self._unwritten: deque[Callable[[], object]] = deque()
+        self._free_wanted = 0
         self._current: _Current | None = None
         self._stopped = False
         self._changes = asyncio.Condition()
@@ -50,6 +64,8 @@ class Service:
         self._tidying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        if waiting := self.store.count(QUEUED):
+            log.info("recovered %d job%s", waiting, "s" * (waiting > 1))
         self._tidying = asyncio.create_task(self._tidy())
 
     async def stop(self) -> None:
@@ -58,7 +74,7 @@ class Service:
         current, self._current = self._current, None
         if current is not None and not current.cancelled:
             # It is no fault of the job.
-            self.store.requeue(current.id, counts=False)
+            self._write(lambda: self.store.requeue(current.id, counts=False))
         if self._tidying is not None:
             self._tidying.cancel()
             with suppress(asyncio.CancelledError):
@@ -67,11 +83,13 @@ class Service:
     # ---- for clients -------------------------------------------------------------------------------------------------
 
     def check_room(self) -> None:
-        """Turn a job away when too many wait.
+        """Turn a job away when too many wait, or when it can't be kept.
 
         Raises:
-            ApiError: 429, with the seconds after which there should be room.
+            ApiError: 429, with the seconds after which there should be room; 507.
         """
+        if self.trouble:
+            raise _not_kept(self.trouble)
         waiting = self.store.count(QUEUED)
         if waiting >= self.options.limits.queue:
             seconds = max(1, math.ceil(self.store.usual_seconds()))
@@ -86,13 +104,9 @@ class Service:
         """Accept a job whose files are in its folder.
 
         Raises:
-            ApiError: 429; the folder is removed.
+            ApiError: 429, 507.
         """
-        try:
-            self.check_room()
-        except ApiError:
-            self.store.drop_files(job)
-            raise
+        self.check_room()
         added = self.store.add(job, kind, request)
         self._changed()
         self._dispatch()
@@ -103,13 +117,25 @@ class Service:
         found = self.store.get(job)
         if found is None:
             return
+        self.store.remove(job)
         if self._current is not None and self._current.id == job:
             self._current.cancelled = True
             self.ranks.send({"cancel": job})
         if not found.is_over:
             self.metrics.jobs.labels(found.kind, "cancelled").inc()
-        self.store.remove(job)
         self._changed()
+
+    def no_room(self, error: Exception) -> ApiError:
+        """What to say when a request has failed by one of the store's `ERRORS`.
+
+        It may have wanted more than others do: they are turned away only when there is no room for them either.
+        """
+        if not self.trouble:
+            try:
+                self.store.check_room()
+            except ERRORS as again:
+                self._wait_for_room(again)
+        return _not_kept(_why(error))
 
     def progress(self, job: Job) -> int:
         """In percent. Of a running job: of its steps."""
@@ -139,12 +165,17 @@ class Service:
         # While ranks work they speak at every step only; a rank that dies or stops then ends the group.
         answers = self.ranks.ready and (self._current is not None or silent < SILENT_SECONDS)
         state = "ready" if answers else "silent" if self.ranks.ready else "loading" if not self.ranks.trouble else ""
+        try:
+            queued = self.store.count(QUEUED)
+        except ERRORS as error:
+            self.no_room(error)
+            queued = None
         return {
-            "status": state or "restarting",
-            "ready": answers,
+            "status": f"the store can't be written: {self.trouble}" if self.trouble else state or "restarting",
+            "ready": answers and not self.trouble,
             "ranks": self.options.ranks,
             "busy": self._current is not None,
-            "queued": self.store.count(QUEUED),
+            "queued": queued,
             "starts": self.ranks.starts,
             "last_trouble": self.ranks.trouble or None,
         }
@@ -154,6 +185,8 @@ class Service:
     def on_message(self, message: Message) -> None:
         """What the first rank says."""
         current = self._current
+        if message["event"] == "ready":
+            log.info("ready: %s on %d ranks", self.options.model, self.options.ranks)
         if current is not None and message.get("id") == current.id:
             if message["event"] == "progress":
                 # Decoding and writing come after the last step.
@@ -168,46 +201,105 @@ class Service:
         """The ranks have ended. What they worked on is run again, or given up."""
         current, self._current = self._current, None
         self.metrics.restarts.inc()
-        job = None if current is None or current.cancelled else self.store.get(current.id)
-        if job is not None and job.attempts < ATTEMPTS:
-            self.store.requeue(job.id)
-        elif job is not None:
-            self._fail(job, "server_error", f"the ranks ended {ATTEMPTS} times while they worked on it: {why}")
+
+        def put_back() -> None:
+            job = None if current is None or current.cancelled else self.store.get(current.id)
+            if job is not None and job.attempts < ATTEMPTS:
+                self.store.requeue(job.id)
+            elif job is not None:
+                self._fail(job.id, "server_error", f"the ranks ended {ATTEMPTS} times while they worked on it: {why}")
+
+        self._write(put_back)
         self._changed()
 
     def _dispatch(self) -> None:
         """Give the ranks the next job, if they are free."""
-        while (
-            not self._stopped and self._current is None and self.ranks.ready and (job := self.store.next()) is not None
-        ):
-            if job.attempts >= ATTEMPTS:  # The server itself has ended with it.
-                self._fail(job, "server_error", f"the server ended {ATTEMPTS} times while it worked on this job")
-                continue
-            self.store.begin(job.id)
-            self._current = _Current(job.id)
-            path = self.store.input(job.id)
-            self.ranks.send(
-                {
-                    "id": job.id,
-                    "kind": job.kind,
-                    "settings": job.request["settings"],
-                    "input": str(path) if path.exists() else None,
-                    "output": str(self.store.output(job.id)),
-                }
-            )
-            self._changed()
+        try:
+            while not self._stopped and not self.trouble and self._current is None and self.ranks.ready:
+                job = self.store.next()
+                if job is None:
+                    return
+                if job.attempts < ATTEMPTS:
+                    self.store.begin(job.id)
+                    self._hand_over(job)
+                else:  # The server itself has ended with it.
+                    why = f"the server ended {ATTEMPTS} times while it worked on this job"
+                    self._fail(job.id, "server_error", why)
+                self._changed()
+        except ERRORS as error:
+            self._wait_for_room(error)
+
+    def _hand_over(self, job: Job) -> None:
+        self._current = _Current(job.id)
+        path = self.store.input(job.id)
+        self.ranks.send(
+            {
+                "id": job.id,
+                "kind": job.kind,
+                "settings": job.request["settings"],
+                "input": str(path) if path.exists() else None,
+                "output": str(self.store.output(job.id)),
+            }
+        )
 
     def _conclude(self, current: _Current, message: Message) -> None:
-        job = self.store.get(current.id)
-        if job is None or current.cancelled:
-            self.store.drop_files(current.id)
+        job = current.id
+        if current.cancelled:
+            self.store.drop_files(job)
         elif message["event"] == "done":
-            self.metrics.finished(self.store.complete(job.id, message["result"]))
+            self._write(lambda: self._finished(self.store.complete(job, message["result"])))
+        elif message.get("code") == NO_ROOM:
+            # More than this was free, and not enough: less than twice as much would only be tried in vain.
+            self._free_wanted = 2 * self.store.free
+            self._write(lambda: self.store.requeue(job, counts=False))
+            self._wait_for_room(message["message"])
         else:
-            self._fail(job, message["code"], message["message"])
+            self._write(lambda: self._fail(job, message["code"], message["message"]))
 
-    def _fail(self, job: Job, code: str, message: str) -> None:
-        self.metrics.finished(self.store.fail(job.id, code, message))
+    def _fail(self, job: str, code: str, message: str) -> None:
+        self._finished(self.store.fail(job, code, message))
+
+    def _finished(self, job: Job | None) -> None:
+        if job is not None:
+            self.metrics.finished(job)
+            log.info("%s %s%s", job.id, job.status, f": {job.error['message']}" if job.error else "")
+
+    # ---- for the store -----------------------------------------------------------------------------------------------
+
+    def _write(self, change: Callable[[], object]) -> None:
+        """Change the store, now or as soon as it can be written."""
+        self._unwritten.append(change)
+        try:
+            self._write_down()
+        except ERRORS as error:
+            self._wait_for_room(error)
+
+    def _write_down(self) -> None:
+        while self._unwritten:
+            self._unwritten[0]()
+            self._unwritten.popleft()
+
+    def _wait_for_room(self, error: Exception | str) -> None:
+        """Accept and begin nothing until the store can be written."""
+        if not self.trouble:
+            log.error("the store can't be written: %s; no job is accepted or begun until it can", _why(error))
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._recover)
+        self.trouble = _why(error)
+
+    def _recover(self) -> None:
+        if self._stopped:
+            return
+        try:
+            self.store.check_room(self._free_wanted)
+            self._write_down()
+        except ERRORS as error:
+            self.trouble = _why(error)
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._recover)
+            return
+        log.info("the store can be written again")
+        self.trouble, self._free_wanted = "", 0
+        self._dispatch()
+        self._changed()
 
     def _changed(self) -> None:
         async def notify() -> None:
@@ -220,5 +312,19 @@ class Service:
 
     async def _tidy(self) -> None:
         while True:
-            self.store.expire(self.options.keep)
+            try:
+                self.store.expire(self.options.keep)
+            except ERRORS as error:
+                self.no_room(error)
             await asyncio.sleep(_TIDY_SECONDS)
+
+
+def _why(error: Exception | str) -> str:
+    return error if isinstance(error, str) else reason(error) if isinstance(error, OSError) else first_line(error)
+
+
+def _not_kept(why: str) -> ApiError:
+    return ApiError(
+        507, f"the server can't store this: {why}; try again when there is room", code=NO_ROOM,
+        headers={"Retry-After": f"{math.ceil(_RETRY_SECONDS)}"},
+    )  # fmt: skip

@@ -6,14 +6,17 @@ hears of it. A folder without a row is what a crash has left behind, and is remo
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +29,12 @@ VIDEO, ENCODE, DECODE = "video", "encode", "decode"
 """Kinds of jobs. Whoever asks for the last two waits for the answer: they end with the connection."""
 INPUT = "input"
 """Name of what the client has sent, in a job's folder."""
+ERRORS = (sqlite3.Error, OSError)
+"""What a store raises when its disk is full or fails. It can be used again as soon as there is room."""
+NO_ROOM = "no_room"
+"""Code of a failure for want of room: of a request, or of a job that is run again when there is."""
+_ROOM = 2**20
+"""Bytes that have to be free for work to go on."""
 _OUTPUTS = {VIDEO: "output.mp4", ENCODE: "output.safetensors", DECODE: "output.mp4"}
 
 _SCHEMA = """
@@ -112,6 +121,32 @@ class Store:
         mode, level = (self._base.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
         return mode, level
 
+    def check_room(self, free: int = 0) -> None:
+        """See whether files can be written.
+
+        Args:
+            free: bytes that the disk has to have.
+
+        Raises:
+            OSError: says why not.
+        """
+        with tempfile.TemporaryFile(dir=self._files) as file:
+            file.write(bytes(_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+        if self.free < free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @property
+    def free(self) -> int:
+        """Bytes that are free."""
+        return shutil.disk_usage(self._files).free
+
+    @property
+    def files(self) -> Path:
+        """The folder that uploads pass through on their way to their job."""
+        return self._files
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def new_folder(self, kind: str) -> str:
@@ -158,15 +193,23 @@ class Store:
         query = "UPDATE jobs SET status = ?, started = NULL, attempts = attempts - ? WHERE id = ?"
         self._base.execute(query, (QUEUED, 0 if counts else 1, job))
 
-    def complete(self, job: str, result: Mapping[str, Any]) -> Job:
-        _sync_folder(self._files / job)
+    def complete(self, job: str, result: Mapping[str, Any]) -> Job | None:
+        """None: it was removed in the meantime."""
+        with suppress(FileNotFoundError):
+            _sync_folder(self._files / job)
         return self._end(job, COMPLETED, "result", result)
 
-    def fail(self, job: str, code: str, message: str) -> Job:
+    def fail(self, job: str, code: str, message: str) -> Job | None:
+        """None: it was removed in the meantime."""
         return self._end(job, FAILED, "error", {"code": code, "message": message})
 
     def remove(self, job: str) -> None:
-        self._base.execute("DELETE FROM jobs WHERE id = ?", (job,))
+        query = "DELETE FROM jobs WHERE id = ?"
+        try:
+            self._base.execute(query, (job,))
+        except sqlite3.Error:
+            self.drop_files(job)  # On a full disk this is what makes room for it.
+            self._base.execute(query, (job,))
         self.drop_files(job)
 
     def videos(self, after: Job | None, limit: int, newest_first: bool) -> list[Job]:
@@ -206,12 +249,12 @@ class Store:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _end(self, job: str, status: str, column: str, value: Mapping[str, Any]) -> Job:
+    def _end(self, job: str, status: str, column: str, value: Mapping[str, Any]) -> Job | None:
         self._base.execute(
             f"UPDATE jobs SET status = ?, finished = ?, {column} = ? WHERE id = ?",
             (status, time.time(), json.dumps(value), job),
         )
-        return self._known(job)
+        return self.get(job)
 
     def _known(self, job: str) -> Job:
         found = self.get(job)
@@ -226,11 +269,14 @@ class Store:
         """Put in order what a crash has left: jobs that nobody runs any more, files that no job has."""
         for row in self._base.execute("SELECT id FROM jobs WHERE kind != ?", (VIDEO,)).fetchall():
             self.remove(row[0])
-        self._base.execute("UPDATE jobs SET status = ?, started = NULL WHERE status = ?", (QUEUED, RUNNING))
         known = {row[0] for row in self._base.execute("SELECT id FROM jobs")}
         for folder in self._files.iterdir():
             if folder.name not in known:
                 self.drop_files(folder.name)
+            for draft in folder.glob(".*"):  # Of an output that a rank was writing when it was killed.
+                draft.unlink(missing_ok=True)
+        # Last: what was removed may be the room for it.
+        self._base.execute("UPDATE jobs SET status = ?, started = NULL WHERE status = ?", (QUEUED, RUNNING))
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -6,11 +6,11 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
 
 from halovae.serve.errors import ApiError
-from halovae.serve.forms import VideoRequest, check_image, saved, video_document, video_form
+from halovae.serve.forms import VideoFields, accepted, body_of, video_document
 from halovae.serve.service import Service
 from halovae.serve.store import COMPLETED, FAILED, VIDEO, Job
 
@@ -21,7 +21,7 @@ _PRESENCE = 0.5
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 VideoId = Annotated[str, Path(max_length=100, pattern=r"^[ -~]*$")]
-Form = Annotated[VideoRequest, Depends(video_form)]
+_BODY = body_of("input_reference", VideoFields.model_json_schema())
 
 
 def service_of(request: Request) -> Service:
@@ -29,19 +29,17 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
-@router.post("")
-async def create(request: Request, form: Form) -> dict[str, Any]:
+@router.post("", openapi_extra=_BODY)
+async def create(request: Request) -> dict[str, Any]:
     """Accept a job; it runs when those before it are done."""
-    service = service_of(request)
-    return _document(service, await _submitted(service, form))
+    return _document(service_of(request), await accepted(request))
 
 
-@router.post("/sync")
-async def create_and_wait(request: Request, form: Form) -> FileResponse:
+@router.post("/sync", openapi_extra=_BODY)
+async def create_and_wait(request: Request) -> FileResponse:
     """Make a video and answer with it. A client that hangs up cancels it."""
-    service = service_of(request)
-    job = await finished(request, await _submitted(service, form))
-    return _content(service, job)
+    job = await accepted(request)
+    return _content(service_of(request), await finished(request, job.id))
 
 
 @router.get("")
@@ -102,14 +100,14 @@ async def _events(service: Service, video_id: str) -> AsyncIterator[str]:
         last = line
 
 
-async def finished(request: Request, job: Job) -> Job:
+async def finished(request: Request, job: str) -> Job:
     """Wait for a job's end, as long as the client does.
 
     Raises:
         ApiError: it has failed, or was removed.
     """
     service = service_of(request)
-    async for now in service.changes(job.id, _PRESENCE):
+    async for now in service.changes(job, _PRESENCE):
         if now is None:
             break
         if now.status == COMPLETED:
@@ -121,20 +119,6 @@ async def finished(request: Request, job: Job) -> Job:
         if await request.is_disconnected():
             service.remove(now.id)
     raise ApiError(409, "the job was removed before it was done", code="cancelled")
-
-
-async def _submitted(service: Service, form: VideoRequest) -> Job:
-    service.check_room()
-    job = service.store.new_folder(VIDEO)
-    try:
-        if form.image is not None:
-            path = service.store.input(job)
-            await saved(form.image, path)
-            await check_image(path, service.options.limits)
-    except BaseException:
-        service.store.drop_files(job)
-        raise
-    return service.submit(job, VIDEO, {"settings": form.settings})
 
 
 def _known(service: Service, video_id: str) -> Job:
@@ -153,8 +137,11 @@ def _content(service: Service, job: Job) -> FileResponse:
         raise ApiError(409, f"this video has failed: {(job.error or {}).get('message')}", code="failed")
     if job.status != COMPLETED:
         raise ApiError(409, f"this video is {job.status}: wait until it is completed", code="not_ready")
+    path = service.store.output(job.id)
+    if not path.exists():
+        raise ApiError(404, "the file of this video is gone from the server's store", code="not_found")
     return FileResponse(
-        service.store.output(job.id),
+        path,
         media_type="video/mp4",
         filename=f"{job.id}.mp4",
         content_disposition_type="inline",

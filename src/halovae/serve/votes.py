@@ -16,6 +16,7 @@ from typing import Any
 from halovae.comm import Comm
 from halovae.errors import HalovaeError, InputError, NotExactError, RankFailedError
 from halovae.files import first_line
+from halovae.serve.store import NO_ROOM
 from halovae.watch import Failure, failure_of, report
 
 STUCK_SECONDS = 120.0
@@ -30,7 +31,7 @@ class Outcome:
 
     cancelled: bool = False
     code: str | None = None
-    """Of a failure: "invalid_request" or "server_error". None: the task was done."""
+    """Of a failure: "invalid_request", "server_error" or `store.NO_ROOM`. None: the task was done."""
     message: str = ""
     details: str = ""
     """The traceback of a failure that nobody expected."""
@@ -42,6 +43,10 @@ class _Vote:
     outcome: Outcome | None = None
     consequence: bool = False
     """Whether another rank is to blame."""
+
+
+class NoRoomError(HalovaeError):
+    """The result could not be written for want of room: the task can be done again when there is."""
 
 
 class _Left(Exception):
@@ -101,7 +106,7 @@ def _described(error: Exception) -> Outcome:
     refused = isinstance(error, (InputError, NotExactError))
     message = str(error) if isinstance(error, HalovaeError) else f"{type(error).__name__}: {first_line(error)}"
     return Outcome(
-        code="invalid_request" if refused else "server_error",
+        code="invalid_request" if refused else NO_ROOM if isinstance(error, NoRoomError) else "server_error",
         message=" ".join(message.split()),
         details="" if isinstance(error, HalovaeError) else "".join(traceback.format_exception(error)),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,29 @@ from halovae import codec, latents, media
 from halovae.cli.generation import Job
 from halovae.cli.session import Session
 from halovae.cli.settled import settled
-from halovae.errors import InputError
+from halovae.errors import HalovaeError, InputError
 from halovae.fit import Fit, Limits
 from halovae.latents import LatentsInfo, scaling_of
 from halovae.pipelines.grid import Grid
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.runner import Runner
-from halovae.pipelines.scheduler import prepare_scheduler
-from halovae.pipelines.settings import Generation
+from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_scheduler, shifted
+from halovae.pipelines.settings import Generation, flag
+from halovae.pipelines.signature import arguments, parameters
 from halovae.pipelines.timing import WRITE, Timeline
+from halovae.serve.votes import NoRoomError
 
 OnStep = Callable[[int, int | None], None]
 """Called by all ranks together, with the number of steps done and of all."""
 _PER_CALL = ("flow_shift", "boundary_ratio")
 """Settings of a pipeline's setup that a request may change for itself."""
+_SETTINGS = ("negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale")
+FIELDS = {
+    "--image": "input_reference",
+    "--fps": "fps",
+    **{flag(name): name for name in (*_SETTINGS, *_PER_CALL, "prompt", "seed", "guidance_scale_2")},
+}
+"""The command line's flags, as clients know these settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,41 @@ class Task:
     """Of the first rank."""
 
 
+def refused(model: Model) -> dict[str, str]:
+    """Fields of a request that this pipeline can't honour, whatever their value, and why."""
+    cls, components = model.source.cls, model.runner.pipeline.components
+    checks: dict[str, Callable[[], object]] = {
+        "flow_shift": lambda: shifted(components["scheduler"], 1.0),
+        "boundary_ratio": lambda: check_boundary(cls, components, replace(model.job.setup, boundary_ratio=0.5)),
+    }
+    image: dict[str, Any] = {"image": True} if "image" in parameters(cls) else {}
+    for name in (*_SETTINGS, "guidance_scale_2"):
+        value: Any = "" if name == "negative_prompt" else 1
+        checks[name] = partial(arguments, cls, Generation(prompt="", **image, **{name: value}))
+    found = {name: str(error) for name, check in checks.items() if (error := _refusal(check)) is not None}
+    if components.get("transformer_2") is None:
+        found.setdefault("guidance_scale_2", f"guidance_scale_2 can't be honoured: {cls.__name__} has one expert here")
+    return found
+
+
+def refused_steps(model: Model, most: int) -> dict[int, str]:
+    """Numbers of denoising steps up to `most` that the scheduler can't take as it is set, and why."""
+    pipeline = model.runner.pipeline
+    checks = {
+        count: partial(check_steps, type(pipeline), pipeline.scheduler, Generation(num_inference_steps=count))
+        for count in range(1, most + 1)
+    }
+    return {count: str(error) for count, check in checks.items() if (error := _refusal(check)) is not None}
+
+
+def _refusal(check: Callable[[], object]) -> InputError | None:
+    try:
+        check()
+    except InputError as error:
+        return error
+    return None
+
+
 def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> dict[str, Any]:
     """Make a video and, on the first rank, write it; returns what it took.
 
@@ -78,7 +124,7 @@ def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> d
     timeline = Timeline(session.device)
     if result.frames is None:
         return {}
-    with timeline.stage(WRITE):
+    with timeline.stage(WRITE), _writing(task.output):
         media.write(task.output, result.frames, Fraction(fps), crf=model.job.crf)
     frames, height, width = result.frames.shape[:3]
     sizes = {"num_frames": frames, "height": height, "width": width, "fps": fps}
@@ -110,7 +156,8 @@ def encode_clip(session: Session, model: Model, task: Task, on_step: OnStep) -> 
         times=clip.times,
         **vars(fit),
     )
-    latents.save(task.output, encoded, info)
+    with _writing(task.output):
+        latents.save(task.output, encoded, info)
     return {"shape": list(encoded.shape)}
 
 
@@ -132,8 +179,23 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
     if not session.is_first:
         return {}
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
-    media.write(task.output, codec.Frames(fit.crop(sample)), info.fps, times=info.times)
+    with _writing(task.output):
+        media.write(task.output, codec.Frames(fit.crop(sample)), info.fps, times=info.times)
     return {"num_frames": info.frames, "height": info.height, "width": info.width}
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What can't be written is no fault of the request."""
+    try:
+        yield
+    except InputError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        # The path is this machine's own affair.
+        message = str(error).replace(str(path), "the result")
+        raise (NoRoomError if cause.errno in (errno.ENOSPC, errno.EDQUOT) else HalovaeError)(message) from error
 
 
 def _read_clip(path: Path, pixels: int, frames: int) -> media.Clip:

@@ -1,19 +1,22 @@
 """One rank of a server: the pipeline is loaded once, then tasks come, one after another, until the front has gone.
 
-The first rank gets them over its wire and hands each to the others, with what the client has sent: ranks on other
-machines have no files of the front.
+The first rank gets them over its wire and hands each to the others. Where ranks are on other machines, which have no
+files of the front, what the client has sent comes with it.
 """
 
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from halovae import launch
 from halovae.cli.generation import Job, found, loaded
 from halovae.cli.session import Session
 from halovae.errors import HalovaeError
@@ -23,7 +26,17 @@ from halovae.pipelines.sizes import grid_of
 from halovae.serve.store import DECODE, ENCODE, VIDEO
 from halovae.serve.votes import Outcome, Votes
 from halovae.serve.wire import Message, Wire
-from halovae.serve.work import Model, OnStep, Task, decode_latents, encode_clip, make_video
+from halovae.serve.work import (
+    FIELDS,
+    Model,
+    OnStep,
+    Task,
+    decode_latents,
+    encode_clip,
+    make_video,
+    refused,
+    refused_steps,
+)
 
 TICK = 2.0
 """Seconds between two signs of life of an idle group."""
@@ -35,17 +48,18 @@ class _Order:
     """What the first rank hands to all."""
 
     message: Message
-    content: bytes | None
-    """What the client has sent."""
+    content: bytes | None = None
+    """What the client has sent, for ranks that can't read it where the front keeps it."""
 
 
-def serve_ranks(session: Session, job: Job, wire: Wire | None) -> None:
+def serve_ranks(session: Session, job: Job, wire: Wire | None, steps: int) -> None:
     """Load the pipeline, then work for the front. Called on every rank; does not return.
 
     Args:
         session: of this rank.
         job: what the server was started with.
         wire: to the front, on the first rank.
+        steps: the most that a client may ask for.
 
     Raises:
         HalovaeError: the model can't be loaded, a rank has died, or the front has gone.
@@ -58,13 +72,15 @@ def serve_ranks(session: Session, job: Job, wire: Wire | None) -> None:
                 "ranks": session.group.size,
                 "pipeline": model.source.cls.__name__,
                 "grid": asdict(model.grid),
+                "refused": {name: in_fields(why) for name, why in refused(model).items()},
+                "refused_steps": {count: in_fields(why) for count, why in refused_steps(model, steps).items()},
             }
         )
-    with model.runner, tempfile.TemporaryDirectory(prefix="halovae-serve-") as folder:
+    with model.runner:
         while True:
             order = session.group.all_gather_object(_next_order(wire))[0]
             if order is not None:
-                _Turn(session, model, wire, order, Path(folder)).run()
+                _Turn(session, model, wire, order).run()
             elif wire is not None:
                 _tell(wire, {"event": "alive"})
 
@@ -85,8 +101,29 @@ def _next_order(wire: Wire | None) -> _Order | None:
     message = _heard(wire, TICK)
     if message is None or "kind" not in message:  # Nothing, or a late word on a task that is over.
         return None
-    path = message.pop("input")
-    return _Order(message, None if path is None else Path(path).read_bytes())
+    place, path = launch.place(), message["input"]
+    if path is None or place is None or place.local_world_size == place.world_size:
+        return _Order(message)
+    return _Order(message, Path(path).read_bytes())
+
+
+@contextmanager
+def received(order: _Order) -> Iterator[Path | None]:
+    """What the client has sent, as a file of this machine."""
+    if order.content is None:
+        path = order.message["input"]
+        yield None if path is None else Path(path)
+        return
+    # It has no name: nothing of it is left when this process is killed.
+    with tempfile.TemporaryFile() as file:
+        file.write(order.content)
+        file.flush()
+        yield Path(f"/dev/fd/{file.fileno()}")
+
+
+def in_fields(message: str) -> str:
+    """A message that speaks of flags of the command line, as clients know these settings."""
+    return re.sub(r"--[a-z0-9-]+", lambda found: FIELDS.get(found[0], found[0]), message)
 
 
 def _tell(wire: Wire, message: Mapping[str, Any]) -> None:
@@ -106,23 +143,14 @@ def _heard(wire: Wire, seconds: float) -> Message | None:
 class _Turn:
     """One task on this rank."""
 
-    def __init__(self, session: Session, model: Model, wire: Wire | None, order: _Order, folder: Path) -> None:
-        self._session, self._model, self._wire = session, model, wire
-        self._id, self._content = order.message["id"], order.content
-        self._task = Task(
-            id=self._id,
-            kind=order.message["kind"],
-            settings=order.message["settings"],
-            input=None if order.content is None else folder / "input",
-            output=Path(order.message["output"]),
-        )
+    def __init__(self, session: Session, model: Model, wire: Wire | None, order: _Order) -> None:
+        self._session, self._model, self._wire, self._order = session, model, wire, order
+        self._id, self._input = order.message["id"], ""
         self._votes = Votes(session.group, self._is_cancelled)
         self._result: dict[str, Any] = {}
 
     def run(self) -> None:
         outcome = self._votes.outcome(self._work)
-        if self._task.input is not None:
-            self._task.input.unlink(missing_ok=True)
         self._say(outcome)
         if outcome.details:
             # A traceback holds on to tensors until it is collected; and an accelerator that has failed for good says
@@ -131,10 +159,17 @@ class _Turn:
             self._session.synchronize()
 
     def _work(self) -> None:
-        if self._task.input is not None:
-            assert self._content is not None
-            self._task.input.write_bytes(self._content)
-        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step())
+        message = self._order.message
+        with received(self._order) as path:
+            self._input = str(path)
+            task = Task(
+                id=self._id,
+                kind=message["kind"],
+                settings=message["settings"],
+                input=path,
+                output=Path(message["output"]),
+            )
+            self._result = _WORK[task.kind](self._session, self._model, task, self._on_step())
 
     def _on_step(self) -> OnStep:
         def on_step(done: int, total: int | None) -> None:
@@ -161,5 +196,5 @@ class _Turn:
         else:
             sys.stderr.write(outcome.details)
             # The path is this machine's own affair.
-            message = outcome.message.replace(str(self._task.input), "the file").replace("--", "")
+            message = in_fields(outcome.message.replace(self._input, "the file"))
             _tell(self._wire, {"event": "failed", "id": self._id, "code": outcome.code, "message": message})
