@@ -92,20 +92,27 @@ def test_a_client_that_hangs_up_cancels(server: Server, image: Path) -> None:
 
 
 def test_a_request_that_fails_fails_alone(server: Server, image: Path) -> None:
-    """A broken image passes the look at its header; only the ranks find out."""
-    broken = image.with_name("broken.png")
-    broken.write_bytes(image.read_bytes()[:-400])
-    failed, good = server.create(broken), server.create(image)
+    """Its image is damaged after it was accepted; only the ranks find out."""
+    first, failed, good = server.create(image, **LONG), server.create(image), server.create(image)
+    (server.store / "files" / failed["id"] / "input").write_bytes(image.read_bytes()[:-400])
+    server.client.delete(f"/v1/videos/{first['id']}")
     found = server.finished(failed["id"])
     assert (found["status"], found["error"]["code"]) == ("failed", "invalid_request")
     assert found["error"]["message"].startswith("can't read image the file")
     assert server.client.get(f"/v1/videos/{failed['id']}/content").status_code == 409
     assert server.finished(good["id"])["status"] == "completed"
-    answer = server.post("/v1/videos/sync", broken)
-    assert answer.status_code == 400
     assert server.health()["starts"] == 1
     for job in server.client.get("/v1/videos").json()["data"]:
         server.client.delete(f"/v1/videos/{job['id']}")
+
+
+def test_what_the_model_can_not_do_is_refused_at_once(server: Server, image: Path) -> None:
+    answer = server.post("/v1/videos", image, guidance_scale_2="2", boundary_ratio="0.5", num_inference_steps="1")
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "--" not in message
+    for name in ("guidance_scale_2", "boundary_ratio"):
+        assert f"{name} can't be honoured: " in message
 
 
 def test_progress_comes_by_itself(server: Server, image: Path) -> None:
@@ -133,6 +140,10 @@ def test_the_vae_as_a_service(server: Server, tmp_path: Path) -> None:
     (tmp_path / "d.mp4").write_bytes(decoded.content)
     assert read(tmp_path / "d.mp4").frames.shape == (1, 48, 64, 3)
     for route, field in (("encode", "clip"), ("decode", "latents")):
+        odd = server.client.post(f"/v1/vae/{route}", files={field: b"", "other": b"x"})
+        assert odd.json()["error"]["message"] == (
+            f"{field} is empty: send a file, in a form; 'other' is no field here: there is {field}"
+        )
         bad = server.client.post(f"/v1/vae/{route}", files={field: b"neither this nor that"})
         assert bad.status_code == 400, bad.text
         assert str(server.store) not in bad.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,11 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         store = Store(tmp_path / "store")
         chosen = ServeOptions(model="demo", task="image-to-video", ranks=2, store=tmp_path / "store", **options)
         ranks = Ranks([], 2)
-        ranks.facts = {"grid": vars(Grid(ratio=8, period=4, patch_frames=1, patch_side=2))}
+        ranks.facts = {
+            "grid": vars(Grid(ratio=8, period=4, patch_frames=1, patch_side=2)),
+            "refused": {"flow_shift": "flow_shift can't be honoured: Some has no shift; leave it out"},
+            "refused_steps": {"7": "7 steps are too many for it"},
+        }
         client = TestClient(make_app(Service(chosen, store, ranks, Metrics())), base_url="http://127.0.0.1:8000")
         closing.extend([store, client.__enter__()])
         return client
@@ -73,6 +79,10 @@ WRONG = [
     ({"guidance_scale": "nan"}, "guidance_scale", "finite"),
     ({"boundary_ratio": "2"}, "boundary_ratio", "less than or equal to 1"),
     ({"flow_shift": "0"}, "flow_shift", "greater than 0"),
+    ({"bogus": "1"}, "bogus", "'bogus' is no field here"),
+    ({"seed": ["1", "2"]}, "seed", "'seed' is given 2 times: give it once"),
+    ({"flow_shift": "2"}, "flow_shift", "Some has no shift"),
+    ({"num_inference_steps": "7"}, "num_inference_steps", "7 steps are too many for it"),
 ]
 
 
@@ -86,6 +96,51 @@ def test_wrong_fields_are_named(opened: Open, image: bytes) -> None:
     assert client.get("/v1/videos").json()["data"] == []
 
 
+def test_all_faults_come_in_one_answer(opened: Open, image: bytes) -> None:
+    answer = create(opened(), image[:-400], prompt=None, size="65x64", num_frames="x", seed="-1", bogus="1")
+    error = answer.json()["error"]
+    for words in (
+        "prompt: Field required",
+        "width 65 is not a multiple of 16",
+        "num_frames ('x'): Input should be a valid integer",
+        "seed ('-1'): Input should be greater than or equal to 0",
+        "'bogus' is no field here",
+        "can't read image input_reference",
+    ):
+        assert words in error["message"]
+    assert error["message"].count("; ") == 5, error["message"]
+
+
+def test_json_works_too(opened: Open, image: bytes) -> None:
+    client = opened()
+    linked = {"image_url": "data:image/png;base64," + base64.b64encode(image).decode()}
+    fields = {"prompt": "a cup", "size": "64x64", "num_frames": 5, "seed": 3, "input_reference": linked}
+    job = client.post("/v1/videos", json=fields).json()
+    assert (job["settings"]["seed"], job["num_frames"], job["size"]) == (3, 5, "64x64")
+    for body, words in (
+        ({**fields, "input_reference": "image.png"}, "input_reference is no image: send a file, or"),
+        ({**fields, "input_reference": {"image_url": "http://127.0.0.1/a.png"}}, "input_reference is no image"),
+        ({**fields, "input_reference": {"image_url": "data:image/png;base64,%%%%"}}, "input_reference is no image"),
+        ({**fields, "\ud800": 1}, "is no field here"),
+        ([fields], "the body is no JSON object"),
+    ):
+        answer = client.post("/v1/videos", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, body
+        assert words in answer.json()["error"]["message"]
+    for kind, words in (("application/json", "the body is no JSON: "), ("text/plain", "the body is of type 'text/pl")):
+        answer = client.post("/v1/videos", content=b"{", headers={"Content-Type": kind})
+        assert (answer.status_code, words in answer.text) == (400, True), answer.text
+
+
+def test_head_is_get_without_a_body(opened: Open, image: bytes) -> None:
+    client = opened()
+    job = create(client, image).json()["id"]
+    for path in ("/", "/health", "/v1/models", "/v1/videos", f"/v1/videos/{job}", f"/v1/videos/{job}/content"):
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content, head.headers) == (get.status_code, b"", get.headers), path
+    assert client.head(f"/v1/videos/{job}/events").status_code == 200
+
+
 def test_what_is_no_image_is_refused(opened: Open, image: bytes, tmp_path: Path) -> None:
     client = opened()
     for content, words in (
@@ -94,6 +149,7 @@ def test_what_is_no_image_is_refused(opened: Open, image: bytes, tmp_path: Path)
         (b"GIF89a, or so it says", "no still image"),
         (b"no image at all", "no still image"),
         (b"\x80\x04\x95" + b"pickle" * 9, "no still image"),
+        (image[:-400], "can't read image input_reference: image file is truncated"),
     ):
         answer = create(client, content)
         assert answer.status_code == 400, content

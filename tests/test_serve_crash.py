@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_killed_ranks_and_a_killed_server(demo_model: Path, image: Path, tmp_pat
         server.kill()
         _, alive = psutil.wait_procs(ranks, timeout=20)
         assert not alive
+        assert not [path for path in server.temporary.rglob("*") if path.is_file()], "nothing is left of uploads"
     finally:
         server.kill()
 
@@ -57,5 +59,7 @@ def test_killed_ranks_and_a_killed_server(demo_model: Path, image: Path, tmp_pat
         assert found["error"]["message"] == "the server ended 2 times while it worked on this job"
         code, said = server.stop()
         assert code == 0, said
+        for words in ("recovered 2 jobs$", "ready: demo on 2 ranks$"):
+            assert re.search(rf"^\d{{4}}-.* halovae: {words}", said, re.M), said
     finally:
         server.kill()

@@ -95,7 +95,5 @@ def _field_error(error: RequestValidationError) -> ApiError:
 def described(error: Mapping[str, Any]) -> tuple[str, str]:
     """The field that one of pydantic's errors blames, and what to say of it."""
     name, value = str((*error["loc"], "request")[0]), error.get("input")
-    if error["type"] == "extra_forbidden":
-        return name, f"{name[:80]!r} is no field here"
     shown = f" ({str(value)[:60]!r})" if isinstance(value, (str, int, float)) else ""
     return name, f"{name}{shown}: {error['msg']}"

@@ -35,8 +35,6 @@ _FPS = 16
 _ONE_BY_ONE = asyncio.Semaphore(1)
 """A picture takes much memory while it is looked at."""
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-_IN_A_FORM = "input_reference[image_url]"
-"""How the official client sends an object in a form."""
 
 Count = Annotated[int | None, Field(ge=1, le=100_000)]
 Number = Annotated[float | None, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -109,7 +107,7 @@ async def accepted(request: Request) -> Job:
     faults = Faults()
     async with _closing(request):
         sent = await _body(request, faults)
-        image = _image_of(sent.pop(_IN_A_FORM, sent.pop("input_reference", None)), service.options, faults)
+        image = _image_of(sent.pop("input_reference", None), service.options, faults)
         settings = _settings_of(sent, service, faults)
         with _new_folder(service.store, VIDEO) as job:
             if image is not None:
@@ -200,13 +198,18 @@ def _image_of(value: Any, options: ServeOptions, faults: Faults) -> IO[bytes] | 
 
 def _settings_of(sent: dict[str, Any], service: Service, faults: Faults) -> dict[str, Any]:
     """What the fields ask for, as far as they can be understood."""
+    for name in sent:
+        if name not in VideoFields.model_fields:
+            faults.add(name, f"{name[:80]!r} is no field here")
+    known = {name: value for name, value in sent.items() if name in VideoFields.model_fields}
     try:
-        fields = VideoFields.model_validate(sent)
+        fields = VideoFields.model_validate(known)
     except ValidationError as error:
-        wrong = {str(each["loc"][0]) for each in error.errors()}
         for each in error.errors():
-            faults.add(*described(each))
-        fields = VideoFields.model_validate({"prompt": "", **{n: value for n, value in sent.items() if n not in wrong}})
+            name, message = described(each)
+            faults.add(name, message)
+            known.pop(name, None)
+        fields = VideoFields.model_validate({"prompt": "", **known})
     given = fields.model_dump(exclude_none=True)
     facts, limits = service.ranks.facts, service.options.limits
     _check_model(given.pop("model", None), service.options)

@@ -35,6 +35,8 @@ NO_ROOM = "no_room"
 """Code of a failure for want of room: of a request, or of a job that is run again when there is."""
 _ROOM = 2**20
 """Bytes that have to be free for work to go on."""
+THUMBNAIL = "thumbnail.jpg"
+"""Name of a video's first frame, beside it."""
 _OUTPUTS = {VIDEO: "output.mp4", ENCODE: "output.safetensors", DECODE: "output.mp4"}
 
 _SCHEMA = """
@@ -160,6 +162,9 @@ class Store:
 
     def output(self, job: str) -> Path:
         return self._files / job / _OUTPUTS[job.partition("_")[0]]
+
+    def thumbnail(self, job: str) -> Path:
+        return self._files / job / THUMBNAIL
 
     def drop_files(self, job: str) -> None:
         shutil.rmtree(self._files / job, ignore_errors=True)

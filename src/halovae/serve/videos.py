@@ -75,11 +75,13 @@ async def delete(request: Request, video_id: VideoId) -> dict[str, Any]:
 
 @router.get("/{video_id}/content")
 async def content(
-    request: Request, video_id: VideoId, variant: Annotated[Literal["video"], Query()] = "video"
+    request: Request,
+    video_id: VideoId,
+    variant: Annotated[Literal["video", "thumbnail", "input_reference"], Query()] = "video",
 ) -> FileResponse:
-    """The mp4; ranges of it too."""
+    """The mp4; its first frame, small, as a JPEG; or the image that it was made from. Ranges too."""
     service = service_of(request)
-    return _content(service, _known(service, video_id))
+    return _content(service, _known(service, video_id), variant)
 
 
 @router.get("/{video_id}/events")
@@ -132,18 +134,24 @@ def _document(service: Service, job: Job) -> dict[str, Any]:
     return video_document(job, service.progress(job), service.store, service.options)
 
 
-def _content(service: Service, job: Job) -> FileResponse:
-    if job.status == FAILED:
+def _content(service: Service, job: Job, variant: str = "video") -> FileResponse:
+    store = service.store
+    path, kind = {
+        "video": (store.output(job.id), "video/mp4"),
+        "thumbnail": (store.thumbnail(job.id), "image/jpeg"),
+        # What clients send is never told to be anything that a browser would run.
+        "input_reference": (store.input(job.id), "application/octet-stream"),
+    }[variant]
+    if variant != "input_reference" and job.status == FAILED:
         raise ApiError(409, f"this video has failed: {(job.error or {}).get('message')}", code="failed")
-    if job.status != COMPLETED:
+    if variant != "input_reference" and job.status != COMPLETED:
         raise ApiError(409, f"this video is {job.status}: wait until it is completed", code="not_ready")
-    path = service.store.output(job.id)
     if not path.exists():
-        raise ApiError(404, "the file of this video is gone from the server's store", code="not_found")
+        raise ApiError(404, f"this job has no {variant} in the server's store", code="not_found")
     return FileResponse(
         path,
-        media_type="video/mp4",
-        filename=f"{job.id}.mp4",
+        media_type=kind,
+        filename=f"{job.id}{path.suffix}",
         content_disposition_type="inline",
-        headers={"X-Video-Id": job.id},
+        headers={"X-Video-Id": job.id, "X-Content-Type-Options": "nosniff"},
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from halovae import codec, latents, media
 from halovae.cli.generation import Job
@@ -27,12 +28,15 @@ from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_sch
 from halovae.pipelines.settings import Generation, flag
 from halovae.pipelines.signature import arguments, parameters
 from halovae.pipelines.timing import WRITE, Timeline
+from halovae.serve.store import THUMBNAIL
 from halovae.serve.votes import NoRoomError
 
 OnStep = Callable[[int, int | None], None]
 """Called by all ranks together, with the number of steps done and of all."""
 _PER_CALL = ("flow_shift", "boundary_ratio")
 """Settings of a pipeline's setup that a request may change for itself."""
+_THUMBNAIL = (320, 320)
+"""Width and height at most."""
 _SETTINGS = ("negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale")
 FIELDS = {
     "--image": "input_reference",
@@ -125,6 +129,9 @@ def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> d
     if result.frames is None:
         return {}
     with timeline.stage(WRITE), _writing(task.output):
+        first = Image.fromarray(result.frames[0])
+        first.thumbnail(_THUMBNAIL)
+        first.save(task.output.with_name(THUMBNAIL))
         media.write(task.output, result.frames, Fraction(fps), crf=model.job.crf)
     frames, height, width = result.frames.shape[:3]
     sizes = {"num_frames": frames, "height": height, "width": width, "fps": fps}
@@ -189,8 +196,8 @@ def _writing(path: Path) -> Iterator[None]:
     """What can't be written is no fault of the request."""
     try:
         yield
-    except InputError as error:
-        cause = error.__cause__
+    except (InputError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, InputError) else error
         if not isinstance(cause, OSError):
             raise
         # The path is this machine's own affair.

@@ -4,7 +4,8 @@ const at = (id) => document.getElementById(id);
 const over = (job) => job.status === "completed" || job.status === "failed";
 let shown = null; // The id of the job on the screen.
 let following = null; // Ends the stream of its events.
-let address = null; // Of the video on the screen, where it had to be fetched.
+let address = null; // Of the video on the screen.
+let declined = false; // Whether the user has left the question for the key.
 
 // ---- the server ----------------------------------------------------------------------------------------------------
 
@@ -13,7 +14,7 @@ async function ask(path, options = {}) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const answer = await fetch(path, { ...options, headers });
   if (answer.status === 401) {
-    await askForKey();
+    await askForKey(Boolean(key));
     return ask(path, options);
   }
   if (!answer.ok) {
@@ -23,18 +24,33 @@ async function ask(path, options = {}) {
   return answer;
 }
 
-let asking = null;
-function askForKey() {
-  asking ??= new Promise((resolve) => {
-    at("key").value = "";
-    at("key-dialog").showModal();
-    at("key-dialog").addEventListener("close", () => {
-      sessionStorage.setItem("key", at("key").value);
-      asking = null;
-      resolve();
-    }, { once: true });
+// What is pressed in a dialog; nothing when it is left by Escape.
+function pressed(id) {
+  at(id).returnValue = "";
+  at(id).showModal();
+  return new Promise((resolve) => {
+    at(id).addEventListener("close", () => resolve(at(id).returnValue), { once: true });
   });
+}
+
+let asking = null;
+function askForKey(wrong) {
+  asking ??= (async () => {
+    at("key").value = "";
+    at("key-problem").textContent = wrong ? "That key is not the right one." : "";
+    const answer = await pressed("key-dialog");
+    asking = null;
+    declined = !answer;
+    if (declined) throw new Error("This server wants a key: reload the page to give it.");
+    sessionStorage.setItem("key", at("key").value);
+  })();
   return asking;
+}
+
+// An address for what is only shown to who has the key, for elements that can't show it.
+async function addressOf(path) {
+  if (!sessionStorage.getItem("key")) return path;
+  return URL.createObjectURL(await (await ask(path)).blob());
 }
 
 async function* events(id, signal) {
@@ -57,7 +73,7 @@ async function look() {
     kind = found.ready ? "ready" : found.status === "loading" ? "" : "trouble";
     words = found.ready ? (found.busy ? `working${found.queued ? `, ${found.queued} waiting` : ""}` : "ready") : found.status;
     words += ` · ${found.ranks} rank${found.ranks === 1 ? "" : "s"}`;
-    if (found.ready && !at("model").textContent) await learn();
+    if (found.ready && !at("model").textContent && !declined) await learn();
   } catch { /* The next look may succeed. */ }
   at("health").className = kind;
   at("health-text").textContent = words;
@@ -75,14 +91,41 @@ async function learn() {
 
 // ---- the form ------------------------------------------------------------------------------------------------------
 
-function preview() {
+async function preview() {
   const file = at("image").files[0];
   at("preview").hidden = !file;
   at("drop-text").hidden = Boolean(file);
-  if (!file) return;
   URL.revokeObjectURL(at("preview").src);
+  if (!file) return at("preview").removeAttribute("src");
+  at("problem").textContent = "";
   at("preview").src = URL.createObjectURL(file);
   at("preview").alt = `Image: ${file.name}`;
+  try {
+    (await createImageBitmap(file)).close();
+  } catch {
+    if (at("image").files[0] !== file) return;
+    at("image").value = "";
+    preview();
+    at("problem").textContent = `${file.name} is no image that can be read: choose a PNG, JPEG or WebP.`;
+  }
+}
+
+async function useAgain() {
+  const job = await (await ask(`v1/videos/${shown}`)).json();
+  for (const field of at("form").elements) {
+    if (field.type !== "file" && field.name) field.value = job.settings[field.name] ?? "";
+  }
+  at("seed").value = job.seed ?? "";
+  if (at("negative_prompt").value || at("guidance_scale").value || at("flow_shift").value) at("more").open = true;
+  if (!at("image-field").hidden) {
+    const image = await (await ask(`v1/videos/${job.id}/content?variant=input_reference`)).blob();
+    const files = new DataTransfer();
+    files.items.add(new File([image], "the image of that video"));
+    at("image").files = files.files;
+    preview();
+  }
+  at("problem").textContent = "";
+  at("prompt").focus();
 }
 
 async function submit(event) {
@@ -107,6 +150,7 @@ async function submit(event) {
 
 function show(job) {
   shown = job.id;
+  location.hash = job.id; // So that it is there after a reload.
   following?.abort();
   draw(job);
   if (!over(job)) follow(job.id);
@@ -118,7 +162,7 @@ async function follow(id) {
     try {
       for await (const job of events(id, ending.signal)) {
         if (shown !== id) return;
-        if (job.deleted) return clear();
+        if (job.deleted) { clear(); return list(); }
         draw(job);
         if (over(job)) return list();
       }
@@ -163,15 +207,10 @@ function facts(job) {
 }
 
 async function play(job) {
-  const path = `v1/videos/${job.id}/content`;
   if (address) URL.revokeObjectURL(address);
-  address = null;
-  let source = path;
-  if (sessionStorage.getItem("key")) { // A video element can't show a key.
-    const content = await (await ask(path)).blob();
-    if (shown !== job.id) return;
-    source = address = URL.createObjectURL(content);
-  }
+  const source = await addressOf(`v1/videos/${job.id}/content`);
+  if (shown !== job.id) return;
+  address = source;
   at("video").src = at("download").href = source;
   at("download").download = `${job.id}.mp4`;
   at("video").play().catch(() => { /* Playing by itself may be switched off: there are controls. */ });
@@ -179,12 +218,12 @@ async function play(job) {
 
 function clear() {
   shown = null;
+  history.replaceState(null, "", " ");
   following?.abort();
   for (const id of ["video", "running", "caption"]) at(id).hidden = true;
   at("video").removeAttribute("src");
   at("empty").hidden = false;
   at("empty").textContent = "Your video will play here.";
-  list();
 }
 
 // ---- the history ---------------------------------------------------------------------------------------------------
@@ -195,32 +234,62 @@ async function list() {
   at("history").replaceChildren(...jobs.map(entry));
 }
 
+const thumbnails = new Map(); // Addresses, by job.
+
 function entry(job) {
   const item = at("entry").content.firstElementChild.cloneNode(true);
-  const when = new Date(job.created_at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  const part = (name) => item.querySelector(`.${name}`);
+  const when = new Date(job.created_at * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
   item.className = job.status;
-  item.querySelector(".words").textContent = job.prompt;
-  item.querySelector(".note").textContent = job.status === "completed" ? when : job.status.replace("_", " ");
-  item.querySelector(".show").setAttribute("aria-current", job.id === shown);
-  item.querySelector(".show").addEventListener("click", async () => {
-    show(await (await ask(`v1/videos/${job.id}`)).json());
-    list();
-  });
-  item.querySelector(".remove").addEventListener("click", () => remove(job.id));
+  part("words").textContent = job.prompt;
+  part("note").textContent = job.status === "completed" ? when : `${job.status.replace("_", " ")} · ${when}`;
+  part("show").href = `#${job.id}`;
+  part("show").setAttribute("aria-current", job.id === shown);
+  part("remove").addEventListener("click", () => remove(job));
+  part("thumb").addEventListener("load", () => { part("thumb").hidden = false; });
+  if (job.status === "completed") thumbnail(job.id).then((source) => { part("thumb").src = source; }, () => {});
   return item;
 }
 
-async function remove(id) {
-  await ask(`v1/videos/${id}`, { method: "DELETE" }).catch(() => { /* It is gone already. */ });
-  if (shown === id) clear();
-  else list();
+function thumbnail(id) {
+  if (!thumbnails.has(id)) thumbnails.set(id, addressOf(`v1/videos/${id}/content?variant=thumbnail`));
+  return thumbnails.get(id);
+}
+
+async function openAddress() {
+  const id = location.hash.slice(1);
+  if (!id || id === shown) return;
+  try {
+    show(await (await ask(`v1/videos/${encodeURIComponent(id)}`)).json());
+  } catch (error) {
+    clear();
+    at("empty").textContent = error.message;
+  }
+  await list();
+}
+
+async function remove(job) {
+  const done = job.status === "completed";
+  at("remove-title").textContent = done ? "Delete this video for good?" : over(job) ? "Forget this job?" : "Cancel this job?";
+  at("remove-words").textContent = job.prompt;
+  at("remove-yes").textContent = done ? "Delete it" : over(job) ? "Forget it" : "Cancel it";
+  if (!await pressed("remove-dialog")) return;
+  try {
+    await ask(`v1/videos/${job.id}`, { method: "DELETE" });
+  } catch (error) {
+    at("problem").textContent = error.message;
+  }
+  if (shown === job.id) clear();
+  await list();
 }
 
 // ---- beginning -----------------------------------------------------------------------------------------------------
 
 at("form").addEventListener("submit", submit);
 at("image").addEventListener("change", preview);
-at("cancel").addEventListener("click", () => remove(shown));
+at("again").addEventListener("click", () => useAgain().catch((error) => { at("problem").textContent = error.message; }));
+at("cancel").addEventListener("click", async () => remove(await (await ask(`v1/videos/${shown}`)).json()));
+window.addEventListener("hashchange", openAddress);
 for (const name of ["dragenter", "dragover"]) {
   at("drop").addEventListener(name, (event) => { event.preventDefault(); at("drop").classList.add("over"); });
 }
@@ -235,4 +304,4 @@ document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => event.preventDefault());
 look();
 setInterval(look, 3000);
-list().catch((error) => { at("problem").textContent = error.message; });
+list().then(openAddress).catch((error) => { at("problem").textContent = error.message; });
