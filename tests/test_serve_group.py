@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
+from clips import CLIP
 
 from halovae.errors import HalovaeError
+from halovae.media import read
 from halovae.serve.group import Ranks
 from halovae.serve.metrics import Metrics
 from halovae.serve.service import Service
 from halovae.serve.settings import ServeOptions
 from halovae.serve.store import FAILED, QUEUED, VIDEO, Store
+from halovae.serve.worker import Order, received
 
 GRID = {"ratio": 8, "period": 4, "patch_frames": 1, "patch_side": 2}
 
@@ -52,3 +56,18 @@ def test_a_job_that_ends_the_ranks_is_given_up(tmp_path: Path) -> None:
     assert found.error is not None
     assert found.error["message"].startswith("the ranks ended 2 times while they worked on it")
     store.close()
+
+
+def test_ranks_of_other_machines_get_a_copy_that_no_crash_leaves_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("coffee.png", "bigbuckbunny.mp4"):
+        content = (CLIP.parent / name).read_bytes()
+        with received(Order({"input": "/of/the/front"}, content)) as path:
+            assert path is not None
+            assert path.read_bytes() == content
+            assert read(path, height=32, width=32).frames.shape[1:] == (32, 32, 3)
+            assert not list(tmp_path.iterdir())
+    with received(Order({"input": "/of/this/machine"})) as path:
+        assert path == Path("/of/this/machine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,56 @@ def test_from_the_keyboard_to_the_playing_video(server: Server, tmp_path: Path) 
         tab.look("form.noValidate = true, width.value = 65, form.requestSubmit()")
         tab.wait("problem.textContent.startsWith('width 65 is not a multiple of 16')")
 
+        # A file that is no image is said at once.
+        (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:-400])
+        tab.give("#image", tmp_path / "cut.png")
+        tab.wait("problem.textContent.startsWith('cut.png is no image')")
+
+        # All settings of a video, and its image, for another one.
+        tab.look("again.click()")
+        tab.wait("image.files.length === 1 && !document.getElementById('preview').hidden")
+        assert (
+            tab.look("[form.elements.prompt, width, num_frames, seed].map((field) => field.value).join()")
+            == "A <b>cup</b>,64,5,7"
+        )
+
+        # After a reload it is there as before, with its picture in the history.
+        tab.call("Page.reload")
+        tab.wait("location.hash && null !== document.querySelector('#history .thumb:not([hidden])')")
+        tab.wait("video.currentTime > 0")
+        assert str(date.today().year) in tab.look("document.querySelector('#history .note').textContent")
+
         tab.size(360, 740, dark=True)
+        tab.look(
+            "document.getElementById('caption-prompt').textContent = 'Rindfleischetikettierungsüberwachung'.repeat(3)"
+        )
         assert tab.look("document.documentElement.scrollWidth") <= 360, "nothing sticks out on a phone"
         assert tab.look("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 27)"
         tab.picture(tmp_path / "phone.png")
         assert (tmp_path / "phone.png").stat().st_size > 5000
 
-        tab.look("document.querySelector('#history .remove').click()")
-        tab.wait("!document.querySelector('#history li')")
+        # A video is deleted only by a second click, which is not where the first one was.
+        for key, left in (("Escape", 1), ("Enter", 1), ("", 0)):
+            tab.look("document.querySelector('#history .remove').click()")
+            tab.wait("document.getElementById('remove-dialog').open")
+            tab.press(key) if key else tab.look("document.getElementById('remove-yes').click()")
+            tab.wait(f"document.querySelectorAll('#history li').length === {left}")
         complaints = [each for each in tab.troubles if "400" not in each]
         assert not complaints
+
+
+def test_a_wrong_key_is_said(demo_model: Path, tmp_path: Path) -> None:
+    """The page asks for it before the ranks are there."""
+    (tmp_path / "key").write_text("a-key-that-nobody-guesses")
+    server = Server(demo_model, tmp_path / "store", "--api-key-file", str(tmp_path / "key"))
+    try:
+        with browser(tmp_path / "profile") as tab:
+            tab.go(server.address)
+            for key, words in (("some-other-key-of-somebody", ""), ("a-key-that-nobody-guesses", "not the right one")):
+                tab.wait(f"document.getElementById('key-problem').textContent.includes('{words}')")
+                tab.wait("document.getElementById('key-dialog').open && !key.value")
+                tab.type(key)
+                tab.press("Enter")
+            tab.wait("!document.getElementById('key-dialog').open && sessionStorage.key(0)")
+    finally:
+        server.kill()

@@ -44,7 +44,7 @@ _WORK = {VIDEO: make_video, ENCODE: encode_clip, DECODE: decode_latents}
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """What the first rank hands to all."""
 
     message: Message
@@ -94,7 +94,7 @@ def _opened(session: Session, job: Job) -> Model:
     return Model(source=source, job=replace(job, setup=setup), runner=runner, grid=grid, limits=limits)
 
 
-def _next_order(wire: Wire | None) -> _Order | None:
+def _next_order(wire: Wire | None) -> Order | None:
     """On the first rank: the next task, or None after a while without one."""
     if wire is None:
         return None
@@ -103,12 +103,12 @@ def _next_order(wire: Wire | None) -> _Order | None:
         return None
     place, path = launch.place(), message["input"]
     if path is None or place is None or place.local_world_size == place.world_size:
-        return _Order(message)
-    return _Order(message, Path(path).read_bytes())
+        return Order(message)
+    return Order(message, Path(path).read_bytes())
 
 
 @contextmanager
-def received(order: _Order) -> Iterator[Path | None]:
+def received(order: Order) -> Iterator[Path | None]:
     """What the client has sent, as a file of this machine."""
     if order.content is None:
         path = order.message["input"]
@@ -143,7 +143,7 @@ def _heard(wire: Wire, seconds: float) -> Message | None:
 class _Turn:
     """One task on this rank."""
 
-    def __init__(self, session: Session, model: Model, wire: Wire | None, order: _Order) -> None:
+    def __init__(self, session: Session, model: Model, wire: Wire | None, order: Order) -> None:
         self._session, self._model, self._wire, self._order = session, model, wire, order
         self._id, self._input = order.message["id"], ""
         self._votes = Votes(session.group, self._is_cancelled)

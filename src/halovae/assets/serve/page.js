@@ -89,6 +89,11 @@ async function learn() {
   at("num_inference_steps").max = model.limits.steps;
 }
 
+function say(problem) {
+  at("problem").textContent = problem;
+  if (problem) at("problem").scrollIntoView({ block: "nearest" });
+}
+
 // ---- the form ------------------------------------------------------------------------------------------------------
 
 async function preview() {
@@ -97,7 +102,7 @@ async function preview() {
   at("drop-text").hidden = Boolean(file);
   URL.revokeObjectURL(at("preview").src);
   if (!file) return at("preview").removeAttribute("src");
-  at("problem").textContent = "";
+  say("");
   at("preview").src = URL.createObjectURL(file);
   at("preview").alt = `Image: ${file.name}`;
   try {
@@ -106,7 +111,7 @@ async function preview() {
     if (at("image").files[0] !== file) return;
     at("image").value = "";
     preview();
-    at("problem").textContent = `${file.name} is no image that can be read: choose a PNG, JPEG or WebP.`;
+    say(`${file.name} is no image that can be read: choose a PNG, JPEG or WebP.`);
   }
 }
 
@@ -124,13 +129,13 @@ async function useAgain() {
     at("image").files = files.files;
     preview();
   }
-  at("problem").textContent = "";
+  say("");
   at("prompt").focus();
 }
 
 async function submit(event) {
   event.preventDefault();
-  at("problem").textContent = "";
+  say("");
   const form = new FormData(at("form"));
   for (const [name, value] of [...form]) if (value === "" || value.size === 0) form.delete(name);
   at("submit").disabled = true;
@@ -140,7 +145,7 @@ async function submit(event) {
     at("stage").scrollIntoView({ block: "nearest" }); // On a phone it is below the form.
     await list();
   } catch (error) {
-    at("problem").textContent = error.message;
+    say(error.message);
   } finally {
     at("submit").disabled = false;
   }
@@ -277,7 +282,7 @@ async function remove(job) {
   try {
     await ask(`v1/videos/${job.id}`, { method: "DELETE" });
   } catch (error) {
-    at("problem").textContent = error.message;
+    say(error.message);
   }
   if (shown === job.id) clear();
   await list();
@@ -287,7 +292,7 @@ async function remove(job) {
 
 at("form").addEventListener("submit", submit);
 at("image").addEventListener("change", preview);
-at("again").addEventListener("click", () => useAgain().catch((error) => { at("problem").textContent = error.message; }));
+at("again").addEventListener("click", () => useAgain().catch((error) => { say(error.message); }));
 at("cancel").addEventListener("click", async () => remove(await (await ask(`v1/videos/${shown}`)).json()));
 window.addEventListener("hashchange", openAddress);
 for (const name of ["dragenter", "dragover"]) {
@@ -304,4 +309,4 @@ document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => event.preventDefault());
 look();
 setInterval(look, 3000);
-list().then(openAddress).catch((error) => { at("problem").textContent = error.message; });
+list().then(openAddress).catch((error) => { say(error.message); });
