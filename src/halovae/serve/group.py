@@ -90,7 +90,8 @@ class Ranks:
                 sys.stderr.write(verdict.details)
                 raise (InputError if verdict.exit_code == 2 else HalovaeError)(self.trouble)
             restore_terminal()
-            log.error("%s; the ranks are started again\n%s", self.trouble, verdict.details)
+            details = verdict.details and f"\n{verdict.details.rstrip()}"
+            log.error("%s; the ranks are started again%s", self.trouble, details)
             if time.monotonic() - started < _WELL:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)

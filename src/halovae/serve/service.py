@@ -65,7 +65,7 @@ class Service:
 
     async def start(self) -> None:
         if waiting := self.store.count(QUEUED):
-            log.info("recovered %d job%s", waiting, "s" * (waiting > 1))
+            log.info("recovered %s", _count(waiting, "job"))
         self._tidying = asyncio.create_task(self._tidy())
 
     async def stop(self) -> None:
@@ -186,7 +186,7 @@ class Service:
         """What the first rank says."""
         current = self._current
         if message["event"] == "ready":
-            log.info("ready: %s on %d ranks", self.options.model, self.options.ranks)
+            log.info("ready: %s on %s", self.options.model, _count(self.options.ranks, "rank"))
         if current is not None and message.get("id") == current.id:
             if message["event"] == "progress":
                 # Decoding and writing come after the last step.
@@ -250,7 +250,8 @@ class Service:
             self._write(lambda: self._finished(self.store.complete(job, message["result"])))
         elif message.get("code") == NO_ROOM:
             # More than this was free, and not enough: less than twice as much would only be tried in vain.
-            self._free_wanted = 2 * self.store.free
+            with suppress(OSError):
+                self._free_wanted = 2 * self.store.free
             self._write(lambda: self.store.requeue(job, counts=False))
             self._wait_for_room(message["message"])
         else:
@@ -317,6 +318,10 @@ class Service:
             except ERRORS as error:
                 self.no_room(error)
             await asyncio.sleep(_TIDY_SECONDS)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _why(error: Exception | str) -> str:

@@ -111,7 +111,8 @@ class Store:
             self._recover()
         except sqlite3.Error as error:
             self.close()
-            raise InputError(f"--store {folder}: its jobs.sqlite can't be used: {first_line(error)}") from error
+            full = ", and its disk is full: make room" if self.free < _ROOM else ""
+            raise InputError(f"--store {folder}: its jobs.sqlite can't be used: {first_line(error)}{full}") from error
 
     def close(self) -> None:
         self._base.close()
@@ -276,7 +277,9 @@ class Store:
             self.remove(row[0])
         known = {row[0] for row in self._base.execute("SELECT id FROM jobs")}
         for folder in self._files.iterdir():
-            if folder.name not in known:
+            if not folder.is_dir():  # Some file systems know no files without names.
+                folder.unlink()
+            elif folder.name not in known:
                 self.drop_files(folder.name)
             for draft in folder.glob(".*"):  # Of an output that a rank was writing when it was killed.
                 draft.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from halovae.cli.generation import Job
 from halovae.cli.session import Session
 from halovae.cli.settled import settled
 from halovae.errors import HalovaeError, InputError
+from halovae.files import reason
 from halovae.fit import Fit, Limits
 from halovae.latents import LatentsInfo, scaling_of
 from halovae.pipelines.grid import Grid
@@ -128,7 +129,7 @@ def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> d
     timeline = Timeline(session.device)
     if result.frames is None:
         return {}
-    with timeline.stage(WRITE), _writing(task.output):
+    with timeline.stage(WRITE), _writing():
         first = Image.fromarray(result.frames[0])
         first.thumbnail(_THUMBNAIL)
         first.save(task.output.with_name(THUMBNAIL))
@@ -163,7 +164,7 @@ def encode_clip(session: Session, model: Model, task: Task, on_step: OnStep) -> 
         times=clip.times,
         **vars(fit),
     )
-    with _writing(task.output):
+    with _writing():
         latents.save(task.output, encoded, info)
     return {"shape": list(encoded.shape)}
 
@@ -186,13 +187,13 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
     if not session.is_first:
         return {}
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
-    with _writing(task.output):
+    with _writing():
         media.write(task.output, codec.Frames(fit.crop(sample)), info.fps, times=info.times)
     return {"num_frames": info.frames, "height": info.height, "width": info.width}
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing() -> Iterator[None]:
     """What can't be written is no fault of the request."""
     try:
         yield
@@ -200,9 +201,9 @@ def _writing(path: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, InputError) else error
         if not isinstance(cause, OSError):
             raise
-        # The path is this machine's own affair.
-        message = str(error).replace(str(path), "the result")
-        raise (NoRoomError if cause.errno in (errno.ENOSPC, errno.EDQUOT) else HalovaeError)(message) from error
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoomError(reason(cause)) from error
+        raise HalovaeError(f"can't write the result: {reason(cause)}") from error
 
 
 def _read_clip(path: Path, pixels: int, frames: int) -> media.Clip:
