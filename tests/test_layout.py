@@ -19,17 +19,13 @@ from halovae.exact.layout import (
     Factor,
     Layout,
     global_length,
-    is_uniform,
-    keep_uniform,
     layout_of,
     mark,
-    mark_uniform,
     merge_factors,
     permuted,
     plain,
     reshaped,
     split_factor,
-    unmark_uniform,
 )
 from halovae.geometry import Cut, cut_at
 
@@ -83,7 +79,7 @@ def test_views_of_a_shard_are_shards_of_the_view(steps: list[Any]) -> None:
         shard = local(whole, layout, part)
         for step in steps:
             if callable(step):
-                layout = reshaped(layout, step(ROWS.present(part[0]), COLS.present(part[1])))
+                layout = reshaped(layout, step(16, 12))
                 shard, whole = shard.reshape(layout.shape), whole.reshape(step(16, 12))
             else:
                 layout, shard, whole = permuted(layout, step), shard.permute(step), whole.permute(step)
@@ -93,7 +89,7 @@ def test_views_of_a_shard_are_shards_of_the_view(steps: list[Any]) -> None:
 
 def test_a_view_that_groups_more_rows_than_a_bound_allows_is_refused() -> None:
     with pytest.raises(NotExactError, match="does not divide the shards"):
-        reshaped(Layout((axis(0, cut_at((0, 3, 9)), 1),)), (3, 2))
+        reshaped(Layout((axis(0, cut_at((0, 4, 12)), 1),)), (4, 3))
 
 
 def test_a_split_that_leaves_a_rest_is_refused() -> None:
@@ -118,6 +114,24 @@ def test_merging_factors_keeps_every_position(sizes: list[Any], part: int) -> No
     assert torch.equal(local(whole, after, (part, 0)), local(separate, before, (part, 0)).reshape(-1))
 
 
+def test_views_without_elements_keep_what_is_sharded() -> None:
+    layout = Layout((plain(2), plain(6), plain(0), axis(0, ROWS, 1), axis(1, COLS, 0)))
+    for shape in (
+        (2, 6, 0, 2, 8, 2, 6, 2),
+        (2, 2, 3, 0, 5, 16, 12),
+        (12, 0, 16, 12),
+        (2, 6, 0, 192),
+        (7, 0, 0, 16, 12),
+    ):
+        viewed = reshaped(layout, shape)
+        assert viewed.whole == shape
+        assert viewed.cuts != []
+        assert reshaped(viewed, layout.whole).whole == layout.whole
+    assert reshaped(layout, (2, 0)).whole == (2, 0)
+    with pytest.raises(NotExactError, match="has no elements"):
+        reshaped(layout, (2, 0, 0))
+
+
 def test_broadcast_takes_the_sharded_dim_and_refuses_one_that_knows_nothing() -> None:
     layout = grid((0, 0))
     assert broadcast([(layout, layout.shape), (None, (6, 1, 1))], layout.shape) == layout
@@ -133,6 +147,11 @@ def test_mark_checks_the_shape() -> None:
         mark(torch.zeros(2, 6, 4, 3), grid((0, 0)))
 
 
+def test_mark_refuses_an_axis_that_meets_itself() -> None:
+    with pytest.raises(NotExactError, match="has a part only"):
+        mark(torch.zeros(4, 4), Layout((axis(0, ROWS, 0), axis(0, ROWS, 0))))
+
+
 def test_mark_refuses_shards_of_one_row() -> None:
     cut = cut_at((0, 1, 5))
     with pytest.raises(NotExactError, match="fewer than 2 rows"):
@@ -144,12 +163,3 @@ def test_marking_without_sharded_dims_takes_the_layout_away() -> None:
     assert layout_of(tensor) == grid((0, 0))
     assert layout_of(mark(tensor, None)) is None
     assert layout_of(mark(tensor, Layout((plain(2), plain(6), plain(4), plain(4))))) is None
-
-
-def test_views_of_one_memory_stop_being_uniform_together() -> None:
-    blank = mark_uniform(torch.zeros(3, 4))
-    view = keep_uniform(blank[0], blank)
-    assert is_uniform(view)
-    unmark_uniform(view)
-    assert not is_uniform(blank)
-    assert not is_uniform(keep_uniform(blank[1], blank))

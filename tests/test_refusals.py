@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import operator
+import pickle
 from typing import Any
 
 import pytest
@@ -131,20 +135,42 @@ def test_generators_that_differ_follow_the_first_rank() -> None:
 
 
 def by_size(x: Tensor) -> Tensor:
-    """Every decision that a network takes on a size comes out as on the whole picture."""
+    """Every number that a network makes of a size is that of the whole picture."""
     h, w = x.shape[-2:]
     assert (h > 11, h >= 12, h < 13, h == 12, h != 4) == (True,) * 5
-    assert (h * w, h % 5, w % 7, -h % 5, h / w) == (216, 2, 4, 3, 12 / 18)
-    assert (h * 0.5, h**2, float(h), math.sqrt(h), divmod(h, 5)[1]) == (6.0, 144, 12.0, math.sqrt(12), 2)
+    assert (h * w, h % 5, w % 7, -h % 5, h / w, 2 * h, h // 5, h - 1) == (216, 2, 4, 3, 12 / 18, 24, 2, 11)
+    assert (h * 0.5, h**2, float(h), math.sqrt(h), divmod(h, 5)) == (6.0, 144, 12.0, math.sqrt(12), (2, 2))
     assert h + w > 29
     assert 20 - h < 9
-    assert x.shape == (2, 4, 12, 18)
-    assert x.numel() == 2 * 4 * 12 * 18
     assert max(h, 5) == 12
+    # What leaves as an ordinary number, by whatever way.
+    assert (int(h), operator.index(w), round(h), h.bit_length(), h ^ 0, h >> 1, int(str(w)), float(f"{w:03d}")) == (
+        12, 18, 12, 4, 12, 6, 18, 18.0
+    )  # fmt: skip
+    assert list(range(0, w, 6)) == [0, 6, 12]
+    assert ("abcdefghijklmnop"[:h], "x" * h, [1] * w) == ("abcdefghijkl", "x" * 12, [1] * 18)
+    assert json.loads(json.dumps([h, w])) == [12, 18]
+    assert {(12, 18): "found", 12: "too"}[tuple(x.shape[-2:])] == "found"
+    assert hash(h) == hash(12)
+    assert {h, 12, x.size(2)} == {12}
+    assert type(copy.deepcopy(h)) is int
+    assert pickle.loads(pickle.dumps((h, w))) == (12, 18)
+    # Of the tensor itself, of parts and views of it.
+    assert x.shape == x.size() == (2, 4, 12, 18)
+    assert f"{x.shape}" == "torch.Size([2, 4, 12, 18])"
+    assert (x.shape.numel(), x.numel(), torch.numel(x), x.nelement(), math.prod(x.shape[2:])) == (*[1728] * 4, 216)
+    assert (x.nbytes, x[:1].nbytes, x.stride(), x.stride(1), x.mT.contiguous().stride(2)) == (
+        13824, 6912, (864, 216, 18, 1), 216, 12
+    )  # fmt: skip
+    assert (len(x), len(x[0, 0]), len(x[0].permute(2, 0, 1)), len(x.flatten(2)[0, 0])) == (2, 12, 18, 216)
+    assert torch.zeros(h, w).shape == torch.empty(x.shape)[0, 0].shape == x.new_ones(int(h), w).shape == (12, 18)
+    assert torch.tensor([h, w]).tolist() == [12, 18]
+    assert torch.zeros(h, 2)[:, :1].shape[0] == 12
+    assert F.interpolate(x, size=(2 * h, int(w))).shape[2:] == (24, 18)
     return x
 
 
-def test_decisions_on_sizes_are_those_of_the_whole_picture() -> None:
+def test_numbers_made_of_sizes_are_those_of_the_whole_picture() -> None:
     check(by_size, (image(),), GRID)
 
 
@@ -171,7 +197,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "norm over columns": (lambda x: x.norm(1, 3), "norm"),
     "sort over columns": (lambda x: x.sort(), "sort"),
     "variance of everything": (lambda x: x.var(False), "var"),
-    "softmax over rows": (lambda x: x.softmax(-2), "softmax"),
     "layer norm over columns": (lambda x: F.layer_norm(x, x.shape[-1:]), "layer_norm"),
     "instance norm": (lambda x: F.instance_norm(x), "instance_norm"),
     "batch statistics": (lambda x: F.batch_norm(x, None, None, training=True), "batch statistics"),
@@ -191,31 +216,20 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "chunk columns": (lambda x: torch.chunk(x, 2, -1), "chunk"),
     "unbind rows": (lambda x: x.unbind(2), "unbind"),
     "cat rows": (lambda x: torch.cat([x, x], dim=2), "joined along"),
-    "cat with a tensor of local size": (lambda x: torch.cat([x, draw(2, 1, *map(int, x.shape[2:]))], 1), "knows noth"),
-    "stack of a crop": (lambda x: torch.stack([x, draw(2, 4, *map(int, x.shape[2:]))]), "knows nothing"),
-    "cat of a row that is whole": (
-        lambda x: torch.cat([x, x.mean(3, keepdim=True).expand(-1, -1, -1, int(x.shape[3]))], 1), "cut differently"
-    ),
-    "arange of local size": (lambda x: x + torch.arange(x.shape[3]), "knows nothing"),
-    "linspace of local size": (lambda x: x * torch.linspace(-1, 1, x.shape[2])[:, None], "knows nothing"),
-    "a mask drawn by hand": (lambda x: (m := x.new_zeros(x.shape[-2:]), m[0].fill_(1), m.copy_(draw(*m.shape)), x + m),
-                             "knows nothing"),
-    "a blank with a border": (lambda x: (m := torch.zeros(x.shape[-2:]), m.__setitem__(0, 1.0), x + m), "knows noth"),
-    "a blank, written through a view": (
-        lambda x: (m := torch.zeros(x.shape[-2:]), m.t()[0].copy_(torch.arange(m.shape[0])), x + m), "knows nothing"
-    ),
-    "a blank, added to": (lambda x: (m := torch.zeros(x.shape[-2:]), m.add_(torch.arange(m.shape[1])), x + m),
-                          "knows nothing"),
-    "random numbers in a blank": (lambda x: x + torch.empty(x.shape[-2:]).normal_(), "knows nothing"),
+    "a mask drawn by hand": (lambda x: (m := x.new_zeros(x.shape[-2:]), m[0].fill_(1), x + m), "getitem"),
+    "a blank with a border": (lambda x: (m := torch.zeros(x.shape[-2:]), m.__setitem__(0, 1.0), x + m), "setitem"),
+    "a blank, written through a view": (lambda x: torch.zeros(x.shape[-2:]).t()[0].fill_(1), "getitem"),
+    "random numbers in a blank": (lambda x: x + torch.empty(x.shape[-2:]).normal_(), "normal_"),
     "randn_like": (lambda x: torch.randn_like(x), "randn_like"),
     "normal_": (lambda x: x.normal_(), "normal_"),
-    "noise of another size": (lambda x: x + torch.randn(2, 4, int(x.shape[2]), 1, dtype=x.dtype), "knows nothing"),
-    "a shard into an ordinary tensor": (
-        lambda x: (y := draw(2, 4, *map(int, x.shape[2:])), y.__setitem__(slice(None), x)), "knows nothing"
-    ),
-    "an ordinary tensor into a shard": (
-        lambda x: x.__setitem__(slice(None), draw(2, 4, *map(int, x.shape[2:]))), "knows nothing"
-    ),
+    "a shard into an ordinary tensor": (lambda x: draw(2, 4, 12, 18).__setitem__(slice(None), x), "knows nothing"),
+    "a shard added to an ordinary tensor": (lambda x: draw(2, 4, 12, 18).add_(x), "knows nothing"),
+    "an ordinary tensor of another size": (lambda x: x + draw(4, 6, 6), "6 positions meets 12 of the picture"),
+    "all rows with all rows": (lambda x: x.sum(3)[..., None] - x.sum(3)[..., None, :], "a shard has a part only"),
+    "weights of shards": (lambda x: F.linear(draw(2, 4), x.mean((0, 3)).t()), "weights are made of shards"),
+    "kernels of shards": (lambda x: F.conv2d(draw(1, 2, 8, 8), x[:, :2]), "weights are made of shards"),
+    "positions set in an ordinary tensor": (lambda x: draw(2, 4, 12, 18).__setitem__(x > 0, 1.0), "knows nothing"),
+    "strides of a part": (lambda x: x[:, :2].stride(), "stride"),
     "out": (lambda x: torch.add(x, 1, out=torch.empty(0, dtype=x.dtype)), "out="),
     "out of cat": (lambda x: torch.cat([x, x], 1, out=torch.empty(0, dtype=x.dtype)), "out="),
     "data": (lambda x: x.data, "__get__|data"),

@@ -12,6 +12,12 @@ from shards import GRID, check, draw, heads, image, tokens, video
 from torch import Tensor, nn
 
 VIEWS: dict[str, Any] = {
+    "by plain numbers": lambda x: x.view(2, 4, int(x.shape[2]) // 2, 2, 18).reshape(2, -1, int(x.shape[3])),
+    "by the numbers of a flattened view": lambda x: x.flatten(2).reshape(2, 4, len(x.flatten(2)[0, 0]) // 18, 18),
+    "expand to the width": lambda x: x.mean(3, keepdim=True).expand(-1, -1, -1, x.shape[3]) + x,
+    "expand to plain numbers": lambda x: x.mean((2, 3), keepdim=True).expand(3, 2, -1, 12, 18) + x,
+    "expand an ordinary tensor": lambda x: draw(4, 1, 1).expand(x.shape) + draw(1, 18).expand_as(x) * x,
+    "an ordinary tensor, reshaped": lambda x: draw(864 * 2).reshape_as(x) + x + draw(864).view(*x.shape[1:]),
     "flatten": lambda x: x.flatten(2),
     "patchify": lambda x: (
         x.reshape(2, 4, x.shape[2] // 2, 2, x.shape[3] // 2, 2).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
@@ -67,6 +73,10 @@ INDEXING: dict[str, Any] = {
     "beyond the height": lambda x: x[:, :, :100],
     "set channels": lambda x: (y := x.clone(), y.__setitem__((slice(None), 0), x[:, 1]))[0],
     "set to a number": lambda x: (y := x.clone(), y.__setitem__((slice(None), slice(1, 3)), 7.0))[0],
+    "set to an ordinary tensor": lambda x: (y := x.clone(), y.__setitem__((slice(None), 0), draw(12, 18)))[0],
+    "cat with an ordinary tensor": lambda x: torch.cat([x, draw(2, 1, 12, 18), x.new_full((2, 1, 12, 18), 2.0)], 1),
+    "stack of an ordinary tensor": lambda x: torch.stack([x, draw(2, 4, 12, 18)]),
+    "cat of a row that is whole": lambda x: torch.cat([x, x.mean(3, keepdim=True).expand(-1, -1, -1, 18)], 1),
     "set to the height": lambda x: (y := x.clone(), y.__setitem__((0,), x.shape[2]))[0],
     "fill a blank": lambda x: (y := torch.zeros(x.shape, dtype=x.dtype), y.__setitem__((slice(None), 1), x[:, 1]))[0],
     "fill a blank wholly": lambda x: (y := x.new_empty(x.shape), y.__setitem__(slice(None), x))[0],
@@ -100,6 +110,20 @@ ELEMENTWISE: dict[str, Any] = {
     "detach": lambda x: x.detach().clone().requires_grad_(False),
     "comparisons": lambda x: (x > x.flip(1)) & ~(x == 0) | x.isnan(),
     "dropout in eval": lambda x: F.dropout(x, 0.5, training=False),
+    "coordinates": lambda x: x + torch.arange(x.shape[3]) * torch.linspace(-1, 1, x.shape[2], dtype=x.dtype)[:, None],
+    "coordinates of a grid": lambda x: x
+    * torch.stack(torch.meshgrid(torch.arange(x.shape[2]), torch.arange(int(x.shape[3])), indexing="ij")).sum(0),
+    "coordinates of tokens": lambda x: tokens(x) + torch.arange(x.shape[2] * x.shape[3])[:, None],
+    "coordinates, of rows that have a halo": lambda x: F.pad(x, (1, 1, 1, 1)) * torch.arange(14)[:, None],
+    "coordinates in a blank": lambda x: (
+        x + torch.zeros(x.shape[-2:], dtype=x.dtype).add_(torch.arange(x.shape[3]))
+    ),
+    "an ordinary tensor": lambda x: draw(2, 1, 12, 18, seed=1) * x - draw(12, 1, seed=2),
+    "an ordinary tensor where a row is whole": lambda x: x.mean(2, keepdim=True).expand(-1, -1, 12, -1) * draw(12, 18),
+    "copy_ of an ordinary tensor": lambda x: torch.empty_like(x).copy_(draw(2, 4, 12, 18)),
+    "noise of a size in numbers": lambda x: (
+        x + torch.randn(2, 4, 12, 1, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    ),
     "halos meet": lambda x: F.pad(x, (1, 1, 1, 1)) * F.pad(x, (2, 0, 1, 1)),
     "a shard of other bounds": lambda x: F.conv2d(x, torch.ones(4, 4, 2, 2, dtype=x.dtype), padding=1)[:, :4]
     + F.pad(x, (0, 1, 0, 1)),
@@ -129,6 +153,10 @@ REDUCTIONS: dict[str, Any] = {
     "max by position": lambda x: x.max(1)[0],
     "argmax of channels": lambda x: x.argmax(1),
     "amax of the batch": lambda x: x.amax(0, keepdim=True),
+    "softmax of rows": lambda x: x.softmax(-2),
+    "softmax of tokens": lambda x: F.softmax(tokens(x), dim=1),
+    "log_softmax of columns": lambda x: F.log_softmax(x.float(), dim=3, dtype=torch.float64),
+    "softmax of what is hidden": lambda x: x.masked_fill(torch.arange(12)[:, None] < 5, -math.inf).softmax(2),
     "softmax of channels": lambda x: F.softmax(x, dim=1),
     "softmax by position": lambda x: x.softmax(1),
     "cumsum of channels": lambda x: x.cumsum(1),
@@ -162,6 +190,23 @@ NORMS: dict[str, Any] = {
     "batch norm": lambda x: F.batch_norm(x, torch.ones(4, dtype=x.dtype), torch.full((4,), 2.0, dtype=x.dtype)),
 }  # fmt: skip
 
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Without the fused function, as diffusers' simplest processors do it: `[batch, tokens, channels]`."""
+    blank = torch.empty(query.shape[0], query.shape[1], key.shape[1], dtype=query.dtype) if mask is None else mask
+    scores = torch.baddbmm(blank, query, key.transpose(-1, -2), beta=int(mask is not None), alpha=0.3)
+    return torch.bmm(scores.softmax(dim=-1), value)
+
+
+def sliced_attention(x: Tensor) -> Tensor:
+    """One head after the other."""
+    query = tokens(x)
+    result = torch.zeros((query.shape[0], query.shape[1], 4), dtype=x.dtype)
+    for i in range(query.shape[0]):
+        result[i : i + 1] = plain_attention(*[query[i : i + 1]] * 3)
+    return result
+
+
 PRODUCTS: dict[str, Any] = {
     "linear over channels": lambda x: F.linear(tokens(x), draw(5, 4, seed=1), draw(5, seed=2)),
     "matmul with weights": lambda x: tokens(x) @ draw(4, 5, seed=1),
@@ -170,6 +215,16 @@ PRODUCTS: dict[str, Any] = {
     "keys by queries": lambda x: x.flatten(2) @ ((tokens(x) * 2) @ (x.flatten(2) + 1)).softmax(-1).transpose(-1, -2),
     "keys by queries, weighted by sums": lambda x: x.flatten(2)
     @ (lambda scores: scores / scores.sum(1, keepdim=True))((tokens(x) @ x.flatten(2)).exp()),
+    "plain attention": lambda x: plain_attention(tokens(x), tokens(x) + 1, tokens(x) * 2),
+    "plain attention with a mask": lambda x: plain_attention(*[tokens(x)] * 3, mask=draw(1, 216, 216)),
+    "plain attention, keys first": lambda x: (
+        torch.bmm(tokens(x), x.flatten(2)).softmax(-2).transpose(1, 2).contiguous() @ tokens(x)
+    ),
+    "plain attention of rows": lambda x: plain_attention(*[x.movedim(1, 3).flatten(0, 1)] * 3).unflatten(0, (2, 12)),
+    "sliced attention": sliced_attention,
+    "baddbmm over tokens": lambda x: torch.baddbmm(draw(4, 1), x.flatten(2), tokens(x), beta=2, alpha=0.5),
+    "mm": lambda x: torch.mm(x[0].flatten(1).t(), draw(4, 3)),
+    "rows by an ordinary batch": lambda x: x.permute(2, 0, 1, 3).flatten(1, 2) @ draw(12, 18, 3),
     "linear attention": lambda x: (x.flatten(2) @ tokens(x)) @ x.flatten(2),
     "bmm by keyword": lambda x: torch.bmm(x.flatten(2), mat2=tokens(x)),
     "attention over channels": lambda x: torch.matmul(x.flatten(2), other=tokens(x)).softmax(-1) @ x.flatten(2),
@@ -195,6 +250,18 @@ def per_pixel(x: Tensor) -> Tensor:
     return x.permute(0, 3, 4, 2, 1).flatten(0, 2)
 
 
+def nothing(x: Tensor) -> Tensor:
+    """A video without frames, taken apart and put together, as the first chunk of a causal network may be."""
+    b, c, t, h, w = x.shape
+    y = x + F.group_norm(F.pad(x, (1, 1, 1, 1)), 2).mean((3, 4), keepdim=True)
+    f, g, v = t // 2, h // 2, w // 2
+    y = y.view(b, c, f, 2, g, 2, v, 2).permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(b, 8 * c, f, g, v)
+    y = y.view(b, 2, 4, c, t, g, v).mean(1).flatten(1, 2).reshape(b, 16, 0, g, v)
+    y = y.view(b, c, 2, 2, t, g, v).permute(0, 1, 4, 5, 2, 6, 3).reshape(b, c, t, h, w)
+    z = F.scaled_dot_product_attention(*[y.permute(0, 2, 3, 4, 1).flatten(2, 3)] * 3).unflatten(2, (h, w))
+    return (y + z.permute(0, 4, 1, 2, 3)).transpose(1, 2).flatten(0, 1).unflatten(0, (b, t)).transpose(1, 2)
+
+
 VIDEO: dict[str, Any] = {
     "attention in time": lambda x: F.scaled_dot_product_attention(*[per_pixel(x)] * 3, is_causal=True).unflatten(
         0, (1, x.shape[3], x.shape[4])
@@ -209,6 +276,7 @@ VIDEO: dict[str, Any] = {
     "frames one by one": lambda x: torch.stack([frame * 2 for frame in x.unbind(2)], dim=2),
     "last frames": lambda x: x[:, :, -2:].clone(),
     "frames, repeated": lambda x: torch.cat([x[:, :, :1], x.repeat_interleave(2, dim=2)], dim=2),
+    "no frames": lambda x: torch.cat([nothing(x[:, :, :0]), x[:, :, :1], F.silu(x[:, :, 3:]) * x[:, :, :0]], dim=2),
     "time to channels": lambda x: x.transpose(1, 2).reshape(1, -1, *x.shape[3:]),
 }
 

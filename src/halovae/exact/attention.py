@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.broadcasting import broadcast
+from halovae.exact.elementwise import align, elementwise_layout, fit
 from halovae.exact.halo import gather_dim, own, own_part
 from halovae.exact.layout import (
     AxisFactor,
@@ -21,6 +22,8 @@ from halovae.exact.layout import (
     layout_of,
     mark,
     plain,
+    require_whole,
+    shape_of,
 )
 from halovae.exact.masks import block_table, is_block_mask
 from halovae.exact.reductions import sum_over_ranks
@@ -79,9 +82,9 @@ def gathered(mesh: Mesh, tensor: Tensor, dim: int) -> Tensor:
 
 def _by_frame(mesh: Mesh, func: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
     seen = frames_seen(block_table(mask))
-    if mask.shape[-1] != query.shape[-2]:
-        raise NotExactError("the attention mask has not the length of the query")
     layout = layout_of(query)
+    if mask.shape[-1] != (layout.whole[-2] if layout else query.shape[-2]):
+        raise NotExactError("the attention mask has not the length of the query")
     local = query.shape[-2] // len(seen)
     outer = layout.dims[-2][0] if layout else None
     if outer and len(seen) > 1 and (isinstance(outer, AxisFactor) or outer.size % len(seen)):
@@ -117,9 +120,27 @@ def matmul(mesh: Mesh, func: Any, left: Tensor, other: Tensor) -> Tensor:
     return _product(mesh, func, left, other)
 
 
-@rule(torch.bmm, Tensor.bmm)
+@rule(torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 def bmm(mesh: Mesh, func: Any, left: Tensor, mat2: Tensor) -> Tensor:
     return _product(mesh, func, left, mat2)
+
+
+@rule(torch.baddbmm, Tensor.baddbmm)
+def baddbmm(
+    mesh: Mesh, func: Any, tensor: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """`beta * tensor + alpha * batch1 @ batch2`; attention without a fused function adds its mask so."""
+
+    def scaled(left: Tensor, right: Tensor) -> Tensor:
+        blank = left.new_empty(()).expand(left.shape[0], left.shape[1], right.shape[2])
+        return func(blank, left, right, beta=0, alpha=alpha)
+
+    product = _product(mesh, scaled, batch1, batch2)
+    if not beta:
+        return product
+    product, tensor = align(mesh, [product, tensor])
+    total = torch.add(product, tensor, alpha=beta)
+    return mark(total, elementwise_layout([product, tensor], shape_of(total)))
 
 
 def _product(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
@@ -128,6 +149,9 @@ def _product(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
         return func(left, right)
     if left.ndim < 2 or right.ndim < 2:
         raise NotExactError("a product with a vector")
+    batches = [{p: d for p, d in layout.sharded_places.items() if p < -2} for layout in (a, b) if layout]
+    left, right = (fit(mesh, t, places) for t, places in ((left, batches[-1]), (right, batches[0])))
+    a, b = layout_of(left), layout_of(right)
     inner = [layout and is_sharded(layout.dims[dim]) for layout, dim in ((a, -1), (b, -2))]
     if all(inner):
         assert a is not None
@@ -136,7 +160,7 @@ def _product(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
     if any(inner):
         left, right = gathered(mesh, left, -1), gathered(mesh, right, -2)
     columns = b.dims[-1] if b else plain(right.shape[-1])
-    if a and is_sharded(a.dims[-2]) and is_sharded(columns):
+    if a and axes_in([a.dims[-2]]) & axes_in([columns]):
         right = gathered(mesh, right, -1)
         columns = (GatheredFactor(right.shape[-1], columns),)
     if left.shape[-1] != right.shape[-2]:
@@ -182,6 +206,7 @@ def cdist(mesh: Mesh, func: Any, left: Tensor, right: Tensor, *args: Any, **kwar
 @rule(F.linear)
 def linear(mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     layout = layout_of(tensor)
+    require_whole(weight, bias)
     if layout and is_sharded(layout.dims[-1]):
         raise NotExactError("the channels of a linear layer are sharded")
     result = func(tensor, weight, bias)
@@ -191,5 +216,6 @@ def linear(mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, bias: Tensor |
 @rule(F.embedding)
 def embedding(mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layout = layout_of(tensor)
+    require_whole(weight)
     result = func(tensor, weight, *args, **kwargs)
     return result if layout is None else mark(result, Layout((*layout.dims, plain(weight.shape[1]))))

@@ -10,10 +10,20 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.broadcasting import broadcast
-from halovae.exact.halo import own, redistribute
-from halovae.exact.layout import AxisFactor, Layout, axis_factor, is_uniform, layout_of, mark, shape_of
+from halovae.exact.halo import own, own_part, redistribute
+from halovae.exact.layout import (
+    AxisFactor,
+    Dim,
+    Layout,
+    axis_factor,
+    global_length,
+    is_sharded,
+    layout_of,
+    mark,
+    plain,
+    shape_of,
+)
 from halovae.exact.registry import Mesh, named, rule, writes
-from halovae.exact.sizes import whole
 
 BROADCASTING = (
     "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "pow", "maximum", "minimum",
@@ -38,15 +48,14 @@ SELF_SHAPED = (
 
 @rule(*named(*BROADCASTING))
 def broadcasting(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
-    # A size used as a value is the picture's.
-    args, kwargs = tuple(map(whole, args)), {name: whole(value) for name, value in kwargs.items()}
     operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not any(map(layout_of, operands)):
         return func(*args, **kwargs)
     aligned = align(mesh, operands)
     if aligned is not operands:
         if aligned[0] is not operands[0] and writes(func):
-            raise NotExactError("an in-place operand is cut differently from the others")
+            knows = "is cut differently from the others" if layout_of(operands[0]) else "knows nothing of the shards"
+            raise NotExactError(f"an in-place operand {knows}")
         moved = dict(zip(map(id, operands), aligned, strict=True))
         args = tuple(moved.get(id(arg), arg) for arg in args)
         kwargs = {name: moved.get(id(value), value) for name, value in kwargs.items()}
@@ -77,23 +86,53 @@ def mark_like(result: Any, tensor: Tensor) -> Any:
 
 
 def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout:
-    """The layout of an elementwise result; tensors of one constant value adapt to the others."""
+    """The layout of an elementwise result."""
     if (first := layout_of(operands[0])) and all(layout_of(operand) is first for operand in operands):
         return first
-    known = [(layout_of(t), shape_of(t)) for t in operands if layout_of(t) or not is_uniform(t)]
-    return broadcast(known, shape)
+    return broadcast([(layout_of(operand), shape_of(operand)) for operand in operands], shape)
 
 
 def align(mesh: Mesh, operands: list[Tensor]) -> list[Tensor]:
-    """The operands, cut alike: where bounds or halos differ, all follow the first sharded operand."""
+    """The operands, cut alike: where bounds or halos differ, all follow the first sharded operand.
+
+    Those of which every rank has the whole, such as coordinates of all rows, are cut as well.
+    """
     layouts = [layout for operand in operands if (layout := layout_of(operand))]
-    if all(layout is layouts[0] for layout in layouts):
+    if any(layout is not layouts[0] for layout in layouts):
+        for position in _cut_differently(tuple(layouts)):
+            operands = [_without_halo(mesh, operand, position) for operand in operands]
+            first = next(factor for o in operands if (factor := _axis_at(o, position)))
+            operands = [_follow(mesh, operand, position, first.cut.bounds) for operand in operands]
+        layouts = [layout for operand in operands if (layout := layout_of(operand))]
+    elif len(layouts) == len(operands):
         return operands
-    for position in _cut_differently(tuple(layouts)):
-        operands = [_without_halo(mesh, operand, position) for operand in operands]
-        first = next(factor for o in operands if (factor := _axis_at(o, position)))
-        operands = [_follow(mesh, operand, position, first.cut.bounds) for operand in operands]
-    return operands
+    places: dict[int, Dim] = {}
+    for layout in layouts:
+        places |= layout.sharded_places
+    fitted = [fit(mesh, operand, places) for operand in operands]
+    return operands if all(a is b for a, b in zip(fitted, operands, strict=True)) else fitted
+
+
+def fit(mesh: Mesh, tensor: Tensor, places: dict[int, Dim]) -> Tensor:
+    """The tensor, cut where it is whole and others are sharded.
+
+    Args:
+        mesh: the grid of shards.
+        tensor: of any layout, or none.
+        places: how the others are cut, by the place of the dimension counted from the last one.
+    """
+    layout = layout_of(tensor)
+    if layout and len(places) <= len(layout.sharded_dims) and places.keys() <= layout.sharded_places.keys():
+        return tensor
+    shape = shape_of(tensor)
+    for place, dim in places.items():
+        if -place > len(shape) or shape[place] == 1 or (layout and is_sharded(layout.dims[place])):
+            continue
+        if shape[place] != global_length(dim):
+            raise NotExactError(f"an operand of {shape[place]} positions meets {global_length(dim)} of the picture")
+        layout = (layout or Layout(tuple(map(plain, shape)))).replace(place, dim)
+        tensor = mark(own_part(mesh, tensor, place, dim), layout)
+    return tensor
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Tensors made inside the network: constants fit any shard; random numbers are drawn for the whole picture."""
+"""Tensors made inside the network, for the whole picture: blanks of a shard's size, random numbers cut to it."""
 
 from __future__ import annotations
 
@@ -10,84 +10,67 @@ from torch import Tensor
 from halovae.comm import default_generator
 from halovae.errors import NotExactError
 from halovae.exact.elementwise import mark_like
-from halovae.exact.layout import (
-    Layout,
-    axis_factor,
-    global_length,
-    is_sharded,
-    layout_of,
-    length,
-    mark,
-    mark_uniform,
-    plain,
-    require_axis,
-)
+from halovae.exact.halo import own_part
+from halovae.exact.layout import layout_of, mark
 from halovae.exact.masks import prefix_mask
 from halovae.exact.registry import Mesh, named, rule
-from halovae.exact.sizes import ShardSize, whole
+from halovae.exact.sizes import CutSize, cut_as
 
 
-@rule(torch.zeros, torch.ones, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full)
-def constant(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
-    return mark_uniform(func(*args, **kwargs))
+@rule(torch.zeros, torch.ones, torch.empty)
+def constant(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
+    return _made(mesh, func, (), size or (kwargs.pop("size"),), (), kwargs)
+
+
+@rule(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty)
+def new_constant(mesh: Mesh, func: Any, tensor: Tensor, *size: Any, **kwargs: Any) -> Tensor:
+    return _made(mesh, func, (tensor,), size or (kwargs.pop("size"),), (), kwargs)
+
+
+@rule(Tensor.new_full)
+def new_full(mesh: Mesh, func: Any, tensor: Tensor, size: Any, fill_value: Any, **kwargs: Any) -> Tensor:
+    return _made(mesh, func, (tensor,), (size,), (fill_value,), kwargs)
 
 
 @rule(torch.full)
-def full(mesh: Mesh, func: Any, size: Any, fill_value: Any, *args: Any, **kwargs: Any) -> Any:
-    if len(size) == 2 and isinstance(size[0], ShardSize) and size[0] == size[1] and fill_value == float("-inf"):
+def full(mesh: Mesh, func: Any, size: Any, fill_value: Any, **kwargs: Any) -> Tensor:
+    if len(size) == 2 and isinstance(size[0], CutSize) and size[0] == size[1] and fill_value == float("-inf"):
         return prefix_mask(size[0], kwargs.get("dtype"), kwargs.get("device"))
-    return mark_uniform(func(size, whole(fill_value), *args, **kwargs))
+    return _made(mesh, func, (), (size,), (fill_value,), kwargs)
+
+
+def _made(
+    mesh: Mesh, func: Any, before: tuple[Any, ...], size: tuple[Any, ...], behind: tuple[Any, ...], kwargs: Any
+) -> Tensor:  # fmt: skip
+    """A blank of the given size, which is that of the whole, cut where that is clear from the size."""
+    size = tuple(size[0]) if isinstance(size[0], (tuple, list)) else size
+    layout = cut_as(mesh, size)
+    return mark(func(*before, layout.shape, *behind, **kwargs), layout)
 
 
 @rule(torch.tensor, torch.as_tensor)
 def from_numbers(mesh: Mesh, func: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-    """A size written into a tensor is the picture's."""
     if layout_of(data):
         raise NotExactError("it copies a shard into an ordinary tensor")
-    return func(_wholes(data), *args, **kwargs)
-
-
-def _wholes(data: Any) -> Any:
-    return type(data)(map(_wholes, data)) if type(data) in (list, tuple) else whole(data)
+    return func(data, *args, **kwargs)
 
 
 @rule(torch.zeros_like, torch.ones_like, torch.full_like)
 def constant_like(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return mark_like(mark_uniform(func(tensor, *args, **kwargs)), tensor)
+    return mark_like(func(tensor, *args, **kwargs), tensor)
 
 
 @rule(torch.randn, torch.rand)
 def random(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
-    """Noise for a shard is cut out of noise drawn for the whole picture, from the first rank's generator.
-
-    A size is taken for a shard's when it ends like the sharded tensor whose shape was asked last.
-    """
+    """Noise for a shard is cut out of noise drawn for the whole picture, from the first rank's generator."""
     sizes = tuple(size[0] if size and not isinstance(size[0], int) else size or kwargs.pop("size"))
     device = torch.device(kwargs.get("device") or torch.get_default_device())
     _share(mesh, kwargs.get("generator") or default_generator(device), device)
-    layout = _ending_like(sizes, mesh.asked)
-    if layout is None:
-        return func(tuple(map(int, sizes)), **kwargs)
-    noise = func([global_length(dim) for dim in layout.dims], **kwargs)
+    layout = cut_as(mesh, sizes)
+    noise = func(layout.whole, **kwargs)
     for dim in layout.sharded_dims:
-        factor = require_axis(layout, dim)
-        low, high = factor.cut.extents[mesh.part(factor.axis)]
-        noise = noise.narrow(dim, low, high - low)
+        noise = own_part(mesh, noise, dim, layout.dims[dim])
     return mark(noise.contiguous(), layout)
-
-
-def _ending_like(sizes: tuple[int, ...], asked: Layout | None) -> Layout | None:
-    """The layout of noise of this shape, or None if it is not noise for a shard."""
-    if asked is None or not asked.sharded_dims:
-        return None
-    tail = asked.dims[asked.sharded_dims[0] :]
-    lead = len(sizes) - len(tail)
-    ends = [(int(size), whole(size)) for size in sizes[max(lead, 0) :]]
-    if lead < 0 or ends != [(length(dim), global_length(dim)) for dim in tail]:
-        return None
-    if any(is_sharded(dim) and axis_factor(dim) is None for dim in tail):
-        return None
-    return Layout((*map(plain, sizes[:lead]), *tail))
 
 
 def _share(mesh: Mesh, generator: torch.Generator, device: torch.device) -> None:

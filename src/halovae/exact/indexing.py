@@ -9,25 +9,21 @@ import torch
 from torch import Tensor
 
 from halovae.errors import NotExactError
-from halovae.exact.elementwise import align
+from halovae.exact.elementwise import align, fit
 from halovae.exact.layout import (
     Dim,
     GatheredFactor,
     Layout,
     global_length,
     is_sharded,
-    is_uniform,
-    keep_uniform,
     layout_of,
     length,
     mark,
     plain,
     shape_of,
-    unmark_uniform,
     with_shape,
 )
 from halovae.exact.registry import Mesh, named, rule
-from halovae.exact.sizes import whole
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -39,6 +35,8 @@ def cat(
     tensors = [t for t in tensors if layout_of(t) or shape_of(t) != (0,)] or list(tensors)
     if not any(layout_of(t) for t in tensors):
         return func(tensors, dim) if out is None else func(tensors, dim, out=out)
+    if any((layout := layout_of(t)) and is_sharded(layout.dims[dim]) for t in tensors):
+        raise NotExactError("tensors are joined along a sharded dimension")
     tensors = align(mesh, tensors)
     result = func(tensors, dim)
     shape = shape_of(result)
@@ -58,18 +56,14 @@ def stack(mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any
 
 
 def _common_layout(tensors: Sequence[Tensor], skip: int | None) -> Layout:
-    """The layout shared by tensors that are to be joined; along `skip` none may be sharded."""
+    """The layout shared by tensors that are to be joined, but for the dimension `skip`."""
     layouts = [layout for t in tensors if (layout := layout_of(t))]
     first = layouts[0]
     for tensor in tensors:
-        layout = layout_of(tensor)
-        if layout is None and not is_uniform(tensor):
+        if layout_of(tensor) is None:
             raise NotExactError("a tensor that knows nothing of the shards is joined to shards")
     for dim in range(len(first.dims)):
-        if dim == skip:
-            if any(is_sharded(layout.dims[dim]) for layout in layouts):
-                raise NotExactError("tensors are joined along a sharded dimension")
-        elif any(layout.dims[dim] != first.dims[dim] for layout in layouts):
+        if dim != skip and any(layout.dims[dim] != first.dims[dim] for layout in layouts):
             raise NotExactError("the joined tensors are cut differently")
     return first
 
@@ -102,7 +96,7 @@ def unbind(mesh: Mesh, func: Any, tensor: Tensor, dim: int = 0) -> Any:
 def select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: int) -> Any:
     layout = layout_of(tensor)
     if layout is None:
-        return keep_uniform(func(tensor, dim, index), tensor)
+        return func(tensor, dim, index)
     _require_plain(layout, dim)
     return mark(func(tensor, dim, index), _without(layout, dim))
 
@@ -110,13 +104,12 @@ def select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: int) -> Any:
 @rule(*named("narrow"))
 def narrow(mesh: Mesh, func: Any, tensor: Tensor, dim: int, start: int, length: int) -> Any:
     layout = layout_of(tensor)
-    result = func(tensor, dim, start, length)
     if layout is None:
-        return keep_uniform(result, tensor)
-    if (start, whole(length)) == (0, global_length(layout.dims[dim])):
-        return mark(result, layout)
+        return func(tensor, dim, start, length)
+    if (start, length) == (0, layout.whole[dim]):
+        return mark(func(tensor, dim, start, layout.shape[dim]), layout)
     _require_plain(layout, dim)
-    return mark(result, layout.replace(dim, plain(length)))
+    return mark(func(tensor, dim, start, length), layout.replace(dim, plain(length)))
 
 
 @rule(*named("index_select"))
@@ -134,53 +127,26 @@ def getitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any) -> Any:
     if layout is None:
         if any(layout_of(entry) for entry in (index if isinstance(index, tuple) else (index,))):
             raise NotExactError("positions of a sharded tensor index another one")
-        return keep_uniform(func(tensor, index), tensor)
+        return func(tensor, index)
     result = func(tensor, index)
     return mark(result, indexed(layout, index, shape_of(result)))
 
 
 @rule(Tensor.__setitem__)
 def setitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any, value: Any) -> Any:
-    layout, written = layout_of(tensor), layout_of(value)
-    if layout is None and written is None:
-        unmark_uniform(tensor)
+    layout = layout_of(tensor)
+    if layout is None:
+        if layout_of(value) or any(map(layout_of, index if isinstance(index, tuple) else (index,))):
+            raise NotExactError("shards are written into a tensor that knows nothing of them")
         return func(tensor, index, value)
-    if layout is None and not is_uniform(tensor):
-        raise NotExactError("shards are written into a tensor that knows nothing of them")
-    target = tensor[index]
-    value = whole(value)
-    if written is None and isinstance(value, Tensor) and value.numel() > 1 and not is_uniform(value):
-        raise NotExactError("a tensor that knows nothing of the shards is written into them")
-    if written is not None and layout is None:
-        layout = _adopted(tensor, index, written, target.ndim)
-    assert layout is not None
-    into = indexed(layout, index, tuple(target.shape))
-    if written is not None and into.sharded_dims and _sharded_tail(into) != _sharded_tail(written):
-        raise NotExactError("shards are written into shards that are cut differently")
+    into = indexed(layout, index, tuple(tensor[index].shape))
+    if isinstance(value, Tensor):
+        value = fit(mesh, value, into.sharded_places)
+        written = layout_of(value)
+        if written and any(into.sharded_places.get(place) != dim for place, dim in written.sharded_places.items()):
+            raise NotExactError("shards are written into shards that are cut differently")
     func(tensor, index, value)
-    unmark_uniform(tensor)
-    mark(tensor, layout)
     return None
-
-
-def _sharded_tail(layout: Layout) -> list[Dim]:
-    return [dim for dim in layout.dims if is_sharded(dim)]
-
-
-def _adopted(tensor: Tensor, index: Any, written: Layout, ndim: int) -> Layout:
-    """The layout that a blank tensor takes from the shards written into it."""
-    if ndim != len(written.dims):
-        raise NotExactError("shards of another number of dimensions are written into a blank tensor")
-    dims: list[Dim] = [plain(size) for size in tensor.shape]
-    kept = [dim for dim, entry in enumerate(_entries(index, tensor.ndim)) if isinstance(entry, slice)]
-    if len(kept) != ndim:
-        raise NotExactError("shards are written into a blank tensor by an index that is no slice")
-    for dim, source in zip(kept, written.dims, strict=True):
-        if is_sharded(source):
-            if length(source) != tensor.shape[dim]:
-                raise NotExactError("shards fill only part of a blank tensor's dimension")
-            dims[dim] = source
-    return Layout(tuple(dims))
 
 
 _ALL = slice(None)
@@ -231,7 +197,7 @@ def _slices_what_is_whole(layout: Layout, index: tuple[Any, ...]) -> bool:
 
 def _takes_all(entry: slice, size: int) -> bool:
     """Whether a slice is of the whole picture's positions."""
-    return slice(whole(entry.start), whole(entry.stop), whole(entry.step)).indices(size) == (0, size, 1)
+    return entry.indices(size) == (0, size, 1)
 
 
 def _entries(index: Any, ndim: int) -> list[Any]:

@@ -72,12 +72,29 @@ class Layout:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
+        """Of the shard."""
         return tuple(length(dim) for dim in self.dims)
+
+    @cached_property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the un-parallel tensor."""
+        return tuple(global_length(dim) for dim in self.dims)
+
+    @cached_property
+    def sharded_places(self) -> dict[int, Dim]:
+        """The sharded dimensions, by their places counted from the last one, as broadcasting counts them."""
+        return {i - len(self.dims): self.dims[i] for i in self.sharded_dims}
 
     @cached_property
     def cuts(self) -> list[Cut]:
         """Of all sharded factors."""
         return [factor.cut for dim in self.dims for factor in dim if isinstance(factor, AxisFactor)]
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether one axis is in two places: a shard would not have the pairs of its own and others' positions."""
+        axes = [factor.axis for dim in self.dims for factor in dim if isinstance(factor, AxisFactor)]
+        return len(set(axes)) < len(axes)
 
     @cached_property
     def narrowest(self) -> int:
@@ -130,15 +147,19 @@ def axes_in(dims: Iterable[Dim]) -> set[int]:
     return {factor.axis for dim in dims for factor in dim if isinstance(factor, AxisFactor)}
 
 
+def positions(factor: Factor) -> int:
+    """Positions of a factor over all ranks."""
+    return factor.cut.size if isinstance(factor, AxisFactor) else factor.size
+
+
 def global_length(dim: Dim) -> int:
     """Positions along a dimension over all ranks."""
-    return prod(factor.cut.size if isinstance(factor, AxisFactor) else factor.size for factor in dim)
+    return prod(map(positions, dim))
 
 
 # ---- the attribute -------------------------------------------------------------------------------------------------
 
 _ATTRIBUTE = "_halovae_layout"
-_UNIFORM = "_halovae_uniform"
 
 
 def layout_of(value: object) -> Layout | None:
@@ -162,10 +183,22 @@ def require_rows(thinnest: int) -> None:
         raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
 
 
+def require_whole(*weights: object) -> None:
+    """Check that what an operator takes for its weights is the same on every rank.
+
+    Raises:
+        NotExactError: it is made of shards.
+    """
+    if any(map(layout_of, weights)):
+        raise NotExactError("its weights are made of shards")
+
+
 def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Attach a layout (None, or one without sharded dimensions: none) and return the tensor."""
     if layout is not None and layout.sharded_dims:
         require_rows(layout.narrowest)
+        if layout.repeats:
+            raise NotExactError("all positions of an axis meet all of them, of which a shard has a part only")
         if layout.shape != (shape := shape_of(tensor)):
             raise NotExactError(f"its result has the shape {shape} where the shard's is {layout.shape}")
         setattr(tensor, _ATTRIBUTE, layout)
@@ -174,105 +207,97 @@ def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
     return tensor
 
 
-@dataclass
-class _Blank:
-    """Memory in which all elements are equal, shared by all tensors that are views of it, until one is written."""
-
-    intact: bool = True
-
-
-def mark_uniform(tensor: Tensor) -> Tensor:
-    """Say that all elements are equal, so the tensor may stand for a sharded one of its shape."""
-    setattr(tensor, _UNIFORM, _Blank())
-    return tensor
-
-
-def unmark_uniform(tensor: Tensor) -> None:
-    """Something was written into the tensor: neither it nor any view of its memory is uniform now."""
-    if is_uniform(tensor):
-        getattr(tensor, _UNIFORM).intact = False
-
-
-def is_uniform(value: object) -> bool:
-    blank = getattr(value, _UNIFORM, None) if isinstance(value, Tensor) else None
-    return blank is not None and blank.intact
-
-
-def keep_uniform(result: Tensor, tensor: Tensor) -> Tensor:
-    """A view of a uniform tensor is uniform, as long as neither is written."""
-    if is_uniform(tensor):
-        setattr(result, _UNIFORM, getattr(tensor, _UNIFORM))
-    return result
-
-
 # ---- views ---------------------------------------------------------------------------------------------------------
 
 
 def split_factor(factor: Factor, outer: int) -> tuple[Factor, Factor]:
-    """A factor as (outer, inner); an axis keeps its rows in the outer one, at a coarser resolution.
+    """A factor as (outer, inner), `outer` of the whole; an axis keeps its rows in the outer one, at a coarser resolution.
 
     Raises:
         NotExactError: the factor or its cut doesn't divide.
     """
-    inner, rest = divmod(factor.size, outer)
+    inner, rest = divmod(positions(factor), outer)
     if rest:
-        raise NotExactError(f"a view splits {factor.size} positions into {outer} parts")
+        raise NotExactError(f"a view splits {positions(factor)} positions into {outer} parts")
     if not isinstance(factor, AxisFactor):
         return Factor(outer), Factor(inner)
     if not divides(factor.cut, inner):
         raise NotExactError(f"a view groups {inner} rows, which does not divide the shards {factor.cut.bounds}")
-    return AxisFactor(outer, factor.axis, coarsen(factor.cut, inner)), Factor(inner)
+    return AxisFactor(factor.size // inner, factor.axis, coarsen(factor.cut, inner)), Factor(inner)
 
 
-def merge_factors(factors: Sequence[Factor]) -> Dim:
+def merge_factors(factors: Iterable[Factor]) -> Dim:
     """One dimension of these factors; a plain factor inside an axis makes that axis finer."""
     merged: list[Factor] = []
     for factor in factors:
-        if isinstance(factor, AxisFactor):
-            merged.append(factor)
-            continue
-        last = merged.pop() if merged else Factor(1)
-        size = last.size * factor.size
-        finer = AxisFactor(size, last.axis, refine(last.cut, factor.size)) if isinstance(last, AxisFactor) else None
-        merged.append(finer or Factor(size))
-    merged = [factor for factor in merged if isinstance(factor, AxisFactor) or factor.size > 1]
+        last = merged[-1] if merged else None
+        if isinstance(factor, AxisFactor) or last is None or (isinstance(last, AxisFactor) and not factor.size):
+            merged.append(factor if isinstance(factor, AxisFactor) else Factor(factor.size))
+        elif isinstance(last, AxisFactor):
+            merged[-1] = AxisFactor(last.size * factor.size, last.axis, refine(last.cut, factor.size))
+        else:
+            merged[-1] = Factor(last.size * factor.size)
+    merged = [factor for factor in merged if isinstance(factor, AxisFactor) or factor.size != 1]
     return tuple(merged) or plain(1)
 
 
 @lru_cache(maxsize=4096)
 def reshaped(layout: Layout, shape: tuple[int, ...]) -> Layout:
-    """The layout after `reshape(shape)` (local sizes, no -1).
+    """The layout after the whole tensor was viewed with this shape (no -1).
 
     Raises:
         NotExactError: the view cuts through a sharded axis.
     """
-    if shape == layout.shape:
+    if shape == layout.whole:
         return layout
-    pending = [f for dim in layout.dims for f in dim if isinstance(f, AxisFactor) or f.size > 1][::-1]
+    if prod(shape) != prod(layout.whole):
+        raise NotExactError(f"there is no view of {layout.whole} as {shape}")
+    pending = [f for dim in layout.dims for f in dim if positions(f) != 1]
+    # Without elements, the dimensions from the first to the last empty one are made of what the others leave.
+    first = shape.index(0) if 0 in shape else len(shape)
+    last = len(shape) - shape[::-1].index(0) if 0 in shape else len(shape)
+    before, pending = _walk(pending, shape[:first])
+    pending.reverse()
+    after, pending = _walk(pending, shape[last:][::-1], inwards=True)
+    if any(isinstance(f, AxisFactor) for f in pending) and last - first > 1:
+        raise NotExactError(f"a view of {layout.whole}, which has no elements, as {shape}")
+    between = [merge_factors(pending[::-1])] if last - first == 1 else list(map(plain, shape[first:last]))
+    return Layout((*before, *between, *after[::-1]))
+
+
+def _walk(pending: list[Factor], shape: Sequence[int], inwards: bool = False) -> tuple[list[Dim], list[Factor]]:
+    """Take the factors of each dimension from the beginning of `pending`; also what is left.
+
+    Args:
+        pending: factors, none of one position.
+        shape: sizes of the whole, none of them 0.
+        inwards: factors and sizes come from the last one on.
+    """
+    pending = pending[::-1]
     dims: list[Dim] = []
     for size in shape:
         taken: list[Factor] = []
         while size > 1:
+            if not pending or not positions(pending[-1]):
+                taken.append(Factor(size))  # of a tensor without elements
+                break
             factor = pending.pop()
-            if size % factor.size == 0:
+            if size % positions(factor) == 0:
                 taken.append(factor)
-                size //= factor.size
-            else:
-                outer, inner = _split_any(factor, size, pending)
-                taken.append(outer)
-                pending.append(inner)
-                size = 1
-        dims.append(merge_factors(taken))
-    if pending:
-        raise NotExactError(f"reshape {layout.shape} to {shape} left factors over")
-    return Layout(tuple(dims))
+                size //= positions(factor)
+                continue
+            while positions(factor) % size and pending and _are_plain(factor, pending[-1]):
+                factor = Factor(factor.size * pending.pop().size)
+            parts = split_factor(factor, positions(factor) // size if inwards else size)
+            taken.append(parts[1] if inwards else parts[0])
+            pending.append(parts[0] if inwards else parts[1])
+            size = 1
+        dims.append(merge_factors(taken[::-1] if inwards else taken))
+    return dims, pending[::-1]
 
 
-def _split_any(factor: Factor, size: int, pending: list[Factor]) -> tuple[Factor, Factor]:
-    """Take `size` positions off the outside of a factor, joining plain neighbours first where they don't divide."""
-    while factor.size % size and pending and not any(isinstance(f, AxisFactor) for f in (factor, pending[-1])):
-        factor = Factor(factor.size * pending.pop().size)
-    return split_factor(factor, size)
+def _are_plain(*factors: Factor) -> bool:
+    return not any(isinstance(factor, AxisFactor) for factor in factors)
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.sizes import ABOUT_SIZES
 
 _BLOCKS = "_halovae_blocks"
 _RUNS = "_halovae_runs"
@@ -40,10 +41,9 @@ class BlockMask:
         if self.table is not None:
             return self.table
         changes = [i for i in range(1, self.size) if self.prefixes[i] != self.prefixes[i - 1]]
-        size = int(self.size)
-        block = changes[0] if changes else size
-        blocks, rest = divmod(size, block)
-        if rest or any(length % block for length in self.prefixes) or changes != list(range(block, size, block)):
+        block = changes[0] if changes else self.size
+        blocks, rest = divmod(self.size, block)
+        if rest or any(length % block for length in self.prefixes) or changes != list(range(block, self.size, block)):
             raise NotExactError("the attention mask is not the same for all tokens of a frame")
         table = torch.full((blocks, blocks), float("-inf"), device="cpu")
         for row in range(blocks):
@@ -67,7 +67,8 @@ def _blocks(value: Tensor) -> BlockMask:
 
 def prefix_mask(size: int, dtype: torch.dtype | None, device: Any) -> Tensor:
     """The stand-in of a `[size, size]` mask full of -inf, into whose rows prefixes of zeros are written."""
-    return _stand_in((size, size), dtype, device, BlockMask(size, prefixes=[0] * int(size)))
+    size = int(size)
+    return _stand_in((size, size), dtype, device, BlockMask(size, prefixes=[0] * size))
 
 
 def _stand_in(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any, mask: BlockMask) -> Tensor:
@@ -104,10 +105,8 @@ def apply(mesh: Mesh, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         NotExactError: anything else.
     """
-    if func in (Tensor.shape.__get__, Tensor.size):  # type: ignore[attr-defined]
-        sizes = torch.Size((*args[0].shape[:-2], *[_blocks(args[0]).size] * 2))
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        return sizes if dim is None else sizes[dim]
+    if func in ABOUT_SIZES:
+        return func(*args, **kwargs)
     if func in _ON_TABLES:
         return _on_tables(func, args, kwargs)
     if func is Tensor.__setitem__:
@@ -131,7 +130,7 @@ def _on_tables(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     stand_ins = [a for a in (*args, *kwargs.values()) if is_block_mask(a)]
     size = _blocks(stand_ins[0]).size
     if any(isinstance(a, Tensor) and a.ndim and not is_block_mask(a) for a in args) or any(
-        tuple(s.shape[-2:]) != (int(size), int(size)) for s in stand_ins
+        tuple(s.shape[-2:]) != (size, size) for s in stand_ins
     ):
         raise NotExactError("an attention mask meets a tensor that is not one")
     small = [block_table(a) if is_block_mask(a) else a for a in args]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from halovae.comm import Comm
 from halovae.errors import HalovaeError
 from halovae.exact.layout import Layout
@@ -16,7 +18,8 @@ class Mesh:
         comm: the group.
         shape: (rows, cols).
         coordinates: this rank's (row, column).
-        asked: layout of the sharded tensor whose shape the network asked for last.
+        place: stands for this mesh in what may outlive it.
+        sizes: what a network is told about the tensors of a layout.
     """
 
     def __init__(self, comm: Comm, shape: tuple[int, int]) -> None:
@@ -25,7 +28,8 @@ class Mesh:
             raise HalovaeError(f"rank {comm.rank} has no place in a mesh of {rows} x {cols}")
         self.comm, self.shape = comm, shape
         self.coordinates = divmod(comm.rank, cols)
-        self.asked: Layout | None = None
+        self.place = object()
+        self.sizes: dict[Layout, torch.Size] = {}
 
     @property
     def size(self) -> int:

@@ -23,11 +23,10 @@ from halovae.exact import (
     views,
     windows,
 )
-from halovae.exact.layout import is_uniform, keep_uniform, layout_of, unmark_uniform
+from halovae.exact.layout import layout_of
 from halovae.exact.mesh import Mesh
-from halovae.exact.registry import RULES, writes
+from halovae.exact.registry import RULES
 from halovae.functions import QUESTIONS, outside_modes
-from halovae.kernels.formats import memory_of
 
 RULE_MODULES = (
     attention,
@@ -43,6 +42,9 @@ RULE_MODULES = (
     windows,
 )
 """Imported for their rules."""
+
+_LOCAL = QUESTIONS - RULES.keys()
+"""Questions about a tensor that a shard answers as the whole would."""
 
 
 class ShardMode(TorchFunctionMode):
@@ -64,20 +66,16 @@ class ShardMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in QUESTIONS:
+        if func in _LOCAL:
             return _answer(func, *args, **kwargs)
         self._mesh.comm.check()
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
         tensors = _tensors(args, kwargs)
-        blanks = list(filter(is_uniform, tensors))
         try:
-            result = self._run(func, tensors, args, kwargs)
+            return self._run(func, tensors, args, kwargs)
         except NotExactError as error:
             raise _located(error, func) from None
-        if blanks:
-            _watch(blanks, func, args, kwargs, result)
-        return result
 
     def _run(self, func: Callable[..., Any], tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
         if any(map(masks.is_block_mask, tensors)):
@@ -95,21 +93,6 @@ class ShardMode(TorchFunctionMode):
 @outside_modes
 def _answer(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
-
-
-def _watch(blanks: list[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    """Follow tensors of one value: what shares their memory shares their fate, and writing ends it."""
-    if writes(func) and func not in _KEEP_BLANK:
-        unmark_uniform(args[0])
-    if isinstance(kwargs.get("out"), Tensor):
-        unmark_uniform(kwargs["out"])
-    for view in result if isinstance(result, (tuple, list)) else (result,):
-        for blank in blanks:
-            if isinstance(view, Tensor) and not layout_of(view) and memory_of(view) == memory_of(blank):
-                keep_uniform(view, blank)
-
-
-_KEEP_BLANK = {Tensor.zero_, Tensor.fill_, Tensor.requires_grad_}
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from halovae.comm import all_gather
 from halovae.errors import NotExactError
 from halovae.exact.halo import own
-from halovae.exact.layout import axes_in, is_sharded, layout_of, length, mark
+from halovae.exact.layout import axes_in, is_sharded, layout_of, length, mark, require_whole
 from halovae.exact.registry import Mesh, rule
 from halovae.kernels import group_norm as norms
 
@@ -31,8 +31,9 @@ def group_norm(
     Count, mean and sum of squared deviations of the shards are merged exactly, in float32 or better.
     """
     layout = layout_of(tensor)
+    require_whole(weight, bias)
     axes = axes_in(layout.dims[1:]) if layout else set[int]()
-    if layout is None or not axes:
+    if layout is None or not axes or 0 in layout.shape:
         return mark(func(tensor, num_groups, weight, bias, eps), layout)
     if is_sharded(layout.dims[1]):
         raise NotExactError("the channels of a group norm are sharded")
@@ -47,6 +48,7 @@ def over_last_dims(
     mesh: Mesh, func: Any, tensor: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> Any:
     layout = layout_of(tensor)
+    require_whole(*args, *kwargs.values())
     if layout and any(is_sharded(dim) for dim in layout.dims[-len(normalized_shape) :]):
         raise NotExactError("it normalises over a sharded dimension")
     return mark(func(tensor, normalized_shape, *args, **kwargs), layout)
@@ -55,6 +57,7 @@ def over_last_dims(
 @rule(F.batch_norm)
 def batch_norm(mesh: Mesh, func: Any, tensor: Tensor, mean: Any, var: Any, *args: Any, **kwargs: Any) -> Any:
     layout = layout_of(tensor)
+    require_whole(mean, var, *args, *kwargs.values())
     training = kwargs.get("training", args[2] if len(args) > 2 else False)
     if layout and (training or is_sharded(layout.dims[1])):
         raise NotExactError("batch statistics are in use: call vae.eval() first")

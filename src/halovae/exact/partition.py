@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halovae.errors import HalovaeError, NotExactError
@@ -20,7 +21,7 @@ Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 
 @outside_modes
 def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
-    """This rank's shard of a tensor `[..., height, width]` that every rank has whole; a view with a layout."""
+    """This rank's shard of a tensor `[..., height, width]` that every rank has whole, in memory of its own."""
     dims = [plain(size) for size in tensor.shape]
     for axis, axis_bounds in enumerate(bounds):
         if mesh.shape[axis] == 1:
@@ -31,7 +32,13 @@ def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
         low, high = cut.owned(part)
         tensor = tensor.narrow(dim, low, high - low)
         dims[dim] = (AxisFactor(high - low, axis, cut),)
-    return mark(tensor, Layout(tuple(dims)))
+    return mark(own_copy(tensor), Layout(tuple(dims)))
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy that tells, by its version, whether a network has written into it."""
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 @outside_modes

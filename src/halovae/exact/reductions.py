@@ -47,7 +47,7 @@ def _asked(
     return _dims(axis if dim is None else dim, ndim), keepdim, dtype
 
 
-@rule(*named("amax", "amin", "argmax", "argmin", "softmax", "log_softmax", "cumsum", "std", "var", "any", "all",
+@rule(*named("amax", "amin", "argmax", "argmin", "cumsum", "std", "var", "any", "all",
              "prod", "max", "min", "median", "sort", "argsort"))  # fmt: skip
 def along_dim(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Functions along dimensions that no other rank has part of; the result has those dimensions shortened or gone."""
@@ -76,6 +76,25 @@ def _along(func: Any, tensor: Tensor, dim: Any, args: tuple[Any, ...], kwargs: d
             known = known.replace(d, plain(part.shape[d] if same_rank else 1))
         mark(part, known if same_rank else _reduced(known, dims, False))
     return result
+
+
+@rule(*named("softmax", "log_softmax"))
+def softmax(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Over a sharded dimension, largest values and sums are completed over the ranks, in float32 or better."""
+    layout = layout_of(tensor)
+    if dim is None:
+        dim = 0 if tensor.ndim in (0, 1, 3) else 1  # torch's old choice
+    if layout is None or not is_sharded(layout.dims[dim]):
+        return mark(func(tensor, dim, *args, **kwargs), layout)
+    wanted = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), tensor.dtype)
+    tensor, layout = own(mesh, tensor, layout)
+    wide = tensor.to(wanted).to(_wide(wanted) or wanted)
+    axes = axes_in([layout.dims[dim]])
+    largest = torch.stack(all_gather(mesh.comm, wide.amax(dim, keepdim=True), mesh.ranks_along(axes))).amax(0)
+    wide = wide - torch.nan_to_num(largest, nan=torch.nan, posinf=torch.inf, neginf=0.0)
+    total = sum_over_ranks(mesh, wide.exp().sum(dim, keepdim=True), axes)
+    result = wide - total.log() if "log" in func.__name__ else wide.exp() / total
+    return mark(result.to(wanted), layout)
 
 
 @rule(F.normalize)

@@ -22,7 +22,6 @@ from halovae.exact.layout import (
 )
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import rule
-from halovae.exact.sizes import whole
 from halovae.geometry import Cut, coarsen, divides, refine
 from halovae.kernels import upsampling
 
@@ -47,7 +46,7 @@ def interpolate(
     tensor, layout = own(mesh, tensor, layout)
     n = layout.ndim - 2
     wholes = [global_length(dim) for dim in layout.dims[2:]]
-    targets = [whole(target) for target in each(size, n)] if size is not None else [
+    targets = [int(target) for target in each(size, n)] if size is not None else [
         int(length * factor) for length, factor in zip(wholes, each(scale_factor, n), strict=True)
     ]  # fmt: skip
     resized = layout

@@ -1,106 +1,110 @@
-"""What a network is told about the size of a shard.
+"""What a network is told about the size of a shard: the size of the whole picture, whatever it does with it.
 
-Views must be made with the shard's own size, but a decision ("more than 1024 positions? then linear attention") or a
-count ("the sum over height * width") must come out the same on every rank, and as it would un-parallel. So sizes of
-sharded dimensions are integers of the shard that compare and divide as the whole picture.
+A network asks for sizes to decide ("more than 1024 positions? then linear attention"), to count, to make views, and to
+make tensors. Every answer is a number of the whole picture, so that nothing can come out differently on a shard. Views
+are made by the layout, which knows what such a size means for the shard; a tensor made for the whole picture is cut
+where it meets shards. A size remembers how it is cut as long as it is clear, so that blanks are no larger than a shard.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Iterable
 from math import prod
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from halovae.exact.layout import Dim, Layout, global_length, is_sharded, layout_of, length
+from halovae.errors import NotExactError
+from halovae.exact.layout import (
+    AxisFactor,
+    Dim,
+    Factor,
+    Layout,
+    axes_in,
+    axis_factor,
+    global_length,
+    is_sharded,
+    layout_of,
+    length,
+    merge_factors,
+    plain,
+    split_factor,
+)
 from halovae.exact.registry import Mesh, rule
+from halovae.geometry import divides
 
 
-def whole(value: Any) -> Any:
-    """A size as the un-parallel network would see it; anything else as it is."""
-    return value.whole if isinstance(value, ShardSize) else value
+class CutSize(int):
+    """A number of positions of the whole picture that knows how they are cut.
 
+    Attributes:
+        dim: how.
+        place: of the mesh on which they are cut so.
+    """
 
-def _in_shard(operation: Callable[[Any, Any], Any]) -> Callable[[ShardSize, Any], Any]:
-    """Arithmetic that stays with whole positions: the shard's and the picture's side by side."""
+    dim: Dim
+    place: object
 
-    def method(self: ShardSize, other: Any) -> Any:
-        if not isinstance(other, int):
-            return operation(self.whole, other) if isinstance(other, float) else NotImplemented
-        return ShardSize(operation(int(self), int(other)), operation(self.whole, whole(other)))
-
-    return method
-
-
-def _in_picture(operation: Callable[[Any, Any], Any]) -> Callable[[ShardSize, Any], Any]:
-    """What decides or measures: the picture's alone, so that it comes out the same on every rank."""
-
-    def method(self: ShardSize, other: Any) -> Any:
-        return operation(self.whole, whole(other))
-
-    return method
-
-
-def _swapped(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda a, b: operation(b, a)
-
-
-class ShardSize(int):
-    """A number of positions: the shard's in sums and products, the whole picture's in comparisons and fractions."""
-
-    whole: int
-
-    def __new__(cls, local: int, whole: int) -> ShardSize:
-        size = super().__new__(cls, local)
-        size.whole = whole
+    def __new__(cls, dim: Dim, place: object) -> CutSize:
+        size = super().__new__(cls, global_length(dim))
+        size.dim, size.place = dim, place
         return size
 
-    __add__ = __radd__ = _in_shard(operator.add)
-    __mul__ = __rmul__ = _in_shard(operator.mul)
-    __sub__, __rsub__ = _in_shard(operator.sub), _in_shard(_swapped(operator.sub))
-    __floordiv__ = _in_shard(operator.floordiv)
+    def __mul__(self, other: Any) -> Any:
+        return self._of(super().__mul__(other), (*self.dim, *_factors(other)))
 
-    __mod__, __rmod__ = _in_picture(operator.mod), _in_picture(_swapped(operator.mod))
-    __truediv__, __rtruediv__ = _in_picture(operator.truediv), _in_picture(_swapped(operator.truediv))
-    __pow__, __rpow__ = _in_picture(operator.pow), _in_picture(_swapped(operator.pow))  # type: ignore[assignment]
-    __eq__, __ne__ = _in_picture(operator.eq), _in_picture(operator.ne)
-    __lt__, __le__ = _in_picture(operator.lt), _in_picture(operator.le)
-    __gt__, __ge__ = _in_picture(operator.gt), _in_picture(operator.ge)
+    def __rmul__(self, other: Any) -> Any:
+        return self._of(super().__rmul__(other), (*_factors(other), *self.dim))
 
-    def __divmod__(self, other: int) -> tuple[int, int]:
-        return self // other, self % other
+    def __floordiv__(self, other: Any) -> Any:
+        result, factor = super().__floordiv__(other), axis_factor(self.dim)
+        if factor is None or not isinstance(other, int) or not divides(factor.cut, int(other)):
+            return result
+        return CutSize(split_factor(factor, result)[:1], self.place)
 
-    def __neg__(self) -> ShardSize:
-        return ShardSize(-int(self), -self.whole)
+    def _of(self, product: Any, factors: tuple[Factor, ...]) -> Any:
+        """The product, with how it is cut if that is clear."""
+        axes = [factor.axis for factor in factors if isinstance(factor, AxisFactor)]
+        if product is NotImplemented or len(set(axes)) < len(axes):
+            return product
+        return CutSize(merge_factors(factors), self.place)
 
-    def __float__(self) -> float:
-        return float(self.whole)
-
-    def __hash__(self) -> int:
-        """No plain number's hash: what is cached for a size must not serve another cut."""
-        return hash((ShardSize, int(self), self.whole))
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
 
 
-def _size(dim: Dim) -> int:
-    return ShardSize(length(dim), global_length(dim)) if is_sharded(dim) else length(dim)
+def _factors(value: Any) -> Dim:
+    if isinstance(value, CutSize):
+        return value.dim
+    return plain(int(value)) if isinstance(value, int) else ()
 
 
-@functools.lru_cache(maxsize=4096)
-def _sizes(layout: Layout) -> torch.Size:
-    return torch.Size(map(_size, layout.dims))
+def cut_as(mesh: Mesh, sizes: Iterable[Any]) -> Layout:
+    """The layout of a tensor of these sizes: cut where it is clear from them, else whole.
+
+    A second dimension of one axis is whole: of the scores of all queries and all keys, a rank has those of its queries.
+    """
+    dims: list[Dim] = []
+    for size in sizes:
+        known = isinstance(size, CutSize) and size.place is mesh.place and not axes_in(dims) & axes_in([size.dim])
+        dims.append(size.dim if known else plain(int(size)))
+    return Layout(tuple(dims))
 
 
-@rule(Tensor.shape.__get__)  # type: ignore[attr-defined]
+def sizes_of(mesh: Mesh, layout: Layout) -> torch.Size:
+    """The whole shape."""
+    known = mesh.sizes.get(layout)
+    if known is None:
+        sizes = (CutSize(dim, mesh.place) if is_sharded(dim) else length(dim) for dim in layout.dims)
+        known = mesh.sizes[layout] = torch.Size(sizes)
+    return known
+
+
+@rule(getattr(Tensor, "shape").__get__)  # noqa: B009
 def shape(mesh: Mesh, func: Any, tensor: Tensor) -> torch.Size:
     layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor)
-    mesh.asked = layout
-    return _sizes(layout)
+    return func(tensor) if layout is None else sizes_of(mesh, layout)
 
 
 @rule(Tensor.size)
@@ -108,11 +112,45 @@ def size(mesh: Mesh, func: Any, tensor: Tensor, dim: SupportsIndex | None = None
     layout = layout_of(tensor)
     if layout is None:
         return func(tensor) if dim is None else func(tensor, dim)
-    mesh.asked = layout
-    return _sizes(layout) if dim is None else _size(layout.dims[dim])
+    return sizes_of(mesh, layout) if dim is None else sizes_of(mesh, layout)[dim]
+
+
+@rule(Tensor.__len__)
+def rows(mesh: Mesh, func: Any, tensor: Tensor) -> int:
+    layout = layout_of(tensor)
+    return func(tensor) if layout is None or not layout.dims else int(layout.whole[0])
 
 
 @rule(Tensor.numel, Tensor.nelement, torch.numel)
 def numel(mesh: Mesh, func: Any, tensor: Tensor) -> int:
     layout = layout_of(tensor)
-    return func(tensor) if layout is None else prod(map(_size, layout.dims))
+    return func(tensor) if layout is None else prod(layout.whole)
+
+
+@rule(getattr(Tensor, "nbytes").__get__)  # noqa: B009
+def nbytes(mesh: Mesh, func: Any, tensor: Tensor) -> int:
+    layout = layout_of(tensor)
+    return func(tensor) if layout is None else prod(layout.whole) * tensor.element_size()
+
+
+@rule(Tensor.stride)
+def stride(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None) -> Any:
+    """Of the whole, which lies in memory as its shards do where these have no gaps."""
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor) if dim is None else func(tensor, dim)
+    own, strides = tensor.stride(), [0] * tensor.ndim
+    here = there = 1
+    for d in sorted(range(tensor.ndim - 1, -1, -1), key=lambda d: own[d]):
+        if own[d] != here and layout.shape[d] > 1:
+            raise NotExactError("it is part of a larger tensor or repeats itself, so the whole's strides are not known")
+        strides[d] = there
+        here, there = here * max(1, layout.shape[d]), there * max(1, layout.whole[d])
+    return tuple(strides) if dim is None else strides[dim]
+
+
+ABOUT_SIZES = {
+    getattr(Tensor, "shape").__get__, Tensor.size, Tensor.__len__, Tensor.numel, Tensor.nelement, torch.numel,  # noqa: B009
+    getattr(Tensor, "nbytes").__get__, Tensor.stride,  # noqa: B009
+}  # fmt: skip
+"""The questions that are answered here."""

@@ -19,6 +19,8 @@ class Transfer(NamedTuple):
 
 def transfers(mesh: Mesh, layout: Layout, dim: int, needs: tuple[Extent, ...]) -> tuple[list[Transfer], list[Transfer]]:
     """What this rank sends and what it receives, in the order in which all ranks post it."""
+    if 0 in layout.shape:  # there is nothing to send, on any rank
+        return [], []
     factor = require_axis(layout, dim)
     peers = mesh.peers(factor.axis)
     sends, receives = _between_parts(factor.cut, mesh.part(factor.axis), needs)

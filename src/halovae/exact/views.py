@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from halovae.exact.layout import (
     Dim,
     Factor,
     Layout,
+    axes_in,
     global_length,
     is_sharded,
-    keep_uniform,
     layout_of,
     length,
     mark,
@@ -30,66 +31,86 @@ from halovae.exact.layout import (
 )
 from halovae.exact.masks import remember_runs
 from halovae.exact.registry import Mesh, named, rule
-from halovae.exact.sizes import whole
+from halovae.exact.sizes import cut_as, sizes_of
 from halovae.geometry import divides
 
 
 @rule(*named("flatten", "squeeze", "unsqueeze", "ravel"))
 def regroup(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
-    return keep_uniform(result, tensor) if layout is None else mark(result, reshaped(layout, shape_of(result)))
+    if layout is None:
+        return func(tensor, *args, **kwargs)
+    viewed = reshaped(layout, _regrouped(func, layout.whole, *_given(args, kwargs)))
+    return mark(func(tensor, *args, **kwargs), viewed)
+
+
+@lru_cache(maxsize=1024)
+def _regrouped(func: Any, shape: tuple[int, ...], args: Any, kwargs: Any) -> tuple[int, ...]:
+    return tuple(func(_of_shape(shape), *args, **dict(kwargs)).shape)
+
+
+def _of_shape(shape: tuple[int, ...]) -> Tensor:
+    """A tensor to try views on. Not on the meta device, where a prediction would take it for work."""
+    return torch.empty((), device="cpu").expand(shape)
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Arguments as keys of a cache."""
+    return tuple(map(_hashable, args)), tuple((name, _hashable(value)) for name, value in kwargs.items())
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 @rule(*named("reshape", "view"))
 def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Sizes that the network writes down must be those of the picture, so that no constant cuts through a shard."""
+    """The sizes are those of the whole: the layout tells what they are on the shard."""
     layout = layout_of(tensor)
     if layout is None:
-        return keep_uniform(func(tensor, *args, **kwargs), tensor)
+        return func(tensor, *args, **kwargs)
     sizes = args or tuple(kwargs.values())
     if isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
     if not all(isinstance(size, int) for size in sizes):
         raise NotExactError("a view as another dtype")
-    result = _viewed(Tensor.reshape, tensor, sizes)  # a shard may lie in memory with gaps where the whole does not
-    return mark(result, _checked(reshaped(layout, shape_of(result)), 0, sizes))
+    return _viewed(tensor, layout, sizes)
 
 
 @rule(*named("unflatten"))
 def unflatten(mesh: Mesh, func: Any, tensor: Tensor, dim: int, sizes: Any) -> Any:
     layout = layout_of(tensor)
     if layout is None:
-        return keep_uniform(func(tensor, dim, sizes), tensor)
-    result = _viewed(func, tensor, dim, sizes)
-    return mark(result, _checked(reshaped(layout, tuple(result.shape)), dim % tensor.ndim, sizes))
-
-
-def _viewed(func: Any, tensor: Tensor, *args: Any) -> Tensor:
-    try:
-        return func(tensor, *args)
-    except RuntimeError as error:
-        raise NotExactError(f"the picture may be viewed so, its shard {tuple(tensor.shape)} not: {error}") from None
-
-
-def _checked(layout: Layout, first: int, sizes: Sequence[int]) -> Layout:
-    """The layout of a view, whose dimensions from `first` on were given these sizes."""
-    for size, dim in zip(sizes, layout.dims[first:], strict=False):
-        if size != -1 and whole(size) != global_length(dim):
-            raise NotExactError(f"a view asks for {whole(size)} positions where the picture has {global_length(dim)}")
-    return layout
+        return func(tensor, dim, sizes)
+    dim %= layout.ndim
+    parts = _completed(sizes, layout.whole[dim : dim + 1])
+    return _viewed(tensor, layout, (*layout.whole[:dim], *parts, *layout.whole[dim + 1 :]))
 
 
 @rule(*named("reshape_as", "view_as"))
 def reshape_as(mesh: Mesh, func: Any, tensor: Tensor, other: Tensor) -> Any:
     layout, wanted = layout_of(tensor), layout_of(other)
-    result = func(tensor, other)
-    if layout is None:
-        return keep_uniform(result, tensor)
-    after = reshaped(layout, tuple(result.shape))
-    if wanted is None or after.dims != wanted.dims:
-        raise NotExactError("a view as a tensor that is cut differently")
-    return mark(result, after)
+    shape = wanted.whole if wanted else shape_of(other)
+    return tensor.reshape(shape) if layout is None else _viewed(tensor, layout, shape)
+
+
+def _viewed(tensor: Tensor, layout: Layout, sizes: Sequence[int]) -> Tensor:
+    viewed = reshaped(layout, _completed(sizes, layout.whole))
+    # Not as a view: a shard may lie in memory with gaps where the whole does not.
+    return mark(tensor.reshape(viewed.shape), viewed)
+
+
+def _completed(sizes: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes with the number that a -1 stands for.
+
+    Raises:
+        RuntimeError: they are no view of such a shape; torch's own error.
+    """
+    count, known = prod(shape), prod(size for size in sizes if size != -1)
+    rest = count // known if known and -1 in sizes else 1
+    if known * rest != count or sizes.count(-1) > 1 or (not known and -1 in sizes):
+        torch.empty(shape, device="meta").reshape(tuple(sizes))
+    return tuple(int(rest if size == -1 else size) for size in sizes)
 
 
 @rule(*named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t"), Tensor.mT.__get__, Tensor.T.__get__)  # type: ignore[attr-defined]
@@ -97,32 +118,48 @@ def permute(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
     result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
     if layout is None:
-        return keep_uniform(result, tensor)
-    given = tuple(map(_hashable, args)), tuple((name, _hashable(value)) for name, value in kwargs.items())
-    return mark(result, permuted(layout, _order(func, layout.ndim, *given)))
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return result
+    return mark(result, permuted(layout, _order(func, layout.ndim, *_given(args, kwargs))))
 
 
 @lru_cache(maxsize=1024)
 def _order(func: Any, ndim: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> tuple[int, ...]:
     """Where each dimension of the result comes from, as a tensor whose sizes are their own positions tells."""
-    # Not on the meta device, where a prediction would take it for work. It has one element in memory.
-    probe = func(torch.empty((), device="cpu").expand(tuple(range(2, ndim + 2))), *args, **dict(kwargs))
-    return tuple(size - 2 for size in probe.shape)
+    return tuple(size - 2 for size in func(_of_shape(tuple(range(2, ndim + 2))), *args, **dict(kwargs)).shape)
 
 
-@rule(*named("expand", "expand_as", "broadcast_to"))
+@rule(*named("expand", "broadcast_to"))
 def expand(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
     if layout is None:
-        return keep_uniform(result, tensor)
-    lead = tuple(plain(size) for size in result.shape[: result.ndim - tensor.ndim])
-    dims = zip(layout.dims, result.shape[len(lead) :], strict=True)
-    return mark(result, Layout((*lead, *(dim if is_sharded(dim) else plain(size) for dim, size in dims))))
+        return func(tensor, *args, **kwargs)
+    sizes = args or (kwargs["size"],)
+    return _expanded(mesh, tensor, layout, tuple(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes)
+
+
+@rule(*named("expand_as"))
+def expand_as(mesh: Mesh, func: Any, tensor: Tensor, other: Tensor) -> Any:
+    layout, wanted = layout_of(tensor), layout_of(other)
+    sizes = sizes_of(mesh, wanted) if wanted else shape_of(other)
+    return tensor.expand(sizes) if layout is None else _expanded(mesh, tensor, layout, sizes)
+
+
+def _expanded(mesh: Mesh, tensor: Tensor, layout: Layout, sizes: Sequence[int]) -> Tensor:
+    """One position becomes as many as asked for, cut where that is clear from the number."""
+    lead = len(sizes) - layout.ndim
+    dims: list[Dim] = []
+    taken = axes_in(layout.dims)
+    for place, size in enumerate(sizes, start=-lead):
+        dim = layout.dims[place] if place >= 0 else plain(1)
+        if size not in (-1, global_length(dim)):
+            if global_length(dim) != 1:
+                raise NotExactError(f"it expands {global_length(dim)} positions to {size}")
+            dim = cut_as(mesh, [size]).dims[0]
+            dim = plain(int(size)) if axes_in([dim]) & taken else dim
+            taken |= axes_in([dim])
+        dims.append(dim)
+    result = Layout(tuple(dims))
+    return mark(tensor.expand(result.shape), result)
 
 
 @rule(*named("repeat", "tile"))
@@ -130,7 +167,7 @@ def repeat(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> 
     result = func(tensor, *args, **kwargs)
     layout = layout_of(tensor)
     if layout is None:
-        return keep_uniform(result, tensor)
+        return result
     dims: list[Dim] = [plain(size) for size in result.shape[: result.ndim - tensor.ndim]]
     for dim, size in zip(layout.dims, result.shape[len(dims) :], strict=True):
         if is_sharded(dim) and size != length(dim):
@@ -174,7 +211,7 @@ def pixel_unshuffle(mesh: Mesh, func: Any, tensor: Tensor, factor: int) -> Any:
     for dim in (dim for dim in (-2, -1) if is_sharded(layout.dims[dim])):
         if not divides(require_axis(layout, dim).cut, factor):
             raise NotExactError(f"it groups {factor} rows, which does not divide the shards")
-    outer = [split_factor(dim[0], length(dim) // factor)[:1] for dim in layout.dims[-2:]]
+    outer = [split_factor(dim[0], global_length(dim) // factor)[:1] for dim in layout.dims[-2:]]
     result = func(tensor, factor)
     return mark(result, Layout((*layout.dims[:-3], plain(result.shape[-3]), *outer)))
 

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from halovae.errors import NotExactError
 from halovae.exact.halo import ZEROS, Fill, extend, own, recut
-from halovae.exact.layout import Layout, each, is_sharded, layout_of, mark, require_axis, require_rows, with_lengths
+from halovae.exact.layout import (
+    Layout,
+    each,
+    is_sharded,
+    layout_of,
+    mark,
+    require_axis,
+    require_rows,
+    require_whole,
+    with_lengths,
+)
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import rule
 from halovae.exact.resampling import upsampled_convolution
@@ -38,6 +48,7 @@ def convolution(
     groups: int = 1,
 ) -> Tensor:
     layout = layout_of(tensor)
+    require_whole(weight, bias)
     if layout is None:
         return func(tensor, weight, bias, stride, padding, dilation, groups)
     n = CONVOLUTIONS[func]
@@ -74,6 +85,7 @@ def transposed_convolution(
     dilation: Any = 1,
 ) -> Tensor:
     layout = layout_of(tensor)
+    require_whole(weight, bias)
     if layout is None:
         return func(tensor, weight, bias, stride, padding, output_padding, groups, dilation)
     n = TRANSPOSED[func]
