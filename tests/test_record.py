@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tiles import CUTS
 from torch import nn
 
 from halovae.errors import TilingError
-from halovae.record import Recorder, Recording
+from halovae.record import Recorder, Recording, answering
 from halovae.tile.schedule import find_chains
 
 
@@ -57,6 +58,52 @@ def test_noise_is_noted_and_not_drawn() -> None:
     _, recording = recorded("ltx091", "decode")
     assert all(call.draws for call in recording.calls)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_stand_ins_may_be_nested_and_end_in_any_order() -> None:
+    vae = Recurrent()
+    own, z = vae.decoder, torch.randn(1, 3, 8, 8)
+    for first_ends_first in (False, True):
+        first, second = (answering(vae, "decode", lambda z, n=n: n) for n in (1, 2))
+        first.__enter__()
+        second.__enter__()
+        assert vae.decoder(z) == 2
+        (first if first_ends_first else second).__exit__(None, None, None)
+        assert vae.decoder(z) == (2 if first_ends_first else 1)
+        assert vae.decoder.weight is own.weight
+        (second if first_ends_first else first).__exit__(None, None, None)
+        assert vae.decoder is own
+        assert "decoder" not in vars(vae)
+
+
+class Writing(nn.Module):
+    """Scales its latents in place; its network does so as well, or hides its result."""
+
+    def __init__(self, network: str = "") -> None:
+        super().__init__()
+        self.decoder = nn.Conv2d(3, 3, 1).requires_grad_(False)
+        self.network = network
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        z.div_(2) if not self.network else None
+        if self.network == "writes":
+            self.decoder.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+        if self.network == "hides":
+            self.decoder.register_forward_hook(lambda module, args, result: SimpleNamespace(sample=result))
+        return self.decoder(z[..., :4])
+
+
+def test_writing_into_arguments_is_noticed() -> None:
+    z = torch.randn(1, 3, 8, 8)
+    vae, quiet = Writing(), Recurrent()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert Recorder(vae, "decode", vae.decode).record((z,), {}).writes
+            assert not Recorder(quiet, "decode", quiet.decoder).record((z,), {}).writes
+    for network, reason in (("writes", "writes into the picture"), ("hides", "in a SimpleNamespace")):
+        vae = Writing(network)
+        with pytest.raises(TilingError, match=reason):
+            Recorder(vae, "decode", vae.decode).record((z,), {})
 
 
 class Recurrent(nn.Module):

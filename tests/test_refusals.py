@@ -244,6 +244,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "einsum": (lambda x: torch.einsum("bchw,bchv->bcwv", x, x), "einsum"),
     "as_strided": (lambda x: x.as_strided((2, 2), (1, 1)), "as_strided"),
     "cosine_similarity": (lambda x: F.cosine_similarity(x, x), "cosine_similarity"),
+    "no view at all": (lambda x: x.view(2, 4, 7, -1), r"no view of \(2, 4, 12, 18\) as \(2, 4, 7, -1\)"),
     "view by a constant": (lambda x: x.reshape(2, 4, 2, -1, x.shape[3]), "reshape|view"),
     "view as another dtype": (lambda x: x.view(torch.int64), "dtype"),
     "repeat rows": (lambda x: x.repeat(1, 1, 2, 1), "repeated as a whole"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import inf
+from math import inf, prod
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +21,7 @@ import halovae
 from halovae import choice
 from halovae.agreement import one_call
 from halovae.errors import RankFailedError
+from halovae.exact.layout import shape_of
 from halovae.randomness import rewound_by_failure
 from halovae.tile.settings import applied
 
@@ -44,7 +45,7 @@ def watched(vae: Any, watch: Callable[[int], None]) -> Iterator[None]:
 
     def hook(module: Any, args: Any) -> None:
         if args and isinstance(args[0], Tensor) and not args[0].is_meta:
-            watch(args[0].nbytes)
+            watch(prod(shape_of(args[0])) * args[0].itemsize)  # of the shard: a network is told of the picture
 
     handles = [module.register_forward_pre_hook(hook) for module in vae.decoder.modules()]
     try:

@@ -13,7 +13,7 @@ from halovae.record import Recorder
 from halovae.target import Target
 from halovae.tile.blend import Blends
 from halovae.tile.plan import Planner
-from halovae.trees import is_picture, map_tensors
+from halovae.trees import is_picture, map_tensors, pictures_in
 
 _STEPS = (2, 4, 8, 16, 32, 64, 128)
 """What height and width of a picture may have to be multiples of."""
@@ -32,8 +32,7 @@ def advised(
         args: of the call; pictures count by their size.
         kwargs: likewise.
     """
-    main = next(value for value in (*args, *kwargs.values()) if is_picture(value))
-    height, width = main.shape[-2:]
+    height, width = pictures_in((args, kwargs))[0].shape[-2:]
     if not _takes(target, half, height, width, args, kwargs):
         sizes = ((_up(height, step), _up(width, step)) for step in _STEPS)
         fitting = next((size for size in dict.fromkeys(sizes) if _takes(target, half, *size, args, kwargs)), None)

@@ -26,7 +26,7 @@ from halovae.memory import is_shortage
 from halovae.predict import Predictor
 from halovae.target import Target
 from halovae.tile.settings import described
-from halovae.trees import is_picture
+from halovae.trees import pictures_in
 
 LOG = logging.getLogger("halovae")
 
@@ -98,7 +98,7 @@ class AutoEngine(Engine):
         try:
             with one_call(self._comm):  # All of it: who is interrupted here tells those that wait.
                 self.free()
-                picture = next((value for value in (*args, *kwargs.values()) if is_picture(value)), None)
+                picture = next(iter(pictures_in((args, kwargs))), None)
                 key = None if picture is None else self._key(half, picture)
                 choice = self._choices.get(key)
                 everyone = self._comm.all_gather_object((choice, said))

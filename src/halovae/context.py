@@ -12,6 +12,7 @@ from halovae.errors import InputError
 from halovae.exact.mesh import Mesh
 from halovae.exact.mode import ShardMode
 from halovae.exact.partition import gather, scatter
+from halovae.exact.run import check_whole
 from halovae.plan import plan_shards
 from halovae.trees import map_tensors
 
@@ -41,7 +42,9 @@ class Sharded(ShardMode):
 
     def gather(self, value: Any) -> Any:
         """The whole of a sharded tensor, or of every one in a structure, on every rank."""
-        return map_tensors(lambda t: gather(self._mesh, t), value)
+        whole = map_tensors(lambda t: gather(self._mesh, t), value)
+        check_whole(whole)
+        return whole
 
 
 def sharded(group: Group | None = None, *, axis: Axis = "height") -> Sharded:

@@ -77,6 +77,6 @@ QUESTIONS = {
 } | {
     Tensor.dim, Tensor.stride, Tensor.is_contiguous, Tensor.element_size,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.data_ptr, Tensor.get_device,
-    Tensor.is_inference, Tensor.__hash__, Tensor.is_pinned,
+    Tensor.is_inference, Tensor.__hash__, Tensor.is_pinned, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
 """Questions about a tensor that every shard answers for itself."""

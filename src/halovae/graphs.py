@@ -142,18 +142,20 @@ class Graphs:
 
     def _run_and_record(self, half: str, key: Any, mesh: Mesh, call: Call, arguments: Any) -> Any:
         """The result of an ordinary call. A recording that gives another one is not kept."""
-        args, kwargs = arguments = map_tensors(_copied, arguments)
+        copies = args, kwargs = map_tensors(_copied, arguments)
         device, before = tensors_in(arguments)[0].device, Snapshot(self._target.vae)
-        result, seconds = _timed(device, lambda: on_shards(mesh, call, args, kwargs))
+        result, seconds = _timed(device, lambda: on_shards(mesh, call, *arguments))
         traffic = self._comm.traffic
+        # A replay leaves nothing in the VAE that the next call could go on with, and nothing in the caller's tensors.
+        pairs = zip(tensors_in(arguments), tensors_in(copies), strict=True)
+        able = not before.has_gone_on() and all(torch.equal(*pair) for pair in pairs)
         self._refused.add(key)  # Until it has turned out well: what fails in here is not to fail each time.
         self._comm.traffic = Traffic()  # What the trial sends is not the call's.
         with frozen_generators(device), unchanged(self._target.vae):
-            # A replay leaves nothing in the VAE that the next call could go on with.
-            recording = None if before.has_gone_on() else self._record(key, mesh, call, args, kwargs)
+            recording = self._record(key, mesh, call, args, kwargs) if able else None
             able = pays = all(self._comm.all_gather_object(recording is not None))
             if able and recording is not None:
-                again, replay_seconds = _timed(device, lambda: recording.replay(arguments))
+                again, replay_seconds = _timed(device, lambda: recording.replay(copies))
                 found = self._comm.all_gather_object((_is_near(again, result), seconds, replay_seconds))
                 near, plain, replayed = zip(*found, strict=True)
                 able, pays = all(near), self._always or max(replayed) < _GAIN * max(plain)

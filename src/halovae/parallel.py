@@ -26,7 +26,7 @@ from halovae.randomness import rewound_by_failure
 from halovae.state import undone_by_failure
 from halovae.target import Target, in_words, substitutes
 from halovae.tile.settings import described
-from halovae.trees import is_picture
+from halovae.trees import pictures_in, tensors_in
 
 LOG = logging.getLogger("halovae")
 
@@ -252,7 +252,7 @@ class Handle:
 
     def _attempt(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float) -> Any:
         begun, vae = time.perf_counter(), self._target.vae
-        device = next((value.device for value in (*args, *kwargs.values()) if is_picture(value)), torch.device("cpu"))
+        device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
         with undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
             self._comm.traffic = Traffic()
@@ -298,12 +298,12 @@ class Handle:
         """Check that the call can be run, and is the same, on every rank; returns the picture to cut."""
         self._calls += 1
         with together(self._comm) as said:
-            pictures = [value for value in (*args, *kwargs.values()) if is_picture(value)]
+            pictures = pictures_in((args, kwargs))
             self._check(half, pictures)
             shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
             said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in enumerate(tensors)})
+            tensors = enumerate(tensors_in((args, kwargs)))
+            said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in tensors})
             said["mode"] = self._follow()
             said["what was settled"] = Tally(self._engine.settled(), self._engine.forget)
             if self._mode != "exact":
@@ -340,4 +340,5 @@ class Handle:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device.type}"
-    return in_words(value)
+    inside = tensors_in(value)
+    return f"{in_words(value)} of {', '.join(map(_described, inside))}" if inside else in_words(value)

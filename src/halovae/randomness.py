@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from halovae.comm import default_generator
+from halovae.trees import walk
 
 
 class Generators:
@@ -21,7 +22,7 @@ class Generators:
 
     def __init__(self, device: torch.device, *values: Any) -> None:
         found = [default_generator(torch.device("cpu")), default_generator(device)]
-        found += [value for value in values if isinstance(value, torch.Generator)]
+        found += [value for value in walk(values) if isinstance(value, torch.Generator)]
         self._states = [(generator, generator.get_state()) for generator in {id(g): g for g in found}.values()]
 
     def rewind(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ class Recording:
     result: Any
     keeps: bool
     """Whether a call goes on with tensors that the call before has left in the VAE."""
+    writes: bool
+    """Whether the VAE's own method writes into its arguments."""
 
 
 class Recorder:
@@ -105,29 +107,30 @@ class Recorder:
             kwargs: likewise.
 
         Raises:
-            TilingError: what the network gets depends on what it gave before.
+            TilingError: what the network gets depends on what it gave before, or can't be told.
         """
         with unchanged(self._vae, args, kwargs) as before, without_fetching(self._vae):
-            calls, result, _ = self._run(args, kwargs, ())
+            recording = self._run(args, kwargs, ())
             left = _others(kept_tensors(self._vae), before.tensors)
             keeps = False
             if left:  # Caches, or what is made once and for all: a second call tells.
-                *_, met = self._run(args, kwargs, left)
-                keeps = met and bool(_others(left, kept_tensors(self._vae)))
-        return Recording(calls, result, keeps)
+                again = self._run(args, kwargs, left)
+                keeps = again.keeps and bool(_others(left, kept_tensors(self._vae)))
+        return replace(recording, keeps=keeps)
 
-    def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Iterable[Tensor]
-    ) -> tuple[tuple[NetworkCall, ...], Any, bool]:  # fmt: skip
-        """The calls, the result, and whether a watched tensor is read."""
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Iterable[Tensor]) -> Recording:
+        """A recording in which `keeps` says whether a watched tensor is read."""
         network = getattr(self._vae, NETWORKS[self._half])
-        listener = _Listener(network, self._state, self._effects, Dataflow(self._known))
+        with torch.inference_mode(False):  # Else they don't tell whether they are written.
+            args, kwargs = on_meta((args, kwargs))
+        given = tensors_in((args, kwargs))
+        listener = _Listener(network, self._state, self._effects, Dataflow(self._known), given)
         listener.flow.watched = {id(tensor): tensor for tensor in watched}
-        args, kwargs = on_meta(args), on_meta(kwargs)
         eager = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager, answering(self._vae, self._half, listener), listener.flow:
             result = self._method(*args, **kwargs)
-        return listener.finish(result), result, listener.flow.met
+        writes = any(tensor._version for tensor in given)
+        return Recording(listener.finish(result), result, listener.flow.met, writes)
 
 
 def _others(tensors: Iterable[Tensor], known: Iterable[Tensor]) -> list[Tensor]:
@@ -140,11 +143,20 @@ def _others(tensors: Iterable[Tensor], known: Iterable[Tensor]) -> list[Tensor]:
 def answering(vae: nn.Module, half: str, answer: Function) -> Iterator[None]:
     """Within it, the VAE's calls of its network go to `answer`; its attributes stay reachable."""
     name = NETWORKS[half]
-    vae.__dict__[name] = _StandIn(getattr(vae, name), answer)
+    stand_in = vae.__dict__[name] = _StandIn(getattr(vae, name), answer)
     try:
         yield
     finally:
-        del vae.__dict__[name]
+        above, below = vae.__dict__.get(name), vars(stand_in)["_network"]
+        if above is not stand_in:  # Another one has come in between and is still there.
+            while isinstance(above, _StandIn) and vars(above)["_network"] is not stand_in:
+                above = vars(above)["_network"]
+            if isinstance(above, _StandIn):
+                vars(above)["_network"] = below
+        elif vars(vae)["_modules"].get(name) is below:
+            del vae.__dict__[name]
+        else:
+            vae.__dict__[name] = below
 
 
 class _StandIn:
@@ -195,8 +207,10 @@ class _Heard:
 class _Listener:
     """Answers calls with results on the meta device, and notes what depends on what."""
 
-    def __init__(self, network: nn.Module, state: ModuleState, effects: dict[Any, _Effect], flow: Dataflow) -> None:
-        self.flow = flow
+    def __init__(
+        self, network: nn.Module, state: ModuleState, effects: dict[Any, _Effect], flow: Dataflow, given: list[Tensor]
+    ) -> None:  # fmt: skip
+        self.flow, self._given = flow, given
         self._network, self._state, self._effects = network, state, effects
         self._heard: list[_Heard] = []
         self._results: dict[int, tuple[int, int]] = {}
@@ -222,7 +236,10 @@ class _Listener:
     def _run(self, args: Any, kwargs: Any, before: list[Any]) -> _Effect:
         self.flow.reads.clear()
         self.flow.draws.clear()
+        versions = [tensor._version for tensor in self._given]
         result = self._network(*args, **kwargs)
+        if versions != [tensor._version for tensor in self._given]:
+            raise TilingError("its network writes into the picture that it is given: its tiles can't run apart")
         places = {id(leaf): place for place, leaf in enumerate(before) if isinstance(leaf, Tensor)}
 
         def described(tree: Any) -> tuple[tuple[Any, ...], Any]:
@@ -288,4 +305,8 @@ _FEEDBACK = "the VAE feeds its network with what it made of the network's own ou
 
 
 def _described(leaf: Any) -> Any:
-    return Spec(leaf) if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return Spec(leaf)
+    if tensors_in(leaf):
+        raise TilingError(f"its network takes or gives tensors in a {type(leaf).__name__}, in which tiles get lost")
+    return leaf

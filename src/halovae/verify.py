@@ -112,16 +112,16 @@ class Probe:
         return pictures_in((self.args, self.kwargs))[0].device
 
     def fresh_args(self) -> tuple[Any, ...]:
-        """The arguments; a generator as a copy, so that no run uses up the caller's or another run's numbers."""
-        return tuple(map(_copied_generator, self.args))
+        """Copies of the arguments: no run uses up another run's random numbers, or finds what it has written."""
+        return map_tensors(_copied, self.args, (Tensor, torch.Generator))
 
     def fresh_kwargs(self) -> dict[str, Any]:
-        return {name: _copied_generator(value) for name, value in self.kwargs.items()}
+        return map_tensors(_copied, self.kwargs, (Tensor, torch.Generator))
 
 
-def _copied_generator(value: Any) -> Any:
-    if not isinstance(value, torch.Generator):
-        return value
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
     copy = torch.Generator(value.device)
     copy.set_state(value.get_state())
     return copy
@@ -153,7 +153,7 @@ def make_probe(
     def shrink(value: Tensor) -> Tensor:
         if not is_picture(value):
             return value
-        size = [ratio * n * value.shape[d] // main.shape[d] for n, d in ((rows, -2), (cols, -1))]
+        size = [max(1, ratio * n * value.shape[d] // main.shape[d]) for n, d in ((rows, -2), (cols, -1))]
         middle = [min(value.shape[2], _short(value.shape[2]) + more_frames)] if value.ndim == 5 else []
         # By name, as the caller may have set another default device.
         noise = torch.randn((*value.shape[:2], *middle, *size), generator=generator, device="cpu")

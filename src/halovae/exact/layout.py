@@ -211,7 +211,7 @@ def mark(tensor: Tensor, layout: Layout | None) -> Tensor:
 
 
 def split_factor(factor: Factor, outer: int) -> tuple[Factor, Factor]:
-    """A factor as (outer, inner), `outer` of the whole; an axis keeps its rows in the outer one, at a coarser resolution.
+    """A factor as (outer, inner), `outer` of the whole; an axis keeps its rows in the outer one, coarser ones.
 
     Raises:
         NotExactError: the factor or its cut doesn't divide.

@@ -105,12 +105,12 @@ def apply(mesh: Mesh, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         NotExactError: anything else.
     """
+    if func is Tensor.__setitem__:
+        return _note_prefix(*args)
     if func in ABOUT_SIZES:
         return func(*args, **kwargs)
     if func in _ON_TABLES:
         return _on_tables(func, args, kwargs)
-    if func is Tensor.__setitem__:
-        return _note_prefix(*args)
     if func in _ON_LEADING_DIMS:
         return _reshaped(func, args[0], args[1:], kwargs)
     if func is torch.nn.functional.scaled_dot_product_attention:

@@ -24,7 +24,7 @@ def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
     """This rank's shard of a tensor `[..., height, width]` that every rank has whole, in memory of its own."""
     dims = [plain(size) for size in tensor.shape]
     for axis, axis_bounds in enumerate(bounds):
-        if mesh.shape[axis] == 1:
+        if mesh.shape[axis] == 1 or tensor.shape[axis - 2] == 1:
             continue
         cut, part, dim = cut_at(axis_bounds), mesh.part(axis), axis - 2
         if (cut.size, cut.parts) != (tensor.shape[dim], mesh.shape[axis]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,34 +17,64 @@ from halovae.errors import InputError, NotExactError
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
 from halovae.exact.mode import ShardMode
-from halovae.exact.partition import Bounds, extents, first_tensor, gather, own_rows, scatter
+from halovae.exact.partition import Bounds, extents, first_tensor, gather, own_copy, own_rows, scatter
 from halovae.geometry import Extent
 from halovae.kernels.mode import FastMode, finished
-from halovae.trees import is_picture, map_tensors
+from halovae.trees import contents, hidden_tensors, is_picture, map_tensors, pictures_in, tensors_in, walk
 
 Call = Callable[..., Any]
 Runner = Callable[[Mesh, Call, tuple[Any, ...], dict[str, Any]], Any]
 """Makes a call on shards: `on_shards`, or what stands in for it."""
 
 
-def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds) -> Any:
-    """`call(*args, **kwargs)` on this rank's shards of the pictures in the arguments; its result is in shards.
+class Given:
+    """A call's arguments on one rank: pictures cut, and everything in copies, so that the caller's stay as they are.
 
     Pictures of another size than the first one are cut at the same relative places.
+
+    Args:
+        mesh: the grid of shards.
+        args: whole, the same on every rank.
+        kwargs: likewise.
+        bounds: where the first picture is cut.
+    """
+
+    def __init__(self, mesh: Mesh, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds) -> None:
+        self._mesh, self._bounds = mesh, bounds
+        self._versions: list[tuple[Tensor, int]] = []
+        self.args, self.kwargs = map_tensors(self._own, (args, kwargs))
+        theirs = {id(item) for item in walk((args, kwargs))}
+        self._held = [(item, contents(item), id(item) in theirs) for item in walk((self.args, self.kwargs))]
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        is_cut = is_picture(tensor)
+        mine = scatter(self._mesh, tensor, _scaled(self._bounds, tensor)) if is_cut else own_copy(tensor)
+        self._versions.append((mine, mine._version))
+        return mine
+
+    def written(self) -> dict[int, Tensor]:
+        """The tensors into which the network has written, whole, by their place in `tensors_in((args, kwargs))`.
+
+        Raises:
+            NotExactError: it has changed arguments in another way.
+        """
+        for item, before, is_theirs in self._held:
+            now = contents(item)
+            changed = len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
+            if changed and not (is_theirs and not any(map(layout_of, walk(now)))):
+                raise NotExactError(f"the network changes a {type(item).__name__} among its arguments")
+        changed = ((i, t) for i, (t, version) in enumerate(self._versions) if t._version != version)
+        return {i: gather(self._mesh, tensor) for i, tensor in changed}
+
+
+def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds) -> Any:
+    """`call(*args, **kwargs)` on this rank's shards of the pictures in the arguments; its result is in shards.
 
     Raises:
         NotExactError: an operator can't be sharded, or the result lost track of its shards.
     """
-    return on_shards(mesh, call, *_cut(mesh, args, kwargs, bounds))
-
-
-def _cut(
-    mesh: Mesh, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def cut(value: Any) -> Any:
-        return scatter(mesh, value, _scaled(bounds, value)) if is_picture(value) else value
-
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+    given = Given(mesh, args, kwargs, bounds)
+    return on_shards(mesh, call, given.args, given.kwargs)
 
 
 def on_shards(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +91,10 @@ def on_shards(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _check_tracked(tensor: Tensor) -> Tensor:
     if is_picture(tensor) and tensor.shape[-2:] != (1, 1) and layout_of(tensor) is None:
-        raise NotExactError("the network's result lost track of its shards: an operation left torch")
+        raise NotExactError(
+            f"a picture {tuple(tensor.shape)} in the result is not told to be of shards: an operation left torch, "
+            "or it is made of sizes alone"
+        )
     return tensor
 
 
@@ -68,6 +102,9 @@ def _scaled(bounds: Bounds, picture: Tensor) -> Bounds:
     scaled: list[tuple[int, ...]] = []
     for axis_bounds, size in zip(bounds, picture.shape[-2:], strict=True):
         whole = axis_bounds[-1]
+        if size == 1:  # the same for all positions
+            scaled.append((0, 1))
+            continue
         if size != whole and any(b * size % whole for b in axis_bounds):
             raise InputError(f"pictures of {whole} and {size} rows or columns can't be cut at the same places")
         scaled.append(tuple(b * size // whole for b in axis_bounds))
@@ -103,21 +140,41 @@ def run_on_group(
     spares = range(shape[0] * shape[1], comm.size)
     if comm.rank in spares:
         started = time.perf_counter()
-        result = _wait_for_result(comm, keep, _device_of((*args, *kwargs.values())))
+        result = _wait_for_result(comm, keep, args, kwargs)
         return Outcome(result, {"height": (0, 0), "width": (0, 0)}, 0.0, time.perf_counter() - started)
     mesh = Mesh(comm, shape)
     started = time.perf_counter()
-    result = run(mesh, call, *_cut(mesh, args, kwargs, bounds))
+    if comm.size == 1:
+        result = run(mesh, call, args, kwargs)
+        return Outcome(result, extents(mesh, first_tensor(result)), time.perf_counter() - started, 0.0)
+    given = Given(mesh, args, kwargs, bounds)
+    result = run(mesh, call, given.args, given.kwargs)
     mine = extents(mesh, first_tensor(result))
     ran = time.perf_counter()
-    result = map_tensors(lambda t: _collect(mesh, t, keep), result)
+    result, written = map_tensors(lambda t: _collect(mesh, t, keep), result), given.written()
+    check_whole(result)
     if spares:
-        _share_result(comm, result, spares, keep)
+        _share_result(comm, result, written, spares, keep)
+    _write_back(written, args, kwargs)
     return Outcome(result, mine, ran - started, time.perf_counter() - ran)
 
 
-def _device_of(values: tuple[Any, ...]) -> torch.device:
-    return next(value.device for value in values if is_picture(value))
+def _write_back(written: dict[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What the un-parallel network would have written into its arguments; after a call that has gone well."""
+    theirs = tensors_in((args, kwargs)) if written else []
+    for place, tensor in written.items():
+        theirs[place].copy_(tensor)
+
+
+def check_whole(result: Any) -> None:
+    """Check that no shard is left in a result.
+
+    Raises:
+        NotExactError: something holds one that can't be put together.
+    """
+    for holder, tensor in hidden_tensors(result):
+        if layout_of(tensor):
+            raise NotExactError(f"the result holds a {holder}, in which shards can't be put together")
 
 
 def _collect(mesh: Mesh, tensor: Tensor, keep: str) -> Tensor:
@@ -132,30 +189,51 @@ class _Slot:
     dtype: torch.dtype
 
 
-def _share_result(comm: Comm, result: Any, spares: range, keep: str) -> None:
-    """Tell the spare ranks the shape of the result and, if they are to hold it, its tensors from the first rank."""
+def _share_result(comm: Comm, result: Any, written: dict[int, Tensor], spares: range, keep: str) -> None:
+    """Tell the spare ranks the result and what was written into arguments; of tensors that they don't hold, shapes.
+
+    Raises:
+        NotExactError: the result can't be sent.
+    """
+    said: bytes | None = None
     tensors: list[Tensor] = []
 
     def leave_slot(tensor: Tensor) -> Any:
         tensors.append(tensor.contiguous())
         return _Slot(tuple(tensor.shape), tensor.dtype)
 
-    skeleton = map_tensors(leave_slot, result)
-    comm.all_gather_object(skeleton if comm.rank == 0 else None)
-    if comm.rank == 0 and keep == "all":
+    if comm.rank == 0:
+        changes = map_tensors(leave_slot, written)
+        skeleton = map_tensors(leave_slot if keep == "all" else _slot_of, result)
+        try:
+            said = pickle.dumps((changes, skeleton))
+            pickle.loads(said)  # What fails here would fail there.
+        except Exception as error:
+            name = type(result).__name__
+            raise NotExactError(f"a {name} can't be sent to ranks without a shard: {error}") from error
+    comm.all_gather_object(said)
+    if comm.rank == 0:
         comm.exchange([(spare, tensor) for spare in spares for tensor in tensors], [])
 
 
-def _wait_for_result(comm: Comm, keep: str, device: torch.device) -> Any:
-    said = comm.all_gather_object(None)
+def _slot_of(tensor: Tensor) -> _Slot:
+    return _Slot(tuple(tensor.shape), tensor.dtype)
+
+
+def _wait_for_result(comm: Comm, keep: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    changes, skeleton = pickle.loads(comm.all_gather_object(None)[0])
+    device = pictures_in((args, kwargs))[0].device
     buffers: list[Tensor] = []
 
     def fill_slot(slot: _Slot) -> Tensor:
-        shape = slot.shape if keep == "all" else (*slot.shape[:-2], 0, 0)
-        buffers.append(torch.empty(shape, dtype=slot.dtype, device=device))
+        buffers.append(torch.empty(slot.shape, dtype=slot.dtype, device=device))
         return buffers[-1]
 
-    result = map_tensors(fill_slot, said[0], kind=_Slot)
-    if keep == "all":
-        comm.exchange([], [(0, buffer) for buffer in buffers])
+    def nothing(slot: _Slot) -> Tensor:
+        return torch.empty((*slot.shape[:-2], 0, 0)[: len(slot.shape)], dtype=slot.dtype, device=device)
+
+    written = map_tensors(fill_slot, changes, kind=_Slot)
+    result = map_tensors(fill_slot if keep == "all" else nothing, skeleton, kind=_Slot)
+    comm.exchange([], [(0, buffer) for buffer in buffers])
+    _write_back(written, args, kwargs)
     return result

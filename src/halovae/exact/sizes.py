@@ -36,48 +36,44 @@ from halovae.geometry import divides
 
 
 class CutSize(int):
-    """A number of positions of the whole picture that knows how they are cut.
+    """A number of positions of the whole picture that remembers what it is the product of.
 
     Attributes:
-        dim: how.
+        factors: how the positions are cut.
         place: of the mesh on which they are cut so.
     """
 
-    dim: Dim
+    factors: tuple[Factor, ...]
     place: object
 
-    def __new__(cls, dim: Dim, place: object) -> CutSize:
-        size = super().__new__(cls, global_length(dim))
-        size.dim, size.place = dim, place
+    @classmethod
+    def of(cls, number: int, factors: tuple[Factor, ...], place: object) -> CutSize:
+        size = cls(number)
+        size.factors, size.place = factors, place
         return size
 
+    # Sizes are multiplied a lot and seldom asked for more than the number, so nothing is simplified here.
+
     def __mul__(self, other: Any) -> Any:
-        return self._of(super().__mul__(other), (*self.dim, *_factors(other)))
+        product = super().__mul__(other)
+        return CutSize.of(product, (*self.factors, *_factors(other)), self.place) if isinstance(other, int) else product
 
     def __rmul__(self, other: Any) -> Any:
-        return self._of(super().__rmul__(other), (*_factors(other), *self.dim))
+        product = super().__rmul__(other)
+        return CutSize.of(product, (*_factors(other), *self.factors), self.place) if isinstance(other, int) else product
 
     def __floordiv__(self, other: Any) -> Any:
-        result, factor = super().__floordiv__(other), axis_factor(self.dim)
-        if factor is None or not isinstance(other, int) or not divides(factor.cut, int(other)):
+        result, factor = super().__floordiv__(other), axis_factor(merge_factors(self.factors))
+        if factor is None or not isinstance(other, int) or not other or not divides(factor.cut, int(other)):
             return result
-        return CutSize(split_factor(factor, result)[:1], self.place)
-
-    def _of(self, product: Any, factors: tuple[Factor, ...]) -> Any:
-        """The product, with how it is cut if that is clear."""
-        axes = [factor.axis for factor in factors if isinstance(factor, AxisFactor)]
-        if product is NotImplemented or len(set(axes)) < len(axes):
-            return product
-        return CutSize(merge_factors(factors), self.place)
+        return CutSize.of(result, split_factor(factor, result)[:1], self.place)
 
     def __reduce__(self) -> Any:
         return int, (int(self),)
 
 
-def _factors(value: Any) -> Dim:
-    if isinstance(value, CutSize):
-        return value.dim
-    return plain(int(value)) if isinstance(value, int) else ()
+def _factors(number: int) -> tuple[Factor, ...]:
+    return number.factors if isinstance(number, CutSize) else plain(int(number))
 
 
 def cut_as(mesh: Mesh, sizes: Iterable[Any]) -> Layout:
@@ -87,8 +83,10 @@ def cut_as(mesh: Mesh, sizes: Iterable[Any]) -> Layout:
     """
     dims: list[Dim] = []
     for size in sizes:
-        known = isinstance(size, CutSize) and size.place is mesh.place and not axes_in(dims) & axes_in([size.dim])
-        dims.append(size.dim if known else plain(int(size)))
+        factors = size.factors if isinstance(size, CutSize) and size.place is mesh.place else ()
+        axes = [factor.axis for factor in factors if isinstance(factor, AxisFactor)]
+        is_clear = axes and len(set(axes)) == len(axes) and axes_in(dims).isdisjoint(axes)
+        dims.append(merge_factors(factors) if is_clear else plain(int(size)))
     return Layout(tuple(dims))
 
 
@@ -96,7 +94,9 @@ def sizes_of(mesh: Mesh, layout: Layout) -> torch.Size:
     """The whole shape."""
     known = mesh.sizes.get(layout)
     if known is None:
-        sizes = (CutSize(dim, mesh.place) if is_sharded(dim) else length(dim) for dim in layout.dims)
+        sizes = (
+            CutSize.of(global_length(dim), dim, mesh.place) if is_sharded(dim) else length(dim) for dim in layout.dims
+        )
         known = mesh.sizes[layout] = torch.Size(sizes)
     return known
 

@@ -83,8 +83,7 @@ def unflatten(mesh: Mesh, func: Any, tensor: Tensor, dim: int, sizes: Any) -> An
     if layout is None:
         return func(tensor, dim, sizes)
     dim %= layout.ndim
-    parts = _completed(sizes, layout.whole[dim : dim + 1])
-    return _viewed(tensor, layout, (*layout.whole[:dim], *parts, *layout.whole[dim + 1 :]))
+    return _viewed(tensor, layout, (*layout.whole[:dim], *sizes, *layout.whole[dim + 1 :]))
 
 
 @rule(*named("reshape_as", "view_as"))
@@ -95,22 +94,23 @@ def reshape_as(mesh: Mesh, func: Any, tensor: Tensor, other: Tensor) -> Any:
 
 
 def _viewed(tensor: Tensor, layout: Layout, sizes: Sequence[int]) -> Tensor:
-    viewed = reshaped(layout, _completed(sizes, layout.whole))
+    viewed = _layout_of_view(layout, tuple(sizes))
     # Not as a view: a shard may lie in memory with gaps where the whole does not.
     return mark(tensor.reshape(viewed.shape), viewed)
 
 
-def _completed(sizes: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes with the number that a -1 stands for.
+@lru_cache(maxsize=4096)
+def _layout_of_view(layout: Layout, sizes: tuple[int, ...]) -> Layout:
+    """The layout of a view by sizes of the whole, one of which may be -1.
 
     Raises:
-        RuntimeError: they are no view of such a shape; torch's own error.
+        NotExactError: they are no view of such a shape, or cut through an axis.
     """
-    count, known = prod(shape), prod(size for size in sizes if size != -1)
+    count, known = prod(layout.whole), prod(size for size in sizes if size != -1)
     rest = count // known if known and -1 in sizes else 1
     if known * rest != count or sizes.count(-1) > 1 or (not known and -1 in sizes):
-        torch.empty(shape, device="meta").reshape(tuple(sizes))
-    return tuple(int(rest if size == -1 else size) for size in sizes)
+        raise NotExactError(f"there is no view of {layout.whole} as {tuple(map(int, sizes))}")
+    return reshaped(layout, tuple(int(rest if size == -1 else size) for size in sizes))
 
 
 @rule(*named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t"), Tensor.mT.__get__, Tensor.T.__get__)  # type: ignore[attr-defined]

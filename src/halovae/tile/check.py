@@ -71,7 +71,7 @@ class Checker:
         """
         whole = self.untiled(args, kwargs)
         if whole:
-            got, want = pictures_in(tiled.result)[0].shape, pictures_in(whole.result)[0].shape
+            got, want = _picture(tiled.result).shape, _picture(whole.result).shape
             if got != want:
                 raise TilingError(f"gives {_times(got)} where {_times(want)} is right")
         if len(tiled.calls) != (len(whole.calls) if whole else 1) and self._distance(args, kwargs) > TOLERANCE:
@@ -107,10 +107,18 @@ class Checker:
 
         vae = self._target.vae
         generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
+        args, kwargs = map_tensors(torch.clone, (args, kwargs))  # The method may write into them.
         with torch.no_grad(), unchanged(vae), answering(vae, self._half, network), self._blends.fast():
             result = self._method(*args, **kwargs)
         generators.rewind()
-        return pictures_in(result)[0].double()
+        return _picture(result).double()
+
+
+def _picture(result: Any) -> Tensor:
+    pictures = pictures_in(result)
+    if not pictures:
+        raise TilingError(f"gives a {type(result).__name__} without a picture")
+    return pictures[0]
 
 
 def _spread(plane: Tensor, spec: Spec) -> Tensor:

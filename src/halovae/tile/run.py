@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from halovae.tile.plan import Planner, TilePlan
 from halovae.tile.settings import applied, described
 from halovae.tile.work import Watched, put_together, run_own_tiles
 from halovae.timeline import span
-from halovae.trees import is_picture, map_tensors
+from halovae.trees import contents, map_tensors, pictures_in, walk
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,23 @@ class TileRunner:
             TilingError: the VAE's tiles can't be used.
             RankFailedError: another rank has failed.
         """
-        device = next(value.device for value in (*args, *kwargs.values()) if is_picture(value))
+        device = pictures_in((args, kwargs))[0].device
         plan = self.plan(half, args, kwargs)
         vae, method, calls = self._target.vae, self._target.originals[half], plan.recording.calls
         generators = Generators(device, *args, *kwargs.values())
         holders = range(self._comm.size if gather_of(self._gather, half) == "all" else 1)
         mover = Mover(self._comm, calls, plan.schedule, holders, device)
+        writes = plan.recording.writes
+        if writes and len(holders) < self._comm.size:
+            raise TilingError(f"{half} writes into its arguments, which ranks without its result can't do")
+        # The method runs twice, and is to write once.
+        given, named = map_tensors(torch.clone, (args, kwargs)) if writes else (args, kwargs)
         started = time.perf_counter()
         with applied(vae, plan.settings):
             if mine := plan.schedule.calls_of(self._comm.rank):
                 # The VAE's own method runs once more, to put the results together.
-                with Watched(self._comm), unchanged(vae, args, kwargs) as before:
-                    run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, self._blends, device)
+                with Watched(self._comm), unchanged(vae, given, named) as before:
+                    run_own_tiles(vae, half, method, given, named, calls, mine, mover, self._blends, device)
                     if before.written():
                         raise TilingError(
                             f"{self._target.name}.{half} writes into tensors that it keeps: use mode='exact'"
@@ -118,7 +123,7 @@ class TileRunner:
         Raises:
             TilingError: the VAE's tiles can't be used.
         """
-        key = half, described(self._target.vae), repr([*map(_signature, args), *map(_signature, kwargs.items())])
+        key = half, described(self._target.vae), repr([_signature(value) for value in walk((args, kwargs))])
         if key not in self.plans:
             with together(self._comm):
                 if half not in self._planners:
@@ -138,9 +143,7 @@ def _signature(value: Any) -> Any:
     """What of an argument decides which tiles there are: its shape, or what it says if it is plain."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype, value.device
-    if isinstance(value, tuple):
-        return tuple(map(_signature, cast("tuple[Any, ...]", value)))
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
+    return value if isinstance(value, (bool, int, float, str, type(None))) else (type(value), len(contents(value)))
 
 
 def _nothing(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
