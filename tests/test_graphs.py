@@ -17,6 +17,7 @@ from halovae import graphs
 from halovae.comm import default_device
 from halovae.config import Options
 from halovae.errors import InputError
+from halovae.graphs import read_by
 from halovae.tape import can_record
 
 records = pytest.mark.skipif(not can_record(default_device()), reason="there is nothing that records")
@@ -181,3 +182,23 @@ def test_without_being_asked_for_what_pays_is_replayed(monkeypatch: pytest.Monke
 def test_graphs_is_yes_or_no_or_auto() -> None:
     with pytest.raises(InputError, match="graphs is 1: give True, False or 'auto'"):
         Options(graphs=1)  # pyright: ignore[reportArgumentType]
+
+
+def test_whatever_a_replay_takes_for_unchanged_is_looked_at() -> None:
+    """All but values of tensors in their place, which a replay reads anew."""
+    vae = FAMILIES["kl"].build()
+    conv: Any = vae.decoder.conv_in
+    conv.mean = torch.zeros(3)
+    before, places = read_by(vae), set[Any]()
+    conv.weight.add_(1)
+    assert read_by(vae) == before
+    for change in (
+        lambda: setattr(conv, "mean", torch.ones(3)),
+        lambda: setattr(conv, "scale", 0.5),
+        lambda: setattr(conv.weight, "data", conv.weight.data.transpose(2, 3)),
+        lambda: setattr(conv.weight, "data", conv.weight.data.clone()),
+        lambda: setattr(vae.decoder, "conv_in", torch.nn.Identity()),
+    ):
+        places.add(read_by(vae))
+        change()
+        assert read_by(vae) not in places

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import halovae
 from halovae.errors import InputError, NotExactError, TilingError
-from halovae.kernels import chain, convolution, upsampling, weights
+from halovae.kernels import chain, convolution, upsampling
 from halovae.link_speed import LinkSpeed
 from halovae.memory import allocated_by
 from halovae.predict import Prediction, Predictor
@@ -173,10 +173,10 @@ def test_memory_is_what_is_allocated(name: str, half: str) -> None:
     """By a first call, which packs weights: in networks as small as these they are most of it."""
     family = FAMILIES[name]
     vae = family.build()
-    halovae.optimize(vae)
     picture = family.sample() if half == "encode" else family.latent()
-    run_half(name, vae, half, picture)  # Which kernels are fastest is tried out once in a process.
-    with weights.apart():  # as where nothing has run before
+    with halovae.optimize(vae):
+        run_half(name, vae, half, picture)  # Which kernels are fastest is tried out once in a process.
+    with halovae.optimize(vae):
         allocated = allocated_by(functools.partial(run_half, name, vae, half, picture), CPU)
     assert predict(name, half, "exact", 1).memory - picture.nbytes == pytest.approx(allocated, rel=0.08)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,28 +14,104 @@ from shards import assert_same, draw
 from torch import Tensor
 
 from halovae.kernels import packed, weights
+from halovae.kernels.kept import Kept, apart
 from halovae.kernels.mode import FastMode
 
 
-@pytest.mark.parametrize("change", ["in place", "behind torch's back", "replaced"])
-def test_a_changed_weight_is_noticed(change: str) -> None:
-    weight = torch.nn.Parameter(draw(6, 4, 3, 3, dtype=torch.float32), requires_grad=False)
-    x = draw(2, 4, 12, 9, dtype=torch.float32)
+def _by_numpy(weight: Tensor) -> None:
+    weight.numpy()[2, 1, 0, 0] += 5
 
-    def both() -> tuple[Tensor, Tensor]:
+
+def _by_data(weight: Tensor) -> None:
+    weight.data[2, 1, 0, 0] += 5
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "one element": lambda weight: weight[2, 1, 0, 0].add_(5),
+    "one element behind torch's back": _by_data,
+    "by numpy": _by_numpy,
+    "a pruned channel": lambda weight: weight.data[:, 2].zero_(),
+    "two channels changed places": lambda weight: weight.data.copy_(weight[[0, 2, 1, 3, 4]]),
+    "turned round": lambda weight: weight.data.copy_(weight.flip(-1)),
+    "replaced": lambda weight: setattr(weight, "data", weight.data * 3),
+    "transposed": lambda weight: setattr(weight, "data", weight.data.transpose(2, 3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("shape", [(5, 4, 3, 3), (5, 3, 3, 3)])
+def test_a_changed_weight_is_noticed(
+    room: Callable[[int], None], change: str, inference: bool, shape: tuple[int, ...]
+) -> None:
+    """Folded into an upsampling, packed, and in another order in memory."""
+    with torch.inference_mode(inference):
+        weight = torch.nn.Parameter(draw(*shape, dtype=torch.float32), requires_grad=False)
+        last = torch.nn.Parameter(weight.detach().clone(memory_format=torch.channels_last), requires_grad=False)
+        x = draw(2, shape[1], 12, 9, dtype=torch.float32)
+
+        def run(*weights: Tensor) -> list[Tensor]:
+            return [F.conv2d(F.interpolate(x, scale_factor=2.0), w, padding=1) for w in weights] + [
+                F.conv2d(x, w) for w in weights
+            ]
+
+        room(1 << 20)
         with FastMode():
-            found = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1), F.conv2d(x, weight)
-        return found[0], found[1]
+            run(weight, last)
+        assert weights.kept_bytes()
+        for each in (weight, last):
+            CHANGES[change](each)
+        with FastMode():
+            found = run(weight, last)
+            if not inference:  # Within a call too, where torch counts it.
+                weight.add_(1)
+                found += run(weight)
+        expected = run(weight - 1 if not inference else weight, last) + ([] if inference else run(weight))
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other, 1e-5)
 
-    before = both()
-    if change == "in place":
-        weight.mul_(3)
-    elif change == "behind torch's back":
-        weight.data.mul_(3)
-    else:
-        weight.data = weight.data * 3
-    for old, new in zip(before, both(), strict=True):
-        assert_same(new, 3 * old, 1e-5)
+
+class Wrapped(torch.nn.Parameter):
+    """As classes of quantized weights do: its memory is not what it stands for."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            return func(*(arg * 2 if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+
+
+def test_a_weight_that_is_more_than_its_memory_answers_for_itself() -> None:
+    weight, x = draw(5, 4, 3, 3, dtype=torch.float32), draw(2, 4, 12, 9, dtype=torch.float32)
+    with FastMode():
+        found = F.conv2d(x, Wrapped(weight, requires_grad=False))
+        folded = F.conv2d(F.interpolate(x, scale_factor=2.0), Wrapped(weight, requires_grad=False), padding=1)
+    assert_same(found, 2 * F.conv2d(x, weight), 1e-5)
+    assert_same(folded, 2 * F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1), 1e-5)
+
+
+def test_a_prediction_and_another_handle_leave_alone_what_is_kept(room: Callable[[int], None]) -> None:
+    """Interleaved in one thread and in another one: each begins with nothing, and finds its own again."""
+    weight, calls = draw(64, 64, 3, 3, dtype=torch.float32), list[int]()
+    room(1 << 20)
+    prepare(weight, 20, 34, calls)
+    before = weights.kept_bytes()
+
+    def other() -> None:
+        with Kept().in_use():
+            assert weights.kept_bytes() == 0
+            room(1 << 20)
+            prepare(weight, 20, 34, calls)
+            weights.forget()
+
+    with apart():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        other()
+        prepare(weight, 20, 34, calls)
+    assert weights.kept_bytes() == before
+    prepare(weight, 20, 34, calls)
+    assert len(calls) == 4
 
 
 def geometry(weight: Tensor, rows: int, columns: int) -> packed.Geometry:
@@ -52,9 +130,8 @@ def prepare(weight: Tensor, rows: int, columns: int, calls: list[int]) -> Tensor
 @pytest.fixture
 def room() -> Iterator[Callable[[int], None]]:
     """Room for weights alone, from none on."""
-    weights.forget()
-    yield weights.make_room
-    weights.forget()
+    with Kept().in_use():
+        yield weights.make_room
 
 
 def test_weights_are_packed_once_for_all_sizes_that_ask_for_the_same_order(room: Callable[[int], None]) -> None:

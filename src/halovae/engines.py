@@ -18,6 +18,7 @@ from halovae.exact.mesh import Mesh
 from halovae.exact.run import Runner, on_shards, run_on_group
 from halovae.graphs import Graphs
 from halovae.kernels import trials
+from halovae.kernels.kept import apart
 from halovae.kernels.precision import working_dtype
 from halovae.kernels.weights import forget
 from halovae.memory import PeakMemory
@@ -236,8 +237,8 @@ class ExactEngine(Engine):
             probe = make_probe(plan.shape, ratio, args, kwargs, scales=given)
             alone = run_alone(self._target, half, probe) if is_in else None
         if alone is not None:
-            verdict = verify(Mesh(self._comm, plan.shape), self._target, half, probe, alone)
-            forget()  # Weights in the order that the probe's small pictures ask for.
+            with apart():  # Its small pictures ask for weights in another order.
+                verdict = verify(Mesh(self._comm, plan.shape), self._target, half, probe, alone)
         with together(self._comm):
             if verdict:
                 raise verdict

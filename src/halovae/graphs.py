@@ -19,7 +19,7 @@ from halovae.comm import Comm, Traffic
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import Call, on_shards
-from halovae.kernels.weights import apart
+from halovae.kernels.kept import apart
 from halovae.memory import PeakMemory, free_bytes
 from halovae.randomness import frozen_generators
 from halovae.state import Snapshot, unchanged, undone_by_failure
@@ -109,7 +109,7 @@ class Graphs:
             args: its arguments, cut.
             kwargs: likewise.
         """
-        key = kind, _settings((args, kwargs)), self._places_of_weights()
+        key = kind, _settings((args, kwargs)), read_by(self._target.vae)
         ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
         if ways == {"replay"}:
             recording = self._recordings[half]
@@ -135,10 +135,6 @@ class Graphs:
         if half not in self._taken or free is None or _FREE_SHARE * self._taken[half] > free:
             return False
         return not is_hooked(self._target.vae)
-
-    def _places_of_weights(self) -> tuple[int, ...]:
-        vae = self._target.vae
-        return tuple(tensor.data_ptr() for tensors in (vae.parameters(), vae.buffers()) for tensor in tensors)
 
     def _run_and_record(self, half: str, key: Any, mesh: Mesh, call: Call, arguments: Any) -> Any:
         """The result of an ordinary call. A recording that gives another one is not kept."""
@@ -187,6 +183,20 @@ class Graphs:
             return None
         held = sum(tensor.nbytes for tensor in tensors_in(result))
         return Recording(key, tape, (args, kwargs), result, max(0, memory.growth - held))
+
+
+def read_by(vae: nn.Module) -> tuple[Any, ...]:
+    """What a replay takes for what it was: where the tensors of all modules are and how they lie there, and numbers."""
+    found: list[Any] = []
+    for module in vae.modules():
+        found.append(id(module))
+        for values in (module._parameters, module._buffers, vars(module)):  # pyright: ignore[reportPrivateUsage]
+            for value in values.values():
+                if isinstance(value, Tensor):
+                    found.append((value.data_ptr(), value.stride(), value.dtype))
+                elif isinstance(value, PLAIN):
+                    found.append(value)
+    return tuple(found)
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from halovae.comm import Message, Pending, SoloComm
 from halovae.dataflow import Shapes, key_of, meets_meta, tensors_of
 from halovae.kernels.deferred import Deferred, computed
+from halovae.kernels.kept import apart
 from halovae.kernels.shapes import standing_in
-from halovae.kernels.weights import apart
 from halovae.link_speed import LinkSpeed
 from halovae.speed import Job, Speed
 

@@ -21,6 +21,7 @@ from halovae.comm import Comm, Group, SoloComm, Traffic, connect
 from halovae.config import HALVES, Axis, CallReport, Gather, Options, checked_halves
 from halovae.engines import Engine, make_engine
 from halovae.errors import InputError, NotExactError
+from halovae.kernels.kept import Kept
 from halovae.memory import PeakMemory
 from halovae.randomness import rewound_by_failure
 from halovae.state import undone_by_failure
@@ -186,6 +187,7 @@ class Handle:
         self._lock = threading.RLock()
         self._mode = _mode(options, target)
         self._engine = self._make_engine()
+        self._kept = Kept()
         self._calls = 0
         self._halves = set(target.originals)
         self._running = self._warned = False
@@ -207,6 +209,7 @@ class Handle:
             self._target.restore(half)
             if not self._halves:
                 self._engine.free()
+                self._kept = Kept()
                 self._comm.close()
 
     def __enter__(self) -> Handle:
@@ -254,7 +257,7 @@ class Handle:
         begun, vae = time.perf_counter(), self._target.vae
         device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
-        with undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
+        with self._kept.in_use(), undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
             self._comm.traffic = Traffic()
             picture = self._agree_on_call(half, args, kwargs)
             with torch.no_grad():

@@ -6,6 +6,7 @@ uses it; for everything else the result is computed when it is first needed, and
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -56,14 +57,14 @@ class Deferred(torch.Tensor):
             device=recipe.device,
         )
         self.recipe, self.value = recipe, None
-        _pending[id(self)] = self
+        _here.pending[id(self)] = self
         return self
 
     def computed(self) -> Tensor:
         """The ordinary tensor."""
         if self.value is None:
             assert self.recipe is not None
-            _pending.pop(id(self), None)
+            _here.pending.pop(id(self), None)
             self.value = self.recipe.compute()
             self.recipe = None
         return self.value
@@ -75,7 +76,14 @@ class Deferred(torch.Tensor):
         return func(*computed(args), **computed(kwargs or {}))
 
 
-_pending: WeakValueDictionary[int, Deferred] = WeakValueDictionary()
+class _Here(threading.local):
+    """What waits in this thread: others may be computing what waits in theirs."""
+
+    def __init__(self) -> None:
+        self.pending: WeakValueDictionary[int, Deferred] = WeakValueDictionary()
+
+
+_here = _Here()
 
 
 _NOT_PLAIN = (Deferred, tuple, list, dict)
@@ -119,6 +127,6 @@ def any_pending() -> bool:
 def settle(written: Tensor) -> None:
     """Compute what reads the memory of a tensor that is about to be written."""
     memory = memory_of(written)
-    for deferred in list(_pending.values()):
+    for deferred in list(_here.pending.values()):
         if deferred.recipe and any(memory_of(source) == memory for source in deferred.recipe.sources):
             deferred.computed()

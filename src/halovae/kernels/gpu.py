@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halovae.kernels import gpu_operators
 from halovae.kernels.formats import memory_format
+from halovae.kernels.kept import kept
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes import alike, device_type
 from halovae.kernels.weights import derived
@@ -113,14 +114,10 @@ def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
     return out
 
 
-_frames_before: dict[tuple[int, ...], int] = {}
-"""How many frames were joined before a result of this shape: the next one gets room for them."""
-
-
 def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised channels-last tensor of the shape of `base`, in memory that begins with room to join frames."""
+    """An uninitialised channels-last tensor of the shape of `base`, with room for frames to be joined before it."""
     shape, last = list(base.shape), memory_format(base.ndim, True)
-    frames = _frames_before.get(tuple(shape), 0)
+    frames = kept().frames.get(tuple(shape), 0)
     if not frames:
         return torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
     shape[2] += frames
@@ -141,7 +138,7 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
     lengths = [part.shape[2] for part in parts[:-1]]
     room = getattr(last, "room", None)
     if room is None or room.shape[2] != sum(lengths) + last.shape[2]:
-        _frames_before[tuple(last.shape)] = sum(lengths)
+        kept().frames[tuple(last.shape)] = sum(lengths)
         return None
     for part, place in zip(parts, room.split([*lengths, last.shape[2]], 2), strict=True):
         if part is not last:

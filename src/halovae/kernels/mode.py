@@ -17,7 +17,7 @@ from halovae.functions import QUESTIONS, named, writes
 from halovae.kernels import rules
 from halovae.kernels.deferred import computed, settle
 from halovae.kernels.joined import read
-from halovae.kernels.weights import forget_changed
+from halovae.kernels.weights import begin_call, end_call
 
 ANSWERED = QUESTIONS | {Tensor.size, Tensor.numel, Tensor.nelement, getattr(Tensor, "shape").__get__}  # noqa: B009
 """What a deferred tensor answers without being computed."""
@@ -33,8 +33,12 @@ class FastMode(TorchFunctionMode):
     """
 
     def __enter__(self) -> FastMode:
-        forget_changed()
+        begin_call()
         return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        end_call()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

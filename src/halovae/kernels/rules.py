@@ -24,7 +24,7 @@ from halovae.kernels.joined import Joined, copy_of, parts_in, read
 from halovae.kernels.mean_square import MeanSquare
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes import alike, device_type
-from halovae.kernels.upsampling import Upsampled, foldable, upsampled_convolution
+from halovae.kernels.upsampling import Upsampled, foldable, is_plain, upsampled_convolution
 
 Rule = Callable[..., Any]
 
@@ -57,6 +57,7 @@ def convolve(
         or groups != 1
         or isinstance(padding, str)
         or (weight.requires_grad and torch.is_grad_enabled())
+        or not is_plain(weight := plain(weight))
     ):
         return NotImplemented
     if weight.dtype != input.dtype:

@@ -7,12 +7,15 @@ that chose worse there. Two ways of about the same speed are enough for that.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+from halovae.kernels.kept import kept
 
 Way = Callable[[], object]
 Gains = Mapping[Hashable, float]
@@ -21,41 +24,47 @@ Gains = Mapping[Hashable, float]
 _TICK = 1e-9
 """Seconds that a run takes at the least: some clocks stand still for milliseconds."""
 
-_gains: dict[Hashable, float] = {}
+_timed_here: dict[Hashable, float] = {}
+"""What this process has timed; handles begin with it, and then agree with the ranks of their group."""
+_one_at_a_time = threading.Lock()
 
 
 def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
     """How many times as fast the second of two ways is as the first.
 
-    Timed once in a process, for some ten milliseconds, or taken over from others (`adopt`).
+    Timed once in a process, for some ten milliseconds, or taken over from others (`adopt`). Kept for each handle.
 
     Args:
         question: which ways these are.
         ways: prepares them. Modes do not see what it or they call.
     """
-    if question not in _gains:
-        with _undisturbed():
-            first, second = _seconds(ways())
-        _gains[question] = first / second
-    return _gains[question]
+    gains = kept().gains
+    if question not in gains:
+        with _one_at_a_time:
+            if question not in _timed_here:
+                with _undisturbed():
+                    first, second = _seconds(ways())
+                _timed_here[question] = first / second
+        gains[question] = _timed_here[question]
+    return gains[question]
 
 
 def known() -> Gains:
-    """All that this process has found out."""
-    return dict(_gains)
+    """All that this handle has found out."""
+    return dict(kept().gains)
 
 
 def adopt(everyone: Sequence[Gains]) -> bool:
-    """Take over what several processes have found out, so that all of them answer alike: the geometric mean.
+    """Take over what the ranks of a group have found out, so that all of them answer alike: the geometric mean.
 
     Returns:
-        Whether this process had other answers before.
+        Whether this handle had other answers before.
     """
-    before = known()
+    before, answers = known(), kept().gains
     for question in {question for gains in everyone for question in gains}:
         found = [gains[question] for gains in everyone if question in gains]
         # A mean of equal numbers may be another one by a rounding.
-        _gains[question] = statistics.geometric_mean(found) if len(set(found)) > 1 else found[0]
+        answers[question] = statistics.geometric_mean(found) if len(set(found)) > 1 else found[0]
     return known() != before
 
 

@@ -57,6 +57,11 @@ class Upsampled:
         return F.interpolate(plain(self.base).to(self.dtype), scale_factor=2.0, mode=self.mode)
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is what its memory says, as those of classes that quantize, or share out, are not."""
+    return type(weight) in (Tensor, torch.nn.Parameter)
+
+
 def foldable(
     tensor: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Upsampled | None:
@@ -65,7 +70,7 @@ def foldable(
     Sums of weights are exact enough in float32 and float64 only.
     """
     recipe, geometry = recipe_of(tensor), (tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
-    fits = geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and weight.dtype == tensor.dtype
+    fits = geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and weight.dtype == tensor.dtype and is_plain(weight)
     wide = device_type(tensor.device) != "cpu" or working_dtype(tensor.dtype) in (torch.float32, torch.float64)
     return recipe if fits and wide and isinstance(recipe, Upsampled) else None
 

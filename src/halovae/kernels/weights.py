@@ -1,70 +1,90 @@
-"""What is made of weights once and used many times: converted, summed or packed for the library that convolves."""
+"""What is made of weights once and used many times: converted, summed or packed for the library that convolves.
+
+A weight may change between any two calls, in all elements or in one. Changes that torch counts are seen at each use;
+others (by way of `.data` or numpy, or of inference tensors) at the first use in a call. In host memory the values are
+compared by sums, which takes a small part of the time of packing. On an accelerator nothing is kept beyond a call: to
+make it anew takes no longer than to look at the values.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from halovae.functions import outside_modes
+from halovae.kernels.kept import Made, kept
 from halovae.kernels.shapes import device_type
-
-_SAMPLES = 64
-
-
-@dataclass
-class _Entry:
-    """What was made of one weight, and how to tell that it has changed since."""
-
-    weight: weakref.ref[Tensor]
-    address: int
-    sample: Tensor
-    made: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
-
-    def holds_for(self, weight: Tensor) -> bool:
-        return (
-            self.weight() is weight
-            and self.address == weight.data_ptr()
-            and (
-                # Reading from an accelerator waits for it; `forget_changed` does that once for a call.
-                weight.device.type != "cpu" or torch.equal(self.sample, _sample(weight))
-            )
-        )
-
-
-_entries: dict[int, _Entry] = {}
-_room = 0
 
 
 def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, or what it gave before for the same weight and kind. In host memory it is kept if there is room.
-
-    A weight has changed when its memory moved or when 64 elements spread over it differ, which any dense update does.
-    """
-    entry = _entries.get(id(weight))
-    if entry is None or not entry.holds_for(weight):
-        key = id(weight)
-        entry = _Entry(weakref.ref(weight, lambda _: _entries.pop(key, None)), weight.data_ptr(), _sample(weight))
-        _entries[key] = entry
-    made = entry.made.get(kind)
-    if made is None:
-        made = make()
-        if made is not weight and (device_type(made.device) != "cpu" or _has_room(made.nbytes)):
-            entry.made[kind] = made
+    """`make()`, or what it gave before for the same weight and kind. In host memory it is kept if there is room."""
+    before = _made_of(weight)
+    if before and kind in before.by_kind:
+        return before.by_kind[kind]
+    made = make()
+    if made is not weight and (device_type(made.device) != "cpu" or _has_room(made.nbytes)):
+        (before or _begun(weight)).by_kind[kind] = made
     return made
 
 
 def keeps(weight: Tensor, kind: Hashable, size: int) -> bool:
     """Whether `derived` has kept what was made of a weight in host memory, or would keep it: so many bytes."""
-    entry = _entries.get(id(weight))
-    return (entry is not None and entry.weight() is weight and kind in entry.made) or _has_room(size)
+    made = _made_of(weight)
+    return (made is not None and kind in made.by_kind) or _has_room(size)
+
+
+def _made_of(weight: Tensor) -> Made | None:
+    """What was made of a weight as it is now."""
+    store, key = kept(), id(weight)
+    made = store.weights.get(key)
+    if made is None or made.weight() is not weight:
+        return None
+    if made.place == _place(weight):
+        if made.call == store.call:
+            return made
+        if made.digest and all(map(torch.equal, made.digest, _digest(weight))):
+            made.call = store.call
+            return made
+    store.weights.pop(key, None)
+    return None
+
+
+def _begun(weight: Tensor) -> Made:
+    store, key = kept(), id(weight)
+    weights = store.weights
+    made = Made(weakref.ref(weight, lambda _: weights.pop(key, None)), _place(weight), _digest(weight), store.call)
+    weights[key] = made
+    return made
+
+
+@outside_modes
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    changes = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, changes
+
+
+@outside_modes
+def _digest(weight: Tensor) -> tuple[Tensor, ...]:
+    """Sums of the bits along each side of the weight as a matrix; of weights in host memory."""
+    if weight.device.type != "cpu":
+        return ()
+    order = sorted(range(weight.ndim), key=lambda dim: -weight.stride(dim))
+    lines = weight.detach().permute(order).reshape(len(weight) if weight.ndim else 1, -1)
+    size = lines.shape[1] * lines.element_size()
+    # The widest integers that fill a line: they are added up at the speed of the memory.
+    bits = lines.view(next(whole for whole in _INTEGERS if size % whole.itemsize == 0))
+    return bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def _has_room(size: int) -> bool:
-    return kept_bytes() + size <= _room
+    return kept_bytes() + size <= kept().room
 
 
 def make_room(picture_bytes: int) -> None:
@@ -72,50 +92,32 @@ def make_room(picture_bytes: int) -> None:
 
     Beside large weights and small pictures, copies of weights would be most of the memory that a call takes.
     """
-    global _room
-    _room = max(_room, picture_bytes)
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Within it nothing is kept at first, and afterwards what was kept before: a prediction leaves no trace."""
-    global _entries, _room
-    before = _entries, _room
-    _entries, _room = {}, 0
-    try:
-        yield
-    finally:
-        _entries, _room = before
+    store = kept()
+    store.room = max(store.room, picture_bytes)
 
 
 def kept_bytes() -> int:
     """The host memory that is taken by what is kept."""
-    # Lists, since a weight that is collected meanwhile, or another thread, takes an entry away.
-    made = [tensor for entry in list(_entries.values()) for tensor in list(entry.made.values())]
+    # Lists, since a weight that is collected meanwhile takes an entry away.
+    made = [tensor for entry in list(kept().weights.values()) for tensor in list(entry.by_kind.values())]
     return sum(tensor.nbytes for tensor in made if device_type(tensor.device) == "cpu")
 
 
-def forget_changed() -> None:
-    """Free what was made of weights on accelerators that have changed since."""
-    differ: dict[torch.device, dict[int, Tensor]] = {}
-    for key, entry in list(_entries.items()):
-        weight = entry.weight()
-        # One whose memory has moved is found out by `holds_for`; it may have another shape as well.
-        if weight is not None and weight.device.type != "cpu" and weight.data_ptr() == entry.address:
-            differ.setdefault(weight.device, {})[key] = (entry.sample != _sample(weight)).any()
-    for flags in differ.values():  # One wait for each device, not one for each weight.
-        for key, changed in zip(flags, torch.stack(list(flags.values())).tolist(), strict=True):
-            if changed:
-                _entries.pop(key, None)
+def begin_call() -> None:
+    """From here on weights may be others than before."""
+    kept().call += 1
+
+
+def end_call() -> None:
+    """Free what was made of weights on accelerators."""
+    weights = kept().weights
+    for key, made in list(weights.items()):
+        if not made.digest:
+            weights.pop(key, None)
 
 
 def forget() -> None:
     """Free everything, and begin anew with the room for it."""
-    global _room
-    _entries.clear()
-    _room = 0
-
-
-def _sample(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
+    store = kept()
+    store.weights.clear()
+    store.room = 0

@@ -1,0 +1,66 @@
+"""What the kernels keep from call to call. Each handle has its own, so handles in several threads share nothing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Made:
+    """What was made of one weight, and how to tell that it has changed since."""
+
+    weight: weakref.ref[Tensor]
+    place: tuple[Any, ...]
+    """Where its memory is, how it lies there, and the number of changes that torch has counted."""
+    digest: tuple[Tensor, ...]
+    """Of its values; nothing where they are not looked at."""
+    call: int
+    """Of the handle, in which the values were looked at last."""
+    by_kind: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
+
+
+@dataclass
+class Kept:
+    """What is kept for one handle. One call at a time may use it."""
+
+    weights: dict[int, Made] = field(default_factory=dict[int, Made])
+    """By the id of the weight."""
+    room: int = 0
+    """Bytes of host memory for what is made of weights."""
+    call: int = 0
+    """Number of the call."""
+    gains: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
+    """What was found out by trying, by question."""
+    frames: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
+    """How many frames were joined before a picture of this shape."""
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it, the kernels that this thread calls keep here what they keep."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+_current: ContextVar[Kept] = ContextVar("_current", default=Kept())  # noqa: B039 (of calls without a handle)
+
+
+def kept() -> Kept:
+    """What is in use in this thread."""
+    return _current.get()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within it nothing made of weights is there at first, and nothing stays: a prediction leaves no trace."""
+    with replace(_current.get(), weights={}, room=0).in_use():
+        yield
