@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from halovae import timeline
 from halovae.advice import advised
 from halovae.agreement import Glance, Tally, one_call, together
 from halovae.comm import Comm, Group, SoloComm, Traffic, connect
+from halovae.compiled import as_written, is_compiled, never_compiled
 from halovae.config import HALVES, Axis, CallReport, Gather, Options, checked_halves
 from halovae.engines import Engine, make_engine
 from halovae.errors import InputError, NotExactError
@@ -190,9 +192,9 @@ class Handle:
         self._kept = Kept()
         self._calls = 0
         self._halves = set(target.originals)
-        self._running = self._warned = False
+        self._running = self._warned = self._said_compiled = False
         for half in target.originals:
-            target.replace(half, functools.partial(self._call, half), self)
+            target.replace(half, never_compiled(functools.partial(self._call, half)), self)
         self._warn_of_tiles(self._mode)
 
     def restore(self) -> None:
@@ -257,11 +259,23 @@ class Handle:
         begun, vae = time.perf_counter(), self._target.vae
         device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
-        with self._kept.in_use(), undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
+        with self._eagerly(half), self._kept.in_use(), undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
             self._comm.traffic = Traffic()
             picture = self._agree_on_call(half, args, kwargs)
             with torch.no_grad():
                 return self._run(half, picture, args, kwargs, started, begun)
+
+    def _eagerly(self, half: str) -> AbstractContextManager[None]:
+        """Within it, parts of the VAE that are compiled run as they are written; said once."""
+        if not is_compiled(self._target.vae, self._target.originals[half]):
+            return nullcontext()
+        if not self._said_compiled:
+            self._said_compiled = True
+            LOG.warning(
+                "%s of %s is compiled, in whole or in part: halovae runs it as it is written, by its own kernels",
+                half, self._target.name,
+            )  # fmt: skip
+        return as_written()
 
     def _check(self, half: str, pictures: list[Tensor]) -> None:
         if not pictures:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from halovae.compiled import as_written
 from halovae.config import Axis
 from halovae.errors import HalovaeError, InputError, TilingError
 from halovae.exact.run import run_on_group
@@ -157,8 +158,7 @@ class Predictor:
         generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
         try:
             vae = self._target.vae
-            eager = torch.compiler.set_stance("force_eager")
-            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), eager:
+            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), as_written():
                 yield
         except HalovaeError:
             raise

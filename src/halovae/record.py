@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from halovae.compiled import as_written
 from halovae.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.errors import TilingError
 from halovae.state import ModuleState, kept_tensors, refill, unchanged, without_fetching
@@ -126,8 +127,8 @@ class Recorder:
         given = tensors_in((args, kwargs))
         listener = _Listener(network, self._state, self._effects, Dataflow(self._known), given)
         listener.flow.watched = {id(tensor): tensor for tensor in watched}
-        eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), eager, answering(self._vae, self._half, listener), listener.flow:
+        answers = answering(self._vae, self._half, listener)
+        with torch.no_grad(), as_written(), answers, listener.flow:
             result = self._method(*args, **kwargs)
         writes = any(tensor._version for tensor in given)
         return Recording(listener.finish(result), result, listener.flow.met, writes)

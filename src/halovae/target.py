@@ -58,7 +58,7 @@ class Substitute:
 
     def __init__(self, owner: nn.Module, name: str, call: Call, half: str, holder: Holder) -> None:
         self.original: Call = getattr(owner, name)
-        functools.update_wrapper(self, self.original)  # First, for it takes over all attributes.
+        functools.update_wrapper(self, self.original, updated=())  # A compiler would know a compiled one by its own.
         self.owner, self.name, self.half, self.holder = owner, name, half, holder
         self.own: Any = owner.__dict__.get(name)
         self.is_used = True
@@ -124,8 +124,10 @@ def _module_of(vae: Any) -> nn.Module:
     module = vae if isinstance(vae, nn.Module) else getattr(vae, "vae", None)
     if not isinstance(module, nn.Module):
         raise InputError("there is no VAE: pass an nn.Module with encode or decode, or a pipeline with a .vae")
-    # These wrap a module whose weights each rank has whole.
-    return cast("nn.Module", module.module) if isinstance(module, (DistributedDataParallel, DataParallel)) else module
+    # These wrap a module whose weights each rank has whole, or one that is to be compiled.
+    while isinstance(module, (DistributedDataParallel, DataParallel)) or "_orig_mod" in module._modules:  # pyright: ignore
+        module = cast("nn.Module", getattr(module, "module", None) or getattr(module, "_orig_mod"))  # noqa: B009
+    return module
 
 
 def _places(vae: nn.Module, halves: Sequence[str]) -> dict[str, tuple[nn.Module, str]]:
