@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES
 from pictures import error
 from ranks import Ranks
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack  # pyright: ignore[reportPrivateUsage]
 
 import halovae
 from halovae.compiled import as_written
@@ -30,8 +30,8 @@ def beside(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class CallsCompiled(torch.nn.Identity):
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        return beside(tensor)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return beside(input)
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -47,7 +47,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 def stance() -> str:
     from torch._dynamo import eval_frame
 
-    return eval_frame._stance.stance
+    return eval_frame._stance.stance  # pyright: ignore[reportPrivateUsage]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from halovae.config import HALVES, Options, gather_of
 from halovae.engines import Engine, ExactEngine, Ran, TileEngine
 from halovae.errors import HalovaeError, InputError, RankFailedError, TilingError
 from halovae.files import first_line
+from halovae.kernels import autocast
 from halovae.link_speed import LinkSpeed, measure
 from halovae.measured_speed import MeasuredSpeed
 from halovae.memory import is_shortage
@@ -78,7 +79,8 @@ class AutoEngine(Engine):
         return replace(ran, report=report, phases={"choose": chosen - started, **ran.phases})
 
     def _key(self, half: str, picture: Tensor) -> Any:
-        return half, tuple(picture.shape), picture.dtype, picture.device, described(self._target.vae)
+        kind = tuple(picture.shape), picture.dtype, picture.device, autocast.state()
+        return half, *kind, described(self._target.vae)
 
     def settled(self) -> int:
         return self._retreats + len(self._choices) + sum(engine.settled() for engine in self._ways.values())

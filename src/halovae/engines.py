@@ -17,7 +17,7 @@ from halovae.config import Options, gather_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import Runner, on_shards, run_on_group
 from halovae.graphs import Graphs
-from halovae.kernels import trials
+from halovae.kernels import autocast, trials
 from halovae.kernels.kept import apart
 from halovae.kernels.precision import working_dtype
 from halovae.kernels.weights import forget
@@ -139,11 +139,12 @@ class ExactEngine(Engine):
         keep = gather_of(self._options.gather, half)
         if self._comm.rank < prod(plan.shape):
             self._room.check(half, plan, self.ratio(half, picture), keep, picture, args, kwargs)
-        kind = half, plan, tuple(picture.shape), picture.dtype
+        kind = half, plan, tuple(picture.shape), picture.dtype, autocast.state()
         is_new = self._comm.size > 1 and kind not in self._tried
         if is_new:
             if picture.device.type == "cpu":
-                working_dtype(picture.dtype)  # What is sent depends on it.
+                for dtype in (picture.dtype, *filter(None, [autocast.dtype_of(picture.device)])):
+                    working_dtype(dtype)  # What is sent depends on it.
             self._share_trials()
         self._verify_once(half, plan, args, kwargs)
         steps = self._merger.steps(half, plan, lambda: self._compression(half, picture), args, kwargs)

@@ -19,6 +19,7 @@ from halovae.comm import Comm, Traffic
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import Call, on_shards
+from halovae.kernels import autocast
 from halovae.kernels.kept import apart
 from halovae.memory import PeakMemory, free_bytes
 from halovae.randomness import frozen_generators
@@ -109,7 +110,7 @@ class Graphs:
             args: its arguments, cut.
             kwargs: likewise.
         """
-        key = kind, _settings((args, kwargs)), read_by(self._target.vae)
+        key = kind, _settings(), read_by(self._target.vae)
         ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
         if ways == {"replay"}:
             recording = self._recordings[half]
@@ -229,11 +230,9 @@ def _copied(tensor: Tensor) -> Tensor:
     return mark(tensor.clone(), layout_of(tensor))
 
 
-def _settings(arguments: Any) -> tuple[Any, ...]:
+def _settings() -> tuple[Any, ...]:
     """What torch is set to that changes the kernels of a call, or who may write into its results."""
-    kind = tensors_in(arguments)[0].device.type
-    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return torch.is_inference_mode_enabled(), cast
+    return torch.is_inference_mode_enabled(), autocast.state()
 
 
 def _is_near(found: Any, expected: Any) -> bool:

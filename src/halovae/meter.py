@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae.comm import Message, Pending, SoloComm
 from halovae.dataflow import Shapes, key_of, meets_meta, tensors_of
+from halovae.kernels.autocast import Autocast
 from halovae.kernels.deferred import Deferred, computed
 from halovae.kernels.kept import apart
 from halovae.kernels.shapes import standing_in
@@ -108,7 +109,7 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure what runs within it."""
-        with apart(), standing_in(self._costs.device) as self._stand_in, _FusedAttention(), self:
+        with apart(), standing_in(self._costs.device) as self._stand_in, _FusedAttention(), Autocast(), self:
             yield
 
 

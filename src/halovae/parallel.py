@@ -23,6 +23,7 @@ from halovae.compiled import as_written, is_compiled, never_compiled
 from halovae.config import HALVES, Axis, CallReport, Gather, Options, checked_halves
 from halovae.engines import Engine, make_engine
 from halovae.errors import InputError, NotExactError
+from halovae.kernels import autocast
 from halovae.kernels.kept import Kept
 from halovae.memory import PeakMemory
 from halovae.randomness import rewound_by_failure
@@ -318,6 +319,7 @@ class Handle:
             pictures = pictures_in((args, kwargs))
             self._check(half, pictures)
             shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
+            said["autocast"] = dict(autocast.state()) or "off"
             said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
             tensors = enumerate(tensors_in((args, kwargs)))
             said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in tensors})

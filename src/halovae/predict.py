@@ -18,6 +18,7 @@ from halovae.config import Axis
 from halovae.errors import HalovaeError, InputError, TilingError
 from halovae.exact.run import run_on_group
 from halovae.files import first_line
+from halovae.kernels.shapes import standing_in
 from halovae.link_speed import LinkSpeed
 from halovae.merge import merged
 from halovae.meter import Costs, Meter, MeteredComm
@@ -158,7 +159,7 @@ class Predictor:
         generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
         try:
             vae = self._target.vae
-            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), as_written():
+            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), as_written(), standing_in(self._costs.device):
                 yield
         except HalovaeError:
             raise

@@ -7,7 +7,7 @@ one that hands out results made elsewhere. Crop, blend and clamp stay the VAE's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from halovae.compiled import as_written
 from halovae.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.errors import TilingError
+from halovae.kernels import autocast
+from halovae.kernels.shapes import standing_in
 from halovae.state import ModuleState, kept_tensors, refill, unchanged, without_fetching
 from halovae.trees import on_meta, tensors_in
 
@@ -122,13 +124,15 @@ class Recorder:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Iterable[Tensor]) -> Recording:
         """A recording in which `keeps` says whether a watched tensor is read."""
         network = getattr(self._vae, NETWORKS[self._half])
+        devices = [tensor.device for tensor in tensors_in((args, kwargs)) if not tensor.is_meta]
+        stands_for = standing_in(devices[0]) if devices else nullcontext()
         with torch.inference_mode(False):  # Else they don't tell whether they are written.
             args, kwargs = on_meta((args, kwargs))
         given = tensors_in((args, kwargs))
         listener = _Listener(network, self._state, self._effects, Dataflow(self._known), given)
         listener.flow.watched = {id(tensor): tensor for tensor in watched}
         answers = answering(self._vae, self._half, listener)
-        with torch.no_grad(), as_written(), answers, listener.flow:
+        with torch.no_grad(), as_written(), stands_for, autocast.Autocast(), answers, listener.flow:
             result = self._method(*args, **kwargs)
         writes = any(tensor._version for tensor in given)
         return Recording(listener.finish(result), result, listener.flow.met, writes)
@@ -225,7 +229,7 @@ class _Listener:
         for leaf in before:
             if isinstance(leaf, Tensor):
                 self.flow.follow(leaf, self.flow.origin(leaf))
-        key = (structure, tuple((type(leaf), _described(leaf)) for leaf in before))
+        key = (autocast.state(), structure, tuple((type(leaf), _described(leaf)) for leaf in before))
         if key not in self._effects:
             self._effects[key] = self._run(args, kwargs, before)
         effect = self._effects[key]

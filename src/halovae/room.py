@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from halovae.errors import HalovaeError, TooLittleMemoryError
+from halovae.kernels import autocast
 from halovae.link_speed import LinkSpeed
 from halovae.memory import Needs, free_bytes
 from halovae.plan import ShardPlan
@@ -134,7 +135,8 @@ class Room:
     ) -> int | None:
         """Bytes besides the arguments, which are there already; None where it can't be told. Once per shape."""
         given = tensors_in((args, kwargs))
-        key = mode, half, described(self._target.vae), *((tuple(t.shape), t.dtype) for t in given), repr(options)
+        shapes = ((tuple(tensor.shape), tensor.dtype) for tensor in given)
+        key = mode, half, described(self._target.vae), *shapes, repr(options), autocast.state()
         if key not in self._predicted:
             try:
                 predictor = Predictor(self._target, GivenSpeed(**_NO_TIME, device=given[0].device), _NO_LINK)

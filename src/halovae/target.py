@@ -19,6 +19,7 @@ from halovae.comm import keeper_of_parts
 from halovae.config import HALVES
 from halovae.errors import InputError, NotExactError
 from halovae.functions import outside_modes
+from halovae.kernels import autocast
 from halovae.trees import tensors_in
 
 _MODULES = {"encode": "encoder", "decode": "decoder"}
@@ -291,7 +292,7 @@ class Target:
         """What a call depends on besides the weights and the values of its tensors."""
         tensors = [(tuple(t.shape), t.dtype, t.device) for t in tensors_in((args, kwargs))]
         others = [*map(in_words, args), *((name, in_words(value)) for name, value in sorted(kwargs.items()))]
-        return half, *tensors, *others, self.settings()
+        return half, *tensors, *others, self.settings(), autocast.state()
 
     def digest(self) -> str:
         """A fingerprint of architecture and weights; equal weights give equal digests on every device."""

@@ -20,6 +20,7 @@ from halovae.errors import NotExactError, VerificationError
 from halovae.exact.mesh import Mesh
 from halovae.exact.partition import Bounds, first_tensor, gather
 from halovae.exact.run import run_sharded
+from halovae.kernels import autocast
 from halovae.memory import is_shortage
 from halovae.plan import plan_shards
 from halovae.randomness import frozen_generators
@@ -227,8 +228,8 @@ def verify(mesh: Mesh, target: Target, half: str, probe: Probe, alone: Alone) ->
         return map_tensors(lambda t: gather(mesh, t), found)
 
     expected, found = alone.result, first_tensor(tried(target.vae, probe.device, on_shards, alone.hooks)[0])
-    allowed, gap = TOLERANCE.get(expected.dtype, 1e-1), distance(found, expected)
-    if gap <= allowed:
+    gap = distance(found, expected)
+    if gap <= allowed(expected):
         if not torch.isfinite(expected).any():
             LOG.warning(
                 "%s of %s gives only NaN and infinity for a small probe, un-parallel too%s: nothing was compared",
@@ -241,7 +242,7 @@ def verify(mesh: Mesh, target: Target, half: str, probe: Probe, alone: Alone) ->
         f" ({bad[0]} of {expected.numel()} values are not finite un-parallel, {bad[1]} on shards" if any(bad) else ""
     )
     return VerificationError(
-        f"{half} of {target.name} on shards differs from the un-parallel one by {gap:.1e} (allowed {allowed:.0e})"
+        f"{half} of {target.name} on shards differs from the un-parallel one by {gap:.1e} (allowed {allowed(expected):.0e})"
         f"{values and values + _cause(expected.dtype) + ')'}; the first submodule that differs is {culprit}"
     )
 
@@ -265,7 +266,13 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def is_rounding(found: Tensor, expected: Tensor) -> bool:
     """Whether results of the same kernels on one device are the same up to rounding."""
     tells = bool(torch.isfinite(expected).any())  # NaN throughout may be anything.
-    return tells and distance(found, expected) <= _STRICTER * TOLERANCE.get(found.dtype, 1e-1)
+    return tells and distance(found, expected) <= _STRICTER * allowed(found)
+
+
+def allowed(result: Tensor) -> float:
+    """How far results may be apart: by their precision, or by that to which autocast has brought what is inside."""
+    inside = autocast.dtype_of(result.device) if result.dtype != torch.float64 else None
+    return max(TOLERANCE.get(dtype, 1e-1) for dtype in (result.dtype, inside) if dtype)
 
 
 def _first_difference(mesh: Mesh, vae: nn.Module, call: Call, probe: Probe, hooks: bool) -> str:
@@ -283,7 +290,7 @@ def _first_difference(mesh: Mesh, vae: nn.Module, call: Call, probe: Probe, hook
     tried(vae, probe.device, alone, hooks)
     tried(vae, probe.device, on_shards, hooks)
     for (name, expected), (_, found) in zip(plain, sharded, strict=False):
-        if distance(found, expected) > TOLERANCE.get(expected.dtype, 1e-1):
+        if distance(found, expected) > allowed(expected):
             return name
     return "none: the difference arises outside the submodules"
 

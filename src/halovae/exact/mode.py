@@ -27,6 +27,7 @@ from halovae.exact.layout import layout_of
 from halovae.exact.mesh import Mesh
 from halovae.exact.registry import RULES
 from halovae.functions import QUESTIONS, outside_modes
+from halovae.kernels import autocast
 
 RULE_MODULES = (
     attention,
@@ -69,6 +70,11 @@ class ShardMode(TorchFunctionMode):
         if func in _LOCAL:
             return _answer(func, *args, **kwargs)
         self._mesh.comm.check()
+        if autocast.is_on():
+            return autocast.run_cast(self._run_watched, func, args, kwargs)
+        return self._run_watched(func, args, kwargs)
+
+    def _run_watched(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
         tensors = _tensors(args, kwargs)

@@ -7,12 +7,14 @@ uses it; for everything else the result is computed when it is first needed, and
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from halovae.kernels.autocast import is_on, off
 from halovae.kernels.formats import memory_of, strides_of
 
 
@@ -65,7 +67,8 @@ class Deferred(torch.Tensor):
         if self.value is None:
             assert self.recipe is not None
             _here.pending.pop(id(self), None)
-            self.value = self.recipe.compute()
+            with off() if is_on() else nullcontext():
+                self.value = self.recipe.compute()
             self.recipe = None
         return self.value
 

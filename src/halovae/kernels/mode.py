@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from halovae.functions import QUESTIONS, named, writes
-from halovae.kernels import rules
+from halovae.kernels import autocast, rules
 from halovae.kernels.deferred import computed, settle
 from halovae.kernels.joined import read
 from halovae.kernels.weights import begin_call, end_call
@@ -46,6 +46,11 @@ class FastMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in ANSWERED:
             return func(*args, **kwargs)
+        if autocast.is_on():
+            return autocast.run_cast(self._run, func, args, kwargs)
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = rules.RULES.get(func)
         if rule is not None:
             result = rule(*args, **kwargs)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
+from halovae.kernels.autocast import off
 from halovae.kernels.kept import kept
 
 Way = Callable[[], object]
@@ -83,5 +84,5 @@ def _timed(way: Way) -> float:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Within it, torch runs without the modes around: they take time, and an answer is kept for other calls."""
-    with _disable_current_modes(), torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+    with _disable_current_modes(), off(), torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
         yield

@@ -12,6 +12,7 @@ from halovae.agreement import together
 from halovae.comm import Comm
 from halovae.config import HALVES, Gather, gather_of
 from halovae.errors import DisagreementError, InputError, TilingError
+from halovae.kernels import autocast
 from halovae.randomness import Generators
 from halovae.state import unchanged
 from halovae.target import Target
@@ -123,7 +124,8 @@ class TileRunner:
         Raises:
             TilingError: the VAE's tiles can't be used.
         """
-        key = half, described(self._target.vae), repr([_signature(value) for value in walk((args, kwargs))])
+        given = repr([*map(_signature, walk((args, kwargs))), autocast.state()])
+        key = half, described(self._target.vae), given
         if key not in self.plans:
             with together(self._comm):
                 if half not in self._planners:

@@ -1,0 +1,173 @@
+"""torch.autocast as casts that modes can see.
+
+torch casts the arguments of some functions behind the place where modes see the call. A kernel that stands in for a
+function would miss that, and so would tensors of the meta device. Here arguments are cast first, and the function runs
+without autocast. For which functions, and to what, differs by device and by version: torch is asked, on fake tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+from halovae.functions import outside_modes
+from halovae.kernels.shapes import alike, device_type
+from halovae.kernels.weights import derived
+
+is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore
+"""Whether autocast is on for a device of any type."""
+
+Run = Callable[..., Any]
+_known: dict[Hashable, torch.dtype | None] = {}
+
+
+def state() -> tuple[tuple[str, torch.dtype], ...]:
+    """The types of devices for which autocast is on, and to which dtype it casts."""
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _kinds_on())
+
+
+def dtype_of(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on a device, or on the one that it stands for; None where it is off."""
+    kind = device_type(device)
+    return torch.get_autocast_dtype(kind) if is_on() and kind in _kinds_on() else None
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Within it, autocast is off."""
+    kinds = _kinds_on()
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
+
+
+def _kinds_on() -> list[str]:
+    if not is_on():
+        return []
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu", *([accelerator.type] if accelerator else [])]
+    return [kind for kind in kinds if torch.is_autocast_enabled(kind)]
+
+
+def run_cast(run: Run, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a function as autocast would, by a `run` that knows nothing of it.
+
+    Args:
+        run: runs torch functions, given with their arguments and a dict of keyword arguments.
+        func: the function.
+        args: its arguments.
+        kwargs: likewise.
+    """
+    tensors = [tensor for tensor in _tensors((*args, *kwargs.values())) if tensor.is_floating_point()]
+    picture = next((tensor for tensor in tensors if tensor.is_meta), tensors[0] if tensors else None)
+    low = None if picture is None else dtype_of(picture.device)
+    to = None if picture is None or low is None else _casts_to(func, args, kwargs, tensors, device_type(picture.device))
+    with off():
+        if to is None or picture is None:
+            return run(func, args, kwargs)
+
+        def cast(tensor: Tensor) -> Tensor:
+            if tensor.dtype in (to, torch.float64) or not tensor.is_floating_point():
+                return tensor
+            if isinstance(tensor, torch.nn.Parameter):
+                weight = alike(tensor, picture)
+                return derived(weight, ("cast", to), outside_modes(lambda: weight.to(to)))
+            return run(Tensor.to, (tensor, to), {})
+
+        return run(func, _mapped(cast, args), {name: _mapped(cast, value) for name, value in kwargs.items()})
+
+
+def _casts_to(
+    func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], kind: str
+) -> torch.dtype | None:
+    """What autocast casts the arguments of a function to; None where it leaves them."""
+    asked = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+    low = torch.get_autocast_dtype(kind)
+    key = func, kind, low, len(args), *kwargs, *(tensor.dtype for tensor in tensors), *asked
+    if key not in _known:
+        own, all_casts = (_Casts(kind, low, cast).of(func, args, kwargs) for cast in (False, True))
+        _known[key] = all_casts[0] if len(all_casts) > len(own) else None
+    return _known[key]
+
+
+class _Casts(TorchDispatchMode):
+    """Notes the dtypes that operators of a function on fake tensors are cast to, with autocast or without."""
+
+    def __init__(self, kind: str, low: torch.dtype, cast: bool) -> None:
+        super().__init__()
+        self._kind, self._low, self._cast = kind, low, cast
+        self._seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and "dtype" in kwargs:
+            self._seen.append(kwargs["dtype"])
+        return func(*args, **kwargs)
+
+    @outside_modes
+    def of(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.dtype]:
+        """A function that can't run on these shapes, as on a shard without halo, has been cast before it says so."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        def fake(tensor: Tensor) -> Tensor:
+            return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=self._kind)
+
+        with _disable_current_modes(), FakeTensorMode(), off(), suppress(Exception), _silent():
+            given = _mapped(fake, args), {name: _mapped(fake, value) for name, value in kwargs.items()}
+            with torch.autocast(self._kind, self._low, enabled=self._cast), self:
+                func(*given[0], **given[1])
+        return self._seen
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within it, torch does not log what fake tensors can't do."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(function, item) for item in value)
+    return value
+
+
+class Autocast(TorchFunctionMode):
+    """Within it, functions of tensors of the meta device are cast as on the device that these stand for."""
+
+    def __torch_function__(
+        self, func: Run, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return run_cast(_run, func, args, kwargs) if is_on() else func(*args, **kwargs)
+
+
+def _run(func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
