@@ -16,7 +16,7 @@ MODULES = {
 
 LAYERS = [
     {"errors", "geometry", "config"},
-    {"comm", "agreement", "trees", "memory", "timeline", "link_speed", "functions", "compiled"},
+    {"comm", "agreement", "trees", "memory", "timeline", "link_speed", "functions", "compiled", "threads"},
     {"target", "kernels"},
     {"dataflow", "state", "randomness", "record", "speed", "measured_speed", "meter", "exact", "tile"},
     {"media", "models", "latents", "fit", "codec", "files", "pixels"},

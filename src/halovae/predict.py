@@ -158,8 +158,8 @@ class Predictor:
         """The VAE's code may draw random numbers; the next call is to draw as if it had not."""
         generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
         try:
-            vae = self._target.vae
-            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), as_written(), standing_in(self._costs.device):
+            vae, stands_for = self._target.vae, standing_in(self._costs.device)
+            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), as_written(), stands_for:
                 yield
         except HalovaeError:
             raise

@@ -7,6 +7,7 @@ So a rank that fails is noticed as ever, and any backend will do.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,10 @@ from halovae.functions import outside_modes
 def can_record(device: torch.device) -> bool:
     """Whether there are graphs for such a device, of the form that is used here."""
     return device.type in ("cuda", "npu") and hasattr(torch.get_device_module(device), _graph_of(device))
+
+
+_one_at_a_time = threading.Lock()
+"""Handles in other threads record on the same stream."""
 
 
 @functools.cache
@@ -68,7 +73,7 @@ class Tape(SoloComm):
         """
         self._module.synchronize(self._device)
         self._module.empty_cache()  # The graphs have memory of their own.
-        with warnings.catch_warnings(), self._module.stream(_stream(self._device)):
+        with _one_at_a_time, warnings.catch_warnings(), self._module.stream(_stream(self._device)):
             # There is nothing between some messages.
             warnings.filterwarnings("ignore", message=".*Graph is empty")
             try:

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any, Protocol, cast
 
@@ -20,6 +20,7 @@ from halovae.config import HALVES
 from halovae.errors import InputError, NotExactError
 from halovae.functions import outside_modes
 from halovae.kernels import autocast
+from halovae.threads import here, set_here
 from halovae.trees import tensors_in
 
 _MODULES = {"encode": "encoder", "decode": "decoder"}
@@ -246,15 +247,9 @@ class Target:
 
     @contextmanager
     def _tiled(self, on: bool) -> Iterator[None]:
-        """Within it, the VAE tiles in space or does not; what it does in time stays as configured."""
-        before: Any = getattr(self.vae, "use_tiling", on)
-        if before != on:
-            self.vae.use_tiling = on  # type: ignore[assignment]
-        try:
+        """Within it, the VAE tiles in space or does not, in this thread; what it does in time stays as configured."""
+        with set_here(self.vae, "use_tiling", on) if hasattr(self.vae, "use_tiling") else nullcontext():
             yield
-        finally:
-            if before != on:
-                self.vae.use_tiling = before
 
     def needs_tiles(self, half: str, *args: Any, **kwargs: Any) -> bool:
         """Whether what the VAE says not to implement is implemented in spatial tiles. Its network does not run."""
@@ -286,7 +281,8 @@ class Target:
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """The plain attributes of the VAE: what it does in a call may depend on them."""
-        return tuple(sorted((name, value) for name, value in vars(self.vae).items() if isinstance(value, PLAIN)))
+        plain = ((name, here(value)) for name, value in vars(self.vae).items() if isinstance(value, PLAIN))
+        return tuple(sorted(plain))
 
     def kind(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What a call depends on besides the weights and the values of its tensors."""

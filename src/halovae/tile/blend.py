@@ -7,11 +7,13 @@ trust: the first blend of each kind runs both ways, and where they differ the VA
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from halovae.threads import set_here
 
 DIMS = {"blend_t": -3, "blend_v": -2, "blend_h": -1}
 """Names of the methods, and the dimension each one blends along."""
@@ -23,7 +25,8 @@ class Blends:
     """Fast blending for one VAE, and what is known about it.
 
     Args:
-        vae: the VAE; those of its methods that have the known names are replaced within `fast` and `skipped`.
+        vae: the VAE; those of its methods that have the known names are replaced within `fast` and `skipped`, for
+            the thread that is in there.
     """
 
     def __init__(self, vae: nn.Module) -> None:
@@ -45,12 +48,10 @@ class Blends:
 
     @contextmanager
     def _replaced(self, blends: dict[str, Blend]) -> Iterator[None]:
-        self._vae.__dict__.update(blends)
-        try:
+        with ExitStack() as stack:
+            for name, blend in blends.items():
+                stack.enter_context(set_here(self._vae, name, blend))
             yield
-        finally:
-            for name in blends:
-                del self._vae.__dict__[name]
 
     def _checked(self, name: str, own: Blend) -> Blend:
         def blend(above: Tensor, tile: Tensor, extent: int) -> Tensor:

@@ -6,26 +6,31 @@ Sizes and overlaps here are in pixels, as (height, width).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from halovae.target import told
+from halovae.threads import set_here
 
 _AXES = ("height", "width")
 
 
 @contextmanager
 def applied(vae: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Within it, the VAE has these settings."""
-    before = {name: vae.__dict__[name] for name in settings}
-    vae.__dict__.update(settings)
-    try:
-        yield
-    finally:
-        vae.__dict__.update(before)
+    """Within it, the VAE has these settings; switches for this thread alone, sizes for all."""
+    sizes = {name: value for name, value in settings.items() if not isinstance(value, bool)}
+    before = {name: vae.__dict__[name] for name in sizes}
+    with ExitStack() as stack:
+        for name in settings.keys() - sizes.keys():
+            stack.enter_context(set_here(vae, name, settings[name]))
+        vae.__dict__.update(sizes)
+        try:
+            yield
+        finally:
+            vae.__dict__.update(before)
 
 
 def described(vae: nn.Module) -> str:
