@@ -260,7 +260,8 @@ class Handle:
         begun, vae = time.perf_counter(), self._target.vae
         device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
-        with self._eagerly(half), self._kept.in_use(), undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
+        eagerly, ours = self._eagerly(half), self._kept.in_use()
+        with eagerly, ours, undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
             self._comm.traffic = Traffic()
             picture = self._agree_on_call(half, args, kwargs)
             with torch.no_grad():

@@ -242,8 +242,9 @@ def verify(mesh: Mesh, target: Target, half: str, probe: Probe, alone: Alone) ->
         f" ({bad[0]} of {expected.numel()} values are not finite un-parallel, {bad[1]} on shards" if any(bad) else ""
     )
     return VerificationError(
-        f"{half} of {target.name} on shards differs from the un-parallel one by {gap:.1e} (allowed {allowed(expected):.0e})"
-        f"{values and values + _cause(expected.dtype) + ')'}; the first submodule that differs is {culprit}"
+        f"{half} of {target.name} on shards differs from the un-parallel one by {gap:.1e} "
+        f"(allowed {allowed(expected):.0e}){values and values + _cause(expected.dtype) + ')'}; "
+        f"the first submodule that differs is {culprit}"
     )
 
 

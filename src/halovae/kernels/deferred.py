@@ -124,7 +124,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 def any_pending() -> bool:
     """Whether something is not computed yet that somebody holds on to."""
-    return bool(_pending)
+    return bool(_here.pending)
 
 
 def settle(written: Tensor) -> None:
