@@ -192,11 +192,13 @@ def read_by(vae: nn.Module) -> tuple[Any, ...]:
     for module in vae.modules():
         found.append(id(module))
         for values in (module._parameters, module._buffers, vars(module)):  # pyright: ignore[reportPrivateUsage]
-            for value in values.values():
+            # By name: an attribute that was away for a while stands in another place.
+            for name in sorted(values):
+                value = values[name]
                 if isinstance(value, Tensor):
-                    found.append((value.data_ptr(), value.stride(), value.dtype))
+                    found.append((name, value.data_ptr(), value.stride(), value.dtype))
                 elif isinstance(value, PLAIN):
-                    found.append(value)
+                    found.append((name, value))
     return tuple(found)
 
 
