@@ -136,6 +136,38 @@ def test_bad_input_is_one_line(
     assert names(in_folder) == set()
 
 
+ALL_AT_ONCE = [
+    (
+        ["--image", "nowhere.png", "-o", "nowhere/o.mp4", "--flow-shift", "0", "--axis", "0x2", "--json", "o.txt"],
+        [
+            "--axis 0x2: give auto, height, width, or rows and columns such as 2x4",
+            "--flow-shift 0.0: give a number above 0",
+            "output folder nowhere does not exist: create it first",
+            "output o.txt: the name must end with .json",
+            "nowhere.png does not exist",
+        ],
+    ),
+    (
+        ["--image", COFFEE, "--height", "100", "--num-frames", "6", "--boundary-ratio", "0.5"],
+        [
+            "--boundary-ratio can't be honoured: this WanImageToVideoPipeline has one expert only; leave it out",
+            "--height 100 is not a multiple of 16: use 96 or 112",
+            "--num-frames 6 is not a multiple of 4 plus 1: use 5 or 9",
+            "--prompt is missing: WanImageToVideoPipeline needs one",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "lines"), ALL_AT_ONCE, ids=["of flags and files", "of the model"])
+def test_all_faults_are_told_at_once(
+    flags: list[str], lines: list[str], demo: str, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["image-to-video", "--model", demo, *flags, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"halovae: error: {line}" for line in lines]
+    assert names(in_folder) == set()
+
+
 def test_what_configs_tell_is_refused_before_weights_are_loaded(
     demo: str, in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

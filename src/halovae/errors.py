@@ -1,9 +1,12 @@
 """Every error halovae raises, as one tree.
 
-All of them carry one line: what is wrong, which value, what is allowed, what to do.
+All of them carry one line for each fault: what is wrong, which value, what is allowed, what to do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class HalovaeError(Exception):
@@ -12,6 +15,32 @@ class HalovaeError(Exception):
 
 class InputError(HalovaeError, ValueError):
     """A value from the caller can't be used: a file, a flag, a shape, an option."""
+
+
+class Faults:
+    """What is wrong with a request, gathered so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, None] = {}
+
+    def add(self, line: str) -> None:
+        self._lines[line] = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Go on after the block when it refuses something."""
+        try:
+            yield
+        except InputError as error:
+            self._lines |= dict.fromkeys(str(error).splitlines())
+
+    def check(self) -> None:
+        """
+        Raises:
+            InputError: something was refused; one line of its message for each fault.
+        """
+        if self._lines:
+            raise InputError("\n".join(self._lines))
 
 
 class DisagreementError(InputError):

@@ -271,7 +271,8 @@ class Group:
 
 def _verdict(messages: Sequence[str], exit_code: int = 1, details: str = "") -> Verdict:
     """Each different message once. No message: all is well."""
-    return Verdict(exit_code if messages else 0, tuple(dict.fromkeys(messages)), details)
+    lines = [line for message in messages for line in message.splitlines()]
+    return Verdict(exit_code if messages else 0, tuple(dict.fromkeys(lines)), details)
 
 
 def _death(rank: _Rank) -> str:

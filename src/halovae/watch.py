@@ -62,7 +62,10 @@ def failure_of(error: BaseException) -> Failure:
     expected = isinstance(error, HalovaeError)
     consequence = isinstance(error, RankFailedError)
     refused = isinstance(error, (InputError, NotExactError))
-    message = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    # Each fault of bad input has a line of its own.
+    message = ("\n" if refused else " ").join(filter(None, lines))
+    message = message if expected else f"{type(error).__name__}: {message}"
     return Failure(
         message=message,
         exit_code=2 if refused else 1,

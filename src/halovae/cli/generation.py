@@ -11,8 +11,8 @@ import typer
 
 from halovae import launch
 from halovae.cli.options import RunOptions, parse_axis
-from halovae.errors import HalovaeError, InputError
-from halovae.files import check_output, first_line
+from halovae.errors import Faults, HalovaeError, InputError
+from halovae.files import check_model, check_output, first_line
 from halovae.pipelines.settings import Generation, Setup
 
 if TYPE_CHECKING:
@@ -85,11 +85,15 @@ def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
     """
     from halovae.cli.run import run
 
-    job = job_of(task, given, tuple(context.obj))
-    place = launch.place()
+    place, faults = launch.place(), Faults()
     ranks = place.world_size if place else given["ranks"] or 1
-    job.setup.check_ranks(ranks)
-    _check_files(job)
+    job = None
+    with faults.noted():
+        job = job_of(task, given, tuple(context.obj))
+        job.setup.check_ranks(ranks)
+    _check_files(task, given, faults)
+    faults.check()
+    assert job is not None
     if job.dry_run:
         from halovae.cli.dry_run import dry_run
 
@@ -102,21 +106,30 @@ def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
 
 def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> Job:
     """What a command's arguments, by name, ask for; `words` as the user typed them."""
-    values = {_RENAMED.get(name, name): value for name, value in given.items()}
-    values["vae_axis"] = parse_axis(given["axis"])
-    values["vae_mode"] = _vae_mode(given)
+    values, faults = {_RENAMED.get(name, name): value for name, value in given.items()}, Faults()
+    values |= {"vae_axis": "auto", "vae_mode": None}
+    with faults.noted():
+        values["vae_axis"] = parse_axis(given["axis"])
+    with faults.noted():
+        values["vae_mode"] = _vae_mode(given)
     for name in ("dtype", "vae_dtype"):
         values[name] = None if given[name] is None else given[name].value
     values["dtype"] = values["dtype"] or Setup.dtype
     names = {field.name for field in fields(Generation)} - {"image", "last_image"}
+    generation, setup = Generation(), Setup()
+    with faults.noted():
+        generation = Generation(**{name: values[name] for name in names & set(values)})
+    with faults.noted():
+        setup = Setup(**{field.name: values[field.name] for field in fields(Setup) if field.name in values})
+    faults.check()
     return Job(
         task=task,
         model=given["model"],
         output=given["output"],
         image=given.get("image"),
         last_image=given.get("last_image"),
-        generation=Generation(**{name: values[name] for name in names & set(values)}),
-        setup=Setup(**{field.name: values[field.name] for field in fields(Setup) if field.name in values}),
+        generation=generation,
+        setup=setup,
         fps=given.get("fps", 1),
         crf=given.get("crf"),
         dry_run=given["dry_run"],
@@ -134,26 +147,38 @@ def _vae_mode(given: Mapping[str, Any]) -> str | None:
     return "tile" if given["vae_use_tiling"] else asked
 
 
-def _check_files(job: Job) -> None:
-    """Refuse files that can't be read or written, before anything is loaded."""
-    from halovae.media import SUFFIXES, check_still, inspect
+def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
+    """Note files that can't be read or written, before anything is loaded."""
+    from halovae.media import SUFFIXES, check_still
 
-    check_output(job.output, (".png",) if job.task == "image-to-image" else SUFFIXES)
-    if job.json is not None:
-        check_output(job.json, (".json",))
-    if job.report is not None:
+    with faults.noted():
+        check_model(given["model"])
+    output: Path = given["output"]
+    with faults.noted():
+        check_output(output, (".png",) if task == "image-to-image" else SUFFIXES)
+        if given.get("num_frames") is not None:
+            check_still(output, given["num_frames"])
+    if given["json"] is not None:
+        with faults.noted():
+            check_output(given["json"], (".json",))
+    if given["report"] is not None:
         from halovae.report import check_report
 
-        check_report(job.report)
-    for path in (job.image, job.last_image):
-        if path is None:
-            continue
-        if not inspect(path).is_image:
-            raise InputError(f"{path} is a video: give a still image")
-        if job.output.exists() and job.output.samefile(path):
-            raise InputError(f"output {job.output} is the input: give another name")
-    if job.generation.num_frames is not None:
-        check_still(job.output, job.generation.num_frames)
+        with faults.noted():
+            check_report(given["report"])
+    for name in ("image", "last_image"):
+        if given.get(name) is not None:
+            with faults.noted():
+                _check_image(given[name], output)
+
+
+def _check_image(path: Path, output: Path) -> None:
+    from halovae.media import inspect
+
+    if not inspect(path).is_image:
+        raise InputError(f"{path} is a video: give a still image")
+    if output.exists() and output.samefile(path):
+        raise InputError(f"output {output} is the input: give another name")
 
 
 def _on_rank(session: Session, job: Job) -> None:

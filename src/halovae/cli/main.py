@@ -102,5 +102,5 @@ def entry() -> NoReturn:
 
 
 def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"halovae: error: {message}\n")
+    sys.stderr.write("".join(f"halovae: error: {line}\n" for line in message.splitlines() or [""]))
     return code

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from halovae import media
-from halovae.errors import InputError
+from halovae.errors import Faults
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.scheduler import check_boundary, check_steps, shifted
 from halovae.pipelines.settings import Generation
@@ -36,14 +36,20 @@ def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> 
     Raises:
         InputError: what the run itself would refuse too.
     """
-    check_degrees(components, job.setup)
-    check_backend(components, job.setup)
-    check_boundary(source.cls, components, job.setup)
-    grid = grid_of(components)
-    generation = settled(source.cls, components, grid, job)
+    grid, faults, generation = grid_of(components), Faults(), job.generation
+    with faults.noted():
+        check_degrees(components, job.setup)
+    with faults.noted():
+        check_backend(components, job.setup)
+    with faults.noted():
+        check_boundary(source.cls, components, job.setup)
+    with faults.noted():
+        generation = settled(source.cls, components, grid, job)
     scheduler, shift = components.get("scheduler"), job.setup.flow_shift
     if scheduler is not None:  # It may be of a class that only the pipeline knows.
-        check_steps(source.cls, scheduler if shift is None else shifted(scheduler, shift), generation)
+        with faults.noted():
+            check_steps(source.cls, scheduler if shift is None else shifted(scheduler, shift), generation)
+    faults.check()
     return grid, generation
 
 
@@ -59,22 +65,26 @@ def settled(cls: Any, components: Mapping[str, Any], grid: Grid, job: Job) -> Ge
     Raises:
         InputError: a setting that can't be honoured, or a size that doesn't fit.
     """
-    size = None
-    if job.image is not None:
-        first = _read(job.image, None, None)
-        size = first.height, first.width
-    generation = fill_in(cls, grid, job.generation, size)
-    height, width = generation.height, generation.width
-    check_sizes(cls, grid, generation, job.setup)
-    generation = replace(
-        generation,
-        image=None if job.image is None else _read(job.image, height, width),
-        last_image=None if job.last_image is None else _read(job.last_image, height, width),
-    )
-    arguments(cls, generation)
-    if generation.guidance_scale_2 is not None and components.get("transformer_2") is None:
-        raise InputError(f"--guidance-scale-high can't be honoured: {cls.__name__} has one expert here; leave it out")
-    return generation
+    faults, paths = Faults(), {"image": job.image, "last_image": job.last_image}
+    whole = job.generation
+    for name, path in paths.items():
+        if path is not None:
+            # That there is one counts, also where it can't be read: one fault is told once.
+            whole = replace(whole, **{name: path})
+            with faults.noted():
+                whole = replace(whole, **{name: _read(path, None, None)})
+    size = (whole.image.height, whole.image.width) if isinstance(whole.image, Image.Image) else None
+    # Without the image's proportions, only the sizes that were asked for can be judged.
+    sized = whole if isinstance(whole.image, Path) else fill_in(cls, grid, whole, size)
+    with faults.noted():
+        check_sizes(cls, grid, sized, job.setup)
+    with faults.noted():
+        arguments(cls, sized)
+    if sized.guidance_scale_2 is not None and components.get("transformer_2") is None:
+        faults.add(f"--guidance-scale-high can't be honoured: {cls.__name__} has one expert here; leave it out")
+    faults.check()
+    fitted = {name: _read(path, sized.height, sized.width) for name, path in paths.items() if path is not None}
+    return replace(sized, **fitted)
 
 
 def _read(path: Path, height: int | None, width: int | None) -> Image.Image:

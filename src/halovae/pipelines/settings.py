@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halovae.config import Axis
-from halovae.errors import InputError
+from halovae.errors import Faults
 
 TASKS = ("image-to-video", "text-to-video", "image-to-image")
 
@@ -49,17 +49,19 @@ class Setup:
     """Share of the noise levels that the second expert begins at; None: as the model says."""
 
     def __post_init__(self) -> None:
+        faults = Faults()
         for name in ("ulysses_degree", "ring_degree"):
             if getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} {getattr(self, name)}: give 1 or more")
+                faults.add(f"{flag(name)} {getattr(self, name)}: give 1 or more")
         if self.layerwise_offload and self.cpu_offload:
-            raise InputError("--enable-layerwise-offload and --enable-cpu-offload exclude each other: choose one")
+            faults.add("--enable-layerwise-offload and --enable-cpu-offload exclude each other: choose one")
         if self.vae_mode == "tile" and self.vae_axis != "auto":
-            raise InputError("--axis can't be honoured with --vae-mode tile, which cuts no axis: leave one of them out")
+            faults.add("--axis can't be honoured with --vae-mode tile, which cuts no axis: leave one of them out")
         if self.boundary_ratio is not None and not 0 <= self.boundary_ratio <= 1:
-            raise InputError(f"--boundary-ratio {self.boundary_ratio}: give a number from 0 to 1")
-        if self.flow_shift is not None and self.flow_shift <= 0:
-            raise InputError(f"--flow-shift {self.flow_shift}: give a number above 0")
+            faults.add(f"--boundary-ratio {self.boundary_ratio}: give a number from 0 to 1")
+        if self.flow_shift is not None and not self.flow_shift > 0:
+            faults.add(f"--flow-shift {self.flow_shift}: give a number above 0")
+        faults.check()
 
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks.
@@ -71,12 +73,14 @@ class Setup:
         asked = f"--ulysses-degree {self.ulysses_degree}"
         if self.ring_degree > 1:
             asked += f" x --ring-degree {self.ring_degree}"
+        faults = Faults()
         if degree > ranks:
-            raise InputError(f"{asked} needs {degree} ranks, but there are {ranks}: use --ranks {degree}")
-        if ranks % degree:
-            raise InputError(f"{asked} does not divide {ranks} ranks: choose degrees whose product does")
+            faults.add(f"{asked} needs {degree} ranks, but there are {ranks}: use --ranks {degree}")
+        elif ranks % degree:
+            faults.add(f"{asked} does not divide {ranks} ranks: choose degrees whose product does")
         if self.vae_size is not None and not 1 <= self.vae_size <= ranks:
-            raise InputError(f"--vae-patch-parallel-size {self.vae_size}: give 1 to {ranks}, the number of ranks")
+            faults.add(f"--vae-patch-parallel-size {self.vae_size}: give 1 to {ranks}, the number of ranks")
+        faults.check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +111,12 @@ class Generation:
     """None: drawn by the first rank, and the same on all."""
 
     def __post_init__(self) -> None:
+        faults = Faults()
         for name in ("height", "width", "num_frames", "num_inference_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{flag(name)} {value}: give 1 or more")
+                faults.add(f"{flag(name)} {value}: give 1 or more")
+        faults.check()
 
 
 FLAGS = {"guidance_scale_2": "--guidance-scale-high", "frame_rate": "--fps"}

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
-from halovae.errors import InputError
+from halovae.errors import Faults
 from halovae.pipelines.settings import Generation, flag
 
 
@@ -37,19 +37,21 @@ def arguments(cls: Any, generation: Generation) -> dict[str, Any]:
     """
     known, name = parameters(cls), cls.__name__
     chosen: dict[str, Any] = {}
+    faults = Faults()
     for field in fields(generation):
         value = getattr(generation, field.name)
         if value is None or field.name == "seed" or (field.name == "frame_rate" and field.name not in known):
             continue
         if field.name not in known:
-            raise InputError(f"{flag(field.name)} can't be honoured: {name} takes no {field.name}; leave it out")
+            faults.add(f"{flag(field.name)} can't be honoured: {name} takes no {field.name}; leave it out")
         chosen[field.name] = value
     if "max_area" in known and generation.height and generation.width:
         # Some pipelines scale every size to one number of pixels, if not told otherwise.
         chosen["max_area"] = generation.height * generation.width
     for wanted in ("image", "prompt"):
         if wanted in known and wanted not in chosen and _is_needed(known, wanted):
-            raise InputError(f"{flag(wanted)} is missing: {name} needs one")
+            faults.add(f"{flag(wanted)} is missing: {name} needs one")
+    faults.check()
     return chosen
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from halovae.errors import InputError
+from halovae.errors import Faults, InputError
 from halovae.fit import limits_of
 from halovae.pipelines.grid import Grid
 from halovae.pipelines.settings import Generation, Setup
@@ -62,12 +62,15 @@ def check_sizes(cls: Any, grid: Grid, generation: Generation, setup: Setup) -> N
     Raises:
         InputError: says which.
     """
-    known = parameters(cls)
+    known, faults = parameters(cls), Faults()
     for name in ("height", "width"):
-        grid.check_side(f"--{name}", getattr(generation, name))
+        with faults.noted():
+            grid.check_side(f"--{name}", getattr(generation, name))
     frames = generation.num_frames or default(known, "num_frames") or 1
     if "num_frames" in known:
-        grid.check_count("--num-frames", frames)
+        with faults.noted():
+            grid.check_count("--num-frames", frames)
+    faults.check()
     _check_tokens(grid, generation, frames, degree(setup))
 
 
