@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,6 +21,7 @@ from halovae.cli.plan import plan
 from halovae.cli.roundtrip import roundtrip
 from halovae.cli.serve import serve
 from halovae.cli.text_to_video import text_to_video
+from halovae.cli.usage import Command, Group
 from halovae.watch import Interrupted, failure_of, report
 
 # Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
@@ -28,6 +29,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="halovae",
+    cls=Group,
     help="Encode and decode videos with any diffusers VAE, on several devices, exactly as on one.",
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
@@ -50,12 +52,38 @@ def _options(
     """Options before a command."""
 
 
-COMMANDS = (
-    image_to_video, text_to_video, image_to_image, serve, make_demo_model, roundtrip, encode, decode, compare, plan,
-    doctor,
-)  # fmt: skip
-for command in COMMANDS:
-    app.command()(command)
+_PIPELINES, _ALONE, _LOOK = "Whole pipelines", "The VAE alone", "Look and compare"
+COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
+    (
+        _PIPELINES,
+        image_to_video,
+        'halovae image-to-video --model demo --image media/coffee.png --prompt "" \\\n'
+        "  --height 128 --width 192 --num-frames 17 --num-inference-steps 4 --ranks 2",
+    ),
+    (
+        _PIPELINES,
+        text_to_video,
+        'halovae text-to-video --model demo-t2v --prompt "a cup of coffee" \\\n'
+        "  --height 128 --width 192 --num-frames 17 --num-inference-steps 8 --ranks 2",
+    ),
+    (
+        _PIPELINES,
+        image_to_image,
+        'halovae image-to-image --model demo-i2i --image media/coffee.png --prompt "a cup of coffee" \\\n'
+        "  --height 256 --width 384 --num-inference-steps 8 --ranks 2",
+    ),
+    (_PIPELINES, serve, "halovae serve --model demo --ranks 2"),
+    (_PIPELINES, make_demo_model, "halovae make-demo-model demo-t2v --kind text-to-video"),
+    (_ALONE, roundtrip, "halovae roundtrip clip.mp4 -o out.mp4 --ranks 2 --compare"),
+    (_ALONE, encode, "halovae encode clip.mp4 -o latents.safetensors --frames 0:17 --ranks 2"),
+    (_ALONE, decode, "halovae decode latents.safetensors -o out.mp4 --ranks 2"),
+    (_LOOK, compare, "halovae compare clip.mp4 out.mp4 --min-ssim 0.7 --report out/report"),
+    (_LOOK, plan, "halovae plan --height 480 --width 832 --num-frames 81 --ranks 1,2,4,8 --link nvlink"),
+    (_LOOK, doctor, "halovae doctor --ranks 2"),
+)
+"""Group, function and example of each command."""
+for group, function, example in COMMANDS:
+    app.command(cls=Command, rich_help_panel=group, epilog=example)(function)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,30 +9,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halovae.cli import usage
 from halovae.errors import InputError
 
 if TYPE_CHECKING:
     from halovae.cli.progress import Stages
     from halovae.tile.settings import TileSettings
 
-Mode = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WORD",
-        help="exact: shards, the un-tiled result. tile: the VAE's own tiles, spread. auto: exact on a fast link, "
-        "else tile.",
-        show_default="exact; tile for a VAE that comes tiled",
-    ),
-]
+WORDS = "exact|tile|auto"
+HELP = (
+    "exact cuts the picture into shards that exchange borders: the un-tiled result. tile spreads the VAE's own tiles "
+    "over the ranks. auto takes what is predicted to be faster on this link."
+)
+DEFAULT = "exact; tile for a VAE that comes tiled"
+TILING_HELP = "The same as {}, by the name that vLLM-Omni has for it."
+SIZE_HELP = "Use this many of the ranks for the VAE; the others wait, and share its result."
+"""Of the same flags, also where they are called `--vae-mode`."""
+Mode = Annotated[str | None, typer.Option(metavar=WORDS, help=HELP, show_default=DEFAULT, rich_help_panel=usage.VAE)]
 TileSize = Annotated[
     str | None,
-    typer.Option(metavar="H,W", help="Height and width of a tile in pixels.", show_default="the VAE's own"),
-]
+    typer.Option(
+        metavar="H,W", help="Make tiles this high and wide, in pixels.", show_default="the VAE's own",
+        rich_help_panel=usage.VAE,
+    ),
+]  # fmt: skip
 TileOverlap = Annotated[
-    str | None, typer.Option(metavar="H,W", help="By how much tiles overlap.", show_default="the VAE's own")
-]
+    str | None,
+    typer.Option(
+        metavar="H,W", help="Let tiles overlap by so many pixels.", show_default="the VAE's own",
+        rich_help_panel=usage.VAE,
+    ),
+]  # fmt: skip
 UseTiling = Annotated[
-    bool, typer.Option("--vae-use-tiling", "--vae_use_tiling", help="The name that vLLM-Omni has for --mode tile.")
+    bool,
+    typer.Option(
+        "--vae-use-tiling", "--vae_use_tiling", help=TILING_HELP.format("--mode tile"), rich_help_panel=usage.VAE
+    ),
 ]
 PatchParallelSize = Annotated[
     int | None,
@@ -41,8 +53,9 @@ PatchParallelSize = Annotated[
         "--vae_patch_parallel_size",
         min=1,
         metavar="N",
-        help="The name that vLLM-Omni has for how many ranks run the VAE; further ones wait.",
-        show_default="all ranks",
+        help=SIZE_HELP,
+        show_default="all",
+        rich_help_panel=usage.VAE,
     ),
 ]
 

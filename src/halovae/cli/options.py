@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from halovae.cli import usage
 from halovae.cli.modes import Work
 from halovae.errors import InputError
 
@@ -26,17 +27,26 @@ class Dtype(str, Enum):
 Source = Annotated[Path, typer.Argument(metavar="INPUT", help="A video or an image.", show_default=False)]
 VideoOutput = Annotated[
     Path,
-    typer.Option("-o", "--output", metavar="FILE", help="Write here: .mp4, or .png for one frame.", show_default=False),
-]
+    typer.Option(
+        "-o", "--output", metavar="FILE", help="Write the result to this file: an .mp4, or a .png for one frame.",
+        show_default=False, rich_help_panel=usage.FILES,
+    ),
+]  # fmt: skip
 LatentsOutput = Annotated[
-    Path, typer.Option("-o", "--output", metavar="FILE", help="Write here: .safetensors.", show_default=False)
-]
+    Path,
+    typer.Option(
+        "-o", "--output", metavar="FILE", help="Write the latents to this file, a .safetensors.",
+        show_default=False, rich_help_panel=usage.FILES,
+    ),
+]  # fmt: skip
 Model = Annotated[
     str | None,
     typer.Option(
         metavar="DIR_OR_ID",
-        help="Folder of a diffusers VAE or pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
+        help="Use this VAE: the folder of a diffusers VAE or pipeline, or a hub id such as "
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
         show_default="the small VAE that ships with halovae",
+        rich_help_panel=usage.FILES,
     ),
 ]
 Ranks = Annotated[
@@ -45,43 +55,84 @@ Ranks = Annotated[
         metavar="N",
         help="Start this many processes on this machine. Under torchrun leave it out: its processes are used.",
         show_default="1",
+        rich_help_panel=usage.RANKS,
     ),
 ]
 Axis = Annotated[
-    str, typer.Option(metavar="CUT", help="How to cut the picture: auto, height, width, or ROWSxCOLS such as 2x4.")
+    str,
+    typer.Option(
+        metavar="CUT",
+        help="Cut the picture like this in exact mode: auto, height, width, or ROWSxCOLS such as 2x4.",
+        rich_help_panel=usage.VAE,
+    ),
 ]
 Frames = Annotated[
     str | None,
-    typer.Option(metavar="A:B", help="Frames A to B - 1, counted from 0.", show_default="all"),
+    typer.Option(
+        metavar="A:B", help="Take frames A to B - 1, counted from 0.", show_default="all", rich_help_panel=usage.CLIP
+    ),
 ]
 Height = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="PIXELS", help="Scale to cover this, then crop around the centre.", show_default="as in the file"
+        min=1,
+        metavar="PIXELS",
+        help="Make the clip this high: it is scaled to cover the size, and cropped around its centre.",
+        show_default="as in the file, or in proportion to --width",
+        rich_help_panel=usage.CLIP,
     ),
 ]
-Width = Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="As --height.", show_default="as in the file")]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="PIXELS",
+        help="Make the clip this wide, in the same way.",
+        show_default="as in the file, or in proportion to --height",
+        rich_help_panel=usage.CLIP,
+    ),
+]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
-        "--dtype", help="Number format of weights and pictures.", show_default="float32 on cpu, else bfloat16"
+        "--dtype",
+        metavar="TYPE",
+        help="Compute with this number format: float32, float64, bfloat16 or float16.",
+        show_default="float32 on cpu, else bfloat16",
+        rich_help_panel=usage.DEVICE,
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="KIND", help="cpu, cuda, npu, xpu, ...", show_default="the accelerator if there is one"),
+    typer.Option(
+        metavar="KIND",
+        help="Run on this kind of device: cpu, cuda, npu, xpu, ...",
+        show_default="the accelerator if there is one",
+        rich_help_panel=usage.DEVICE,
+    ),
 ]
 Compare = Annotated[
-    bool, typer.Option("--compare", help="Run the VAE without parallelism too, and show how far the results differ.")
+    bool,
+    typer.Option(
+        "--compare",
+        help="Run the VAE on one rank too, and tell how far the results differ.",
+        rich_help_panel=usage.REPORTS,
+    ),
 ]
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.", show_default=False)
-]
-
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the numbers to this file, too.", show_default=False,
+        rich_help_panel=usage.REPORTS,
+    ),
+]  # fmt: skip
 ReportFolder = Annotated[
     Path | None,
-    typer.Option("--report", metavar="DIR", help="Write a page with pictures and numbers here.", show_default=False),
-]
+    typer.Option(
+        "--report", metavar="DIR", help="Write a page with pictures and numbers to this folder.", show_default=False,
+        rich_help_panel=usage.REPORTS,
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

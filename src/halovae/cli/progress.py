@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+_CLEAR_LINE = "\x1b[K"
+
 
 class Stages:
     """The stages of a run, one at a time.
@@ -20,6 +22,8 @@ class Stages:
     def __init__(self, speaks: bool) -> None:
         self._speaks = speaks
         self._shows = speaks and sys.stderr.isatty()
+        if self._shows:
+            sys.stderr.write(_CLEAR_LINE)
 
     @contextmanager
     def stage(self, name: str, steps: int | None = None) -> Iterator[Callable[[], None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,9 @@ def run(context: typer.Context, options: RunOptions, body: Callable[[Session], N
     _check_axis(options.axis, busy or ranks)
     if options.model not in (None, DEMO):
         check_model(options.model)
+    if here is None and sys.stderr.isatty():
+        # Libraries take seconds to import. The first stage writes over it.
+        sys.stderr.write(f"starting {ranks} rank{'s' * (ranks != 1)}\r")
     if here is None and ranks > 1:
         return launch.run_ranks(context.obj, ranks)
     with guarded():

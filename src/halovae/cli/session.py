@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -219,9 +220,23 @@ def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
     if device.type == "cpu" and place.local_world_size > launch.cores():
         opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one each")
     options.work.announce(opened.stages)
-    yield opened
+    with _noting_warnings(opened.stages):
+        yield opened
     # Not after an exception: leaving may wait for ranks that are gone.
     comm.shutdown()
+
+
+@contextmanager
+def _noting_warnings(stages: Stages) -> Iterator[None]:
+    """What the library warns of is told as the command line tells things, once for all ranks."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: stages.note(record.getMessage())
+    logger = logging.getLogger("halovae")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _device(kind: str | None, place: launch.Place) -> torch.device:
