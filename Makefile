@@ -8,8 +8,9 @@ MINUTES ?= 3
 .PHONY: demo test chaos lint clean
 
 demo: $(READY)
-	mkdir -p out
-	$(VENV)/bin/halovae roundtrip media/bigbuckbunny.mp4 -o out/demo.mp4 --frames 108:125 --height 256 --width 448 \
+	@mkdir -p out
+	@echo "9 frames go through a small VAE on $(RANKS) ranks, then on one rank to compare: about a minute."
+	$(VENV)/bin/halovae roundtrip media/bigbuckbunny.mp4 -o out/demo.mp4 --frames 108:117 --height 256 --width 448 \
 		--ranks $(RANKS) --compare --report out/demo-report
 
 test: $(READY)
@@ -25,8 +26,9 @@ lint: $(READY)
 	$(VENV)/bin/pyright
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing torch, diffusers and what tests need into $(VENV), once: some GiB, which takes minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

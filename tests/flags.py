@@ -34,8 +34,7 @@ FLAGS = {
             --ranks --ring-degree --served-model-name --store --task --ulysses-degree --vae-decode
             --vae-dtype --vae-encode --vae-mode --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling
         """,
-        "make-demo-model": """
-        """,
+        "make-demo-model": "--kind",
         "roundtrip": """
             --axis --compare --device --dtype --frames --height --json --mode --model --output --ranks
             --report --tile-overlap --tile-size --vae-patch-parallel-size --vae-use-tiling

@@ -64,7 +64,7 @@ class TestHelp:
         output = capsys.readouterr().out
         assert output.startswith("Usage: halovae")
         if not arguments or arguments[0] not in FLAGS:
-            assert "..." not in output  # Summaries are whole.
+            assert "..." not in output.replace("[ARGS]...", "")  # Summaries are whole.
             return
         assert all(flag in output for flag in FLAGS[arguments[0]])
         example = output.partition("Example:\n  ")[2]

@@ -1,4 +1,4 @@
-"""`halovae make-demo-model`: a tiny image-to-video pipeline on disk."""
+"""`halovae make-demo-model`: a tiny pipeline on disk."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from typing import Annotated
 
 import typer
 
+from halovae.errors import InputError
+from halovae.pipelines.settings import TASKS
+
 _Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Write here: a folder that is not there yet.", show_default=False)
 ]
+_Kind = Annotated[
+    str, typer.Option("--kind", metavar="|".join(TASKS), help="Make a pipeline for the command of this name.")
+]
+_TRY = {
+    "image-to-video": '--image PICTURE --prompt "" --height 128 --width 192 --num-frames 17 --num-inference-steps 4',
+    "text-to-video": '--prompt "a cup" --height 128 --width 192 --num-frames 17 --num-inference-steps 8',
+    "image-to-image": '--image PICTURE --prompt "" --height 256 --width 384 --num-inference-steps 8',
+}
 
 
-def make_demo_model(folder: _Folder) -> int:
-    """Build a tiny image-to-video pipeline in diffusers' format, without any download, to try the other commands."""
+def make_demo_model(folder: _Folder, kind: _Kind = "image-to-video") -> int:
+    """Build a tiny pipeline in diffusers' format, without any download, to try the other commands."""
     from halovae.files import check_new_folder
     from halovae.watch import guarded
 
+    if kind not in TASKS:
+        raise InputError(f"--kind {kind}: give {', '.join(TASKS[:-1])} or {TASKS[-1]}")
     check_new_folder(folder)
     with guarded():
         from halovae.pipelines.quiet import quiet
@@ -24,10 +37,7 @@ def make_demo_model(folder: _Folder) -> int:
         with quiet():  # Importing speaks too.
             from halovae.pipelines.demo import make_demo_model as make
 
-            make(folder)
+            make(folder, kind)
     typer.echo(f"{folder}: try it with")
-    typer.echo(
-        f'  halovae image-to-video --model {folder} --image PICTURE --prompt "" --height 128 --width 192 '
-        "--num-frames 17 --num-inference-steps 4 --ranks 2"
-    )
+    typer.echo(f"  halovae {kind} --model {folder} {_TRY[kind]} --ranks 2")
     return 0

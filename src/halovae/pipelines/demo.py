@@ -1,4 +1,4 @@
-"""A complete image-to-video pipeline of a few megabytes, built from configs: the whole path runs anywhere, offline."""
+"""Complete pipelines of a few megabytes, built from configs: the whole path of each task runs anywhere, offline."""
 
 from __future__ import annotations
 
@@ -11,44 +11,85 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageImg2ImgPipeline,
+    QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
+    WanPipeline,
     WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from halovae.errors import InputError
 from halovae.files import check_new_folder, reason
 from halovae.models import find
-from halovae.pipelines.demo_weights import HEADS, WIDTH, build_still_transformer, still_map
+from halovae.pipelines.demo_weights import (
+    HEADS,
+    WIDTH,
+    build_smoothing_transformer,
+    build_softening_transformer,
+    build_still_transformer,
+    still_map,
+)
 from halovae.pipelines.quiet import quiet
 
+_SEED = 0
+_PICTURES = 6
 CARD = """# halovae demonstration pipeline
 
-An image-to-video pipeline in diffusers' format (`{pipeline}`) that is small enough to run anywhere, made by
-`halovae make-demo-model`. It shows that a run works from the first flag to the mp4; it shows nothing of what a trained
-model can do.
+A pipeline for {task} in diffusers' format (`{pipeline}`) that is small enough to run anywhere, made by
+`halovae make-demo-model`. It shows that a run works from the first flag to the last file; it shows nothing of what a
+trained model can do.
 
 | part | what it is |
 |---|---|
 | VAE | the one that ships with halovae: trained, small, blurred (see its own card) |
 | transformer | **not trained**: one block whose weights are set by construction, {parameters:.2f} million of them |
-| text encoder | random weights (seed {seed}); the prompt moves colours by a little and means nothing |
+| text encoder | random weights (seed {seed}); {prompt} |
 | tokenizer | one token per byte |
-| scheduler | UniPC on flow-matching noise levels; the transformer predicts the clean latents |
+| scheduler | {scheduler} |
 
-The transformer's attention finds, for every patch of every frame, the patch of the first latent frame at the same
-place, and copies it. In later frames a linear map follows that turns a first latent frame into those of a picture
-that stands still: fitted by least squares on {pictures} generated pictures. So the video is the image, standing still,
-as the VAE sees it. Seed, guidance scale and last image change next to nothing.
+{what}
 """
-_SEED = 0
-_PICTURES = 6
+_WHAT = {
+    "image-to-video": f"""The transformer's attention finds, for every patch of every frame, the patch of the first \
+latent frame at the same
+place, and copies it. In later frames a linear map follows that turns a first latent frame into those of a picture
+that stands still: fitted by least squares on {_PICTURES} generated pictures. So the video is the image, standing still,
+as the VAE sees it. Seed, guidance scale and last image change next to nothing.""",
+    "text-to-video": """The transformer's attention takes, for every patch, the mean of the noise around it in time, \
+height and width. So
+the video is clouds of colour that change slowly. The seed gives other clouds.""",
+    "image-to-image": """The transformer takes the differences within each patch of 2 x 2 latents for noise, and \
+takes them away. So the
+result is the image, softer and a little grained: the more, the higher the strength.""",
+}
+_PROMPTS = {
+    "image-to-video": "the prompt moves colours by a little and means nothing",
+    "text-to-video": "the prompt moves colours and means nothing",
+    "image-to-image": "the prompt changes nothing",
+}
+_SCHEDULERS = {
+    "image-to-video": "UniPC on flow-matching noise levels; the transformer predicts the clean latents",
+    "text-to-video": "UniPC on flow-matching noise levels; the transformer predicts the clean latents",
+    "image-to-image": "Euler on flow-matching noise levels; the transformer predicts their direction",
+}
 
 
-def make_demo_model(folder: Path) -> None:
-    """Build the pipeline and save it to `folder`, which appears whole or not at all. A folder that exists is kept.
+def make_demo_model(folder: Path, task: str = "image-to-video") -> None:
+    """Build a pipeline and save it to `folder`, which appears whole or not at all. A folder that exists is kept.
+
+    Args:
+        folder: where to.
+        task: what it shall do, one of `pipelines.settings.TASKS`.
 
     Raises:
         InputError: `folder` is there already, or can't be written.
@@ -57,9 +98,9 @@ def make_demo_model(folder: Path) -> None:
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
     try:
         with quiet():
-            pipeline = build_demo_pipeline()
+            pipeline = build_demo_pipeline(task)
             pipeline.save_pretrained(draft)
-        (draft / "README.md").write_text(_card(pipeline), encoding="utf-8")
+        (draft / "README.md").write_text(_card(pipeline, task), encoding="utf-8")
         draft.chmod(0o755)
         os.rename(draft, folder)
     except OSError as error:
@@ -68,25 +109,72 @@ def make_demo_model(folder: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def build_demo_pipeline() -> Any:
-    """The pipeline in memory, in float32 on the CPU. Its weights are the same every time."""
+def build_demo_pipeline(task: str = "image-to-video") -> Any:
+    """The pipeline for a task in memory, in float32 on the CPU. Its weights are the same every time."""
     before = torch.get_rng_state()
     torch.manual_seed(_SEED)
     try:
         vae: Any = AutoencoderKLWan.from_pretrained(find(None).location, torch_dtype=torch.float32).eval()
-        text_encoder = UMT5EncoderModel(_text_config()).eval()
-        transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim)).eval()
-        build_still_transformer(transformer, *still_map(vae, pictures=_PICTURES))
+        return {"image-to-video": _still, "text-to-video": _clouds, "image-to-image": _soft}[task](vae)
     finally:
         torch.set_rng_state(before)
-    return WanImageToVideoPipeline(
-        tokenizer=byte_tokenizer(),  # type: ignore[arg-type]  # The pipeline names a factory, which is no class of tokenizers.
-        text_encoder=text_encoder,
-        vae=vae,
+
+
+def _still(vae: Any) -> Any:
+    """A video of the image."""
+    text_encoder = UMT5EncoderModel(_text_config()).eval()
+    # Noisy latents, then four channels that tell which frames are given, then the given latents.
+    transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, 2 * vae.config.z_dim + 4)).eval()
+    build_still_transformer(transformer, *still_map(vae, pictures=_PICTURES))
+    parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
+    return WanImageToVideoPipeline(tokenizer=_tokenizer(), scheduler=_scheduler(), **parts)
+
+
+def _clouds(vae: Any) -> Any:
+    """A video of smooth noise."""
+    text_encoder = UMT5EncoderModel(_text_config()).eval()
+    transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, vae.config.z_dim)).eval()
+    build_smoothing_transformer(transformer, vae.config.z_dim)
+    parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
+    return WanPipeline(tokenizer=_tokenizer(), scheduler=_scheduler(), **parts)
+
+
+def _soft(vae: Any) -> Any:
+    """The image, softer. Its pipeline takes any VAE of this kind; the one that it names is not there in small."""
+    transformer: Any = QwenImageTransformer2DModel(
+        in_channels=4 * vae.config.z_dim, out_channels=vae.config.z_dim, num_layers=1, attention_head_dim=WIDTH,
+        num_attention_heads=HEADS, joint_attention_dim=32, axes_dims_rope=(8, 8, 8),
+    ).eval()  # fmt: skip
+    build_softening_transformer(transformer)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 259,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        vision_start_token_id=0, image_token_id=0, vision_end_token_id=0, video_token_id=0,
+    )  # fmt: skip
+    text_encoder: Any = Qwen2_5_VLForConditionalGeneration(config).eval()
+    tokenizer: Any = byte_tokenizer(2048)
+    return QwenImageImg2ImgPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
         transformer=transformer,
-        scheduler=UniPCMultistepScheduler(  # type: ignore[arg-type]  # What checkpoints of this pipeline have too.
-            prediction_type="sample", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
-        ),
+    )  # fmt: skip
+
+
+def _tokenizer() -> Any:
+    """The pipelines name a factory, which is no class of tokenizers."""
+    return byte_tokenizer()
+
+
+def _scheduler() -> Any:
+    """As checkpoints of these pipelines have it."""
+    return UniPCMultistepScheduler(
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
     )
 
 
@@ -109,13 +197,12 @@ def _text_config() -> UMT5Config:
     return UMT5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
 
 
-def _transformer_config(latent_channels: int) -> dict[str, Any]:
+def _transformer_config(latent_channels: int, in_channels: int) -> dict[str, Any]:
     return {
         "patch_size": (1, 2, 2),
         "num_attention_heads": HEADS,
         "attention_head_dim": WIDTH,
-        # Noisy latents, then four channels that tell which frames are given, then the given latents.
-        "in_channels": 2 * latent_channels + 4,
+        "in_channels": in_channels,
         "out_channels": latent_channels,
         "text_dim": 32,
         "freq_dim": 32,
@@ -126,8 +213,9 @@ def _transformer_config(latent_channels: int) -> dict[str, Any]:
     }
 
 
-def _card(pipeline: Any) -> str:
+def _card(pipeline: Any, task: str) -> str:
     count = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
     return CARD.format(
-        pipeline=type(pipeline).__name__, parameters=count / 1e6, seed=_SEED, pictures=_PICTURES
+        task=task, pipeline=type(pipeline).__name__, parameters=count / 1e6, seed=_SEED, prompt=_PROMPTS[task],
+        scheduler=_SCHEDULERS[task], what=_WHAT[task],
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""The weights of the demonstration transformer: set by construction, so that it copies the given image to every frame.
+"""The weights of the demonstration transformers: set by construction, so that one copies the given image to every
+frame, one makes clouds of noise, and one takes noise away.
 
 Each token is a patch of 2 x 2 latents. Its hidden state is used as slots: the given latents, the result, whether the
 token's frame is the given one, and two large constants. Layer norms divide by the deviation of the whole state, which
@@ -21,6 +22,12 @@ _LARGE = 100.0
 """The constant that dominates a layer norm: its square is large against the latents' squares."""
 _SHARP = 9.0
 """Scale of queries and keys: the right patch then outweighs the next best, and all others, by e^10 or more."""
+_BLUNT = 2.0
+"""The same for a mean of neighbours: a few patches, and a few frames, count."""
+_CONTRAST = 3.0
+"""What a mean of noise is multiplied by, to be as strong as latents of pictures."""
+_SOFT = 6.0
+"""How fast differences within a patch go away, in noise levels."""
 _PROMPT = 0.02
 """Size of what cross-attention adds."""
 
@@ -72,22 +79,85 @@ def build_still_transformer(transformer: Any, matrix: Tensor, offset: Tensor) ->
     patch = 4 * len(offset)
     slots = _Slots(patch, HEADS * WIDTH)
     with torch.no_grad():
-        _embed(transformer, slots, len(offset))
+        _embed(transformer, slots, len(offset), first=len(offset) + 4)
+        # The mask's first channel tells which frames are given.
+        transformer.patch_embedding.weight[slots.is_first, len(offset), 0, 0, 0] = 1
+        slots.balanced(transformer.patch_embedding.weight)
         block = transformer.blocks[0]
         block.scale_shift_table.zero_()
         block.scale_shift_table[:, (2, 5)] = 1  # the gates
         _copy_from_first_frame(block.attn1, slots)
-        block.attn2.to_out[0].weight.mul_(0)
-        block.attn2.to_out[0].weight[slots.result] = _PROMPT * torch.randn(patch, HEADS * WIDTH) / math.sqrt(WIDTH)
-        block.attn2.to_out[0].bias.zero_()
+        _add_prompt(block.attn2, slots, _PROMPT)
         _map_later_frames(block.ffn, slots, torch.block_diag(*[matrix] * 4), offset.repeat(4))
-        for time in (transformer.condition_embedder.time_proj, transformer.condition_embedder.time_embedder.linear_2):
-            time.weight.zero_()
-            time.bias.zero_()
-        transformer.scale_shift_table.zero_()
-        transformer.proj_out.weight.zero_()
-        transformer.proj_out.weight[torch.arange(patch), slots.result] = slots.unit
-        transformer.proj_out.bias.zero_()
+        _forget_time(transformer)
+        _read_result(transformer, slots, 1.0)
+
+
+def build_smoothing_transformer(transformer: Any, channels: int) -> None:
+    """Overwrite all weights of a one-block transformer that takes noisy latents: it gives the mean of those around.
+
+    Args:
+        transformer: a WanTransformer3DModel with `HEADS` heads of `WIDTH`, patches of 1 x 2 x 2.
+        channels: of the latents.
+    """
+    slots = _Slots(4 * channels, HEADS * WIDTH)
+    with torch.no_grad():
+        _embed(transformer, slots, channels, first=0)
+        block = transformer.blocks[0]
+        block.scale_shift_table.zero_()
+        block.scale_shift_table[:, (2, 5)] = 1  # the gates
+        _mean_of_neighbours(block.attn1, slots)
+        _add_prompt(block.attn2, slots, 10 * _PROMPT)
+        for layer in (block.ffn.net[0].proj, block.ffn.net[2]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        _forget_time(transformer)
+        _read_result(transformer, slots, _CONTRAST)
+
+
+def build_softening_transformer(transformer: Any) -> None:
+    """Overwrite the weights that count of a one-block transformer over patches of 2 x 2 latents: the direction that it
+    gives leads towards the mean of each patch, and to more contrast.
+
+    Args:
+        transformer: a QwenImageTransformer2DModel. The four latents of a channel are next to each other in its input.
+    """
+    patch, size = transformer.img_in.in_features, transformer.img_in.out_features
+    slots = _Slots(patch, size)
+    mean = torch.block_diag(*[torch.full((4, 4), 0.25)] * (patch // 4))
+    with torch.no_grad():
+        for layer in (transformer.img_in, transformer.proj_out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        transformer.img_in.weight[slots.given] = torch.eye(patch)
+        transformer.img_in.bias[slots.plus], transformer.img_in.bias[slots.minus] = _LARGE, -_LARGE
+        slots.balanced(transformer.img_in.weight)
+        # Gates, scales and shifts: what is between the first layer and the last changes nothing.
+        for layer in (transformer.transformer_blocks[0].img_mod[1], transformer.norm_out.linear):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        transformer.proj_out.weight[:, slots.given] = slots.unit * (_SOFT * torch.eye(patch) - (_SOFT + 1) * mean)
+
+
+def _add_prompt(attention: Any, slots: _Slots, scale: float) -> None:
+    patch, size = len(slots.result), attention.to_out[0].in_features
+    attention.to_out[0].weight.zero_()
+    attention.to_out[0].weight[slots.result] = scale * torch.randn(patch, size) / math.sqrt(WIDTH)
+    attention.to_out[0].bias.zero_()
+
+
+def _forget_time(transformer: Any) -> None:
+    for time in (transformer.condition_embedder.time_proj, transformer.condition_embedder.time_embedder.linear_2):
+        time.weight.zero_()
+        time.bias.zero_()
+    transformer.scale_shift_table.zero_()
+
+
+def _read_result(transformer: Any, slots: _Slots, scale: float) -> None:
+    patch = len(slots.result)
+    transformer.proj_out.weight.zero_()
+    transformer.proj_out.weight[torch.arange(patch), slots.result] = scale * slots.unit
+    transformer.proj_out.bias.zero_()
 
 
 class _Slots:
@@ -106,14 +176,14 @@ class _Slots:
         weight[self.balance] = -weight.sum(0)
 
 
-def _embed(transformer: Any, slots: _Slots, channels: int) -> None:
+def _embed(transformer: Any, slots: _Slots, channels: int, first: int) -> None:
+    """Latents from the channel `first` on are the given ones."""
     weight, bias = transformer.patch_embedding.weight, transformer.patch_embedding.bias
     weight.zero_()
     bias.zero_()
     for place in range(4):
         for channel in range(channels):
-            weight[slots.given[place * channels + channel], channels + 4 + channel, 0, place // 2, place % 2] = 1
-    weight[slots.is_first, channels, 0, 0, 0] = 1
+            weight[slots.given[place * channels + channel], first + channel, 0, place // 2, place % 2] = 1
     bias[slots.plus], bias[slots.minus] = _LARGE, -_LARGE
     slots.balanced(weight)
 
@@ -124,9 +194,7 @@ def _copy_from_first_frame(attention: Any, slots: _Slots) -> None:
     A key is a constant along height and width in the first frame, along time in all others: rotary embeddings then
     make the score fall with the distance in rows and columns, and keys of other frames have no part in it.
     """
-    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
-        layer.weight.zero_()
-        layer.bias.zero_()
+    _silence(attention)
     even = torch.arange(0, _AXIS, 2)
     heads = torch.arange(HEADS)[:, None] * WIDTH
     along_time = (heads + even).flatten()
@@ -135,8 +203,28 @@ def _copy_from_first_frame(attention: Any, slots: _Slots) -> None:
     attention.to_k.weight[along_space, slots.is_first] = slots.unit
     attention.to_k.weight[along_time, slots.is_first] = -slots.unit
     attention.to_k.bias[along_time] = 1
-    attention.norm_q.weight.fill_(_SHARP)
-    attention.norm_k.weight.fill_(_SHARP)
+    _pass_on(attention, slots, _SHARP)
+
+
+def _mean_of_neighbours(attention: Any, slots: _Slots) -> None:
+    """Queries and keys are one constant along each axis: the score falls with the distance."""
+    _silence(attention)
+    even = (torch.arange(HEADS)[:, None] * WIDTH + torch.arange(0, WIDTH, 2)).flatten()
+    attention.to_q.bias[even] = 1
+    attention.to_k.bias[even] = 1
+    _pass_on(attention, slots, _BLUNT)
+
+
+def _silence(attention: Any) -> None:
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        layer.weight.zero_()
+        layer.bias.zero_()
+
+
+def _pass_on(attention: Any, slots: _Slots, sharpness: float) -> None:
+    """What is given becomes the result, weighted by scores."""
+    attention.norm_q.weight.fill_(sharpness)
+    attention.norm_k.weight.fill_(sharpness)
     rows = torch.arange(len(slots.given))
     attention.to_v.weight[rows, slots.given] = slots.unit
     attention.to_out[0].weight[slots.result, rows] = 1
