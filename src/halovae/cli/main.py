@@ -70,7 +70,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
         _PIPELINES,
         image_to_image,
         'halovae image-to-image --model demo-i2i --image media/coffee.png --prompt "a cup of coffee" \\\n'
-        "  --height 256 --width 384 --num-inference-steps 8 --ranks 2",
+        "  --strength 0.3 --height 256 --width 384 --num-inference-steps 8 --ranks 2",
     ),
     (_PIPELINES, serve, "halovae serve --model demo --ranks 2"),
     (_PIPELINES, make_demo_model, "halovae make-demo-model demo-t2v --kind text-to-video"),

@@ -19,7 +19,7 @@ _Kind = Annotated[
 _TRY = {
     "image-to-video": '--image PICTURE --prompt "" --height 128 --width 192 --num-frames 17 --num-inference-steps 4',
     "text-to-video": '--prompt "a cup" --height 128 --width 192 --num-frames 17 --num-inference-steps 8',
-    "image-to-image": '--image PICTURE --prompt "" --height 256 --width 384 --num-inference-steps 8',
+    "image-to-image": '--image PICTURE --prompt "" --strength 0.3 --height 256 --width 384 --num-inference-steps 8',
 }
 
 

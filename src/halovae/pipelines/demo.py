@@ -65,12 +65,12 @@ latent frame at the same
 place, and copies it. In later frames a linear map follows that turns a first latent frame into those of a picture
 that stands still: fitted by least squares on {_PICTURES} generated pictures. So the video is the image, standing still,
 as the VAE sees it. Seed, guidance scale and last image change next to nothing.""",
-    "text-to-video": """The transformer's attention takes, for every patch, the mean of the noise around it in time, \
-height and width. So
-the video is clouds of colour that change slowly. The seed gives other clouds.""",
+    "text-to-video": """The transformer's attention takes, for every patch, the mean of what is around it in time, \
+height and width, and
+noise flows towards it. So the video is clouds of colour that change slowly. The seed gives other clouds.""",
     "image-to-image": """The transformer takes the differences within each patch of 2 x 2 latents for noise, and \
 takes them away. So the
-result is the image, softer and a little grained: the more, the higher the strength.""",
+result is the image in coarse squares: the higher the strength, the more noise is left in their colours.""",
 }
 _PROMPTS = {
     "image-to-video": "the prompt moves colours by a little and means nothing",
@@ -79,7 +79,7 @@ _PROMPTS = {
 }
 _SCHEDULERS = {
     "image-to-video": "UniPC on flow-matching noise levels; the transformer predicts the clean latents",
-    "text-to-video": "UniPC on flow-matching noise levels; the transformer predicts the clean latents",
+    "text-to-video": "UniPC on flow-matching noise levels; the transformer predicts their direction",
     "image-to-image": "Euler on flow-matching noise levels; the transformer predicts their direction",
 }
 
@@ -127,7 +127,7 @@ def _still(vae: Any) -> Any:
     transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, 2 * vae.config.z_dim + 4)).eval()
     build_still_transformer(transformer, *still_map(vae, pictures=_PICTURES))
     parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
-    return WanImageToVideoPipeline(tokenizer=_tokenizer(), scheduler=_scheduler(), **parts)
+    return WanImageToVideoPipeline(tokenizer=_tokenizer(), scheduler=_scheduler("sample"), **parts)
 
 
 def _clouds(vae: Any) -> Any:
@@ -136,7 +136,7 @@ def _clouds(vae: Any) -> Any:
     transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, vae.config.z_dim)).eval()
     build_smoothing_transformer(transformer, vae.config.z_dim)
     parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
-    return WanPipeline(tokenizer=_tokenizer(), scheduler=_scheduler(), **parts)
+    return WanPipeline(tokenizer=_tokenizer(), scheduler=_scheduler("flow_prediction"), **parts)
 
 
 def _soft(vae: Any) -> Any:
@@ -171,10 +171,10 @@ def _tokenizer() -> Any:
     return byte_tokenizer()
 
 
-def _scheduler() -> Any:
+def _scheduler(predicts: str) -> Any:
     """As checkpoints of these pipelines have it."""
     return UniPCMultistepScheduler(
-        prediction_type="sample", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        prediction_type=predicts, use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
     )
 
 

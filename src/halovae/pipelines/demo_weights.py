@@ -22,12 +22,14 @@ _LARGE = 100.0
 """The constant that dominates a layer norm: its square is large against the latents' squares."""
 _SHARP = 9.0
 """Scale of queries and keys: the right patch then outweighs the next best, and all others, by e^10 or more."""
-_BLUNT = 2.0
+_BLUNT = 2.4
 """The same for a mean of neighbours: a few patches, and a few frames, count."""
-_CONTRAST = 3.0
-"""What a mean of noise is multiplied by, to be as strong as latents of pictures."""
+_SMOOTH = 4.0
+_GROWTH = 4.0
+"""Over all noise levels what is rough shrinks by e to the power of `_SMOOTH`, and what is smooth grows by e to that of
+`_GROWTH`: a mean of noise is small."""
 _SOFT = 6.0
-"""How fast differences within a patch go away, in noise levels."""
+"""The same for differences within a patch."""
 _PROMPT = 0.02
 """Size of what cross-attention adds."""
 
@@ -90,11 +92,12 @@ def build_still_transformer(transformer: Any, matrix: Tensor, offset: Tensor) ->
         _add_prompt(block.attn2, slots, _PROMPT)
         _map_later_frames(block.ffn, slots, torch.block_diag(*[matrix] * 4), offset.repeat(4))
         _forget_time(transformer)
-        _read_result(transformer, slots, 1.0)
+        _read_result(transformer, slots, torch.eye(patch))
 
 
 def build_smoothing_transformer(transformer: Any, channels: int) -> None:
-    """Overwrite all weights of a one-block transformer that takes noisy latents: it gives the mean of those around.
+    """Overwrite all weights of a one-block transformer that takes noisy latents: the direction that it gives leads
+    towards the mean of the latents around, and to more contrast.
 
     Args:
         transformer: a WanTransformer3DModel with `HEADS` heads of `WIDTH`, patches of 1 x 2 x 2.
@@ -107,12 +110,15 @@ def build_smoothing_transformer(transformer: Any, channels: int) -> None:
         block.scale_shift_table.zero_()
         block.scale_shift_table[:, (2, 5)] = 1  # the gates
         _mean_of_neighbours(block.attn1, slots)
-        _add_prompt(block.attn2, slots, 10 * _PROMPT)
+        _add_prompt(block.attn2, slots, _PROMPT)
         for layer in (block.ffn.net[0].proj, block.ffn.net[2]):
             layer.weight.zero_()
             layer.bias.zero_()
         _forget_time(transformer)
-        _read_result(transformer, slots, _CONTRAST)
+        # The four latents of a patch become one.
+        mean = torch.full((4, 4), 0.25).kron(torch.eye(channels))
+        _read_result(transformer, slots, -(_SMOOTH + _GROWTH) * mean)
+        transformer.proj_out.weight[:, slots.given] = slots.unit * _SMOOTH * torch.eye(4 * channels)
 
 
 def build_softening_transformer(transformer: Any) -> None:
@@ -136,7 +142,7 @@ def build_softening_transformer(transformer: Any) -> None:
         for layer in (transformer.transformer_blocks[0].img_mod[1], transformer.norm_out.linear):
             layer.weight.zero_()
             layer.bias.zero_()
-        transformer.proj_out.weight[:, slots.given] = slots.unit * (_SOFT * torch.eye(patch) - (_SOFT + 1) * mean)
+        transformer.proj_out.weight[:, slots.given] = slots.unit * (_SOFT * torch.eye(patch) - (_SOFT + 0.5) * mean)
 
 
 def _add_prompt(attention: Any, slots: _Slots, scale: float) -> None:
@@ -153,10 +159,9 @@ def _forget_time(transformer: Any) -> None:
     transformer.scale_shift_table.zero_()
 
 
-def _read_result(transformer: Any, slots: _Slots, scale: float) -> None:
-    patch = len(slots.result)
+def _read_result(transformer: Any, slots: _Slots, matrix: Tensor) -> None:
     transformer.proj_out.weight.zero_()
-    transformer.proj_out.weight[torch.arange(patch), slots.result] = scale * slots.unit
+    transformer.proj_out.weight[:, slots.result] = slots.unit * matrix
     transformer.proj_out.bias.zero_()
 
 
