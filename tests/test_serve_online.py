@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import enter, on_ranks
@@ -12,6 +13,7 @@ from ranks import Ranks
 from servers import Server
 
 from halovae.cli.main import main
+from halovae.media import read
 
 GATE = "0.999"
 """SSIM of the worst frame. The gate that is published for another server is 0.94."""
@@ -55,3 +57,17 @@ def test_online_is_offline(
     page = tmp_path / "report"
     assert main(["compare", str(offline), str(online), "--min-ssim", GATE, "--report", str(page)]) == 0
     assert (page / "index.html").exists()
+
+
+def test_the_published_client_gets_its_video(
+    exact_file_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line by line as it stands, but for the address."""
+    enter(tmp_path, monkeypatch)
+    picture(height=64, width=96).save("cup.png")
+    page = Path(__file__).parents[1] / "docs" / "serving.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("http://127.0.0.1:8000", exact_file_server.address), str(page), "exec"), names)
+    names["client"].close()
+    assert read(Path("cup.mp4")).frames.shape == (17, 128, 192, 3)
