@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -23,6 +24,9 @@ from safetensors import safe_open
 import halovae
 from halovae import media
 from halovae.cli.main import app, main
+from halovae.cli.options import RunOptions
+from halovae.cli.session import session
+from halovae.launch import Place
 from halovae.media import read
 
 MEDIA = Path(__file__).parent.parent / "media"
@@ -157,6 +161,14 @@ def test_bad_use_is_one_line(name: str, in_folder: Path, capfd: pytest.CaptureFi
     assert complaints[0].startswith("halovae: error: ")
     assert message in complaints[0]
     assert names(in_folder) == before
+
+
+def test_what_the_library_warns_of_is_a_note(capfd: pytest.CaptureFixture[str]) -> None:
+    for rank in range(2):
+        with session(RunOptions(device="cpu"), Place(rank=rank)):
+            logging.getLogger("halovae").warning("%s differs", "the result")
+            logging.getLogger("halovae").info("not for users")
+    assert capfd.readouterr().err == "halovae: note: the result differs\n"
 
 
 class TestAlone:

@@ -99,6 +99,10 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, two_ranks: Rank
         assert code == 0, (words, said)
         ran.append(words[0])
     assert set(ran) == set(FLAGS) - {SERVED, "make-demo-model"}
+    for name, frames in (("i2v_output.mp4", 5), ("t2v_output.mp4", 5), ("i2i_output.png", 1)):
+        made = media.read(Path(name)).frames
+        assert made.shape == (frames, 64, 96, 3)
+        assert made.std() > 5
 
 
 def test_make_demo() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from halovae import launch
 from halovae.cli import generation_options as flags
-from halovae.cli import options
+from halovae.cli import options, usage
 from halovae.cli.generation import Job, job_of
 from halovae.cli.options import RunOptions
 from halovae.errors import InputError
@@ -21,37 +21,76 @@ if TYPE_CHECKING:
     from halovae.serve.settings import ServeOptions
 
 _TASKS = ("image-to-video", "text-to-video")
-_Task = Annotated[str, typer.Option("--task", metavar="WORD", help="image-to-video or text-to-video.")]
-_Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is open to all machines.")]
-_Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")]
+_Task = Annotated[
+    str,
+    typer.Option(
+        "--task", metavar="|".join(_TASKS), help="Make videos from images, or from prompts alone.",
+        rich_help_panel=usage.FILES,
+    ),
+]  # fmt: skip
 _Name = Annotated[
     str | None,
-    typer.Option("--served-model-name", metavar="NAME", help="What clients call it.", show_default="as --model"),
+    typer.Option(
+        "--served-model-name", metavar="NAME", help="Let clients call the model so.", show_default="as --model",
+        rich_help_panel=usage.FILES,
+    ),
+]  # fmt: skip
+_Store = Annotated[
+    Path,
+    typer.Option(
+        "--store", metavar="DIR", help="Keep jobs and their files in this folder.", rich_help_panel=usage.FILES
+    ),
 ]
-_Store = Annotated[Path, typer.Option("--store", metavar="DIR", help="Where jobs and their files are kept.")]
 _Keep = Annotated[
-    str, typer.Option("--keep", metavar="TIME", help="How long jobs are kept after their end: 90s, 30m, 12h, 7d.")
-]
+    str,
+    typer.Option(
+        "--keep", metavar="TIME", help="Keep jobs for so long after their end: 90s, 30m, 12h, 7d.",
+        rich_help_panel=usage.FILES,
+    ),
+]  # fmt: skip
+_Host = Annotated[
+    str,
+    typer.Option(
+        "--host", metavar="ADDRESS", help="Listen on this address; 0.0.0.0 is open to all machines.",
+        rich_help_panel=usage.CLIENTS,
+    ),
+]  # fmt: skip
+_Port = Annotated[
+    int,
+    typer.Option(
+        "--port", min=0, max=65535, metavar="N", help="Listen on this port; 0 takes any that is free.",
+        rich_help_panel=usage.CLIENTS,
+    ),
+]  # fmt: skip
 _KeyFile = Annotated[
     Path | None,
-    typer.Option("--api-key-file", metavar="FILE", help="A key that every request must show.", show_default=False),
-]
-_MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, metavar="N", help="Jobs that may wait.")]
-_MaxUpload = Annotated[int, typer.Option("--max-upload", min=1, metavar="MIB", help="Size of a request.")]
-_MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, metavar="N", help="Of a frame.")]
-_MaxFrames = Annotated[int, typer.Option("--max-frames", min=1, metavar="N", help="Of a video.")]
-_MaxSteps = Annotated[int, typer.Option("--max-steps", min=1, metavar="N", help="Of denoising.")]
+    typer.Option(
+        "--api-key-file", metavar="FILE", help="Refuse requests that don't show the key in this file.",
+        show_default=False, rich_help_panel=usage.CLIENTS,
+    ),
+]  # fmt: skip
+
+
+def _most(flag: str, metavar: str, words: str) -> Any:
+    return typer.Option(flag, min=1, metavar=metavar, help=words, rich_help_panel=usage.CLIENTS)
+
+
+_MaxQueue = Annotated[int, _most("--max-queue", "N", "Let so many jobs wait at the most.")]
+_MaxUpload = Annotated[int, _most("--max-upload", "MIB", "Refuse requests larger than this.")]
+_MaxPixels = Annotated[int, _most("--max-pixels", "N", "Refuse frames of more pixels than this.")]
+_MaxFrames = Annotated[int, _most("--max-frames", "N", "Refuse videos of more frames than this.")]
+_MaxSteps = Annotated[int, _most("--max-steps", "N", "Refuse more steps of denoising than this.")]
 
 
 def serve(
     context: typer.Context,
     model: flags.PipelineModel,
     task: _Task = "image-to-video",
-    host: _Host = "127.0.0.1",
-    port: _Port = 8000,
     served_model_name: _Name = None,
     store: _Store = Path("halovae-jobs"),
     keep: _Keep = "7d",
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
     api_key_file: _KeyFile = None,
     max_queue: _MaxQueue = 64,
     max_upload: _MaxUpload = 32,
