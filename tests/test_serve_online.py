@@ -59,6 +59,7 @@ def test_online_is_offline(
     assert (page / "index.html").exists()
 
 
+@pytest.mark.filterwarnings("ignore:The Sora API is scheduled")
 def test_the_published_client_gets_its_video(
     exact_file_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,29 +24,37 @@ _Model = Annotated[
     str | None,
     typer.Option(
         metavar="DIR_OR_ID_OR_CONFIG",
-        help="As for roundtrip, or the config.json of a VAE. Only configs are read.",
+        help="Plan for this VAE: as for roundtrip, or the config.json of a VAE. Only configs are read.",
         show_default="the small VAE that ships with halovae",
     ),
 ]
-_Height = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Of the clip.")]
-_Width = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Of the clip.")]
-_Frames = Annotated[int, typer.Option("--num-frames", min=1, metavar="N", help="Of the clip.")]
-_Ranks = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of ranks to plan for; none is started.")]
+_Height = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Plan for a clip this high.")]
+_Width = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Plan for a clip this wide.")]
+_Frames = Annotated[int, typer.Option("--num-frames", min=1, metavar="N", help="Plan for so many frames.")]
+_Ranks = Annotated[str, typer.Option(metavar="N,N,...", help="Plan for these numbers of ranks; none is started.")]
 _Link = Annotated[
-    str, typer.Option(metavar="KIND", help="nvlink, pcie, ethernet, or measured: between 2 ranks of this machine.")
+    str,
+    typer.Option(
+        metavar="KIND", help="Take this link between ranks: nvlink, pcie, ethernet, or measured between 2 ranks here."
+    ),
 ]
 _Memory = Annotated[
     float | None,
-    typer.Option(min=1e-6, metavar="GIB", help="Of each device, to fit in.", show_default="what is free on this one"),
+    typer.Option(
+        min=1e-6, metavar="GIB", help="Let each device have so much memory.", show_default="what is free on this one"
+    ),
 ]
 _Flops = Annotated[
     float | None,
     typer.Option(
-        min=1e-6, metavar="TFLOPS", help="Arithmetic of each device, with --bandwidth.", show_default="measured here"
+        min=1e-6,
+        metavar="TFLOPS",
+        help="Let each device compute so fast; goes with --bandwidth.",
+        show_default="measured here",
     ),
 ]
 _Bandwidth = Annotated[
-    float | None, typer.Option(min=1e-6, metavar="GB", help="Memory traffic of each device, per second.")
+    float | None, typer.Option(min=1e-6, metavar="GB", help="Let each device move so much memory per second.")
 ]
 
 
