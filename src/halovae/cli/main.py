@@ -77,7 +77,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     (_ALONE, roundtrip, "halovae roundtrip clip.mp4 -o out.mp4 --ranks 2 --compare"),
     (_ALONE, encode, "halovae encode clip.mp4 -o latents.safetensors --frames 0:17 --ranks 2"),
     (_ALONE, decode, "halovae decode latents.safetensors -o out.mp4 --ranks 2"),
-    (_LOOK, compare, "halovae compare clip.mp4 out.mp4 --min-ssim 0.7 --report out/report"),
+    (_LOOK, compare, "halovae compare clip.mp4 out.mp4 --min-ssim 0.7 --report report"),
     (_LOOK, plan, "halovae plan --height 480 --width 832 --num-frames 81 --ranks 1,2,4,8 --link nvlink"),
     (_LOOK, doctor, "halovae doctor --ranks 2"),
 )
