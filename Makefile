@@ -9,7 +9,7 @@ MINUTES ?= 3
 
 demo: $(READY)
 	@mkdir -p out
-	@echo "9 frames go through a small VAE on $(RANKS) ranks, then on one rank to compare: about a minute."
+	@echo "9 frames go through a small VAE on $(RANKS) ranks, then on one rank to compare: less than a minute."
 	$(VENV)/bin/halovae roundtrip media/bigbuckbunny.mp4 -o out/demo.mp4 --frames 108:117 --height 256 --width 448 \
 		--ranks $(RANKS) --compare --report out/demo-report
 
