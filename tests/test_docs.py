@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SMALLER = {
-    "--height": "64", "--width": "96", "--num-frames": "5", "--num-inference-steps": "4", "--ranks": "2",
+    "--height": "64", "--width": "96", "--num-frames": "5", "--num-inference-steps": "2", "--ranks": "2",
     "--ulysses-degree": "2", "--frames": "0:5",
     "--min-ssim": "0", "--min-psnr": "0",
 }  # fmt: skip
@@ -79,7 +79,7 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, two_ranks: Rank
     enter(folder, monkeypatch)
     for name in ("reference.mp4", "result.mp4"):
         shutil.copy("clip.mp4", name)
-    ran = []
+    ran: list[list[str]] = []
     for words in commands():
         if words[0] == SERVED or words[0].startswith("-"):
             assert words[0] in (SERVED, "--version")
@@ -89,6 +89,8 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, two_ranks: Rank
             assert Path(words[1]).is_dir()  # Made above, in the same way.
             continue
         words = small(words)
+        if words in ran:
+            continue
         if "reference.safetensors" in words:
             for name in words[1:3]:
                 shutil.copy("latents.safetensors", name)
@@ -97,8 +99,8 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, two_ranks: Rank
         else:
             code, _, said = on_ranks(two_ranks, *words)
         assert code == 0, (words, said)
-        ran.append(words[0])
-    assert set(ran) == set(FLAGS) - {SERVED, "make-demo-model"}
+        ran.append(words)
+    assert {words[0] for words in ran} == set(FLAGS) - {SERVED, "make-demo-model"}
     for name, frames in (("i2v_output.mp4", 5), ("t2v_output.mp4", 5), ("i2i_output.png", 1)):
         made = media.read(Path(name)).frames
         assert made.shape == (frames, 64, 96, 3)

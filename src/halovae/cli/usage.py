@@ -31,7 +31,7 @@ class Command(TyperCommand):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.context_settings |= {"max_content_width": _WIDTH}
+        self.context_settings["max_content_width"] = _WIDTH
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         records: list[tuple[str, tuple[str, str]]] = []

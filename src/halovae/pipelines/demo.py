@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -171,7 +171,7 @@ def _tokenizer() -> Any:
     return byte_tokenizer()
 
 
-def _scheduler(predicts: str) -> Any:
+def _scheduler(predicts: Literal["sample", "flow_prediction"]) -> Any:
     """As checkpoints of these pipelines have it."""
     return UniPCMultistepScheduler(
         prediction_type=predicts, use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
