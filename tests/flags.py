@@ -6,7 +6,7 @@ FLAGS = {
         "image-to-video": """
             --attention-backend --axis --boundary-ratio --compile --crf --device --dry-run --dtype
             --enable-cpu-offload --enable-layerwise-offload --flow-shift --fps --guidance-scale
-            --guidance-scale-high --height --image --json --last-image --model --negative-prompt
+            --guidance-scale-high --height --image --json --last-image --lossless --model --negative-prompt
             --no-vae-decode --no-vae-encode --num-frames --num-inference-steps --output --prompt --ranks
             --report --ring-degree --seed --ulysses-degree --vae-decode --vae-dtype --vae-encode --vae-mode
             --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling --width -o
@@ -14,7 +14,7 @@ FLAGS = {
         "text-to-video": """
             --attention-backend --axis --boundary-ratio --compile --crf --device --dry-run --dtype
             --enable-cpu-offload --enable-layerwise-offload --flow-shift --fps --guidance-scale
-            --guidance-scale-high --height --json --model --negative-prompt --no-vae-decode --num-frames
+            --guidance-scale-high --height --json --lossless --model --negative-prompt --no-vae-decode --num-frames
             --num-inference-steps --output --prompt --ranks --report --ring-degree --seed --ulysses-degree
             --vae-decode --vae-dtype --vae-mode --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling
             --width -o
@@ -36,7 +36,7 @@ FLAGS = {
         """,
         "make-demo-model": "--kind",
         "roundtrip": """
-            --axis --compare --device --dtype --frames --height --json --mode --model --output --ranks
+            --axis --compare --device --dtype --frames --height --json --lossless --mode --model --output --ranks
             --report --tile-overlap --tile-size --vae-patch-parallel-size --vae-use-tiling
             --vae_patch_parallel_size --vae_use_tiling --width -o
         """,
@@ -46,7 +46,7 @@ FLAGS = {
             --vae_use_tiling --width -o
         """,
         "decode": """
-            --axis --device --dtype --json --mode --model --output --ranks --tile-overlap --tile-size
+            --axis --device --dtype --json --lossless --mode --model --output --ranks --tile-overlap --tile-size
             --vae-patch-parallel-size --vae-use-tiling --vae_patch_parallel_size --vae_use_tiling -o
         """,
         "compare": "--grid --json --max-l2 --min-psnr --min-ssim --report --trim",

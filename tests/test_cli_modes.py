@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -93,12 +94,17 @@ TILES = ["--tile-size", "32,32", "--tile-overlap", "8,8"]
 def test_tiles_on_two_ranks_and_their_seams(tiny: str, two_ranks: Ranks) -> None:
     """Under the names of vLLM-Omni; ranks that hold no picture end well."""
     names = ["--vae_use_tiling", "--vae_patch_parallel_size", "2"]
-    code, output, errors = on_ranks(two_ranks, *RUN, "--model", tiny, "--json", "o.json", *names, *TILES, "--compare")
+    code, output, errors = on_ranks(
+        two_ranks, *RUN, "--model", tiny, "--json", "o.json", "--report", "r", *names, *TILES, "--compare"
+    )
     assert code == 0, errors
     assert "note: --vae-use-tiling: this is --mode tile" in errors
     assert "tiles of 32 x 32 that overlap by 8 x 8" in output
     assert "tiles on 2 ranks against the VAE's own tiles on one rank: same bits" in output
     assert "within 8 px of tile borders" in output
+    assert "✓ Passed" in (page := Path("r/index.html").read_text())
+    assert "Tiles on 2 ranks against the VAE's own tiles on one rank: same bits." in html.unescape(page)
+    assert "2 ranks in tiles against one rank" in page
     document = json.loads(Path("o.json").read_text())
     assert document["ranks"] == 2
     assert [half["decode"]["mode"] for half in document["per_rank"]] == ["tile"] * 2

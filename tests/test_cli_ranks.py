@@ -14,6 +14,7 @@ from command import PATIENCE, enter, interrupt, names, on_ranks, run, saved
 from ranks import Ranks
 
 from halovae.cli.main import main
+from halovae.config import HALVES
 from halovae.media import read
 
 CLIP = str(CLIP_PATH)
@@ -31,7 +32,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_ranks_give_what_one_gives(tiny: str, three_ranks: Ranks) -> None:
     arguments = ["--frames", "0:6", "--height", "50", "--width", "70", "--dtype", "float64", "--model", tiny]
-    files = ["-o", "o.mp4", "--json", "o.json"]
+    files = ["-o", "o.mp4", "--json", "o.json", "--report", "r"]
     code, output, errors = on_ranks(three_ranks, "roundtrip", CLIP, *files, *arguments, "--axis", "3x1", "--compare")
     assert code == 0, errors
     document = json.loads(Path("o.json").read_text())
@@ -39,9 +40,29 @@ def test_ranks_give_what_one_gives(tiny: str, three_ranks: Ranks) -> None:
     assert document["differences"]["latents_relative"] < 1e-12
     assert document["differences"]["pixels"] < 1e-11
     assert document["differences"]["levels"] == 0
-    assert document["psnr"] == pytest.approx(document["unparallel"]["psnr"])
+    assert document["differences"]["values_off"] == 0
+    assert document["passed"] is True
+    assert document["psnr"] == pytest.approx(document["one_rank"]["psnr"])
+    assert document["peak_memory"] == max(half[name]["peak_memory"] for half in document["per_rank"] for name in HALVES)
+    assert min(document["one_rank"]["peak_memory"].values()) > 0
     assert [half["encode"]["messages"] > 0 for half in document["per_rank"]] == [True] * 3
-    assert "3 ranks  un-parallel" in output
+    assert "3 ranks  one rank" in output
+    assert "in 8 bits all values are equal" in output
+    assert "passed: the same up to rounding of float64" in output
+    assert "the file is H.264 at crf 16, which changes pixels" in output
+    page = Path("r/index.html").read_text()
+    assert "✓ Passed" in page
+    assert "un-parallel" not in page
+    assert "before rounding to 8 bits and writing o.mp4; in 8 bits all values are equal" in page
+    report = json.loads(Path("r/report.json").read_text())
+    assert report["passed"] is True
+    assert [row[0] for row in report["costs"]] == ["", *HALVES, "peak memory of a rank", "PSNR to the source"]
+    # One time for encode and one for decode, wherever they are told.
+    for name, row in zip(HALVES, report["costs"][1:3], strict=True):
+        parts = report["timeline"]["ranks"][0]["parts"][name]
+        seconds = document["per_rank"][0][name]["seconds"]
+        assert row[1] == f"{seconds:.2f} s"
+        assert sum(parts.values()) - parts["probe"] == pytest.approx(seconds, abs=0.01)
     assert read(Path("o.mp4")).frames.shape == (6, 50, 70, 3)
 
 

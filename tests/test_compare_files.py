@@ -21,6 +21,7 @@ from PIL import Image
 from halovae import latents
 from halovae.cli.main import main
 from halovae.latents import LatentsInfo
+from halovae.media import write
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,28 @@ class TestGates:
         assert "1.000e-02" in capsys.readouterr().out
         assert main(["compare", *files, "--max-l2", "0.005"]) == 1
         assert "relative L2 0.01 in frame" in capsys.readouterr().err
+
+
+def test_what_a_codec_loses_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs that differ by rounding: far apart as files, unless these lose nothing."""
+    frames = photograph(3)
+    rounded = frames.copy()
+    rounded[:, ::7, ::5] ^= 1
+    for name, lossless in (("lossy", False), ("kept", True)):
+        for path, pixels in ((f"{name}_a.mp4", frames), (f"{name}_b.mp4", rounded)):
+            write(Path(path), pixels, Fraction(25), crf=30, lossless=lossless)
+        assert main(["compare", f"{name}_a.mp4", f"{name}_b.mp4", "--json", f"{name}.json", "--report", name]) == 0
+    shown = capsys.readouterr().out
+    told = "What the codec of lossy_a.mp4 (h264) and lossy_b.mp4 (h264) loses is in these numbers too"
+    assert shown.count("What the codec of") == shown.count(told) == 1
+    lossy, kept = (json.loads(Path(f"{name}.json").read_text()) for name in ("lossy", "kept"))
+    assert lossy["lost"].startswith(told)
+    assert kept["lost"] == ""
+    assert kept["largest"] == 1 < lossy["largest"]
+    assert told in Path("lossy/index.html").read_text()
+    assert "What the codec of" not in Path("kept/index.html").read_text()
+    assert main(["compare", "lossy_a.mp4", "lossy_a.mp4"]) == 0
+    assert "codec" not in capsys.readouterr().out
 
 
 class TestTrim:

@@ -153,6 +153,23 @@ def test_colour_is_sampled_where_the_file_says(tmp_path: Path) -> None:
         assert b"chroma_location=left" in subprocess.run(probe, cwd=tmp_path, capture_output=True, check=True).stdout
 
 
+@pytest.mark.parametrize("times", [(), (0, 3000, 9000, 12000, 15000, 20000)], ids=["evenly", "unevenly"])
+def test_lossless_keeps_every_pixel(tmp_path: Path, times: tuple[int, ...]) -> None:
+    """Of odd sizes too; and only such a file says that nothing was lost."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 51, 67, 3), dtype=np.uint8)
+    (note,) = write(tmp_path / "o.mp4", noise, Fraction(25), times=times, lossless=True)
+    assert "which not every player shows" in note
+    clip = read(tmp_path / "o.mp4")
+    assert (clip.frames == noise).all()
+    assert clip.times == times
+    assert media.Film(tmp_path / "o.mp4").lossy == ""
+    write(tmp_path / "o.mp4", noise, Fraction(25), crf=0)
+    assert media.Film(tmp_path / "o.mp4").lossy == "h264"
+    assert write(tmp_path / "o.png", noise[:1], Fraction(25), lossless=True) == ()
+    Image.fromarray(noise[0]).save(tmp_path / "o.jpg")
+    assert [media.Film(tmp_path / name).lossy for name in ("o.png", "o.jpg")] == ["", "JPEG"]
+
+
 @pytest.mark.parametrize(("matrix", "said"), [(8, "YCgCo"), (10, "BT.2020 with constant luminance"), (14, "ICtCp")])
 def test_colours_that_cannot_be_converted_are_named(tmp_path: Path, matrix: int, said: str) -> None:
     with av.open(str(tmp_path / "o.mp4"), "w") as container:

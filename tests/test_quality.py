@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from halovae.errors import InputError
 from halovae.quality import clip_gates, compare_clips, compare_latents, latent_gates, psnr
+from halovae.quality.numbers import bound
 
 
 def noisy(clip: NDArray[Any], strength: float, seed: int = 0) -> NDArray[np.uint8]:
@@ -162,3 +163,10 @@ class TestGates:
         assert latent_gates(found) == []
         assert latent_gates(found, max_l2=0.2)[0].passed
         assert str(latent_gates(found, max_l2=0.05)[0]) == "relative L2 0.1 in frame 1 is above 0.05"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0, "0"), (3.36e-4, "0.0004"), (0.0004, "0.0005"), (9.9e-7, "1e-6"), (0.31, "0.4"), (2.6, "3")]
+)
+def test_a_bound_has_one_digit_and_holds(value: float, said: str) -> None:
+    assert bound(value) == said

@@ -17,11 +17,13 @@ import torch
 from clips import bars
 from PIL import Image
 
+from halovae import report
 from halovae.errors import InputError
 from halovae.quality import Grid, clip_gates, compare_clips, compare_latents
 from halovae.report import ClipSection, LatentSection, PictureSection, Report, check_report, lanes, write_report
 from halovae.report.curves import curve
-from halovae.report.figures import clip_figures
+from halovae.report.figures import clip_figures, drawn_words
+from halovae.report.lanes import KINDS
 from halovae.report.pictures import MOST_FRAMES, chosen, gain, heat_map
 from halovae.timeline import Span
 
@@ -158,6 +160,43 @@ class TestPage:
         assert tags.all("polyline") == []
         assert "identical" in text
 
+    @pytest.mark.parametrize(("passed", "mark"), [(True, "✓ Passed"), (False, "✗ Failed"), (None, None)])
+    def test_a_mark_is_on_top(self, tmp_path: Path, passed: bool | None, mark: str | None) -> None:
+        text = write_report(tmp_path / "r", made(passed=passed)).read_text()
+        head = text[text.index("<header>") : text.index("</header>")]
+        assert [word for word in ("✓ Passed", "✗ Failed") if word in head] == ([mark] if mark else [])
+
+    def test_time_and_memory_as_on_the_terminal(self, tmp_path: Path) -> None:
+        rows = [("", "2 ranks", "one rank", ""), ("encode", "1.00 s", "3.00 s", "3.00x as fast")]
+        text = write_report(tmp_path / "r", made(costs=rows, costs_text="Read <so>.")).read_text()
+        parsed(text)
+        assert [re.sub("<.+?>", "", cell) for cell in re.findall(r"<t[hd].+?</t[hd]>", text)[:8]] == [
+            *rows[0],
+            *rows[1],
+        ]
+        assert "Read &lt;so&gt;." in text
+
+
+def test_colours_of_the_timeline_can_be_told_apart() -> None:
+    """Each from every other and from what is behind it, in CIELAB, in the light and in the dark."""
+    css = (Path(report.__file__).parent / "templates" / "page.css").read_text()
+    for scheme in css.split("prefers-color-scheme: dark"):
+        colours = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", scheme))
+        shown = [lab(colours[kind]) for kind in (*KINDS, "panel")]
+        for number, one in enumerate(shown):
+            assert min((math.dist(one, other) for other in shown[number + 1 :]), default=99) > 24
+
+
+def lab(colour: str) -> tuple[float, float, float]:
+    """CIELAB of a colour of sRGB."""
+    linear = [
+        (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4)
+        for v in np.array([*bytes.fromhex(colour[1:])]) / 255
+    ]
+    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(np.maximum(matrix @ linear / [0.9505, 1, 1.089], 0.008856))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
 
 class TestFolder:
     def test_a_file_is_refused(self, tmp_path: Path) -> None:
@@ -186,6 +225,14 @@ class TestPictures:
         assert gain(grey, grey + 2) == 100
         assert gain(grey, grey + 1e-4) == 2_000_000
         assert gain(grey, grey + 150) == 1
+
+    def test_what_the_difference_shows_is_told_in_words(self) -> None:
+        tiny = drawn_words(500_000, 0.000397)
+        assert "white is 5.1e-4 of one level, and the largest is 4.0e-4 of one level, of 255" in tiny
+        assert "8-bit pixels can't show that" in tiny
+        assert "white is 51 levels, and the largest is 163 levels, of 255" in drawn_words(5, 163)
+        assert "8-bit" not in drawn_words(5, 163)
+        assert "as it is" in drawn_words(1, 255)
 
     def test_heat_is_brightest_where_the_difference_is(self) -> None:
         energy = np.zeros((40, 60))

@@ -115,9 +115,9 @@ def look(page: Path, folder: Path, width: int, dark: bool) -> View:
     shown = re.search(r'value="(\d+)" aria-label', text)
     assert shown is not None
     probed = text.replace("</body>", f"<script>{PROBE.replace('SHOWN', shown[1])}</script></body>")
-    framed = FRAME.format(page=html.escape(probed), width=width, height=9000)
+    framed = FRAME.format(page=html.escape(probed), width=width, height=10000)
     (folder / "frame.html").write_text(framed)
-    flags = [f"--window-size={max(width, 500)},9000", *(["--force-dark-mode"] if dark else [])]
+    flags = [f"--window-size={max(width, 500)},10000", *(["--force-dark-mode"] if dark else [])]
     dom = chromium(folder, (folder / "frame.html").as_uri(), "--dump-dom", *flags)
     seen = re.search(r'<pre id="seen" hidden="">(.+?)</pre>', dom)
     assert seen is not None, dom[-2000:]
@@ -134,7 +134,7 @@ def test_everything_is_drawn(page: Path, in_folder: Path, width: int, dark: bool
     view = look(page, in_folder, width, dark)
     seen = view.seen
     assert seen["room"] == width
-    assert seen["height"] < 9000
+    assert seen["height"] < 10000
     assert seen["width"] <= width, "the page scrolls sideways"
     assert all(text["right"] <= width for text in seen["texts"]), "a text is cut off"
     assert [image["role"] for image in seen["images"]] == ["reference", "result", "difference", "heat"] * 2
@@ -173,9 +173,9 @@ def test_the_slider_moves_pictures_words_and_cursors(page: Path, in_folder: Path
 def test_without_javascript(page: Path, in_folder: Path) -> None:
     """The pictures of the worst frame and the curves are there; only the slider is not."""
     assert '<input type="range" hidden' in page.read_text()
-    framed = FRAME.format(page=html.escape(page.read_text()), width=1100, height=9000)
+    framed = FRAME.format(page=html.escape(page.read_text()), width=1100, height=10000)
     (in_folder / "frame.html").write_text(framed.replace("<iframe ", "<iframe sandbox=allow-same-origin "))
-    chromium(in_folder, (in_folder / "frame.html").as_uri(), "--window-size=1100,9000")
+    chromium(in_folder, (in_folder / "frame.html").as_uri(), "--window-size=1100,10000")
     with Image.open(in_folder / "shot.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     plain = look(page, in_folder, 1100, False)

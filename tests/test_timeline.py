@@ -69,6 +69,14 @@ class TestLanes:
         assert seconds == 10
         assert lane.seconds == pytest.approx({"agree": 1, "encode": 4, "wait": 2, "gather": 2, "other": 1})
         assert lane.working == pytest.approx(4)
+        assert lane.rows() == [("encode", pytest.approx(10), pytest.approx(4), lane.parts["encode"])]
+
+    def test_each_half_has_one_time(self) -> None:
+        """What only a first call does is not a part of it."""
+        probed = [Span("probe", 0, 2), Span("network", 2, 5), Span("encode", 0, 5), Span("decode", 6, 9)]
+        _, (lane,) = lanes([probed])
+        assert [row[:2] for row in lane.rows()] == [("encode", pytest.approx(3)), ("decode", pytest.approx(3))]
+        assert lane.seconds["probe"] == pytest.approx(2)
 
     def test_a_rank_that_runs_alone_has_no_phases(self) -> None:
         _, (lane,) = lanes([[Span("decode", 2, 5)]])

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from halovae import timeline
 from halovae.agreement import one_call
 from halovae.comm import Comm, Traffic
 from halovae.config import HALVES, Options, gather_of
@@ -74,6 +75,7 @@ class AutoEngine(Engine):
             self._comm.traffic = Traffic()  # what was sent to measure the link is not the call's
         choice = self._choices[key]
         chosen = time.perf_counter()
+        timeline.note("probe", started, chosen)
         ran = self._ways[choice.way].run(half, picture, args, kwargs)
         report = ran.report | {"choice": str(choice)}
         return replace(ran, report=report, phases={"choose": chosen - started, **ran.phases})

@@ -18,7 +18,8 @@ class Span(NamedTuple):
 
     name: str
     """"encode" or "decode": a whole call, or another part of a pipeline, "denoise" or "text". Within a call "agree",
-    "probe", "network" and "gather", one after the other; within these "wait" (for messages) and "blend"."""
+    "probe" (what only the first call of its kind does), "network" and "gather", one after the other; within these
+    "wait" (for messages) and "blend"."""
     start: float
     """Seconds since the recording began."""
     end: float

@@ -27,10 +27,22 @@ def read_clip(
 
 def write_clip(
     session: Session, output: Path, frames: media.Frames, fps: Fraction, crf: int | None = None,
-    times: Sequence[int] = (),
+    times: Sequence[int] = (), lossless: bool = False,
 ) -> None:  # fmt: skip
     """Write on this rank alone."""
     with session.stages.stage("write", len(frames)) as advance:
-        notes = media.write(output, frames, fps, advance, crf, times)
+        notes = media.write(output, frames, fps, advance, crf, times, lossless)
     for note in notes:
         session.stages.note(f"{output}: {note}")
+
+
+def loss(output: Path, crf: int | None = None, lossless: bool = False) -> str:
+    """What writing changes the pixels by, in words; nothing where they are kept."""
+    if lossless or output.suffix.lower() == ".png":
+        return ""
+    return f"H.264 at crf {media.CRF if crf is None else crf}"
+
+
+def lossy_words(lost: str) -> str:
+    """What a reader of a file has to know who compares it with another one."""
+    return f"{lost}, which changes pixels: two files differ by more than what was computed, unless --lossless is given"

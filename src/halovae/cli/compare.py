@@ -1,4 +1,4 @@
-"""`--compare`: the same clip through the VAE without any parallelism, and how far the two results are apart."""
+"""`--compare`: the same clip through the VAE as it is on one rank, and how far the two results are apart."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae import codec
-from halovae.cli.report import table
+from halovae.cli.clips import lossy_words
+from halovae.cli.report import Row, counted, mebibytes, seconds_table, table
 from halovae.cli.session import Half, Loaded, Session
 from halovae.fit import Fit
-from halovae.quality.numbers import decibel, finite
-from halovae.quality.scores import psnr
+from halovae.quality.numbers import bound, decibel, finite
+from halovae.quality.scores import PEAK, psnr
+from halovae.verify import TOLERANCE, distance
 
 GATHER = {"encode": "all", "decode": "first"}
 """Decoding takes whole latents on every rank; what comes out is written by one."""
+
+
+BEFORE = "before rounding to 8 bits and writing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,22 @@ class Result:
     @property
     def halves(self) -> dict[str, Half]:
         return {"encode": self.encode, "decode": self.decode}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What is said of a run, on the terminal, in files and on the report's page."""
+
+    text: str
+    """For the terminal."""
+    rows: list[Row]
+    """Its table, for the page."""
+    numbers: dict[str, Any]
+    """For `--json`."""
+    passed: bool | None = None
+    """Whether the result is the one that it has to be; None where nothing was compared."""
+    verdict: str = ""
+    """The same in a sentence."""
 
 
 def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle: Any, label: str = "") -> Result:
@@ -60,49 +81,99 @@ def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle
     return Result(latents=latents, sample=sample, frames=codec.to_frames(sample), encode=encode, decode=decode)
 
 
+def told(
+    session: Session, source: NDArray[np.uint8], result: Result, alone: Result | None, peak: int | None, lost: str
+) -> Told:  # fmt: skip
+    """What is said of a run, next to one rank alone where that ran too.
+
+    Args:
+        session: of the first rank.
+        source: (frames, height, width, 3), levels of 0 to 255.
+        result: of the ranks.
+        alone: of the VAE as it is on one rank.
+        peak: bytes, the most that any rank took.
+        lost: what writing changes the pixels by, see `clips.loss`.
+    """
+    ranks = counted(session.group.size, "rank")
+    rows = _rows(ranks, source, result, alone, peak)
+    ratio = psnr(source, result.frames)
+    numbers: dict[str, Any] = {"psnr": finite(ratio), "peak_memory": peak}
+    if alone is None:
+        text = seconds_table(result.halves) + memory_line(peak) + f"PSNR to the source: {decibel(ratio)}\n"
+        return Told(text=text, rows=rows, numbers=numbers)
+    found = differences(result, alone)
+    allowed = TOLERANCE.get(session.dtype, max(TOLERANCE.values()))
+    passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
+    rounding = f"up to rounding of {str(session.dtype).removeprefix('torch.')}"
+    near = "no pixel differs"
+    if found["pixels"]:
+        near = f"no pixel differs by more than {bound(found['pixels'] * PEAK / 2)} of one level of 255"
+    text = (
+        table(rows)
+        + f"largest difference between the two, {BEFORE}\n"
+        + f"  latents  {found['latents']:.2e}  ({found['latents_relative']:.1e} of the largest latent)\n"
+        + f"  pixels   {found['pixels']:.2e}  (of -1 to 1; {near})\n"
+        + f"{in_8_bits(found, result.frames.size)}\n"
+        + f"{'passed: the same' if passed else 'FAILED: not the same'} {rounding} (relative L2 of latents "
+        + f"{found['latents_l2']:.1e}, of pixels {found['pixels_l2']:.1e}; {allowed:.0e} is allowed)\n"
+        + (f"the file is {lossy_words(lost)}\n" if lost else "")
+    )
+    same = "give the same result" if passed else "do not give the same result"
+    verdict = f"{ranks} and one rank {same} {rounding}: {near}."
+    numbers |= {"differences": found, "allowed_l2": allowed, "passed": passed, "one_rank": _alone(source, alone)}
+    return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
+
+
 def differences(one: Result, other: Result) -> dict[str, float]:
-    """The largest differences, of latents also as a share of the largest latent."""
+    """The largest differences, of latents also as a share of the largest latent, and relative L2 distances."""
     latents = (one.latents.double() - other.latents.double()).abs().max().item()
     pixels = (one.sample.double() - other.sample.double()).abs().max().item()
-    levels = int(np.abs(one.frames.astype(np.int16) - other.frames).max())
+    levels = np.abs(one.frames.astype(np.int16) - other.frames)
     largest = other.latents.double().abs().max().item()
     return {
         "latents": latents,
         "latents_relative": latents / largest if largest else 0.0,
+        "latents_l2": distance(one.latents, other.latents),
         "pixels": pixels,
-        "levels": levels,
+        "pixels_l2": distance(one.sample, other.sample),
+        "levels": int(levels.max()),
+        "values_off": int(np.count_nonzero(levels)),
     }
 
 
-def to_source(source: NDArray[np.uint8], result: Result) -> tuple[str, float | None]:
-    """The PSNR to the source, in words and for `--json`."""
-    ratio = psnr(source, result.frames)
-    return f"PSNR to the source: {decibel(ratio)}\n", finite(ratio)
+def memory_line(peak: int | None) -> str:
+    return "" if peak is None else f"peak memory of a rank: {mebibytes(peak)}\n"
 
 
-def told(ranks: int, source: NDArray[np.uint8], parallel: Result, alone: Result) -> tuple[str, dict[str, Any]]:
-    """What `--compare` prints, and the same for `--json`."""
-    found = differences(parallel, alone)
-    return text(ranks, source, parallel, alone, found), as_document(source, alone, found)
+def in_8_bits(found: dict[str, float], count: int) -> str:
+    """What `differences` leaves of so many values when they are rounded."""
+    if not found["values_off"]:
+        return "in 8 bits all values are equal"
+    most = counted(int(found["levels"]), "level")
+    return f"in 8 bits {found['values_off']:,} of {count:,} values differ, by {most} at most"
 
 
-def text(ranks: int, source: NDArray[np.uint8], parallel: Result, alone: Result, found: dict[str, float]) -> str:
-    """The table that `--compare` prints."""
-    rows = [("", f"{ranks} rank{'s' * (ranks != 1)}", "un-parallel", "speed-up")]
-    for name in ("encode", "decode"):
-        mine, other = getattr(parallel, name).seconds, getattr(alone, name).seconds
-        rows.append((name, f"{mine:.2f} s", f"{other:.2f} s", f"{other / mine:.2f}x"))
-    near, far = decibel(psnr(source, parallel.frames)), decibel(psnr(source, alone.frames))
-    rows.append(("PSNR to the source", near, far, ""))
-    return (
-        table(rows)
-        + "largest difference between the two\n"
-        + f"  latents  {found['latents']:.2e}  ({found['latents_relative']:.1e} of the largest latent)\n"
-        + f"  pixels   {found['pixels']:.2e}  (of -1 to 1; {found['levels']:.0f} of 255 levels)\n"
-    )
+def _rows(
+    ranks: str, source: NDArray[np.uint8], result: Result, alone: Result | None, peak: int | None
+) -> list[Row]:  # fmt: skip
+    """Time, memory and quality; the last column tells how much faster and leaner the ranks are."""
+    own_peak = None if alone is None else max(half.peak_memory or 0 for half in alone.halves.values()) or None
+    rows: list[Row] = [("", ranks, "one rank", "")]
+    for name, half in result.halves.items():
+        other = None if alone is None else alone.halves[name].seconds
+        gain = "" if other is None else f"{other / half.seconds:.2f}x as fast"
+        rows.append((name, f"{half.seconds:.2f} s", "" if other is None else f"{other:.2f} s", gain))
+    if peak is not None:
+        share = "" if own_peak is None else f"{peak / own_peak:.2f}x as much"
+        rows.append(("peak memory of a rank", mebibytes(peak), "" if own_peak is None else mebibytes(own_peak), share))
+    far = "" if alone is None else decibel(psnr(source, alone.frames))
+    rows.append(("PSNR to the source", decibel(psnr(source, result.frames)), far, ""))
+    return rows if alone is not None else [row[:2] for row in rows]
 
 
-def as_document(source: NDArray[np.uint8], alone: Result, found: dict[str, float]) -> dict[str, Any]:
-    """For `--json`."""
-    seconds = {"encode": alone.encode.seconds, "decode": alone.decode.seconds}
-    return {"differences": found, "unparallel": {"psnr": finite(psnr(source, alone.frames)), "seconds": seconds}}
+def _alone(source: NDArray[np.uint8], alone: Result) -> dict[str, Any]:
+    return {
+        "psnr": finite(psnr(source, alone.frames)),
+        "seconds": {name: half.seconds for name, half in alone.halves.items()},
+        "peak_memory": {name: half.peak_memory for name, half in alone.halves.items()},
+    }

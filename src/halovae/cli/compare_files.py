@@ -127,12 +127,13 @@ def _compare_clips(job: _Job) -> list[Gate]:
         found = compare_clips(pair.reference, pair.result, grid, advance)
     gates = clip_gates(found, min_ssim=job.min_ssim, min_psnr=job.min_psnr)
     frames = f"{pair.count} frame{'s' * (pair.count != 1)} of {pair.size[1]}x{pair.size[0]}"
-    _finish(job, frames, _clip_text(found), found.to_dict(), gates)
+    lost = "" if found.is_identical else pair.lost
+    _finish(job, frames, _clip_text(found) + (f"{lost}\n" if lost else ""), found.to_dict() | {"lost": lost}, gates)
     if job.report is not None:
         from halovae.cli.pages import clips_report
         from halovae.report import write_report
 
-        page = clips_report(job.one, job.other, pair.reference, pair.result, found, gates, job.words)
+        page = clips_report(job.one, job.other, pair.reference, pair.result, found, gates, lost, job.words)
         typer.echo(f"report: {write_report(job.report, page)}")
     return gates
 

@@ -27,6 +27,7 @@ _Model = Annotated[
 class _Job:
     source: Path
     output: Path
+    lossless: bool
     json: Path | None
 
 
@@ -44,6 +45,7 @@ def decode(
     vae_patch_parallel_size: modes.PatchParallelSize = None,
     dtype: options.DtypeOption = None,
     device: options.Device = None,
+    lossless: options.Lossless = False,
     json: options.Json = None,
 ) -> int:
     """Decode latents to a video or an image."""
@@ -55,7 +57,7 @@ def decode(
     cut = options.parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     check_files(source, output, SUFFIXES, json)
-    job = _Job(source=source, output=output, json=json)
+    job = _Job(source=source, output=output, lossless=lossless, json=json)
     return run(context, run_options, lambda session: _on_rank(session, job))
 
 
@@ -86,7 +88,7 @@ def _on_rank(session: Session, job: _Job) -> None:
     sample = fit.crop(sample)
     if loaded.source.class_name != info.model_class:
         session.stages.note(f"the latents were made by {info.model} ({info.model_class})")
-    write_clip(session, job.output, codec.Frames(sample), info.fps, times=info.times)
+    write_clip(session, job.output, codec.Frames(sample), info.fps, times=info.times, lossless=job.lossless)
     if job.json is not None:
         write_json(job.json, document | {"input": str(job.source), "output": str(job.output)})
     typer.echo(f"{job.output}: {report.clip_line(fit, info.fps)}")

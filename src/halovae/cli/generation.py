@@ -48,6 +48,8 @@ class Job:
     fps: int
     crf: int | None
     """Of the mp4, None: halovae's own."""
+    lossless: bool
+    """Whether the mp4 keeps every pixel."""
     dry_run: bool
     json: Path | None
     report: Path | None
@@ -132,6 +134,7 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         setup=setup,
         fps=given.get("fps", 1),
         crf=given.get("crf"),
+        lossless=given.get("lossless", False),
         dry_run=given["dry_run"],
         json=given["json"],
         report=given["report"],
@@ -151,6 +154,10 @@ def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
     """Note files that can't be read or written, before anything is loaded."""
     from halovae.media import SUFFIXES, check_still
 
+    with faults.noted():
+        if given.get("lossless") and given.get("crf") is not None:
+            crf = given["crf"]
+            raise InputError(f"--lossless loses nothing, so --crf {crf} has no meaning: leave one of them out")
     with faults.noted():
         check_model(given["model"])
     output: Path = given["output"]
@@ -194,7 +201,7 @@ def _on_rank(session: Session, job: Job) -> None:
 
     writing = Timeline(session.device)
     with writing.stage(WRITE):
-        write_clip(session, job.output, made.result.frames, Fraction(job.fps), job.crf)
+        write_clip(session, job.output, made.result.frames, Fraction(job.fps), job.crf, lossless=job.lossless)
     made.document["seconds"] |= writing.seconds
     if job.json is not None:
         write_json(job.json, made.document)

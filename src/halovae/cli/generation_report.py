@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from halovae.cli.pages import command
-from halovae.cli.report import table
+from halovae.cli.clips import loss, lossy_words
+from halovae.cli.pages import command, memory_words
+from halovae.cli.report import Row, table
 from halovae.pipelines.timing import LOAD, STAGES, WRITE
 from halovae.report import PictureSection, Report, lanes
 
@@ -60,29 +61,35 @@ def text(session: Session, job: Job, made: Made) -> str:
             f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {_where(session)}",
             *_vae_lines(made),
         )
-    ) + stage_table(made.document)  # fmt: skip
+    ) + table(stage_rows(made.document)) + _memory_line(made.document)  # fmt: skip
 
 
 def page(session: Session, job: Job, made: Made) -> Report:
     """For `--report`: what was made, where the time went, and what each rank did."""
     frames = made.result.frames
     assert frames is not None
+    lost = loss(job.output, job.crf, job.lossless)
     found, lanes_seconds = made.document["seconds"], lanes(made.spans)
     seconds = {name: found[name] for name in (LOAD, *STAGES, WRITE) if name in found}
     facts = {
         "Pipeline": f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {_where(session)}",
         "Result": f"{len(frames)} frame{'s' * (len(frames) != 1)} of {frames.shape[2]}x{frames.shape[1]}",
         "Seed": str(made.result.seed),
-        **{name.capitalize().replace("Vae", "VAE"): f"{value:.2f} s" for name, value in seconds.items()},
+        "File": f"{job.output.name}, {lossy_words(lost)}" if lost else f"{job.output.name}, which keeps every pixel",
     }
     in_vae = sum(value for name, value in seconds.items() if name.startswith("vae "))
     section = PictureSection(
-        title="What was made", text=made.generation.prompt or "", name=job.output.name, frames=frames
+        title="What was made",
+        text=f"{made.generation.prompt or ''}\nAs it was computed, before {job.output.name} was written.".strip(),
+        name=job.output.name,
+        frames=frames,
     )
     return Report(
         title=f"{job.output.name}: {job.task} on {session.group.size} rank{'s' * (session.group.size != 1)}",
         verdict=f"{sum(seconds.values()):.1f} s in all, {in_vae:.1f} s of them in the VAE.",
         facts=facts,
+        costs=stage_rows(made.document),
+        costs_text=memory_words(session.device),
         pictures=[section],
         seconds=lanes_seconds[0],
         lanes=lanes_seconds[1],
@@ -90,15 +97,15 @@ def page(session: Session, job: Job, made: Made) -> Report:
     )
 
 
-def stage_table(found: dict[str, Any]) -> str:
+def stage_rows(found: dict[str, Any]) -> list[Row]:
     """Seconds, shares and the largest peak memory of all ranks, stage by stage, from a run's document."""
     seconds = {name: found["seconds"][name] for name in (LOAD, *STAGES, WRITE) if name in found["seconds"]}
     total = sum(seconds.values())
-    rows: list[tuple[str, ...]] = [("stage", "seconds", "share", "peak memory")]
+    rows: list[Row] = [("stage", "seconds", "share", "peak memory")]
     for name, value in seconds.items():
         rows.append((name, f"{value:.2f}", f"{100 * value / total:.0f} %", _largest(found, name)))
     rows.append(("total", f"{total:.2f}", "", ""))
-    return table(rows) + _memory_line(found)
+    return rows
 
 
 def _largest(found: dict[str, Any], stage: str) -> str:

@@ -25,6 +25,7 @@ def image_to_video(
     seed: flags.Seed = None,
     fps: flags.Fps = 16,
     crf: flags.Crf = None,
+    lossless: options.Lossless = False,
     num_inference_steps: flags.Steps = None,
     guidance_scale: flags.GuidanceScale = None,
     guidance_scale_high: flags.GuidanceScaleHigh = None,

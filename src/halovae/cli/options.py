@@ -126,6 +126,13 @@ Json = Annotated[
         rich_help_panel=usage.REPORTS,
     ),
 ]  # fmt: skip
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless", help="Keep every pixel of an mp4, as RGB: a larger file, which few players show.",
+        rich_help_panel=usage.CONTENT,
+    ),
+]  # fmt: skip
 ReportFolder = Annotated[
     Path | None,
     typer.Option(

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae import timeline
-from halovae.cli.report import clip_line, described
+from halovae.cli.clips import lossy_words
+from halovae.cli.compare import BEFORE, differences, in_8_bits
+from halovae.cli.report import clip_line, counted, described
 from halovae.fit import Fit
 from halovae.quality import ClipComparison, Frames, Gate, Grid, LatentComparison, compare_clips
 from halovae.quality.numbers import decibel
@@ -24,7 +26,7 @@ from halovae.tile.settings import TileSettings
 from halovae.timeline import Span, Timeline
 
 if TYPE_CHECKING:
-    from halovae.cli.compare import Result
+    from halovae.cli.compare import Result, Told
     from halovae.cli.session import Loaded, Session
     from halovae.media import Clip
 
@@ -61,62 +63,98 @@ def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[Grid, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ways:
+class Run:
     """A clip, and what came of it in one way or two."""
 
+    name: str
+    """Of the clip."""
+    output: str
+    """Name of the file."""
+    lost: str
+    """What writing it changes the pixels by, see `clips.loss`."""
     clip: Clip
     result: Result
     """Of the ranks."""
     alone: Result | None
     """Of one rank without any cut, if that was asked for."""
+    told: Told
+    """What the terminal says."""
     handle: Any
     """Of the parallel VAE; None where one rank ran it as it is."""
     spans: Sequence[Sequence[Span]]
     """The timeline of every rank."""
+    words: Sequence[str]
+    """The command line."""
 
 
-def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, ways: Ways, name: str, words: Sequence[str]) -> Report:
+def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Report:
     """The report of `halovae roundtrip`.
 
     Args:
         session: of the first rank.
         loaded: the VAE.
         fit: the sizes of the clip.
-        ways: what was done.
-        name: of the clip.
-        words: the command line.
+        run: what was done.
     """
-    clip, result, alone = ways.clip, ways.result, ways.alone
-    cut = borders(loaded.vae, ways.handle, loaded.limits.ratio, fit)
-    ranks = f"{session.group.size} rank{'s' * (session.group.size != 1)}"
+    clip, result, alone, told = run.clip, run.result, run.alone, run.told
+    cut = borders(loaded.vae, run.handle, loaded.limits.ratio, fit)
+    ranks = counted(session.group.size, "rank")
     kept = _section(
         "Result against source",
-        "What the VAE keeps of the clip.",
+        f"What the VAE keeps of the clip, before {run.output} was written.",
         ("Source", "Result"),
         clip.frames,
         result.frames,
         cut,
     )
-    sections, verdict = [kept], f"PSNR to the source is {decibel(kept.found.psnr)}."
+    sections = [kept]
     if alone is not None:
-        text = "The same clip, weights and precision on one rank without any cut; before rounding to 8 bits."
+        tiles = "in tiles " * ("tile" in (result.encode.mode, result.decode.mode))
+        text = (
+            "One rank: the VAE as diffusers runs it, un-tiled, with the same clip, weights and precision. "
+            f"Both are compared {BEFORE} {run.output}; {in_8_bits(differences(result, alone), result.frames.size)}."
+        )
         apart = _section(
-            f"{ranks} against un-parallel", text, ("Un-parallel", ranks),
+            f"{ranks} {tiles}against one rank", text, ("One rank", f"{ranks} {tiles}".strip()),
             _levels(alone.sample), _levels(result.sample), cut,
         )  # fmt: skip
-        most = f"{apart.found.largest:.2g} of 255 levels before rounding"
-        sections, verdict = [apart, kept], f"{ranks} and the un-parallel VAE differ by at most {most}. {verdict}"
-    seconds, found_lanes = lanes(ways.spans)
+        sections = [apart, kept]
+    seconds, found_lanes = lanes(run.spans)
     facts = {
         "Clip": clip_line(fit, clip.fps),
-        "Encode": f"{result.encode.seconds:.2f} s",
-        "Decode": f"{result.decode.seconds:.2f} s",
         "VAE": described(session, loaded, result.encode),
+        "File": f"{run.output}, {lossy_words(run.lost)}" if run.lost else f"{run.output}, which keeps every pixel",
     }
     return Report(
-        title=f"{name} through {loaded.source.model} on {ranks}", verdict=verdict, facts=facts, clips=sections,
-        seconds=seconds, lanes=found_lanes, command=command(words),
-    )  # fmt: skip
+        title=f"{run.name} through {loaded.source.model} on {ranks}",
+        verdict=f"{told.verdict} PSNR to the source is {decibel(kept.found.psnr)}.".strip(),
+        passed=told.passed,
+        facts=facts,
+        costs=told.rows,
+        costs_text=_costs_text(session, alone is not None),
+        clips=sections,
+        seconds=seconds,
+        lanes=found_lanes,
+        command=command(run.words),
+    )
+
+
+def _costs_text(session: Session, with_alone: bool) -> str:
+    """What has to be known to read the table."""
+    ranks = session.group.size
+    text = memory_words(session.device)
+    if with_alone and ranks > 1:
+        text += (
+            " One rank is the VAE as diffusers runs it. halovae's operators are faster than diffusers', so that "
+            f"{ranks} ranks can be more than {ranks} times as fast."
+        )
+    return text
+
+
+def memory_words(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "Peak memory is that of a whole process, with Python, libraries and weights."
+    return f"Peak memory is what torch held at most on a rank's {device.type} device."
 
 
 def _section(
@@ -133,12 +171,12 @@ def _section(
 
 def clips_report(
     one: Path, other: Path, reference: Frames, result: Frames, found: ClipComparison, gates: Sequence[Gate],
-    words: Sequence[str],
+    lost: str, words: Sequence[str],
 ) -> Report:  # fmt: skip
-    """The report of two clips that `halovae compare` was given."""
+    """The report of two clips that `halovae compare` was given; `lost` tells what their codecs have to do with it."""
     section = ClipSection(
         title=f"{other.name} against {one.name}",
-        text="Every pixel of the two files as they decode, in 8-bit RGB.",
+        text=f"Every pixel of the two files as they decode, in 8-bit RGB. {lost}".rstrip(),
         reference_name=one.name,
         result_name=other.name,
         reference=reference,
@@ -152,8 +190,9 @@ def clips_report(
     same = "Identical in every level of every frame." if found.is_identical else f"PSNR is {decibel(found.psnr)}."
     verdict = _verdict(gates) or same
     return Report(
-        title=section.title, verdict=verdict, facts=facts, clips=[section], gates=gates, command=command(words)
-    )
+        title=section.title, passed=_passed(gates, found.is_identical), verdict=verdict, facts=facts, clips=[section],
+        gates=gates, command=command(words),
+    )  # fmt: skip
 
 
 def latents_report(
@@ -163,13 +202,21 @@ def latents_report(
     section = LatentSection(
         title=f"{other.name} against {one.name}", text="", reference_name=one.name, result_name=other.name, found=found
     )
-    verdict = _verdict(gates) or f"The relative L2 distance is {found.relative_l2:.2e}."
-    return Report(title=section.title, verdict=verdict, latents=[section], gates=gates, command=command(words))
+    apart = f"The relative L2 distance is {found.relative_l2:.1e}." if found.largest else "Identical in every latent."
+    return Report(
+        title=section.title, passed=_passed(gates, not found.largest), verdict=_verdict(gates) or apart,
+        latents=[section], gates=gates, command=command(words),
+    )  # fmt: skip
 
 
 def command(words: Sequence[str]) -> str:
     """The command line, as it can be typed again."""
     return shlex.join(["halovae", *words])
+
+
+def _passed(gates: Sequence[Gate], is_identical: bool) -> bool | None:
+    """None where nobody has said how near is near enough."""
+    return all(gate.passed for gate in gates) if gates else is_identical or None
 
 
 def _verdict(gates: Sequence[Gate]) -> str:

@@ -34,6 +34,8 @@ class Clips(Trimmed):
     """Frames of each."""
     size: tuple[int, int]
     """Height and width."""
+    lost: str
+    """What codecs have to do with the difference, in a sentence; nothing where neither file loses anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,18 @@ def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None
     for film in (reference, result):
         film.trim(count, height, width)
     notes = tuple(f"trimmed: {text}" for text in differing)
-    return Clips(reference=reference, result=result, count=count, size=(height, width), notes=notes)
+    lossy = {path.name: film.lossy for path, film in ((one, reference), (other, result)) if film.lossy}
+    return Clips(reference=reference, result=result, count=count, size=(height, width), lost=_lost(lossy), notes=notes)
+
+
+def _lost(lossy: dict[str, str]) -> str:
+    if not lossy:
+        return ""
+    files = " and ".join(f"{name} ({codec})" for name, codec in lossy.items())
+    return (
+        f"What the codec of {files} loses is in these numbers too: files differ by more than what was computed. "
+        "To see that alone, write them with --lossless."
+    )
 
 
 def read_latents(one: Path, other: Path, *, trim: bool) -> Latents:

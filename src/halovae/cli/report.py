@@ -21,6 +21,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
+def counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+def peak_of(found: dict[str, Any]) -> int | None:
+    """Bytes, the most that any half took on any rank, from a run's document; None where the system can't tell."""
+    return max((half["peak_memory"] or 0 for rank in found["per_rank"] for half in rank.values()), default=0) or None
+
+
 def columns(rows: Sequence[tuple[str, str]]) -> str:
     """Names and what is to be said of them."""
     return "\n".join(f"{name:<12}{words}" for name, words in rows)
@@ -35,12 +48,13 @@ def described(session: Session, loaded: Loaded, half: Half) -> str:
     if where == "cpu":
         where += f", {session.threads} thread{'s' * (session.threads != 1)} each"
     chosen = f"\nauto: {half.choice}" if half.choice else ""
-    return f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {_ranks(ranks)} on {where}{cut}{chosen}"
+    return (
+        f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {counted(ranks, 'rank')} on {where}{cut}{chosen}"
+    )
 
 
 def clip_line(fit: Fit, fps: Any) -> str:
-    frames = f"{fit.frames} frame{'s' * (fit.frames != 1)}"
-    return f"{frames} of {fit.width}x{fit.height}, {float(fps):.4g} per second"
+    return f"{counted(fit.frames, 'frame')} of {fit.width}x{fit.height}, {float(fps):.4g} per second"
 
 
 def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]) -> dict[str, Any]:
@@ -69,7 +83,3 @@ def traffic_line(half: Half) -> str:
 def seconds_table(halves: dict[str, Half]) -> str:
     rows = [(name, f"{half.seconds:.2f} s", traffic_line(half)) for name, half in halves.items()]
     return "".join(f"{name:<8}{seconds:>10}  {traffic}".rstrip() + "\n" for name, seconds, traffic in rows)
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' * (count != 1)}"

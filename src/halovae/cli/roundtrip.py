@@ -24,6 +24,7 @@ class _Job:
     height: int | None
     width: int | None
     compare: bool
+    lossless: bool
     json: Path | None
     report: Path | None
     words: tuple[str, ...]
@@ -47,6 +48,7 @@ def roundtrip(
     dtype: options.DtypeOption = None,
     device: options.Device = None,
     compare: options.Compare = False,
+    lossless: options.Lossless = False,
     json: options.Json = None,
     report: options.ReportFolder = None,
 ) -> int:
@@ -63,8 +65,8 @@ def roundtrip(
     if inspect(source).is_image:
         check_still(output, 1)
     job = _Job(
-        source=source, output=output, frames=frame_range, height=height, width=width, compare=compare, json=json,
-        report=report, words=tuple(context.obj),
+        source=source, output=output, frames=frame_range, height=height, width=width, compare=compare,
+        lossless=lossless, json=json, report=report, words=tuple(context.obj),
     )  # fmt: skip
     return run(context, run_options, lambda session: _on_rank(session, job))
 
@@ -72,7 +74,7 @@ def roundtrip(
 def _on_rank(session: Session, job: _Job) -> None:
     from halovae import codec
     from halovae.cli import compare, pages, report, seams
-    from halovae.cli.clips import read_clip, write_clip
+    from halovae.cli.clips import loss, read_clip, write_clip
     from halovae.files import write_json
     from halovae.media import check_still
     from halovae.report import write_report
@@ -90,23 +92,24 @@ def _on_rank(session: Session, job: _Job) -> None:
     spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
         return
-    write_clip(session, job.output, result.frames, clip.fps, times=clip.times)
-    words, ratio = compare.to_source(clip.frames, result)
-    numbers, alone = {}, None
+    write_clip(session, job.output, result.frames, clip.fps, times=clip.times, lossless=job.lossless)
+    peak, lost = report.peak_of(document), loss(job.output, lossless=job.lossless)
     # On one rank while the others have ended: nobody needs them any more.
     if in_tiles:
-        found, numbers, alone = seams.told(session, loaded, fit, padded, clip.frames, result, exact)
-    elif job.compare:
-        alone = compare.run_through(session, loaded, fit, padded, None, " un-parallel")
-        found, numbers = compare.told(session.group.size, clip.frames, result, alone)
+        rest = seams.run_rest(session, loaded, fit, padded, result, exact)
+        told, alone = seams.told(session, clip.frames, rest, peak, lost), rest.whole
     else:
-        found = report.seconds_table(result.halves) + words
-    document |= numbers | {"input": str(job.source), "output": str(job.output), "psnr": ratio}
+        alone = compare.run_through(session, loaded, fit, padded, None, " on one rank") if job.compare else None
+        told = compare.told(session, clip.frames, result, alone, peak, lost)
+    document |= told.numbers | {"input": str(job.source), "output": str(job.output)}
     typer.echo(f"{job.output}: {report.clip_line(fit, clip.fps)}")
-    typer.echo(f"{report.described(session, loaded, result.encode)}\n{found}", nl=False)
+    typer.echo(f"{report.described(session, loaded, result.encode)}\n{told.text}", nl=False)
     if job.json is not None:
         write_json(job.json, document)
     if job.report is not None:
-        ways = pages.Ways(clip=clip, result=result, alone=alone, handle=handle, spans=spans)
-        page = pages.roundtrip_report(session, loaded, fit, ways, job.source.name, job.words)
+        run = pages.Run(
+            name=job.source.name, output=job.output.name, lost=lost, clip=clip, result=result, alone=alone, told=told,
+            handle=handle, spans=spans, words=job.words,
+        )  # fmt: skip
+        page = pages.roundtrip_report(session, loaded, fit, run)
         typer.echo(f"report: {write_report(job.report, page)}")

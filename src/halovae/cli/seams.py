@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae import codec
-from halovae.cli.compare import GATHER, Result, run_through
-from halovae.cli.report import table
+from halovae.cli.clips import lossy_words
+from halovae.cli.compare import GATHER, Result, Told, run_through
+from halovae.cli.report import Row, counted, mebibytes, table
 from halovae.cli.session import Loaded, Session
 from halovae.errors import HalovaeError, NotExactError
 from halovae.fit import Fit, decode_arguments
@@ -78,7 +79,7 @@ def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> Resul
         return None
 
 
-def compare(
+def run_rest(
     session: Session, loaded: Loaded, fit: Fit, clip: Tensor, tiles: Result, exact: Result | None
 ) -> Ways:  # fmt: skip
     """Run the rest of the ways, on this rank alone."""
@@ -94,13 +95,29 @@ def compare(
     return Ways(tiles=tiles, own=own, exact=exact, whole=whole, near=near)
 
 
-def told(
-    session: Session, loaded: Loaded, fit: Fit, clip: Tensor, source: NDArray[np.uint8], tiles: Result,
-    exact: Result | None,
-) -> tuple[str, dict[str, Any], Result | None]:  # fmt: skip
-    """What `--compare` prints, the same for `--json`, and the un-tiled result."""
-    ways = compare(session, loaded, fit, clip, tiles, exact)
-    return text(session.group.size, source, ways), as_document(source, ways), ways.whole
+def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | None, lost: str) -> Told:
+    """What is said of a run in tiles, next to the other ways.
+
+    Args:
+        session: of the first rank.
+        source: (frames, height, width, 3), levels of 0 to 255.
+        ways: what was run.
+        peak: bytes, the most that any rank took for its tiles.
+        lost: what writing changes the pixels by, see `clips.loss`.
+    """
+    several = counted(session.group.size, "rank")
+    rows = _rows(several, source, ways, peak)
+    same = "same bits" if ways.same_bits else f"other bits, by up to {_apart(ways):.1e}"
+    text = (
+        table(rows)
+        + ("exact mode refuses this VAE\n" if ways.exact is None else "")
+        + f"tiles on {several} against the VAE's own tiles on one rank: {same}\n"
+        + (f"the file is {lossy_words(lost)}\n" if lost else "")
+    )
+    numbers = _as_document(source, ways) | {"psnr": finite(psnr(source, ways.tiles.frames)), "peak_memory": peak}
+    numbers["passed"] = ways.same_bits
+    verdict = f"Tiles on {several} against the VAE's own tiles on one rank: {same}."
+    return Told(text=text, rows=rows, numbers=numbers, passed=ways.same_bits, verdict=verdict)
 
 
 @contextmanager
@@ -134,18 +151,19 @@ def _near_borders(loaded: Loaded, fit: Fit, clip: Tensor, latents: Tensor) -> ND
     return near[: fit.height, : fit.width].numpy()
 
 
-def text(ranks: int, source: NDArray[np.uint8], ways: Ways) -> str:
-    """The table that `--compare` prints."""
-    several = f"{ranks} rank{'s' * (ranks != 1)}"
-    results = {f"tile, {several}": ways.tiles, "tile, 1 rank": ways.own, f"exact, {several}": ways.exact}
-    results["un-tiled, 1 rank"] = ways.whole
+def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None) -> list[Row]:
+    results = {f"tile, {several}": ways.tiles, "tile, one rank": ways.own, f"exact, {several}": ways.exact}
+    results["un-tiled, one rank"] = ways.whole
     found = {name: result for name, result in results.items() if result is not None}
     gaps = [ways.gap(result) for result in found.values()]
+    peaks = [max((half.peak_memory or 0 for half in result.halves.values()), default=0) for result in found.values()]
+    peaks[0] = peak or 0
     share = f"within {NEAR} px of tile borders ({100 * ways.near.mean():.0f} % of the picture)"
-    rows = [
+    rows: list[Row] = [
         ("", *found),
         ("encode", *(f"{result.encode.seconds:.2f} s" for result in found.values())),
         ("decode", *(f"{result.decode.seconds:.2f} s" for result in found.values())),
+        ("peak memory of a rank", *(mebibytes(bytes) if bytes else "" for bytes in peaks)),
         ("PSNR to the source", *(decibel(psnr(source, result.frames)) for result in found.values())),
     ]
     if ways.whole is not None:
@@ -157,17 +175,14 @@ def text(ranks: int, source: NDArray[np.uint8], ways: Ways) -> str:
             ("  PSNR to un-tiled", *(decibel(gap.border_psnr) for gap in known)),
             ("  largest difference", *(f"{gap.border_largest:.1e}" for gap in known)),
         ]
-    same = "same bits" if ways.same_bits else f"other bits, by up to {_apart(ways):.1e}"
-    refused = "" if ways.exact is not None else "exact mode refuses this VAE\n"
-    return f"{table(rows)}{refused}tiles on {several} against the VAE's own tiles on one rank: {same}\n"
+    return rows
 
 
 def _apart(ways: Ways) -> float:
     return (ways.tiles.sample.double() - ways.own.sample.double()).abs().max().item()
 
 
-def as_document(source: NDArray[np.uint8], ways: Ways) -> dict[str, Any]:
-    """For `--json`."""
+def _as_document(source: NDArray[np.uint8], ways: Ways) -> dict[str, Any]:
     results = {"tile": ways.tiles, "own_tiles": ways.own, "exact": ways.exact, "untiled": ways.whole}
     return {
         "same_bits": ways.same_bits,

@@ -15,6 +15,7 @@ from halovae import comm, fit, launch, models, timeline
 from halovae.cli.options import RunOptions
 from halovae.cli.progress import Stages
 from halovae.errors import HalovaeError, InputError
+from halovae.memory import PeakMemory
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ class Half:
     bytes: int = 0
     wait_seconds: float = 0.0
     peak_memory: int | None = None
+    """Bytes: of the accelerator's memory, or of the whole process on a CPU. None: unknown."""
 
     def add(self, report: Any) -> None:
         """Take in the report of one parallel call."""
@@ -176,6 +178,8 @@ class Session:
         """
         half = Half()
         self.synchronize()
+        # A parallel call measures its own; each measurement begins anew, so that one within the other would spoil it.
+        memory = PeakMemory(self.device) if handle is None else None
         started = time.perf_counter()
         with self.stages.stage(name, steps) as advance, torch.inference_mode():
 
@@ -188,6 +192,7 @@ class Session:
             result = call(after)
         self.synchronize()
         half.seconds += time.perf_counter() - started
+        half.peak_memory = half.peak_memory if memory is None else memory.read()
         self.seconds[name] = half.seconds
         timeline.note(name, started)
         return result, half

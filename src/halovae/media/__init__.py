@@ -3,6 +3,18 @@
 from halovae.media.film import Film
 from halovae.media.options import FrameRange
 from halovae.media.reader import Clip, Header, inspect, read
-from halovae.media.writer import SUFFIXES, Frames, check_still, write
+from halovae.media.writer import CRF, SUFFIXES, Frames, check_still, write
 
-__all__ = ["SUFFIXES", "Clip", "Film", "FrameRange", "Frames", "Header", "check_still", "inspect", "read", "write"]
+__all__ = [
+    "CRF",
+    "SUFFIXES",
+    "Clip",
+    "Film",
+    "FrameRange",
+    "Frames",
+    "Header",
+    "check_still",
+    "inspect",
+    "read",
+    "write",
+]

@@ -41,6 +41,8 @@ class Film:
         if not begins:
             raise InputError(f"{path} has no frames")
         self.count = len(begins)
+        self.lossy = source.lossy
+        """What it was compressed with, where that may have lost something."""
         self.pace = pace_of(source, begins, end)
 
     def trim(self, count: int, height: int, width: int) -> None:

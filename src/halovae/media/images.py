@@ -20,6 +20,7 @@ _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 """Kinds whose pictures are frames. Those of the others are previews, layers, or views of one scene."""
 _VIDEOS = ("FLI",)
 """Kinds that libav reads better."""
+_LOSSLESS = ("BMP", "PNG", "PPM", "TGA", "TIFF")
 _INSTANT = Fraction(1, 100)
 """Frames that claim no more seconds than this are shown for `_USUAL` by every browser."""
 _USUAL = Fraction(1, 10)
@@ -48,14 +49,15 @@ def open_pictures(path: Path) -> Iterator[Source | None]:
             yield None
             return
         notes, size = list(image_notes(image)), (image.height, image.width)
+        lossy = "" if image.format in _LOSSLESS else image.format or "an unknown format"
         if is_animated(image):
             pictures = _animation(path, image, notes)
-            yield Source(size=size, pictures=pictures, tick=Fraction(1, 1000), notes=notes)
+            yield Source(size=size, pictures=pictures, tick=Fraction(1, 1000), lossy=lossy, notes=notes)
             return
         count = getattr(image, "n_frames", 1)
         if count > 1:
             notes.append(f"of the {count} pictures in it the first is taken")
-        yield Source(size=size, pictures=_still(path, image), is_still=True, notes=notes)
+        yield Source(size=size, pictures=_still(path, image), is_still=True, lossy=lossy, notes=notes)
 
 
 @contextmanager

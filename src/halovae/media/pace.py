@@ -47,6 +47,8 @@ class Source:
     """Frames per second that the file claims, the most believable first."""
     tick: Fraction = Fraction(0)
     """Seconds that its times are rounded to."""
+    lossy: str = ""
+    """What its pictures were compressed with, where that may have lost something."""
     notes: list[str] = field(default_factory=list[str])
     """What of the file is not taken over, one line each. Pictures that are taken may add to it."""
 

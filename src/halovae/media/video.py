@@ -23,6 +23,7 @@ from halovae.errors import InputError
 from halovae.files import first_line
 from halovae.media.limits import broken, check_pixels
 from halovae.media.pace import Shown, Source
+from halovae.media.writer import LOSSLESS
 
 _HDR = (16, 18)
 """The transfer functions PQ and HLG in ITU-T H.273."""
@@ -84,6 +85,7 @@ def open_video(path: Path) -> Iterator[Source]:
             pictures=_shown(path, container, stream, notes),
             rates=tuple(Fraction(rate) for rate in rates if rate),
             tick=Fraction(stream.time_base or 0),
+            lossy=_lossy(container, stream),
             notes=notes,
         )
 
@@ -127,6 +129,12 @@ def _notes(container: InputContainer, stream: VideoStream) -> list[str]:
     if context.color_trc in _HDR:
         notes.append("its colours are HDR: they are taken as they are, without tone mapping")
     return notes
+
+
+def _lossy(container: InputContainer, stream: VideoStream) -> str:
+    """The codec, unless it never loses anything or the file is one of ours in which it didn't."""
+    codec = stream.codec
+    return "" if not codec.lossy or container.metadata.get("comment") == LOSSLESS else codec.name
 
 
 def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: list[str]) -> Iterator[Shown]:

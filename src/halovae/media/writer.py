@@ -29,10 +29,12 @@ CRF = 16
 _ENCODER = {"preset": "medium", "x264-params": "mbtree=0:chromaloc=0"}
 """Of x264. Its macroblock tree makes different files of the same frames, one time in five on small noisy ones.
 `chromaloc` says that colour is sampled where every player assumes it, at the left of two pixels."""
+LOSSLESS = "lossless"
+"""The comment in a file that holds every pixel as it was given; nothing else in it tells for certain."""
 _SCALE = "flags=lanczos+accurate_rnd:out_color_matrix=bt709:out_range=tv:out_chroma_loc=left"
 """For libavfilter; libswscale by itself would sample colour between two pixels."""
-_BT709 = 1
-"""ITU-T H.273 gives matrix, primaries and transfer of BT.709 the same number."""
+_BT709, _RGB = 1, 0
+"""ITU-T H.273 gives matrix, primaries and transfer of BT.709 the same number; the matrix of RGB is none."""
 
 
 def write(
@@ -42,6 +44,7 @@ def write(
     advance: Callable[[], None] = lambda: None,
     crf: int | None = None,
     times: Sequence[int] = (),
+    lossless: bool = False,
 ) -> tuple[str, ...]:
     """Write `frames` to `path`; its suffix chooses the format. A file of that name is replaced at the very end.
 
@@ -50,9 +53,10 @@ def write(
         frames: (frames, height, width, 3), RGB; taken one by one. PNG takes one frame only.
         fps: frames per second.
         advance: called after each frame.
-        crf: of x264, 0 to 51; 0 loses nothing but colour resolution. None: `CRF`.
+        crf: of x264, 0 to 51; 0 loses nothing but colour resolution and what conversion rounds. None: `CRF`.
         times: when each frame begins and, last, when the final one ends, in 1/90000 s from the first one on; empty:
             evenly, `fps` a second.
+        lossless: keep every pixel of an mp4 as it is, in RGB; `crf` is not used then. PNG always does.
 
     Returns:
         Notes on what a reader might not expect of the file.
@@ -66,7 +70,7 @@ def write(
             Image.fromarray(frames[0]).save(draft, format="PNG")
         advance()
         return ()
-    return _write_mp4(path, frames, fps, advance, CRF if crf is None else crf, times)
+    return _write_mp4(path, frames, fps, advance, 0 if lossless else CRF if crf is None else crf, times, lossless)
 
 
 def check_still(path: Path, frames: int) -> None:
@@ -80,8 +84,9 @@ def check_still(path: Path, frames: int) -> None:
 
 
 def _write_mp4(
-    path: Path, frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int, times: Sequence[int]
-) -> tuple[str, ...]:
+    path: Path, frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int, times: Sequence[int],
+    lossless: bool,
+) -> tuple[str, ...]:  # fmt: skip
     height, width = frames[0].shape[:2]
     # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
     even = height % 2 == 0 and width % 2 == 0
@@ -89,8 +94,12 @@ def _write_mp4(
         with atomic(path) as draft, av.open(str(draft), mode="w", format="mp4") as container:
             # Without frames that are sent before earlier ones, the muxer keeps every duration, the last one too.
             order = {"bf": "0"} if times else {}
-            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), **_ENCODER, **order})
-            _describe(stream, height, width, "yuv420p" if even else "yuv444p")
+            codec, pixel_format = "libx264", "yuv420p" if even else "yuv444p"
+            if lossless:
+                codec, pixel_format = "libx264rgb", "rgb24"
+                container.metadata["comment"] = LOSSLESS
+            stream = container.add_stream(codec, rate=fps, options={"crf": str(crf), **_ENCODER, **order})
+            _describe(stream, height, width, pixel_format)
             if times:
                 stream.codec_context.time_base = Fraction(1, TICKS)
             lasts = {begin: end - begin for begin, end in zip(times[:-1], times[1:], strict=True)}
@@ -105,6 +114,8 @@ def _write_mp4(
     except av.FFmpegError as error:
         why = reason(error) if isinstance(error, OSError) else first_line(error)
         raise InputError(f"can't write {path}: {why}") from error
+    if lossless:
+        return ("lossless: written as RGB in H.264, which not every player shows",)
     return () if even else (f"{width}x{height} is odd: written as yuv444p, which not every player shows",)
 
 
@@ -119,12 +130,16 @@ def _lasting(packets: list[Packet], lasts: Mapping[int, int]) -> list[Packet]:
 def _describe(stream: VideoStream, height: int, width: int, pixel_format: str) -> None:
     stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
     context = stream.codec_context
-    context.colorspace = context.color_primaries = context.color_trc = _BT709
-    context.color_range = ColorRange.MPEG
+    context.color_primaries = context.color_trc = _BT709
+    is_rgb = pixel_format == "rgb24"
+    context.colorspace = _RGB if is_rgb else _BT709
+    context.color_range = ColorRange.JPEG if is_rgb else ColorRange.MPEG
 
 
 def _converter(stream: VideoStream) -> Callable[[NDArray[np.uint8]], av.VideoFrame]:
     """From RGB to what the stream takes."""
+    if stream.pix_fmt == "rgb24":
+        return lambda pixels: av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     graph = Graph()
     pixel_format = VideoFormat("rgb24", stream.width, stream.height)
     source = graph.add_buffer(

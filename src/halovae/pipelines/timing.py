@@ -15,7 +15,7 @@ from halovae.timeline import note
 
 TEXT_ENCODE, VAE_ENCODE, DENOISE, VAE_DECODE, OTHER = "text encode", "vae encode", "denoise", "vae decode", "other"
 PROBE = "vae probe"
-"""The comparison that exact mode makes at the first use of each half."""
+"""What only the first call of each half does: exact mode's comparison, and the choice of a mode."""
 LOAD, WRITE = "load", "write"
 """Before and after a pipeline's call."""
 _SPANS = {TEXT_ENCODE: "text", VAE_ENCODE: "encode", DENOISE: "denoise", VAE_DECODE: "decode"}

@@ -21,6 +21,14 @@ def finite(value: float | None) -> float | None:
     return None if value is None or math.isinf(value) else value
 
 
+def bound(value: float) -> str:
+    """The smallest number of one digit that is larger: 0.000336 is less than 0.0004."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    unit = 10.0 ** math.floor(math.log10(abs(value)))
+    return f"{(math.floor(value / unit) + 1) * unit:.1g}".replace("e-0", "e-")
+
+
 def decibel(value: float) -> str:
     """A PSNR in words."""
     return "identical" if math.isinf(value) else f"{value:.2f} dB"

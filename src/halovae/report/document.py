@@ -69,8 +69,14 @@ class Report:
     title: str
     verdict: str
     """The one sentence to read."""
+    passed: bool | None = None
+    """The mark above it; None where there was nothing to pass."""
     facts: dict[str, str] = field(default_factory=dict[str, str])
     """What was done, as names and values."""
+    costs: Sequence[Sequence[str]] = ()
+    """Time and memory as the terminal shows them: rows of words, the first one of headings."""
+    costs_text: str = ""
+    """What has to be known to read them."""
     pictures: Sequence[PictureSection] = ()
     clips: Sequence[ClipSection] = ()
     latents: Sequence[LatentSection] = ()
@@ -91,7 +97,9 @@ class Report:
         return {
             "title": self.title,
             "verdict": self.verdict,
+            "passed": self.passed,
             "facts": self.facts,
+            "costs": [list(row) for row in self.costs],
             "gates": [gate.to_dict() for gate in self.gates],
             "clips": [section.to_dict() for section in self.clips],
             "latents": [section.to_dict() for section in self.latents],

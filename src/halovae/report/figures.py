@@ -25,8 +25,8 @@ def clip_figures(found: ClipComparison) -> list[Figure]:
         ("PSNR", decibel(found.psnr), f"worst frame {worst.frame}: {decibel(worst.psnr)}"),
         ("SSIM", fixed(found.ssim), "structure kept, 1 is all"),
         ("MS-SSIM", fixed(found.ms_ssim), "the same over five scales"),
-        ("Largest difference", level(found.largest), "of 255 levels"),
-        ("Mean difference", level(found.mean), "levels"),
+        ("Largest difference", level(found.largest), _of_levels(found.largest)),
+        ("Mean difference", level(found.mean), _of_levels(found.mean)),
         ("Pixels off", f"{found.share_off:.2%}", "by more than 1% of the range"),
         ("Drift", _signed(found.drift), "levels gained from first frame to last"),
         ("Flicker", level(found.flicker), "levels the difference changes per frame"),
@@ -40,7 +40,27 @@ def level(value: float | None) -> str:
     """Levels with three digits; nothing for what is not known."""
     if value is None:
         return ""
-    return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def drawn_words(gain: float, largest: float) -> str:
+    """What the picture of the difference shows.
+
+    Args:
+        gain: how many times the difference is amplified.
+        largest: difference, in levels.
+    """
+    if gain == 1:
+        return "The difference is drawn as it is: white is 255 levels, which is the most that there can be."
+    words = f"The difference is drawn {grouped(gain)} times as large, to be seen at all: white is {level(255 / gain)} "
+    words += "of one level" if gain > 255 else "levels"
+    words += f", and the largest is {level(largest)} {'of one level' if largest < 1 else 'levels'}, of 255."
+    if largest < 0.5:
+        words += " 8-bit pixels can't show that: only a value that lies half-way between two levels may be rounded "
+        words += "the other way."
+    return words
 
 
 def seconds(value: float) -> str:
@@ -68,6 +88,10 @@ def gate_limit(gate: Gate) -> str:
 
 def gate_value(gate: Gate) -> str:
     return "identical" if math.isinf(gate.found) and gate.is_minimum else f"{gate.found:.4g}{gate.unit}"
+
+
+def _of_levels(value: float) -> str:
+    return "of one level, of 255" if 0 < value < 1 else "levels, of 255"
 
 
 def _signed(value: float | None) -> str:

@@ -12,8 +12,19 @@ from halovae.errors import InputError
 from halovae.files import atomic, check_output, reason, write_json
 from halovae.report.curves import Curve, clip_curves, latent_curves
 from halovae.report.document import ClipSection, LatentSection, Report
-from halovae.report.figures import Figure, clip_figures, fixed, gate_limit, gate_value, grouped, level, ratio, seconds
-from halovae.report.lanes import INTERVALS, KINDS, Lane, balance
+from halovae.report.figures import (
+    Figure,
+    clip_figures,
+    drawn_words,
+    fixed,
+    gate_limit,
+    gate_value,
+    grouped,
+    level,
+    ratio,
+    seconds,
+)
+from halovae.report.lanes import INTERVALS, KINDS, WHOLES, Lane, balance
 from halovae.report.pictures import HeatMap, Triple, gain, heat_map, heat_scale, singles, triples
 
 PAGE, NUMBERS = "index.html", "report.json"
@@ -60,6 +71,8 @@ class _Clip:
 
     said: ClipSection
     gain: float
+    drawn: str
+    """What the picture of the difference shows, in words."""
     frames: list[Triple]
     worst: Triple
     figures: list[Figure]
@@ -98,6 +111,7 @@ def render(report: Report) -> str:
         pictures=[(section, singles(section.frames)) for section in report.pictures],
         latents=[_Latents(said=section, curves=latent_curves(section.found)) for section in report.latents],
         kinds=_kinds(report.lanes),
+        wholes=WHOLES,
         intervals=INTERVALS,
         balance=balance(report.lanes),
         heat_scale=heat_scale(),
@@ -106,9 +120,11 @@ def render(report: Report) -> str:
 
 def _drawn(section: ClipSection) -> _Clip:
     frames = triples(section.reference, section.result, section.found)
+    factor = gain(section.reference, section.result)
     return _Clip(
         said=section,
-        gain=gain(section.reference, section.result),
+        gain=factor,
+        drawn=drawn_words(factor, section.found.largest),
         frames=frames,
         worst=next(frame for frame in frames if frame.frame == section.found.frames[section.found.worst].frame),
         figures=clip_figures(section.found),
