@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from halovae.cli.clips import loss, lossy_words
 from halovae.cli.pages import command, memory_words
-from halovae.cli.report import Row, table
+from halovae.cli.report import Row, mebibytes, table
 from halovae.pipelines.timing import LOAD, STAGES, WRITE
 from halovae.report import PictureSection, Report, lanes
 
@@ -74,13 +74,14 @@ def page(session: Session, job: Job, made: Made) -> Report:
     facts = {
         "Pipeline": f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {_where(session)}",
         "Result": f"{len(frames)} frame{'s' * (len(frames) != 1)} of {frames.shape[2]}x{frames.shape[1]}",
+        **({"Prompt": made.generation.prompt} if made.generation.prompt else {}),
         "Seed": str(made.result.seed),
         "File": f"{job.output.name}, {lossy_words(lost)}" if lost else f"{job.output.name}, which keeps every pixel",
     }
     in_vae = sum(value for name, value in seconds.items() if name.startswith("vae "))
     section = PictureSection(
         title="What was made",
-        text=f"{made.generation.prompt or ''}\nAs it was computed, before {job.output.name} was written.".strip(),
+        text=f"As it was computed, before {job.output.name} was written.",
         name=job.output.name,
         frames=frames,
     )
@@ -88,8 +89,8 @@ def page(session: Session, job: Job, made: Made) -> Report:
         title=f"{job.output.name}: {job.task} on {session.group.size} rank{'s' * (session.group.size != 1)}",
         verdict=f"{sum(seconds.values()):.1f} s in all, {in_vae:.1f} s of them in the VAE.",
         facts=facts,
-        costs=stage_rows(made.document),
-        costs_text=memory_words(session.device),
+        costs=[(name.replace("vae", "VAE"), *values) for name, *values in stage_rows(made.document)],
+        costs_text=f"{memory_words(session.device)} The probe is what only the first call of a kind does.",
         pictures=[section],
         seconds=lanes_seconds[0],
         lanes=lanes_seconds[1],
@@ -104,17 +105,23 @@ def stage_rows(found: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("stage", "seconds", "share", "peak memory")]
     for name, value in seconds.items():
         rows.append((name, f"{value:.2f}", f"{100 * value / total:.0f} %", _largest(found, name)))
-    rows.append(("total", f"{total:.2f}", "", ""))
+    peaks = _peaks(found)
+    rows.append(("total", f"{total:.2f}", "", mebibytes(max(peaks)) if peaks else ""))
     return rows
 
 
 def _largest(found: dict[str, Any], stage: str) -> str:
     values = [rank["peak_memory"][stage] for rank in found["per_rank"] if stage in rank["peak_memory"]]
-    return f"{max(values) / 2**20:.0f} MiB" if values else ""
+    return mebibytes(max(values)) if values else ""
+
+
+def _peaks(found: dict[str, Any]) -> list[int]:
+    """Bytes of each rank where it is known."""
+    return [max(rank["peak_memory"].values()) for rank in found["per_rank"] if rank["peak_memory"]]
 
 
 def _memory_line(found: dict[str, Any]) -> str:
-    peaks = [max(rank["peak_memory"].values()) for rank in found["per_rank"] if rank["peak_memory"]]
+    peaks = _peaks(found)
     if not peaks:
         return ""
     return "peak memory of each rank: " + ", ".join(f"{peak / 2**20:.0f}" for peak in peaks) + " MiB\n"

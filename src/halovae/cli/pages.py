@@ -187,8 +187,8 @@ def clips_report(
     )
     height, width = found.energy.shape
     facts = {"Frames": str(len(found.frames)), "Size": f"{width}x{height}"}
-    same = "Identical in every level of every frame." if found.is_identical else f"PSNR is {decibel(found.psnr)}."
-    verdict = _verdict(gates) or same
+    apart = f"PSNR is {decibel(found.psnr)}{', with what codecs lost' if lost else ''}."
+    verdict = _verdict(gates) or ("Identical in every level of every frame." if found.is_identical else apart)
     return Report(
         title=section.title, passed=_passed(gates, found.is_identical), verdict=verdict, facts=facts, clips=[section],
         gates=gates, command=command(words),

@@ -54,7 +54,9 @@ def drawn_words(gain: float, largest: float) -> str:
     """
     if gain == 1:
         return "The difference is drawn as it is: white is 255 levels, which is the most that there can be."
-    words = f"The difference is drawn {grouped(gain)} times as large, to be seen at all: white is {level(255 / gain)} "
+    words = (
+        f"The difference is drawn {grouped(gain)} times as large, so that it can be seen: white is {level(255 / gain)} "
+    )
     words += "of one level" if gain > 255 else "levels"
     words += f", and the largest is {level(largest)} {'of one level' if largest < 1 else 'levels'}, of 255."
     if largest < 0.5:
