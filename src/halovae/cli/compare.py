@@ -105,9 +105,7 @@ def told(
     allowed = TOLERANCE.get(session.dtype, max(TOLERANCE.values()))
     passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
     rounding = f"up to rounding of {str(session.dtype).removeprefix('torch.')}"
-    near = "no pixel differs"
-    if found["pixels"]:
-        near = f"no pixel differs by more than {bound(found['pixels'] * PEAK / 2)} of one level of 255"
+    near = _near(found["pixels"] * PEAK / 2)
     text = (
         table(rows)
         + f"largest difference between the two, {BEFORE}\n"
@@ -120,7 +118,8 @@ def told(
     )
     same = "give the same result" if passed else "do not give the same result"
     verdict = f"{ranks} and one rank {same} {rounding}: {near}."
-    numbers |= {"differences": found, "allowed_l2": allowed, "passed": passed, "one_rank": _alone(source, alone)}
+    numbers |= {"differences": {name: finite(value) for name, value in found.items()}}
+    numbers |= {"allowed_l2": allowed, "passed": passed, "one_rank": _alone(source, alone)}
     return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
 
 
@@ -143,6 +142,14 @@ def differences(one: Result, other: Result) -> dict[str, float]:
 
 def memory_line(peak: int | None) -> str:
     return "" if peak is None else f"peak memory of a rank: {mebibytes(peak)}\n"
+
+
+def _near(levels: float) -> str:
+    if not levels:
+        return "no pixel differs"
+    most = bound(levels)
+    unit = "of one level" if levels < 0.9 else "level" if most == "1" else "levels"
+    return f"no pixel differs by more than {most} {unit} of 255"
 
 
 def in_8_bits(found: dict[str, float], count: int) -> str:

@@ -17,8 +17,8 @@ def mean_known(values: Sequence[float | None]) -> float | None:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no infinity: null stands for it."""
-    return None if value is None or math.isinf(value) else value
+    """JSON has no infinity, and nothing for what is no number: null stands for them."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 def bound(value: float) -> str:
