@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # PyAV 18.1.0 (source: PyPI, 2026-11-27): `VideoFrame.rotation` of a clip that is only mirrored is a half turn for a
 # mirror left to right, and nothing for a mirror top to bottom. A reader that turns pictures by `rotation` shows the
-# first upside down, which the right picture is not, and the second unchanged. `Stream.set_display_rotation(0,
-# hflip=True)` writes such clips, and what it wrote is not what is read. The matrix itself tells them apart:
-# `frame.side_data["DISPLAYMATRIX"]`, nine numbers, of which the second diagonal one keeps its sign in a mirror.
+# first upside down, and the second as if nothing were set. `Stream.set_display_rotation(0, hflip=True)` writes such
+# clips. Only the matrix tells them apart: `frame.side_data["DISPLAYMATRIX"]`.
 # Seen: "left-right -180 (-1, 0, 0, 1)", "top-bottom 0 (1, 0, 0, -1)", "half turn -180 (-1, 0, 0, -1)". Exits with 1
 # when that changes.
 set -euo pipefail
