@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +23,7 @@ from ranks import ENDED, Ranks
 import halovae
 from halovae.agreement import one_call
 from halovae.comm import connect, link
-from halovae.errors import RankFailedError
+from halovae.errors import InputError, RankFailedError
 
 SOON = 10.0
 
@@ -151,6 +155,77 @@ def test_who_never_makes_the_call_is_named(missing: int, two_ranks: Ranks) -> No
     two_ranks.run(late, missing)
 
 
+# ---- forked children ----------------------------------------------------------------------------------------------
+
+
+def exit_code_of(child: Callable[[], None]) -> int:
+    """Of a forked process that does so much and ends; a hang is an end by a signal."""
+    process = os.fork()
+    if process == 0:
+        signal.alarm(20)
+        try:
+            child()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(process, 0)[1]
+
+
+@contextlib.contextmanager
+def held_by_a_thread(locks: Sequence[Any]) -> Iterator[None]:
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    yield
+    over.set()
+    thread.join()
+
+
+def forks(rank: int) -> None:
+    """On one rank or the other, while the link's locks and the handle's are held by threads that no child has."""
+    kept: dict[str, Any] = {}
+
+    def collect() -> None:
+        kept.clear()
+        gc.collect()
+
+    def use() -> None:
+        with pytest.raises(InputError, match="this process was forked from rank"):
+            kept["vae"].decode(z)
+        with pytest.raises(InputError, match="this process was forked from a rank"):
+            halovae.parallelize(kl())
+        kept["handle"].restore()
+        assert error(kept["vae"].decode(z)[0], expected) <= EXACT
+
+    vae, z = kl(), latents()
+    expected = vae.decode(z)[0]
+    handle = halovae.parallelize(vae, verify=False)
+    vae.decode(z)
+    kept.update(vae=vae, handle=handle)
+    locks = handle._lock, handle._comm._link._news, *handle._comm._link._sending.values()
+    del vae, handle
+    for child in (collect, atexit._run_exitfuncs, use):
+        if rank == 1 - (child is use):
+            with held_by_a_thread(locks):
+                code = exit_code_of(child)
+            assert code == 0, f"{child.__name__}: {code}"
+        assert error(kept["vae"].decode(z)[0], expected) <= EXACT
+    kept["handle"].restore()
+
+
+def test_forked_children_own_nothing(two_ranks: Ranks) -> None:
+    two_ranks.run(forks)
+
+
 # ---- processes that end or stop --------------------------------------------------------------------------------------
 
 
@@ -162,6 +237,9 @@ def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple
     halovae.parallelize(vae, verify=False, timeout=patience)
     vae.decode(z)
     if rank == victim:
+        if action == "kill" and os.fork() == 0:  # a worker that outlives it
+            time.sleep(SOON)
+            os._exit(0)
         kind = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
         bomb(vae, 20, lambda: os.kill(os.getpid(), kind))
     return failure_of(lambda: vae.decode(z))

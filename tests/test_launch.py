@@ -64,6 +64,22 @@ def body():
             print("last words", file=sys.stderr, flush=True)
             os._exit(7)
         waiting()
+    elif behaviour == "forks":
+        watch.GRACE = 0.2
+        for kind in ("is ended", "fails", "lives on"):
+            if os.fork() == 0:
+                if kind == "is ended":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif kind == "fails":
+                    os._exit(int(watch.report(watch.failure_of(ValueError("a worker's")))))
+                os.closerange(0, 3)
+                parent = os.getppid()
+                while os.getppid() == parent:
+                    time.sleep(0.1)
+                os._exit(0)
+            if kind != "lives on":
+                assert os.wait()[1] == (signal.SIGTERM if kind == "is ended" else 0)
+        time.sleep(0.5)
     elif behaviour == "verbose":
         for _ in range(5000):
             print("x" * 100, file=sys.stderr)
@@ -168,6 +184,12 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
 def test_a_rank_that_exits_without_a_word_is_named(tmp_path: Path) -> None:
     code, errors, _ = run(tmp_path, "exits")
     assert (code, errors) == (1, "last words\nhalovae: error: rank 1 ended with exit code 7\n")
+
+
+def test_forked_children_neither_speak_for_a_rank_nor_keep_it(tmp_path: Path) -> None:
+    code, errors, seconds = run(tmp_path, "forks")
+    assert (code, errors) == (0, "")
+    assert seconds < 9
 
 
 def test_ranks_that_say_much_do_not_block(tmp_path: Path) -> None:

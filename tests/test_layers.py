@@ -15,7 +15,7 @@ MODULES = {
 }
 
 LAYERS = [
-    {"errors", "geometry", "config"},
+    {"errors", "forks", "geometry", "config"},
     {"comm", "agreement", "trees", "memory", "timeline", "link_speed", "functions", "compiled", "threads"},
     {"target", "kernels"},
     {"dataflow", "state", "randomness", "record", "speed", "measured_speed", "meter", "exact", "tile"},
@@ -79,7 +79,7 @@ def test_only_comm_imports_torch_distributed() -> None:
     assert {user.split(".")[0] for user in users} == {"comm"}
 
 
-@pytest.mark.parametrize("low", ["errors", "geometry", "config"])
+@pytest.mark.parametrize("low", ["errors", "forks", "geometry", "config"])
 def test_the_lowest_layer_needs_no_torch(low: str) -> None:
     assert not {m for m in imports(MODULES[low]) if m.split(".")[0] in ("torch", "diffusers")}
 

@@ -23,6 +23,7 @@ from halovae.compiled import as_written, is_compiled, never_compiled
 from halovae.config import HALVES, Axis, CallReport, Gather, Options, checked_halves
 from halovae.engines import Engine, make_engine
 from halovae.errors import InputError, NotExactError
+from halovae.forks import owned_here
 from halovae.kernels import autocast
 from halovae.kernels.kept import Kept
 from halovae.memory import PeakMemory
@@ -197,6 +198,7 @@ class Handle:
         for half in target.originals:
             target.replace(half, never_compiled(functools.partial(self._call, half)), self)
         self._warn_of_tiles(self._mode)
+        owned_here(self, Handle._disown)
 
     def restore(self) -> None:
         """Give the VAE its own encode and decode back. Waits for a running call; a second time does nothing."""
@@ -214,6 +216,10 @@ class Handle:
                 self._engine.free()
                 self._kept = Kept()
                 self._comm.close()
+
+    def _disown(self) -> None:
+        """In a forked child: a thread that is not there may have been in a call."""
+        self._lock, self._running = threading.RLock(), False
 
     def __enter__(self) -> Handle:
         return self

@@ -23,6 +23,7 @@ from types import FrameType
 
 from halovae.errors import HalovaeError, InputError, NotExactError, RankFailedError
 from halovae.files import remove_partial
+from halovae.forks import owned_here
 
 GRACE = 2.0
 """Seconds between a signal and the end of the process."""
@@ -92,24 +93,55 @@ def guarded() -> Iterator[None]:
     Raises:
         Interrupted: in the main thread, on SIGINT, SIGTERM or SIGHUP, or when the launcher has died.
     """
-    wakeup_read, wakeup_write = os.pipe()
-    os.set_blocking(wakeup_write, False)
-    over = threading.Event()
-    before = {signum: signal.signal(signum, _raise) for signum in _SIGNALS}
-    # Written by the C handler at once, also while the main thread is in native code.
-    wakeup_before = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(wakeup_read, over), name="halovae-watch", daemon=True)
-    thread.start()
+    guard = _Guard()
     try:
         yield
     finally:
-        over.set()
-        signal.set_wakeup_fd(wakeup_before)
-        for signum, handler in before.items():
+        guard.end()
+
+
+class _Guard:
+    """Handlers of signals, and the thread that ends the process where they are of no use."""
+
+    def __init__(self) -> None:
+        self._wakeup_read, self._wakeup_write = os.pipe()
+        os.set_blocking(self._wakeup_write, False)
+        self._over, self._inherited = threading.Event(), False
+        self._handlers = {signum: signal.signal(signum, _raise) for signum in _SIGNALS}
+        # Written by the C handler at once, also while the main thread is in native code.
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
+        arguments = self._wakeup_read, self._over
+        self._thread = threading.Thread(target=_watch, args=arguments, name="halovae-watch", daemon=True)
+        self._thread.start()
+        owned_here(self, _Guard._disown)
+
+    def end(self) -> None:
+        if self._inherited:
+            return
+        self._over.set()
+        self._unhandle()
+        with suppress(BlockingIOError):  # Then there is enough to read.
+            os.write(self._wakeup_write, bytes(1))  # Its end would tell nothing while something else holds it open.
+        self._thread.join()
+        os.close(self._wakeup_write)
+        os.close(self._wakeup_read)
+
+    def _unhandle(self) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
-        os.close(wakeup_write)
-        thread.join()
-        os.close(wakeup_read)
+
+    def _disown(self) -> None:
+        """In a forked child: its signals are not its parent's, and it does not speak for it to the launcher."""
+        if self._inherited:
+            return
+        self._inherited = True
+        self._unhandle()
+        os.close(self._wakeup_write)
+        os.close(self._wakeup_read)
+        for name in (LAUNCHER_FD, REPORT_FD):
+            if name in os.environ:
+                os.close(int(os.environ.pop(name)))
 
 
 def restore_terminal() -> None:
@@ -135,7 +167,7 @@ def _watch(wakeup: int, over: threading.Event) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             continue
         received = os.read(wakeup, 1)
-        if not received:
+        if over.is_set():
             return
         if received[0] not in _SIGNALS:
             continue

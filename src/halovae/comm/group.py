@@ -22,11 +22,14 @@ from halovae.comm.link import Link
 from halovae.comm.shared import can_share
 from halovae.comm.wire import host
 from halovae.errors import InputError, RankFailedError
+from halovae.forks import owned_here
 from halovae.functions import outside_modes
 
 Group = dist.ProcessGroup | DeviceMesh
 """What callers name their ranks by; a mesh of one dimension."""
 
+_inherited: list[Any] = []
+"""In a forked child, groups of its parent. Destroyed there they would wait for threads that only the parent has."""
 _NEWS_SECONDS = 5.0
 """How long after a broken exchange the news of who broke it may take."""
 
@@ -99,6 +102,7 @@ class GroupComm:
         abort = weakref.WeakMethod(self._abort)
         self._link = Link(self.rank, self.size, share, lambda: (found := abort()) and found())
         self._closed = weakref.finalize(self, self._link.close)
+        owned_here(self, GroupComm._disown)
         self._connect()
 
     @property
@@ -210,6 +214,10 @@ class GroupComm:
             self._abort()
             self._link.check()
 
+    def _disown(self) -> None:
+        _inherited.append((self._lanes, self.under_way))
+        self._lanes, self.under_way = {}, set()
+
     def _abort(self) -> None:
         for lane in self._lanes.values():
             lane.abort()
@@ -240,11 +248,21 @@ def connect(group: Group | None = None) -> Comm:
                 )
             return SoloComm()
         group = dist.group.WORLD
+    if any(dist.group.WORLD is each for each in _inherited):
+        raise InputError("this process was forked from a rank and has no part in its group: start it by itself (spawn)")
     if not isinstance(group, dist.ProcessGroup):
         raise InputError(
             f"group is {group!r}, not a process group that this process belongs to: call parallelize on its ranks only"
         )
     return GroupComm(group) if dist.get_world_size(group) > 1 else SoloComm()
+
+
+def _inherit_world(torch_distributed: Any) -> None:
+    if dist.is_available() and dist.is_initialized():
+        _inherited.append(dist.group.WORLD)
+
+
+owned_here(dist, _inherit_world)
 
 
 def world() -> Comm:

@@ -20,7 +20,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from halovae.comm.wire import Share, give_up_sending, limit_sending, star
-from halovae.errors import RankFailedError
+from halovae.errors import InputError, RankFailedError
+from halovae.forks import owned_here
 
 PATIENCE = 60.0
 """Seconds without a sign of life, by default, after which a rank counts as stopped."""
@@ -64,9 +65,10 @@ class Link:
         self._left: set[int] = set()
         self._stuck: set[int] = set()
         self._notes: dict[str, bytes] = {}
-        self.busy = self._closed = False
+        self.busy = self._closed = self._disowned = False
         self._thread = threading.Thread(target=self._serve, name="halovae-link", daemon=True)
         self._thread.start()
+        owned_here(self, Link._disown)
 
     @property
     def patience(self) -> float:
@@ -141,6 +143,11 @@ class Link:
 
     def check(self) -> None:
         """Raise what is known of a failure in this era."""
+        if self._disowned:
+            raise InputError(
+                f"this process was forked from rank {self._rank} and has no part in its group: call the VAE on the rank"
+                " itself, or restore() the handle here and use the VAE alone"
+            )
         if self.troubled:
             with self._news:
                 known = self._dead or self._failures[self.era]
@@ -172,6 +179,14 @@ class Link:
         self._end.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _disown(self) -> None:
+        """In a forked child, which has the sockets but not the thread: the others see when the rank itself ends."""
+        self._disowned = self.troubled = True
+        self._news = threading.Condition(threading.RLock())  # a thread of the parent may have held the other one
+        for end in (*self._peers.values(), self._awake, self._end):
+            with suppress(OSError):
+                end.close()
 
     # ---- news ----------------------------------------------------------------------------------------------------
 
@@ -225,7 +240,8 @@ class Link:
         self._left.add(rank)
 
     def _judge(self) -> None:
-        before, self.troubled = self.troubled, self._dead is not None or self.era in self._failures
+        before = self.troubled
+        self.troubled = self._disowned or self._dead is not None or self.era in self._failures
         if self.troubled:
             self._news.notify_all()
             if not before:
@@ -284,6 +300,8 @@ class Link:
                 self._tell("fail", self.era, rank, silence, "")
 
     def _send(self, rank: int, message: tuple[Any, ...]) -> None:
+        if self._disowned:
+            return
         # A peer that has gone is noticed where it is read from.
         with self._sending[rank], suppress(OSError):
             try:

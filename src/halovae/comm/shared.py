@@ -25,6 +25,7 @@ from halovae.comm.link import ABSENCE, Link
 from halovae.comm.segment import Segment
 from halovae.comm.wire import CONNECT_SECONDS, accept, greet, limit_waiting
 from halovae.errors import InputError
+from halovae.forks import owned_here
 
 SMALL = 4 << 20
 """Bytes of the largest message that goes this way: beyond, time is spent on moving it, and not on waking up for it."""
@@ -121,6 +122,7 @@ class _Channel:
         self._expected: deque[Arrival] = deque()
         limit_waiting(end, ABSENCE)
         weakref.finalize(self, end.close)
+        owned_here(self, _Channel._disown)
 
     def send(self, tensor: Tensor) -> bool:
         """False where the kernel keeps too many messages already."""
@@ -145,6 +147,9 @@ class _Channel:
     def abort(self) -> None:
         with suppress(OSError):  # It has ended by itself.
             self._end.shutdown(socket.SHUT_RDWR)
+
+    def _disown(self) -> None:
+        self._end.close()
 
     def _say(self, words: bytes, file: int) -> bool:
         """With the descriptor of a segment that the other side has not seen."""
