@@ -10,6 +10,8 @@ from command import enter, run
 from families import FAMILIES
 
 from halovae.cli.main import main
+from halovae.cli.plan import _doubts
+from halovae.survey import Row
 
 CLIP = ["plan", "--height", "64", "--width", "96", "--num-frames", "5", "--flops", "1", "--bandwidth", "100"]
 
@@ -72,6 +74,14 @@ def test_what_cant_fit(capsys: pytest.CaptureFixture[str]) -> None:
 def test_refusals_of_modes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*CLIP, "--model", config("vq"), "--ranks", "2"]) == 0
     assert "tile on 2: VQModel.encode has no tiles" in capsys.readouterr().out
+
+
+def test_times_that_one_may_doubt_are_not_printed_without_a_word() -> None:
+    rows = [Row(half="decode", mode="exact", ranks=8, prediction=None, efficiency=e) for e in (1.0, None, 1.25)]
+    assert _doubts({"decode": rows[:2]}, 0.0) == []
+    noise, good = _doubts({"encode": rows[:1], "decode": rows}, 0.3)
+    assert noise.startswith("30 % of the trials took another time at each try")
+    assert good.startswith("an efficiency of 1.25 (decode, exact on 8) means")
 
 
 REFUSED = {

@@ -87,8 +87,11 @@ def test_dry_run_loads_no_weights(demo: str, in_folder: Path, capsys: pytest.Cap
     assert plan["tokens_per_rank"] == 3 * 16 * 24 // 4
     assert plan["vae"]["decode"]["shards"] == [1, 4]
     assert {part["part"] for part in plan["parts"]} == {"vae", "transformer", "text_encoder"}
-    taken = {(row["half"], row["mode"], row["ranks"]): row["bytes"] for row in plan["vae_memory"]}
+    taken = {(row["half"], row["mode"], row["ranks"]): row["bytes"] for row in plan["vae_halves"]}
     assert len(taken) == 6
+    assert all(row["seconds"] > 0 for row in plan["vae_halves"])
+    assert (plan["device"], plan["dtype"]) == ("cpu", "float32")  # as the run itself
+    assert all(part["bytes"] == 4 * part["parameters"] for part in plan["parts"])
     for half in ("encode", "decode"):
         assert taken[half, "exact", 1] / 4 < taken[half, "exact", 4] < taken[half, "exact", 1] / 2
         assert taken[half, "tile", 4] > 0

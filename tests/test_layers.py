@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "forks", "geometry", "config"},
     {"comm", "agreement", "trees", "memory", "timeline", "link_speed", "functions", "compiled", "threads"},
     {"target", "kernels"},
-    {"dataflow", "state", "randomness", "record", "speed", "measured_speed", "meter", "exact", "tile"},
+    {"dataflow", "state", "randomness", "record", "speed", "measured_speed", "meter", "echo", "exact", "tile"},
     {"media", "models", "latents", "fit", "codec", "files", "pixels"},
     {"plan", "verify", "quality", "predict", "survey", "room", "merge", "rehearsal", "tape", "graphs", "advice"},
     {"engines", "choice", "parallel", "context"},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,12 +17,16 @@ from tiles import CUTS
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import halovae
+from halovae import measured_speed
+from halovae import predict as predict_module
 from halovae.errors import InputError, NotExactError, TilingError
 from halovae.kernels import chain, convolution, upsampling
 from halovae.link_speed import LinkSpeed
+from halovae.measured_speed import MeasuredSpeed
 from halovae.memory import allocated_by
 from halovae.predict import Prediction, Predictor
-from halovae.speed import GivenSpeed
+from halovae.record import NETWORKS
+from halovae.speed import GivenSpeed, Job
 from halovae.target import Target
 
 CPU = torch.device("cpu")
@@ -233,9 +240,96 @@ def test_pieces_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pieces.seconds > 2 * whole.seconds
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("wan21", "exact"), ("wan21", "tile"), ("wan22", "exact"), ("cogvideox", "exact"), ("magvit", "exact")],
+)
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_calls_of_one_kind_are_followed_once(name: str, mode: str, half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And cost as much as if each of them were: messages, memory and all."""
+    family, cut = FAMILIES[name], CUTS.get(name, FAMILIES[name])
+    target = Target(cut.build().to("meta"))
+    picture = cut.picture(half) if mode == "tile" else family.sample() if half == "encode" else family.latent()
+    shape = list(picture.shape)
+    shape[2] = 33 if half == "encode" else 9
+    shape[-2:] = [size * (4 if mode == "exact" else 1) for size in shape[-2:]]  # weights are kept beside large pictures
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    getattr(target.vae, NETWORKS[half]).register_forward_hook(counted)
+    found: list[Prediction] = []
+    calls: list[int] = []
+    for echoes in (True, False):
+        if not echoes:
+            monkeypatch.setattr(predict_module, "echoing", lambda *_: contextlib.nullcontext())
+        count, predictor = 0, Predictor(target, SPEED, LINK)
+        options = {"ratio": family.ratio[0] if half == "encode" else 1} if mode == "exact" else {}
+        found.append(getattr(predictor, mode)(half, (torch.empty(shape, device="meta"),), {}, ranks=2, **options))
+        calls.append(count)
+    assert calls[0] < calls[1] or calls[1] == 1 or name == "magvit"
+    one, other = (prediction.to_dict() for prediction in found)
+    assert one == {**other, "seconds": pytest.approx(other["seconds"]), "exposed": pytest.approx(other["exposed"])}
+
+
 def test_the_vae_is_as_before() -> None:
     family = FAMILIES["magvit"]  # keeps its caches on its modules
     vae = family.build()
     before = run_encode(vae, family.sample())
     predict("magvit", "encode", "exact", 2, vae)
     assert torch.equal(run_encode(vae, family.sample()), before)
+
+
+# ---- trials of operators ---------------------------------------------------------------------------------------------
+
+
+def busy(milliseconds: list[float]) -> Callable[[], None]:
+    """Takes so long, one after the other, and then the last ones again and again."""
+    turns = itertools.chain(milliseconds, itertools.cycle(milliseconds[-2:]))
+
+    def call() -> None:
+        until = time.thread_time() + next(turns) / 1000
+        while time.thread_time() < until:
+            pass
+
+    return call
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_trial_that_was_disturbed_is_done_again() -> None:
+    seconds, steady = measured_speed._quickest(busy([64, 32, 16, 8, 8]), CPU)
+    assert steady
+    assert seconds == pytest.approx(8e-3, rel=0.2)
+    _, steady = measured_speed._quickest(busy([2 ** (8 - turn) / 2 for turn in range(9)]), CPU)
+    assert not steady
+    assert measured_speed._seconds(lambda: time.sleep(0.05)) < 0.02  # other work has the processor meanwhile
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_shards_of_about_one_size_share_their_trials() -> None:
+    """And are told by them in proportion; functions without arithmetic on any rows, too."""
+    speed, known = MeasuredSpeed(CPU, torch.float32), list[int]()
+    for rows, columns in ((40, 66), (40, 100), (50, 104)):
+        weight = torch.empty(8, 8, 3, 3, device="meta")
+        picture = torch.empty(1, 8, rows, columns, device="meta")
+        for args, func in (
+            ((picture, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), torch.ops.aten.convolution.default),
+            ((picture,), torch.ops.aten.silu.default),
+        ):
+            job = Job(func, args, {}, func(*args), makes=True)
+            assert 0 < speed.seconds(job) < 1
+            assert speed.workspace(job) < 2**24
+        known.append(len(speed._known))
+    assert known[1] == known[0]
+    assert known[2] > known[1]  # libraries choose by rows
+    assert speed.unsteady <= 1

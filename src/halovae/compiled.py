@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-_lock = threading.Lock()
+from halovae.forks import free_in_children
+
+_lock = free_in_children(threading.Lock())
 _running = 0
 _stance: Any = None
 

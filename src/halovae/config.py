@@ -13,6 +13,8 @@ Axis = str | tuple[int, int]
 Gather = str | Mapping[str, str]
 """One of `GATHERS` for both halves, or {"encode": ..., "decode": ...}; a half left out has "all"."""
 
+MOST_RANKS = 1024
+"""For which a plan is made at the most."""
 HALVES = ("encode", "decode")
 MODES = ("exact", "tile", "auto")
 AXES = ("auto", "height", "width")

@@ -13,6 +13,7 @@ Origin = frozenset[int]
 """Numbers of the network calls that a tensor comes from."""
 
 
+_NUMBERS = frozenset((int, float, bool, type(None)))
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view whose schema doesn't say so."""
 
@@ -31,11 +32,13 @@ class Shapes:
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator's result on the meta device, wherever its arguments are."""
         if not self.makes(func):
+            if not kwargs and args[0].is_meta and all(type(value) in _NUMBERS for value in args[1:]):
+                return func(*args)
             return func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
         key = func, key_of(args), key_of(kwargs)
         if key not in self._known:
             self._known[key] = func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
-        return mapped(_fresh, self._known[key])
+        return fresh(self._known[key])
 
     def makes(self, func: Any) -> bool:
         """Whether an operator only makes new tensors: it runs once for arguments of equal shapes."""
@@ -48,7 +51,28 @@ class Shapes:
 
 def meets_meta(args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operator has to run on the meta device: a tensor of its arguments is there, or its result will be."""
-    return any(t.is_meta for t in tensors_of((args, kwargs))) or str(kwargs.get("device")) == "meta"
+    return has_meta(args) or (bool(kwargs) and (has_meta(kwargs) or str(kwargs.get("device")) == "meta"))
+
+
+def has_meta(value: Any) -> bool:
+    """Whether a tensor among an operator's arguments is on the meta device."""
+    if isinstance(value, Tensor):
+        return value.is_meta
+    if isinstance(value, dict):
+        value = list(cast("dict[str, Any]", value).values())
+    return isinstance(value, (list, tuple)) and any(map(has_meta, cast("list[Any]", value)))
+
+
+class Remembered(TorchDispatchMode):
+    """Within it, an operator on the meta device runs once for arguments of equal shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes = Shapes({})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return self._shapes.run(func, args, kwargs) if meets_meta(args, kwargs) else func(*args, **kwargs)
 
 
 class Dataflow(TorchDispatchMode):
@@ -128,10 +152,15 @@ def key_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):
-        return tuple(map(key_of, cast("list[Any]", value)))
+        return tuple([key_of(item) for item in cast("list[Any]", value)])
     if isinstance(value, dict):
         return tuple((name, key_of(item)) for name, item in cast("dict[str, Any]", value).items())
     return type(value), value
+
+
+def fresh(result: Any) -> Any:
+    """New tensors like those of a result, on the meta device."""
+    return _fresh(result) if isinstance(result, Tensor) else mapped(_fresh, result)
 
 
 def _fresh(leaf: Any) -> Any:

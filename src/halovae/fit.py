@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from halovae.dataflow import Remembered
 from halovae.errors import InputError
 from halovae.files import first_line
 from halovae.models import skeleton
@@ -164,7 +165,7 @@ class _Trial:
 
     def __init__(self, vae: nn.Module) -> None:
         self.name = type(vae).__name__
-        self._vae = vae
+        self._vae, self._remembered = vae, Remembered()
         self.height, self.width = _SIZE
         self.channels = 0
         self.has_frame_dim = False
@@ -196,7 +197,7 @@ class _Trial:
                 twin, latent = self._twin(), None
                 try:
                     latent = self._encode(twin, (1, channels, *frames, self.height, self.width))
-                    sample = _decode(twin, latent)
+                    sample = self._decode(twin, latent)
                 except Exception as error:  # Whatever a model's code raises on a shape that it can't take.
                     if latent is not None:  # The shape was right, so this says more.
                         problems.insert(0, f"can't decode what it encodes: {first_line(error)}")
@@ -259,7 +260,7 @@ class _Trial:
     def _returned(self, frames: int) -> int:
         twin = self._twin()
         try:
-            return int(_decode(twin, self._encode(twin, self._clip(frames))).shape[2])
+            return int(self._decode(twin, self._encode(twin, self._clip(frames))).shape[2])
         except Exception:  # As in `_first`.
             return 0
 
@@ -267,17 +268,16 @@ class _Trial:
         return 1, self.channels, frames, self.height, self.width
 
     def _encode(self, twin: Any, shape: tuple[int, ...]) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self._remembered:
             return latent_of(twin.encode(torch.empty(shape, device="meta")))
+
+    def _decode(self, twin: Any, latent: Tensor) -> Tensor:
+        with torch.no_grad(), self._remembered:
+            return sample_of(twin.decode(latent, **decode_arguments(twin, latent)))
 
     def _twin(self) -> Any:
         vae: Any = self._vae
         return skeleton(type(vae), vae.config)
-
-
-def _decode(twin: Any, latent: Tensor) -> Tensor:
-    with torch.no_grad():
-        return sample_of(twin.decode(latent, **decode_arguments(twin, latent)))
 
 
 def latent_of(output: Any) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Owner = TypeVar("Owner")
+Lock = TypeVar("Lock", bound=Any)
 
 _owners: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
 
@@ -24,6 +25,12 @@ def owned_here(owner: Owner, disown: Callable[[Owner], None]) -> None:
         disown: lets go of it, without a lock and without a word to anybody else. Children of children call it again.
     """
     _owners[owner] = disown
+
+
+def free_in_children(lock: Lock) -> Lock:
+    """A lock of `threading` that no forked child finds held: who held it is not there to give it back."""
+    owned_here(lock, lambda held: held._at_fork_reinit())
+    return lock
 
 
 def _disown_all() -> None:

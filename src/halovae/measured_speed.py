@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,11 @@ from halovae.speed import ATTENTION, KEPT, GivenSpeed, Job
 
 LOG = logging.getLogger("halovae")
 _ROUNDS = 3
+"""Calls of a trial on an accelerator."""
+_MOST_ROUNDS = 8
+"""Calls of a trial on a CPU, where the two quickest have to agree."""
+_ALIKE = 1.15
+"""How far these may be apart."""
 _TURNS = 5
 """Calls in a row in a round on an accelerator."""
 _HEAD_START = 4096
@@ -34,15 +40,35 @@ class _Size:
     columns: tuple[int, ...]
     """Tried one after the other, until the rest is small enough."""
     bytes: int
-    flops: float
+    flops: float = 0.0
+    enough: float = math.inf
+    """Floating-point operations beyond which fewer columns do."""
+    frames: int | None = None
+    """Pictures in the first dimension, and in the last but two of a video; None: all."""
+    rounded: frozenset[int] = frozenset()
+    """Dimensions of which larger sizes are rounded down to powers of two: shards of about one size share trials."""
 
 
-_ON_CPU = _Size(rows=256, columns=(128, 64, 32, 16), bytes=64 * 2**20, flops=4e9)
+_COLUMNS = 128, 64, 32, 16
+_ON_CPU = _Size(rows=256, columns=_COLUMNS, bytes=64 * 2**20, flops=4e9, enough=5e8, rounded=frozenset((-1,)))
 """Rows are many because libraries choose their algorithms by sizes that leave the columns out."""
+_PLAIN = _Size(rows=128, columns=_COLUMNS, bytes=8 * 2**20, frames=2, rounded=frozenset((-2, -1)))
+"""What has no arithmetic to speak of has no such choice."""
+_TINY = replace(_PLAIN, rows=16, columns=(32, 16))
+"""For what that allocates besides its result, which is the same at every size."""
 _ON_ACCELERATOR = _Size(rows=8192, columns=(8192, 512, 256, 128, 64), bytes=4 * 2**30, flops=2e13)
 """Whole pictures, since a part of one does not fill it."""
 _SHARE = 4
 """Of what is free on an accelerator, a trial takes so many times less at the most."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    seconds: float
+    steady: bool
+    """Whether the quickest calls took about as long."""
+    allocated: int
+    """Bytes, the result included."""
 
 
 class MeasuredSpeed:
@@ -51,51 +77,65 @@ class MeasuredSpeed:
     Args:
         device: that runs the trials.
         dtype: of most of what the network computes with.
+
+    Attributes:
+        rates: of the device.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
-        self._known: dict[Any, Any] = {}
+        self._known: dict[Any, _Trial] = {}
         self._size = _size_on(device)
         self.rates = rates_of(device, dtype)
 
     def seconds(self, job: Job) -> float:
         if not job.bytes:
             return self.rates.seconds(job)
-        small = self._cropped(job, *self._size.columns)
+        size = self._size if job.flops or self.device.type != "cpu" else _PLAIN
+        small = self._cropped(job, size, size.columns)
         if small is None:
             return self.rates.seconds(job)
         share = job.flops / small.flops if small.flops else job.bytes / small.bytes
-        return share * self._tried(small, _least_seconds, self.rates.seconds(small))
+        # Memory that the system hands out anew each time is not in a trial that takes less than the allocator keeps.
+        new = self.rates.touch * job.made if job.made >= KEPT > small.made else 0.0
+        return share * self._tried(small).seconds + new
 
     def workspace(self, job: Job) -> int:
         """Of trials with two numbers of columns, continued in a straight line."""
         if not job.bytes:
             return 0
-        small, less = self._cropped(job, *self._size.columns), self._cropped(job, self._size.columns[-1])
+        size, on_cpu = self._size if job.flops or self.device.type != "cpu" else _TINY, self.device.type == "cpu"
+        small = self._cropped(job, size, size.columns[-2:-1] if on_cpu else size.columns)
+        less = self._cropped(job, size, size.columns[-1:])
         if small is None or less is None:
             return 0
-        more = self._tried(small, allocated_by, small.made) - small.made
+        more = self._tried(small, timed=not on_cpu).allocated - small.made
         if small.made in (less.made, job.made):
             return max(0, more)
-        growth = (more - self._tried(less, allocated_by, less.made) + less.made) / (small.made - less.made)
+        growth = (more - self._tried(less, timed=False).allocated + less.made) / (small.made - less.made)
         return max(0, more + round(growth * (job.made - small.made)))
 
-    def _tried(self, job: Job, measure: Callable[[Callable[[], Any], torch.device], Any], otherwise: Any) -> Any:
-        """What is measured of a job, once; `otherwise` where an operator wants more of its arguments than a shape."""
-        key = measure, job.func, key_of(job.args), key_of(job.kwargs)
+    def _tried(self, job: Job, timed: bool = True) -> _Trial:
+        """What is measured of a job, once; rates tell where an operator wants more of its arguments than a shape."""
+        key = timed, job.func, key_of(job.args), key_of(job.kwargs)
         if key not in self._known:
             func = _attend if job.func is ATTENTION and self.device.type != "cpu" else job.func
             try:
                 with frozen_generators(self.device):
                     args, kwargs = self._arguments(job)
-                    self._known[key] = measure(lambda: func(*args, **kwargs), self.device)
+                    self._known[key] = _trial(lambda: func(*args, **kwargs), self.device, timed)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:  # How operators refuse values.
                 if is_shortage(error) and self.device.type == "cpu":
                     raise
                 LOG.debug("no trial of %s, rates tell its time: %s", job.func, error)
-                self._known[key] = otherwise
+                self._known[key] = _Trial(self.rates.seconds(job), True, job.made)
         return self._known[key]
+
+    @property
+    def unsteady(self) -> float:
+        """The share of trials of which no two calls took about as long: the machine did something else all the time."""
+        timed = [trial for (timed, *_), trial in self._known.items() if timed]
+        return sum(not trial.steady for trial in timed) / max(1, len(timed))
 
     def _arguments(self, job: Job) -> tuple[Any, Any]:
         """Real ones of these shapes, with a packed weight where the operator takes one."""
@@ -114,14 +154,15 @@ class MeasuredSpeed:
         tensor = Spec(leaf).empty(self.device)
         return tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
 
-    def _cropped(self, job: Job, *columns: int) -> Job | None:
+    def _cropped(self, job: Job, size: _Size, columns: tuple[int, ...]) -> Job | None:
         """The same call on fewer columns, or None where that can't be made or is still too much."""
         for count in columns:
             try:
-                small = _with_size(job, self._size.rows, count)
+                small = _with_size(job, size, count)
             except Exception:  # The rows and columns stand in other arguments too.
                 return None
-            if small.bytes <= self._size.bytes and small.flops <= self._size.flops:
+            enough = small.flops <= size.enough or count == columns[-1]
+            if enough and small.bytes <= size.bytes and small.flops <= size.flops:
                 return small
         return None
 
@@ -142,9 +183,9 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:
         matrix = torch.randn(side, side, device=device).to(dtype)
     source = torch.zeros(count, device=device)
     target, one = torch.empty_like(source), torch.zeros(1, device=device)
-    product = _least_seconds(lambda: matrix @ matrix, device)
-    copy = _least_seconds(lambda: target.copy_(source), device)
-    start = _least_seconds(lambda: one.add_(1), device)
+    product = _quickest(lambda: matrix @ matrix, device)[0]
+    copy = _quickest(lambda: target.copy_(source), device)[0]
+    start = _quickest(lambda: one.add_(1), device)[0]
     return GivenSpeed(
         flops=2 * side**3 / product, bandwidth=2 * source.nbytes / copy, overhead=start, touch=_touch(device),
         device=device,
@@ -156,21 +197,37 @@ def _touch(device: torch.device) -> float:
     if device.type != "cpu":
         return 0.0
     many = torch.zeros(4 * KEPT, dtype=torch.uint8, device=device)  # more than is free in a piece
-    new, again = (_least_seconds(call, device) for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
+    new, again = (_quickest(call, device)[0] for call in (lambda: torch.empty_like(many).zero_(), many.zero_))
     return max(0.0, new - again) / many.nbytes
 
 
-def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    measure = _seconds if device.type == "cpu" else _device_seconds
+def _trial(call: Callable[[], Any], device: torch.device, timed: bool) -> _Trial:
     with torch.no_grad():
-        call()  # libraries prepare themselves
-        return min(measure(call, device) for _ in range(_ROUNDS))  # other work on the machine only adds
+        allocated = allocated_by(call, device)
+        return _Trial(*_quickest(call, device), allocated) if timed else _Trial(math.nan, True, allocated)
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    started = time.perf_counter()
+def _quickest(call: Callable[[], Any], device: torch.device) -> tuple[float, bool]:
+    """Seconds of the quickest of several calls, since other work only adds, and whether it can be relied on."""
+    with torch.no_grad():
+        if device.type != "cpu":
+            call()  # libraries prepare themselves
+            return min(_device_seconds(call, device) for _ in range(_ROUNDS)), True
+        times: list[float] = []
+        while len(times) < _MOST_ROUNDS:
+            times = sorted([*times, _seconds(call)])
+            # The first call may prepare a library, and any may be disturbed: two that agree were not.
+            if len(times) > 1 and times[1] <= _ALIKE * times[0]:
+                return times[0], True
+        return times[0], False
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """With one thread in its own processor time, in which it does not wait for other work on the machine."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _device_seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -192,7 +249,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def _with_size(job: Job, rows: int, columns: int) -> Job:
+def _with_size(job: Job, size: _Size, columns: int) -> Job:
+    most = {-2: size.rows, -1: columns}
+
+    def least(leaf: Tensor, dim: int) -> int:
+        length = leaf.shape[dim]
+        if dim in size.rounded and length > size.columns[-1]:
+            length = 1 << (length.bit_length() - 1)
+        return min(length, most.get(dim, length))
+
     def crop(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
@@ -201,7 +266,10 @@ def _with_size(job: Job, rows: int, columns: int) -> Job:
             # Also that of a part of a picture: copying from one order to another takes longest.
             spec.order = tuple(sorted(range(leaf.ndim), key=lambda dim: -leaf.stride(dim)))
         if leaf.ndim >= 4:
-            spec.shape = *leaf.shape[:-2], min(leaf.shape[-2], rows), min(leaf.shape[-1], columns)
+            shape = [*leaf.shape[:-2], least(leaf, -2), least(leaf, -1)]
+            for dim in () if size.frames is None else (0, -3)[: leaf.ndim - 3]:
+                shape[dim] = min(shape[dim], size.frames or 0)
+            spec.shape = tuple(shape)
         return spec.empty("meta")
 
     args, kwargs = mapped(crop, job.args), mapped(crop, job.kwargs)

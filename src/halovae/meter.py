@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +16,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae.comm import Message, Pending, SoloComm
-from halovae.dataflow import Shapes, key_of, meets_meta, tensors_of
-from halovae.kernels.autocast import Autocast
+from halovae.dataflow import Shapes, fresh, has_meta, key_of, meets_meta, tensors_of
+from halovae.kernels import autocast
 from halovae.kernels.deferred import Deferred, computed
 from halovae.kernels.kept import apart
 from halovae.kernels.shapes import standing_in
 from halovae.link_speed import LinkSpeed
 from halovae.speed import Job, Speed
+
+_WRITTEN = object()
+"""Stands for the first argument."""
+Cost = tuple[float, int, int]
+"""Seconds, floating-point operations, and bytes beside arguments and result."""
 
 
 class Costs:
@@ -32,17 +39,71 @@ class Costs:
 
     def __init__(self, speed: Speed) -> None:
         self.device = speed.device
-        self.shapes = Shapes({})
         self._speed = speed
-        self._known: dict[Any, tuple[float, int, int]] = {}
+        self._shapes = Shapes({})
+        self._known: dict[Any, tuple[Any, Cost]] = {}
+        self._views: dict[Any, Cost] = {}
 
-    def of(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[float, int, int]:
-        """Seconds, floating-point operations, and bytes beside arguments and result, of one call of an operator."""
-        key = func, key_of(args), key_of(kwargs)
-        if key not in self._known:
-            job = Job(func, args, kwargs, result, self.shapes.makes(func))
-            self._known[key] = self._speed.seconds(job), job.flops, self._speed.workspace(job)
-        return self._known[key]
+    def makes(self, func: Any) -> bool:
+        """Whether an operator makes new memory, and nothing else."""
+        return self._shapes.makes(func)
+
+    def shape_of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator's result on the meta device."""
+        return self._shapes.run(func, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
+        """An operator's result on the meta device, and what one call of it costs."""
+        makes = self._shapes.makes(func)
+        if not makes and not func._schema.is_mutable:
+            return self._view(func, args, kwargs)
+        key = func, key_of(args), key_of(kwargs) if kwargs else ()
+        known = self._known.get(key)
+        if known is None:
+            result = self._shapes.run(func, args, kwargs)
+            cost = self._of(Job(func, args, kwargs, result, makes))
+            # What writes into its first argument is not run again, unless that has another shape then.
+            again = _WRITTEN if args and result is args[0] and key_of(args) == key[1] else None
+            self._known[key] = (result if makes else again), cost
+            return (fresh(result) if makes else result), cost
+        result, cost = known
+        if result is _WRITTEN:
+            return args[0], cost
+        return (fresh(result) if makes else self._shapes.run(func, args, kwargs)), cost
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
+        """Views of one kind all cost the same: the call."""
+        result = self._shapes.run(func, args, kwargs)
+        if func not in self._views:
+            self._views[func] = self._of(Job(func, args, kwargs, result, makes=False))
+        return result, self._views[func]
+
+    def _of(self, job: Job) -> Cost:
+        return self._speed.seconds(job), job.flops, self._speed.workspace(job)
+
+
+@dataclass
+class _Making:
+    """Something that is made to be kept."""
+
+    aside: int
+    """Bytes that were put aside before."""
+    peak: int = 0
+    """Most of the bytes that live beside those, while it is made."""
+    memories: set[int] = field(default_factory=set[int])
+
+
+@dataclass
+class Reading:
+    """What a part of a run costs."""
+
+    seconds: float = 0.0
+    exposed: float = 0.0
+    flops: int = 0
+    messages: int = 0
+    bytes: int = 0
+    growth: int = 0
+    """Of memory at its peak, over what is live before."""
 
 
 class Meter(TorchDispatchMode):
@@ -63,42 +124,111 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.seconds = self.exposed = 0.0
         self.flops = self.live = self.peak = 0
+        self._aside = self._lean_peak = 0
+        self._making: _Making | None = None
+        self._cost_aside = Reading()
         self._costs = costs
-        self._storages: set[int] = set()
+        self._memories: dict[int, tuple[int, Any]] = {}
+        self._made_aside: set[int] = set()
+        self._numbers = itertools.count()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No compiler is on its way here, and what keeps it out takes long."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if Deferred in types:
             with self:  # What waits is computed, and that takes time as well.
                 args, kwargs = computed(args), computed(kwargs)
-        if not meets_meta(args, kwargs):
-            return func(*args, **kwargs)
-        result = self._costs.shapes.run(func, args, kwargs)
-        if _is_constant(func, args, result):
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            return self._take(func, args, kwargs) if meets_meta(args, kwargs) else func(*args, **kwargs)
+
+    def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on shapes, and count it."""
+        if not has_meta(args) and _is_constant(func, self._costs.shape_of(func, args, kwargs)):
             # Real, wherever it was asked for: code may look at the values of what doesn't depend on the picture.
             return func(*args, **{**kwargs, "device": "cpu"})
-        if self._costs.shapes.makes(func):
+        result, (seconds, flops, workspace) = self._costs.run(func, args, kwargs)
+        if self._costs.makes(func):
             for tensor in tensors_of(result):
-                self._follow(tensor)
-        seconds, flops, workspace = self._costs.of(func, args, kwargs, result)
-        self.seconds += self._stand_in.turns * seconds
-        self.flops += self._stand_in.turns * flops
+                self.follow(tensor)
+        seconds, flops = self._stand_in.turns * seconds, self._stand_in.turns * flops
+        self.seconds += seconds
+        self.flops += flops
         self.peak = max(self.peak, self.live + workspace)
+        if self._making:
+            self._cost_aside.seconds += seconds
+            self._cost_aside.flops += flops
+            self._making.peak = max(self._making.peak, self.live - self._making.aside + workspace)
+        else:
+            self._lean_peak = max(self._lean_peak, self.live - self._aside + workspace)
         return result
 
-    def _follow(self, tensor: Tensor) -> None:
+    def follow(self, tensor: Tensor) -> None:
         """Count a new tensor's memory until the last tensor that shares it is gone."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
-        if key in self._storages:
+        if key in self._memories:
             return
-        self._storages.add(key)
+        gone = weakref.ref(storage, lambda _: self._forget(key, size))
+        self._memories[key] = next(self._numbers), gone
         self.live += size
-        weakref.finalize(storage, self._forget, key, size)
+        if self._making:
+            self._made_aside.add(key)
+            self._making.memories.add(key)
+            self._aside += size
+
+    def memory_of(self, tensor: Tensor) -> int | None:
+        """A number for the memory of a tensor, its own for ever; None where it was there before."""
+        return self._memories.get(tensor.untyped_storage()._cdata, (None,))[0]  # pyright: ignore[reportPrivateUsage]
 
     def _forget(self, key: int, size: int) -> None:
-        self._storages.discard(key)
+        del self._memories[key]
         self.live -= size
+        if key in self._made_aside:
+            self._made_aside.remove(key)
+            self._aside -= size
+
+    @contextmanager
+    def _putting_aside(self) -> Iterator[Callable[[], None]]:
+        """Within it something is made that is there when the same runs once more, unless what it yields is called."""
+        outer, before = self._making, replace(self._cost_aside)
+        making = self._making = _Making(self._aside)
+
+        def take_back() -> None:
+            self._cost_aside = before
+            self._lean_peak = max(self._lean_peak, making.peak)
+            self._made_aside -= making.memories
+            self._aside = making.aside
+
+        try:
+            yield take_back
+        finally:
+            self._making = outer
+
+    @contextmanager
+    def reading(self, comm: MeteredComm) -> Iterator[Reading]:
+        """What runs within it would cost what it yields if it ran once more; that is told at its end."""
+        cost, traffic, aside = Reading(), replace(comm.traffic), replace(self._cost_aside)
+        seconds, exposed, flops, lean = self.seconds, self.exposed, self.flops, self.live - self._aside
+        self._lean_peak = lean
+        yield cost
+        cost.seconds = self.seconds - seconds - (self._cost_aside.seconds - aside.seconds)
+        cost.exposed = self.exposed - exposed
+        cost.flops = self.flops - flops - (self._cost_aside.flops - aside.flops)
+        cost.messages, cost.bytes = comm.traffic.messages - traffic.messages, comm.traffic.bytes - traffic.bytes
+        cost.growth = self._lean_peak - lean
+
+    def add(self, cost: Reading, comm: MeteredComm) -> None:
+        """Let the same happen again; memory that is left of it has to be followed."""
+        self.seconds += cost.seconds
+        self.exposed += cost.exposed
+        self.flops += cost.flops
+        self.peak = max(self.peak, self.live + cost.growth)
+        comm.traffic.messages += cost.messages
+        comm.traffic.bytes += cost.bytes
 
     def wait_until(self, moment: float) -> None:
         """Let the clock stand at `moment` at least: what is missing is waiting."""
@@ -109,7 +239,7 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure what runs within it."""
-        with apart(), standing_in(self._costs.device) as self._stand_in, _FusedAttention(), Autocast(), self:
+        with apart(self._putting_aside), standing_in(self._costs.device) as self._stand_in, _OnShapes(), self:
             yield
 
 
@@ -117,25 +247,32 @@ _CONSTANT = 2**16
 """Elements of a constant at the most; larger ones are work."""
 
 
-def _is_constant(func: Any, args: Any, result: Any) -> bool:
+def _is_constant(func: Any, result: Any) -> bool:
     """Whether a small tensor of known values is made, or moved to the device: a table of positions, a mask."""
-    name = str(func.overloadpacket)
     return (
         isinstance(result, Tensor)
         and result.numel() <= _CONSTANT
-        and not name.startswith("aten.empty")
+        and not str(func.overloadpacket).startswith("aten.empty")
         and torch.Tag.nondeterministic_seeded not in func.tags
-        and not any(tensor.is_meta for tensor in tensors_of(args))
     )
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as one operator, as devices run it; the meta device would build the matrix of all pairs."""
+class _OnShapes(TorchFunctionMode):
+    """Functions as the device runs them: cast under autocast, and attention as one operator.
+
+    The meta device would build the matrix of all pairs.
+    """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if autocast.is_on():
+            return autocast.run_cast(_run, func, args, kwargs or {})
         if func is F.scaled_dot_product_attention:
             return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return _attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,6 +298,11 @@ class MeteredComm(SoloComm):
         self.rank, self.size = rank, size
         self._link, self._meter = link, meter
         self._free = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no message is under way."""
+        return self._free <= self._meter.seconds
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
         sent, received = (sum(tensor.nbytes for _, tensor in messages) for messages in (sends, receives))

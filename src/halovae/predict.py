@@ -15,6 +15,7 @@ import torch
 
 from halovae.compiled import as_written
 from halovae.config import Axis
+from halovae.echo import Effects, echoing
 from halovae.errors import HalovaeError, InputError, TilingError
 from halovae.exact.run import run_on_group
 from halovae.files import first_line
@@ -81,6 +82,7 @@ class Predictor:
         self._target, self._costs, self._link = target, Costs(speed), link
         self._rehearsal = Rehearsal(target, speed.device, frames)
         self._tile_calls: dict[Any, tuple[NetworkCall, ...]] = {}
+        self._echoes: Effects = {}
 
     @torch.inference_mode(False)  # in it operators come whole that are made of others, and views look like copies
     def exact(
@@ -109,7 +111,7 @@ class Predictor:
         comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
         with running:
             call = merged(self._target, half, self._rehearsal.steps(half, plan, ratio, args, kwargs))
-            with meter.running():
+            with meter.running(), echoing(self._target.vae, half, meter, comm, {}):
                 outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
         return _prediction(half, "exact", ranks, f"{plan.shape[0]}x{plan.shape[1]}", meter, comm, args, outcome.result)
 
@@ -145,7 +147,7 @@ class Predictor:
             rank = schedule.loads.index(max(schedule.loads))
             comm = MeteredComm(rank, ranks, self._link, meter)
             mover = Mover(comm, calls, schedule, range(ranks if gather == "all" else 1), _META)
-            with meter.running():
+            with meter.running(), echoing(vae, half, meter, comm, self._echoes):
                 mine = schedule.calls_of(rank)
                 run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, blends, _META)
                 mover.finish()

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from halovae.compiled import as_written
 from halovae.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.errors import TilingError
+from halovae.functions import outside_modes
 from halovae.kernels import autocast
 from halovae.kernels.shapes import standing_in
 from halovae.state import ModuleState, kept_tensors, refill, unchanged, without_fetching
@@ -223,20 +225,29 @@ class _Listener:
         self._fed: set[tuple[int, int]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key, before = self._begin(args, kwargs)
+        if key not in self._effects:
+            self._effects[key] = self._run(args, kwargs, before)
+        return self._answer(self._effects[key], args, kwargs, before)
+
+    @outside_modes
+    def _begin(self, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+        """What tells the call from others, and the leaves of its arguments and of the modules' state."""
         self._note_use(self.flow.reads)
         state = self._state.changed()
         before, structure = pytree.tree_flatten((args, kwargs, state))
         for leaf in before:
             if isinstance(leaf, Tensor):
                 self.flow.follow(leaf, self.flow.origin(leaf))
-        key = (autocast.state(), structure, tuple((type(leaf), _described(leaf)) for leaf in before))
-        if key not in self._effects:
-            self._effects[key] = self._run(args, kwargs, before)
-        effect = self._effects[key]
+        return (autocast.state(), structure, tuple((type(leaf), _described(leaf)) for leaf in before)), before
+
+    @outside_modes
+    def _answer(self, effect: _Effect, args: Any, kwargs: Any, before: list[Any]) -> Any:
         self.flow.met = self.flow.met or any(id(before[place]) in self.flow.watched for place in effect.read)
         inputs = tuple(Spec(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self._heard.append(_Heard(inputs, effect, self._needs([before[place] for place in effect.read])))
-        return self._apply(effect, args, kwargs, before)
+        with _disable_current_modes():
+            return self._apply(effect, args, kwargs, before)
 
     def _run(self, args: Any, kwargs: Any, before: list[Any]) -> _Effect:
         self.flow.reads.clear()

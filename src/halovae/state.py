@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -44,6 +45,7 @@ class ModuleState:
         self._holders = [*network.modules(), *Snapshot(network, values=False).objects()]
         self._base = self._now()
         self._held = {place: _copied(value) for place, value in self._base.items()}
+        self._quiet = _Quiet(network)
 
     def _now(self) -> dict[Place, Any]:
         return {
@@ -54,6 +56,8 @@ class ModuleState:
 
     def changed(self) -> dict[Place, Any]:
         """By attribute what it is now; lists and dicts as copies."""
+        if self._quiet.holds():
+            return {}
         base, held = self._base, self._held
         return {
             place: _copied(value)
@@ -63,12 +67,46 @@ class ModuleState:
 
     def set(self, values: dict[Place, Any]) -> None:
         """Change exactly these attributes; the others become what they were at first."""
+        if not values and self._quiet.holds():
+            return
         now = self._now()
         for place in now.keys() | self._base.keys():
             value = values.get(place, self._held.get(place, _MISSING))
             is_now, base = now.get(place, _MISSING), self._base.get(place, _MISSING)
             if is_now is not base or not _is_same(is_now, value):
                 _set_field(self._holders[place[0]], place[1], refill(base, value))
+
+
+class _Quiet:
+    """Tells at a glance that no module of a network keeps anything else than when this was made."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._attributes = [vars(module) for module in network.modules()]
+        self._values = [tuple(attributes.values()) for attributes in self._attributes]
+        values = [v for known in self._attributes for name, v in known.items() if name not in _ELSEWHERE]
+        holders = [value for value in values if not isinstance(value, _NO_STATE)]
+        buffers = [known["_buffers"].values() for known in self._attributes]
+        self._lists = [(held, tuple(held)) for held in (*buffers, *holders) if isinstance(held, _LISTS) and held]
+        # What holds other things in other ways may change where this does not look.
+        self._is_plain = all(isinstance(value, _LISTS) for value in holders) and not any(
+            isinstance(item, (list, dict, set)) for _, items in self._lists for item in items
+        )
+
+    def holds(self) -> bool:
+        return (
+            self._is_plain
+            and all(map(_are_same, map(dict.values, self._attributes), self._values))
+            and all(_are_same(held, before) for held, before in self._lists)
+        )
+
+
+_ELSEWHERE = _OTHERS | {"_buffers"}
+_LISTS = (list, tuple, type({}.values()))
+_NO_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device, Tensor, nn.Module)
+
+
+def _are_same(now: Collection[Any], before: tuple[Any, ...]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _copied(value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.codec import decode_calls
-from halovae.config import HALVES, Axis
+from halovae.config import HALVES, MOST_RANKS, Axis
 from halovae.errors import HalovaeError, InputError
 from halovae.fit import Fit, Limits, decode_arguments, latent_of
 from halovae.link_speed import LinkSpeed
@@ -22,8 +24,14 @@ from halovae.speed import Speed
 from halovae.target import Target
 from halovae.trees import on_meta
 
-MOST_RANKS = 1024
-"""Where the search for enough ranks ends."""
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A mode, a number of ranks, and for exact mode a cut."""
+
+    mode: str
+    ranks: int
+    axis: Axis = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,26 +80,60 @@ class Survey:
         self._inputs = {"encode": self._clip()}
         self._inputs["decode"] = self._latents()
 
-    def rows(self, half: str, ranks: Sequence[int]) -> Iterator[Row]:
+    def ways(self, half: str, ranks: Sequence[int]) -> list[Way]:
         """Exact mode on each number of ranks and cut, then tile mode."""
+        cuts: dict[tuple[int, ShardPlan], Axis] = {}
         for count in ranks:
-            seen: set[str] = set()
             for axis in _cuts(count):
-                row = self.exact(half, count, axis)
-                cut = row.prediction.cut if row.prediction else row.refusal
-                if cut not in seen:
-                    yield row
-                seen.add(cut)
-        for count in ranks:
-            yield self.tile(half, count)
+                cuts.setdefault((count, self._plan(half, count, axis)), axis)
+        exact = [Way(mode="exact", ranks=count, axis=axis) for (count, _), axis in cuts.items()]
+        return [*exact, *(Way(mode="tile", ranks=count) for count in ranks)]
+
+    def row(self, half: str, way: Way) -> Row:
+        """What a way to run a half takes."""
+        return self.exact(half, way.ranks, way.axis) if way.mode == "exact" else self.tile(half, way.ranks)
+
+    def rows(self, ways: Mapping[str, Sequence[Way]], processes: int = 1) -> Iterator[Row]:
+        """What each way to run each half takes, in this order.
+
+        Args:
+            ways: by half.
+            processes: that share the work. More than one only where a given speed tells the times, so that nothing
+                that they try out disturbs them, and on a CPU, since who has touched an accelerator can't be forked.
+        """
+        if processes == 1:
+            for half, all_of_it in ways.items():
+                yield from (self.row(half, way) for way in all_of_it)
+            return
+        for half in ways:
+            self.exact(half, 1)  # which all others are compared with
+        context: Any = multiprocessing.get_context("fork")  # nothing has to be imported again, nor found out
+        with _at_work(self), context.Pool(processes) as pool:
+            # Those of tiles have much in common.
+            tiles = {half: [way for way in each if way.mode == "tile"] for half, each in ways.items()}
+            shares = {half: [[way] for way in each if way.mode != "tile"] for half, each in ways.items()}
+            first, *others = ways
+            # The longest ones are not begun last.
+            order = [*((first, share) for share in shares[first]), *tiles.items()]
+            order += [(half, share) for half in others for share in shares[half]]
+            under_way = {(half, share[0]): pool.apply_async(_share, (half, share)) for half, share in order if share}
+            for half in ways:
+                for share in [*shares[half], *filter(None, [tiles[half]])]:
+                    for way, row in zip(share, under_way[half, share[0]].get(), strict=True):
+                        if way.mode == "exact":
+                            self._exact.setdefault((half, way.ranks, self._plan(half, way.ranks, way.axis)), row)
+                        yield row
 
     def exact(self, half: str, ranks: int, axis: Axis = "auto") -> Row:
-        ratio = self._limits.ratio if half == "encode" else 1
-        height, width = self._inputs[half][0].shape[-2:]
-        key = half, ranks, plan_shards(height, width, ratio, ranks, axis)
+        key = half, ranks, self._plan(half, ranks, axis)
         if key not in self._exact:
+            ratio = self._limits.ratio if half == "encode" else 1
             self._exact[key] = self._row(half, "exact", ranks, axis=axis, ratio=ratio)
         return self._exact[key]
+
+    def _plan(self, half: str, ranks: int, axis: Axis) -> ShardPlan:
+        height, width = self._inputs[half][0].shape[-2:]
+        return plan_shards(height, width, self._limits.ratio if half == "encode" else 1, ranks, axis)
 
     def tile(self, half: str, ranks: int) -> Row:
         return self._row(half, "tile", ranks)
@@ -145,6 +187,25 @@ class Survey:
         return latents[: len(latents) // calls], calls
 
 
+_working: list[Survey] = []
+"""What a process that was forked works for."""
+
+
+@contextmanager
+def _at_work(survey: Survey) -> Iterator[None]:
+    _working.append(survey)
+    try:
+        yield
+    finally:
+        _working.pop()
+
+
+def _share(half: str, ways: list[Way]) -> list[Row]:
+    """Rows, without what can't travel from process to process."""
+    rows = [_working[-1].row(half, way) for way in ways]
+    return [replace(row, prediction=row.prediction and replace(row.prediction, result=None)) for row in rows]
+
+
 def _efficiency(alone: Prediction, found: Prediction) -> float:
     return alone.seconds / (found.ranks * found.seconds)
 
@@ -155,4 +216,4 @@ def _cuts(ranks: int) -> tuple[Axis, ...]:
     return "auto", "height", "width", (rows, ranks // rows)
 
 
-__all__ = ["HALVES", "MOST_RANKS", "Row", "Survey"]
+__all__ = ["HALVES", "Row", "Survey", "Way"]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from halovae.comm import Comm, Message, Pending, SoloComm
+from halovae.forks import free_in_children
 from halovae.functions import outside_modes
 
 
@@ -25,7 +26,7 @@ def can_record(device: torch.device) -> bool:
     return device.type in ("cuda", "npu") and hasattr(torch.get_device_module(device), _graph_of(device))
 
 
-_one_at_a_time = threading.Lock()
+_one_at_a_time = free_in_children(threading.Lock())
 """Handles in other threads record on the same stream."""
 
 

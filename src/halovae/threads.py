@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_lock = threading.Lock()
+from halovae.forks import free_in_children
+
+_lock = free_in_children(threading.Lock())
 _MISSING = object()
 
 

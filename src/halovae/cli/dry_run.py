@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
 from torch import nn
 
+from halovae import launch
 from halovae.cli.generation import Job
+from halovae.cli.options import dtype_on
 from halovae.cli.report import table
+from halovae.cli.session import device_kind
 from halovae.cli.settled import planned
 from halovae.config import HALVES
 from halovae.errors import HalovaeError
 from halovae.files import write_json
 from halovae.fit import limits_of
 from halovae.link_speed import LINKS
+from halovae.measured_speed import rates_of
 from halovae.pipelines.load import find_pipeline
 from halovae.pipelines.outline import outline
 from halovae.pipelines.signature import parameters
 from halovae.pipelines.sizes import Grid
 from halovae.pipelines.transformers import degree
 from halovae.plan import ShardPlan, plan_shards
-from halovae.speed import GivenSpeed
 from halovae.survey import Row, Survey
 from halovae.target import Target
 
@@ -32,16 +36,20 @@ if TYPE_CHECKING:
     from halovae.pipelines.settings import Generation, Setup
 
 
-def dry_run(job: Job, ranks: int) -> int:
+def dry_run(job: Job, ranks: int, dtype: str | None, device: str | None) -> int:
     """Check all that configs can tell of a run, and print its plan. In this process alone.
 
     Args:
         job: what was asked for.
         ranks: that it would run on.
+        dtype: that was asked for.
+        device: likewise.
 
     Raises:
         InputError: what the run itself would refuse too, as far as configs tell.
     """
+    kind = device_kind(device)
+    job = replace(job, setup=replace(job.setup, dtype=dtype_on(kind, dtype)))
     source = find_pipeline(job.model, job.task)
     for note in (*job.notes, *source.notes):
         sys.stderr.write(f"halovae: note: {note}\n")
@@ -55,7 +63,9 @@ def dry_run(job: Job, ranks: int) -> int:
         "ranks": ranks,
         **sizes,
         "vae": _vae(components["vae"], grid, generation, job.setup, ranks),
-        "vae_memory": _memory(components["vae"], sizes, job.setup, ranks),
+        "dtype": job.setup.dtype,
+        "device": kind,
+        "vae_halves": _halves(components["vae"], sizes, job.setup, ranks, kind),
         "ranks_per_sequence": degree(job.setup),
         "parts": _parts(components, job.setup),
     }
@@ -92,22 +102,26 @@ def _vae(vae: nn.Module, grid: Grid, generation: Generation, setup: Setup, ranks
     return {"mode": mode, **halves}
 
 
-def _memory(vae: nn.Module, sizes: dict[str, Any], setup: Setup, ranks: int) -> list[dict[str, Any]]:
-    """What each half takes on a rank, weights included, alone and in each mode; nothing where sizes are not known.
+def _halves(
+    vae: nn.Module, sizes: dict[str, Any], setup: Setup, ranks: int, device: str
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Seconds of each half, and bytes on a rank, weights included, alone and in each mode; nothing for unknown sizes.
 
-    Encode is followed for a clip as long as the video: pipelines that encode less need less.
+    Encode is followed for a clip as long as the video: pipelines that encode less need less. Seconds are those of the
+    rates of this device, without trials of what is run: a rough guess.
     """
     if "tokens" not in sizes:
         return []
     limits = limits_of(vae)
     fit = limits.fit(sizes["frames"], sizes["height"], sizes["width"])
     workers, dtype = setup.vae_size or ranks, getattr(torch, setup.vae_dtype or setup.dtype)
+    torch.set_num_threads(max(1, launch.cores() // ranks))
     try:
-        # Rates tell times, which are not shown: memory follows from shapes alone.
-        survey = Survey(vae, limits, fit, dtype, GivenSpeed(flops=1e12, bandwidth=1e12), LINKS["pcie"])
+        survey = Survey(vae, limits, fit, dtype, rates_of(torch.device(device), dtype), LINKS["pcie"])
     except HalovaeError as error:
         return [
-            {"half": half, "mode": "exact", "ranks": workers, "bytes": None, "refusal": str(error)} for half in HALVES
+            {"half": half, "mode": "exact", "ranks": workers, "seconds": None, "bytes": None, "refusal": str(error)}
+            for half in HALVES
         ]
     rows: list[Row] = []
     for half in HALVES:
@@ -117,6 +131,7 @@ def _memory(vae: nn.Module, sizes: dict[str, Any], setup: Setup, ranks: int) -> 
     return [
         {
             "half": row.half, "mode": row.mode, "ranks": row.ranks,
+            "seconds": row.prediction.seconds if row.prediction else None,
             "bytes": row.memory if row.prediction else None, "refusal": row.refusal,
         }
         for row in rows
@@ -143,14 +158,15 @@ def _parts(components: Mapping[str, Any], setup: Setup) -> list[dict[str, Any]]:
 
 def _text(found: dict[str, Any], setup: Setup) -> str:
     ranks, parts = found["ranks"], found["ranks_per_sequence"]
-    lines = [f"{found['model']} ({found['pipeline']}), {found['task']} on {ranks} rank{'s' * (ranks != 1)}"]
+    where = f"{ranks} rank{'s' * (ranks != 1)} in {found['dtype']} on {found['device']}"
+    lines = [f"{found['model']} ({found['pipeline']}), {found['task']} on {where}"]
     if "tokens" in found:
         lines.append(
             f"{found['frames']} frame{'s' * (found['frames'] != 1)} of {found['width']}x{found['height']}: "
             f"{found['tokens']} tokens, {found['tokens_per_rank']} on each of {parts} rank{'s' * (parts != 1)}"
         )
     lines += [f"VAE {half}: {_half(found['vae'], half)}" for half in ("encode", "decode")]
-    lines.append(_memory_text(found["vae_memory"]))
+    lines.append(_halves_text(found["vae_halves"]))
     rows: list[tuple[str, ...]] = [("part", "class", "parameters", "weights")]
     rows += [
         (part["part"], part["class"], f"{part['parameters'] / 1e6:.1f} M", f"{part['bytes'] / 2**30:.2f} GiB")
@@ -163,16 +179,17 @@ def _text(found: dict[str, Any], setup: Setup) -> str:
     )
 
 
-def _memory_text(rows: list[dict[str, Any]]) -> str:
+def _halves_text(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    lines: list[tuple[str, ...]] = [("VAE", "mode", "ranks", "memory of a rank, predicted")]
+    lines: list[tuple[str, ...]] = [("VAE", "mode", "ranks", "seconds, roughly", "memory of a rank, predicted")]
     refused: list[str] = []
     for row in rows:
         if row["bytes"] is None:
             refused.append(f"VAE {row['half']}, {row['mode']} on {row['ranks']}: {row['refusal']}")
         else:
-            lines.append((row["half"], row["mode"], str(row["ranks"]), f"{row['bytes'] / 2**30:.2f} GiB"))
+            seconds, memory = f"{row['seconds']:.2f}", f"{row['bytes'] / 2**30:.2f} GiB"
+            lines.append((row["half"], row["mode"], str(row["ranks"]), seconds, memory))
     return "\n".join([table(lines).rstrip("\n"), *refused])
 
 

@@ -99,7 +99,7 @@ def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
     if job.dry_run:
         from halovae.cli.dry_run import dry_run
 
-        return dry_run(job, ranks)
+        return dry_run(job, ranks, given["dtype"], given["device"])
     options = RunOptions(
         model=job.model, ranks=given["ranks"], axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
     )
@@ -116,7 +116,7 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         values["vae_mode"] = _vae_mode(given)
     for name in ("dtype", "vae_dtype"):
         values[name] = None if given[name] is None else given[name].value
-    values["dtype"] = values["dtype"] or Setup.dtype
+    values["dtype"] = values["dtype"] or Setup.dtype  # until the device is known
     names = {field.name for field in fields(Generation)} - {"image", "last_image"}
     generation, setup = Generation(), Setup()
     with faults.noted():

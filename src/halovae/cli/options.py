@@ -142,6 +142,11 @@ ReportFolder = Annotated[
 ]  # fmt: skip
 
 
+def dtype_on(kind: str, asked: str | None = None) -> str:
+    """The number format of a run on a kind of device: what was asked for, or what that computes well with."""
+    return asked or ("float32" if kind == "cpu" else "bfloat16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What every command that runs a VAE on ranks needs to know."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halovae import launch
 from halovae.cli import options
 from halovae.cli.options import RunOptions
+from halovae.config import MOST_RANKS
 from halovae.errors import InputError
 
 if TYPE_CHECKING:
     from halovae.cli.session import Session
     from halovae.link_speed import LinkSpeed
     from halovae.predict import Prediction
-    from halovae.survey import Row, Survey
+    from halovae.survey import Row, Survey, Way
 
 _GIB = 2**30
 _Model = Annotated[
@@ -105,8 +108,6 @@ def plan(
 
 
 def _counts(words: str) -> tuple[int, ...]:
-    from halovae.survey import MOST_RANKS
-
     counts = [int(word) if word.isdecimal() else 0 for word in words.split(",")]
     if not all(1 <= count <= MOST_RANKS for count in counts):
         raise InputError(f"--ranks {words}: give numbers from 1 to {MOST_RANKS} such as 1,2,4,8")
@@ -114,44 +115,109 @@ def _counts(words: str) -> tuple[int, ...]:
 
 
 def _on_rank(session: Session, job: _Job) -> None:
-    from halovae import fit, models
-    from halovae.files import write_json
+    import torch
+
     from halovae.link_speed import LINKS, measure
-    from halovae.measured_speed import MeasuredSpeed
-    from halovae.speed import GivenSpeed
-    from halovae.survey import HALVES, Survey
 
     link = measure(session.group, session.device) if job.link == "measured" else LINKS[job.link]
     if not session.is_first:
         return
-    name, vae = models.find_skeleton(session.options.model)
-    limits = fit.limits_of(vae)
-    padded = limits.fit(*job.sizes)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what a rank has where there is one for each core
+    try:
+        _plan(session, job, link)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
+    from halovae import fit, models
+    from halovae.files import write_json
+    from halovae.measured_speed import MeasuredSpeed
+    from halovae.speed import GivenSpeed
+    from halovae.survey import HALVES, Survey
+
+    with session.stages.stage("the VAE's config"):
+        name, vae = models.find_skeleton(session.options.model)
+        limits = fit.limits_of(vae)
+        padded = limits.fit(*job.sizes)
     for note in padded.notes:
         session.stages.note(note)
     room = job.memory * _GIB if job.memory is not None else _free(session)  # before trials take any
-    speed: Any = (
-        GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1], device=session.device)
-        if job.rates
-        else MeasuredSpeed(session.device, session.dtype)
-    )
-    survey = Survey(vae, limits, padded, session.dtype, speed, link)
+    given = job.rates and GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1], device=session.device)
+    with session.stages.stage("one rank"):
+        speed = given or MeasuredSpeed(session.device, session.dtype)
+        survey = Survey(vae, limits, padded, session.dtype, speed, link)
     typer.echo(_heading(session, name, type(vae).__name__, job, survey, link, room))
-    found: dict[str, list[Row]] = {}
-    for half in HALVES:
-        with session.stages.stage(half):
-            found[half] = list(survey.rows(half, job.ranks))
-        typer.echo(f"\n{half}\n{_table(found[half], room)}", nl=False)
+    ways = {half: survey.ways(half, job.ranks) for half in HALVES}
+    rows_in_order = survey.rows(ways, _processes(session, job))
+    found = {half: _rows(session, rows_in_order, half, ways[half], room) for half in HALVES}
     rows = [row.to_dict() | {"fits": row.memory <= room} for half in HALVES for row in found[half]]
+    unsteady = speed.unsteady if isinstance(speed, MeasuredSpeed) else 0.0
     if job.json is not None:
-        write_json(job.json, {"model": name, "weights": survey.weights, "link": vars(link), "room": room, "rows": rows})
+        document = {"model": name, "weights": survey.weights, "link": vars(link), "room": room, "rows": rows}
+        write_json(job.json, document | {"unsteady_trials": unsteady})
+    for note in _doubts(found, unsteady):
+        session.stages.note(note)
     _check_room(survey, found, room)
+
+
+def _processes(session: Session, job: _Job) -> int:
+    """How many work on a plan. Trials of operators would disturb each other."""
+    alone = session.device.type == "cpu" and job.rates is not None and hasattr(os, "fork")
+    return min(launch.cores(), _MOST_PROCESSES) if alone else 1
+
+
+_MOST_PROCESSES = 8
+"""More have no more to do."""
+
+
+def _rows(session: Session, rows: Iterator[Row], half: str, ways: list[Way], room: float) -> list[Row]:
+    """All ways to run a half, each printed when it is known."""
+    typer.echo(f"\n{half}\n{_line(_HEADS)}")
+    found: list[Row] = []
+    for number, way in enumerate(ways):
+        with session.stages.stage(f"{half}, {way.mode} on {way.ranks} ({number + 1} of {len(ways)})"):
+            row = next(rows)
+        found.append(row)
+        if row.prediction:
+            fits = row.memory <= room
+            cells = *_cells(row, row.prediction), f"{row.memory / _GIB:.3g}", "" if fits else "does not fit"
+            typer.echo(_line(cells))
+    refused = [f"{row.mode} on {row.ranks}: {row.refusal}" for row in found if not row.prediction]
+    for line in dict.fromkeys(refused):
+        typer.echo(line)
+    return found
+
+
+def _doubts(found: dict[str, list[Row]], unsteady: float) -> list[str]:
+    """What makes one doubt the times."""
+    notes: list[str] = []
+    if unsteady > _UNSTEADY:
+        notes.append(
+            f"{100 * unsteady:.0f} % of the trials took another time at each try, since this machine does other work:"
+            " times may be far off; plan again when it rests, or give --flops and --bandwidth"
+        )
+    best = max((row.efficiency or 0.0, half, row) for half, rows in found.items() for row in rows)
+    efficiency, half, row = best
+    if efficiency > _TOO_GOOD:
+        notes.append(
+            f"an efficiency of {efficiency:.2f} ({half}, {row.mode} on {row.ranks}) means that parts of the picture"
+            " were tried to be cheaper than the whole of it: small tensors stay in caches and need no new memory;"
+            " on a machine that does other work it may be its noise"
+        )
+    return notes
+
+
+_UNSTEADY = 0.05
+"""Share of trials without two that agree, beyond which it is said."""
+_TOO_GOOD = 1.2
 
 
 def _heading(session: Session, name: str, kind: str, job: _Job, survey: Survey, link: LinkSpeed, room: float) -> str:
     frames, height, width = job.sizes
     dtype = str(session.dtype).removeprefix("torch.")
-    device = f"{session.device.type}, {session.threads} threads" if session.device.type == "cpu" else session.device
+    device = "cpu, one thread per rank" if session.device.type == "cpu" else str(session.device)
     device = f"{job.rates[0] / 1e12:g} TFLOP/s, {job.rates[1] / 1e9:g} GB/s" if job.rates else f"{device}, measured"
     return (
         f"{name} ({kind}), {dtype}, {survey.weights / _GIB:.3g} GiB of weights\n"
@@ -160,21 +226,14 @@ def _heading(session: Session, name: str, kind: str, job: _Job, survey: Survey, 
     )
 
 
-def _table(rows: list[Row], room: float) -> str:
-    from halovae.cli.report import table
-
-    lines: list[tuple[str, ...]] = [_HEADS]
-    refused: list[str] = []
-    for row in rows:
-        if row.prediction is None:
-            refused.append(f"{row.mode} on {row.ranks}: {row.refusal}\n")
-        else:
-            fits = row.memory <= room
-            lines.append((*_cells(row, row.prediction), f"{row.memory / _GIB:.3g}", "" if fits else "does not fit"))
-    return table(lines) + "".join(dict.fromkeys(refused))
-
-
 _HEADS = "mode", "ranks", "cut or tiles", "seconds", "waiting", "messages", "MiB sent", "efficiency", "GiB", ""
+_WIDTHS = 5, 5, 12, 9, 8, 8, 9, 10, 7, 0
+"""Of the columns: a row is printed before the next ones are known."""
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    first, *others = (f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+    return "  ".join([f"{first.strip():<{_WIDTHS[0]}}", *others]).rstrip()
 
 
 def _cells(row: Row, found: Prediction) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from halovae import comm, fit, launch, models, timeline
-from halovae.cli.options import RunOptions
+from halovae.cli.options import RunOptions, dtype_on
 from halovae.cli.progress import Stages
 from halovae.errors import HalovaeError, InputError
 from halovae.memory import PeakMemory
@@ -213,13 +213,12 @@ def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
     torch.set_num_threads(max(1, launch.cores() // place.local_world_size))
     device = _device(options.device, place)
     comm.init_from_env(device.type)
-    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     opened = Session(
         options=options,
         place=place,
         group=comm.world(),
         device=device,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, dtype_on(device.type, options.dtype)),
         stages=Stages(speaks=place.rank == 0),
     )
     if device.type == "cpu" and place.local_world_size > launch.cores():
@@ -244,12 +243,22 @@ def _noting_warnings(stages: Stages) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _device(kind: str | None, place: launch.Place) -> torch.device:
+def device_kind(asked: str | None) -> str:
+    """The kind of device that a run is on: what was asked for, or the accelerator where there is one.
+
+    Raises:
+        InputError: this machine has none of that kind.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     there = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-    kind = kind or there[-1]
+    kind = asked or there[-1]
     if kind not in there:
         raise InputError(f"--device {kind}: this machine has {' and '.join(there)} (give the kind only)")
+    return kind
+
+
+def _device(asked: str | None, place: launch.Place) -> torch.device:
+    kind = device_kind(asked)
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.accelerator.device_count()

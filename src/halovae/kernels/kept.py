@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+
+Making = Callable[[], AbstractContextManager[Callable[[], None]]]
+"""Makes what is entered while something is made of a weight; it yields what to call if that is not kept."""
+
+
+@contextmanager
+def ordinarily() -> Iterator[Callable[[], None]]:
+    """For who does not care."""
+    yield lambda: None
 
 
 @dataclass
@@ -32,6 +41,8 @@ class Kept:
 
     weights: dict[int, Made] = field(default_factory=dict[int, Made])
     """By the id of the weight."""
+    while_making: Making = ordinarily
+    """Entered while something is made of one."""
     room: int = 0
     """Bytes of host memory for what is made of weights."""
     call: int = 0
@@ -60,7 +71,11 @@ def kept() -> Kept:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Within it nothing made of weights is there at first, and nothing stays: a prediction leaves no trace."""
-    with replace(_current.get(), weights={}, room=0).in_use():
+def apart(while_making: Making = ordinarily) -> Iterator[None]:
+    """Within it nothing made of weights is there at first, and nothing stays: a prediction leaves no trace.
+
+    Args:
+        while_making: entered while something is made of a weight.
+    """
+    with replace(_current.get(), weights={}, room=0, while_making=while_making).in_use():
         yield

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
+from halovae.forks import free_in_children
 from halovae.kernels.autocast import off
 from halovae.kernels.kept import kept
 
@@ -27,7 +28,7 @@ _TICK = 1e-9
 
 _timed_here: dict[Hashable, float] = {}
 """What this process has timed; handles begin with it, and then agree with the ranks of their group."""
-_one_at_a_time = threading.Lock()
+_one_at_a_time = free_in_children(threading.Lock())
 
 
 def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:

@@ -25,9 +25,12 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
     before = _made_of(weight)
     if before and kind in before.by_kind:
         return before.by_kind[kind]
-    made = make()
-    if made is not weight and (device_type(made.device) != "cpu" or _has_room(made.nbytes)):
-        (before or _begun(weight)).by_kind[kind] = made
+    with kept().while_making() as dropped:
+        made = make()
+        if made is not weight and (device_type(made.device) != "cpu" or _has_room(made.nbytes)):
+            (before or _begun(weight)).by_kind[kind] = made
+        else:
+            dropped()
     return made
 
 
