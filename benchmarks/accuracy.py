@@ -31,9 +31,10 @@ from harness import machine, report, run_ranks, table
 from PIL import Image
 
 import halovae
-from halovae import codec, fit, media, models
+from halovae import media
+from halovae.evaluation import Grid, compare_clips, compare_latents, seam_energy
+from halovae.media import codec, models, vae_limits
 from halovae.pipelines.demo import make_demo_model
-from halovae.quality import Grid, compare_clips, compare_latents, seam_energy
 
 Way = tuple[np.ndarray, ...]
 MEDIA = Path(__file__).parent.parent / "media"
@@ -104,7 +105,7 @@ def on_rank(rank: int, case: Case, dtype: str, modes: Sequence[str], one: Way | 
     The last compares the decode on its own. Under "one" stands the VAE as it is; `one` is that, if it is known already.
     """
     vae = build(case.vae, dtype)
-    limits = fit.limits_of(vae)
+    limits = vae_limits.limits_of(vae)
     clip = codec.to_tensor(source(case), getattr(torch, dtype), torch.device("cpu"))
     found: dict[str, Way] = {}
     if one is None:

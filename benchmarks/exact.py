@@ -27,7 +27,7 @@ from diffusers import AutoencoderKLWan
 from harness import EAGER_FREE, interleaved, report, resident, run_ranks
 
 import halovae
-from halovae.memory import PeakMemory
+from halovae.base.memory import PeakMemory
 
 CASES = [
     {"base_dim": 32, "dtype": "bfloat16", "size": (256, 256, 9)},

@@ -32,12 +32,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 import halovae
+from halovae.calls.merge_steps import Merger, merged
+from halovae.calls.replay import Graphs
+from halovae.calls.target import Target
 from halovae.comm import SoloComm, Traffic
 from halovae.exact.run import Runner, on_shards, run_on_group
-from halovae.graphs import Graphs
-from halovae.merge import Merger, merged
-from halovae.plan import ShardPlan, plan_shards
-from halovae.target import Target
+from halovae.exact.shard_plan import ShardPlan, plan_shards
 
 WAN_2_2 = {
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12,

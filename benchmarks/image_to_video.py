@@ -21,11 +21,11 @@ from harness import report, run_ranks
 from PIL import Image
 
 from halovae import comm, media
+from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.load import find_pipeline, load_pipeline
+from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.runner import Runner
-from halovae.pipelines.settings import Generation, Setup
-from halovae.pipelines.timing import DENOISE, OTHER, TEXT_ENCODE, VAE_DECODE, VAE_ENCODE
-from halovae.pipelines.vae import parallel_vae
+from halovae.pipelines.stages import DENOISE, OTHER, TEXT_ENCODE, VAE_DECODE, VAE_ENCODE
 
 ROWS = {
     "VAE not parallel": {"vae_encode": False, "vae_decode": False},

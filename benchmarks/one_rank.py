@@ -26,7 +26,7 @@ import torch
 from harness import EAGER_FREE, report, resident, run_ranks
 
 import halovae
-from halovae.memory import PeakMemory
+from halovae.base.memory import PeakMemory
 
 WAN22 = {"z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
          "scale_factor_spatial": 16}  # fmt: skip

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from harness import report
 from torch import Tensor
 
-from halovae.kernels.mode import FastMode, finished
+from halovae.kernels.fast_mode import FastMode, finished
 
 SHAPES = [(32, 6, 128), (64, 4, 64), (128, 3, 32), (96, 6, 96), (384, 3, 32)]
 """Channels, frames (two of them cached), rows and columns."""

@@ -28,11 +28,11 @@ from harness import EAGER_FREE, interleaved, report, run_ranks
 
 import halovae
 from halovae import comm
-from halovae.link_speed import LINKS, LinkSpeed, measure
-from halovae.measured_speed import MeasuredSpeed
-from halovae.memory import PeakMemory
-from halovae.predict import Predictor
-from halovae.target import Target
+from halovae.base.memory import PeakMemory
+from halovae.calls.target import Target
+from halovae.comm.bandwidth import LINKS, LinkSpeed, measure
+from halovae.predict.measured_rates import MeasuredSpeed
+from halovae.predict.predictor import Predictor
 
 _SHARES = {
     "tile_sample_min_height": 1, "tile_sample_min_width": 1, "tile_sample_stride_height": 3 / 4,

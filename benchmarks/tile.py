@@ -28,8 +28,8 @@ from harness import report
 
 import halovae
 from halovae import comm
-from halovae.target import Target
-from halovae.tile.run import TileRunner
+from halovae.calls.target import Target
+from halovae.tiles.tile_runner import TileRunner
 
 
 def build(options: argparse.Namespace) -> Any:

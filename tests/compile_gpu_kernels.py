@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from halovae.kernels import gpu_attention, gpu_chain, gpu_norms
+from halovae.kernels.gpu import triton_attention, triton_chain, triton_norms
 
 PICTURE, WIDE = "*bf16", "*fp32"
 
@@ -41,25 +41,25 @@ def chains() -> None:
         absent = {name: None for name in ("shift", "other", "factor", "term") if name not in types}
         constants = {"C": 96, "PADDED": 128, "ROWS": 32, "NORM": norm, "OTHER": other, "SILU": True}
         constants |= {"SHIFT": shift, "FACTOR": factor, "TERM": term} | absent
-        compiled(gpu_chain._chain, constants, 4, x=PICTURE, out=PICTURE, **numbers, **types)
+        compiled(triton_chain._chain, constants, 4, x=PICTURE, out=PICTURE, **numbers, **types)
 
 
 def statistics() -> None:
     for whole in (True, False):
         constants = {"C": 96, "TILE": 128, "ROWS": 32, "SHIFT": True, "WHOLE": whole}
         types = {"x": PICTURE, "shift": WIDE, "out": WIDE, "count": "i32", "length": "i32"}
-        compiled(gpu_norms._moments, constants, 4, **types)
+        compiled(triton_norms._moments, constants, 4, **types)
     types = {"parts": WIDE, "out": WIDE, "count": "i32", "eps": "fp32"}
     shape = {"CELLS": 96, "EACH": 3, "BLOCK": 1024}
     bare = {"weight": None, "bias": None, "CHANNELS": 0, "WEIGHT": False, "BIAS": False}
-    compiled(gpu_norms._merge, shape | bare, 4, **types)
+    compiled(triton_norms._merge, shape | bare, 4, **types)
     constants = shape | {"CHANNELS": 3, "WEIGHT": True, "BIAS": True}
-    compiled(gpu_norms._merge, constants, 4, weight=PICTURE, bias=PICTURE, **types)
+    compiled(triton_norms._merge, constants, 4, weight=PICTURE, bias=PICTURE, **types)
 
 
 def attention() -> None:
     types = {"scores": WIDE, "out": PICTURE, "length": "i32", "scale": "fp32"}
-    compiled(gpu_attention._softmax, {"BLOCK": 4096}, 8, **types)
+    compiled(triton_attention._softmax, {"BLOCK": 4096}, 8, **types)
 
 
 if __name__ == "__main__":

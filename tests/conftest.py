@@ -18,7 +18,9 @@ if torch.accelerator.device_count() == 0:
 from ranks import Ranks
 from servers import Server
 
-from halovae.kernels import convolution, pieces, upsampling
+from halovae.kernels import convolution
+from halovae.kernels.cpu import pieces
+from halovae.kernels.lazy import upsampled
 from halovae.pipelines.demo import make_demo_model
 
 
@@ -63,8 +65,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels' pieces so small that even a test's picture is cut into several."""
-    monkeypatch.setattr("halovae.kernels.chain.CHAIN_ELEMENTS", 100)
-    for module in (convolution, upsampling):
+    monkeypatch.setattr("halovae.kernels.lazy.chain.CHAIN_ELEMENTS", 100)
+    for module in (convolution, upsampled):
         monkeypatch.setattr(module, "WINDOW_BYTES", 1)
     monkeypatch.setattr(pieces, "MANY", 1)
 

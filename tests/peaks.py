@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halovae import codec, media
-from halovae.memory import PeakMemory
+from halovae import media
+from halovae.base.memory import PeakMemory
+from halovae.media import codec
 
 HEIGHT, WIDTH = 160, 256
 CPU = torch.device("cpu")

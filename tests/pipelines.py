@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from halovae import comm
 from halovae.pipelines.demo import byte_tokenizer
+from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.quiet import quiet
 from halovae.pipelines.runner import Result, Runner
-from halovae.pipelines.settings import Generation, Setup
 from halovae.pipelines.signature import parameters
-from halovae.pipelines.timing import replaced
+from halovae.pipelines.stages import replaced
 
 
 def picture(seed: int = 0, height: int = 64, width: int = 64) -> Image.Image:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from threads import ThreadComm, run_threads
 from torch import Tensor
 
+from halovae.base.trees import map_tensors
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
-from halovae.exact.mode import ShardMode
 from halovae.exact.partition import Bounds, gather, scatter
-from halovae.kernels.mode import FastMode, finished
-from halovae.trees import map_tensors
+from halovae.exact.shard_mode import ShardMode
+from halovae.kernels.fast_mode import FastMode, finished
 
 EXACT = 1e-12
 """Tolerance relative to the largest value, in float64: only the order of summation may differ."""

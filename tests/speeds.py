@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from halovae import choice, comm
-from halovae import link_speed as links
-from halovae.speed import GivenSpeed
+from halovae import comm
+from halovae.api import auto
+from halovae.comm import bandwidth as links
+from halovae.predict.rates import GivenSpeed
 
 BANDWIDTH = 1e9
 """Bytes per second, of the link."""
@@ -21,11 +22,11 @@ def given_speeds(latency: float, measured: Callable[..., Any] | None = None) -> 
     Exact mode is the faster one on a quick link then: tiles overlap, so they are more work. `measured` makes another
     device.
     """
-    key, before = comm.connect().key, choice.MeasuredSpeed
+    key, before = comm.connect().key, auto.MeasuredSpeed
     links._measured[key] = links.LinkSpeed(latency=latency, bandwidth=BANDWIDTH)
-    choice.MeasuredSpeed = measured or (lambda *kind: GivenSpeed(flops=1e9, bandwidth=1e9))
+    auto.MeasuredSpeed = measured or (lambda *kind: GivenSpeed(flops=1e9, bandwidth=1e9))
     try:
         yield
     finally:
-        choice.MeasuredSpeed = before
+        auto.MeasuredSpeed = before
         del links._measured[key]

@@ -16,8 +16,8 @@ from ranks import ENDED, Ranks
 from torch import Tensor
 
 import halovae
+from halovae.base.errors import RankFailedError
 from halovae.comm import default_device
-from halovae.errors import RankFailedError
 
 pytestmark = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="there are no two accelerators")
 SOON = 10.0

@@ -11,8 +11,9 @@ from clips import CLIP
 from ranks import Ranks
 
 import halovae
-from halovae import codec, fit, media, models
-from halovae.quality import compare_clips, compare_latents
+from halovae import media
+from halovae.evaluation import compare_clips, compare_latents
+from halovae.media import codec, models, vae_limits
 
 FRAMES, HEIGHT, WIDTH = 5, 48, 80
 Way = tuple[Any, Any]
@@ -21,7 +22,7 @@ Way = tuple[Any, Any]
 
 def through(vae: Any, dtype: torch.dtype) -> Way:
     clip = media.read(CLIP, frames=media.FrameRange(108, 108 + FRAMES), height=HEIGHT, width=WIDTH).frames
-    limits = fit.limits_of(vae)
+    limits = vae_limits.limits_of(vae)
     latents = codec.encode(vae, limits, codec.to_tensor(clip, dtype, torch.device("cpu")))
     return latents.float().numpy(), codec.decode(vae, limits, latents).float().numpy()
 

@@ -21,9 +21,9 @@ from pictures import error, kl, latents, pixels
 from ranks import ENDED, Ranks
 
 import halovae
-from halovae.agreement import one_call
-from halovae.comm import connect, link
-from halovae.errors import InputError, RankFailedError
+from halovae.base.errors import InputError, RankFailedError
+from halovae.comm import connect, control
+from halovae.comm.agreement import one_call
 
 SOON = 10.0
 
@@ -138,7 +138,7 @@ def test_what_a_broken_call_leaves_in_the_network_is_cleared(two_ranks: Ranks) -
 def late(rank: int, missing: int) -> None:
     """The second time all have to connect anew, and the third time all come."""
     comm = connect()
-    with patch.object(link, "ABSENCE", 1.0):
+    with patch.object(control, "ABSENCE", 1.0):
         for _ in range(2):
             if rank == missing:
                 time.sleep(3)

@@ -14,8 +14,8 @@ from test_trees import Frozen, FrozenSlots, Slots, Strict
 from torch import Tensor, nn
 
 import halovae
-from halovae.errors import HalovaeError, TilingError
-from halovae.trees import tensors_in
+from halovae.base.errors import HalovaeError, TilingError
+from halovae.base.trees import tensors_in
 
 
 class Net(nn.Module):

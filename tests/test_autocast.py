@@ -13,11 +13,11 @@ from shards import draw
 from tiles import CUTS, run_alone
 
 import halovae
-from halovae.errors import DisagreementError
+from halovae.base.errors import DisagreementError
+from halovae.calls.verify import distance
 from halovae.kernels import autocast
-from halovae.kernels.mode import FastMode
-from halovae.kernels.shapes import standing_in
-from halovae.verify import distance
+from halovae.kernels.fast_mode import FastMode
+from halovae.kernels.shapes_only import standing_in
 
 LOW = torch.bfloat16
 

@@ -14,8 +14,8 @@ from speeds import BANDWIDTH, given_speeds
 from tiles import CUTS, run_alone
 
 import halovae
-from halovae.link_speed import LinkSpeed
-from halovae.measured_speed import MeasuredSpeed
+from halovae.comm.bandwidth import LinkSpeed
+from halovae.predict.measured_rates import MeasuredSpeed
 
 
 def with_link(rank: int, name: str, latency: float, gather: str = "all") -> tuple[str, str, bool, list[str]]:

@@ -23,10 +23,10 @@ from safetensors import safe_open
 
 import halovae
 from halovae import media
+from halovae.app.launch import Place
+from halovae.app.session import session
+from halovae.cli.flags import RunOptions
 from halovae.cli.main import app, main
-from halovae.cli.options import RunOptions
-from halovae.cli.session import session
-from halovae.launch import Place
 from halovae.media import read
 
 MEDIA = Path(__file__).parent.parent / "media"

@@ -12,11 +12,11 @@ from command import enter, on_ranks, saved
 from families import FAMILIES
 from ranks import Ranks
 
+from halovae.base.errors import InputError
 from halovae.cli.main import main
-from halovae.cli.modes import Work, parse_work
-from halovae.errors import InputError
+from halovae.cli.mode_flags import Work, parse_work
 from halovae.media import read
-from halovae.tile.settings import TileSettings
+from halovae.tiles.tile_settings import TileSettings
 
 RUN = ["roundtrip", str(CLIP), "-o", "o.mp4", "--frames", "0:5", "--height", "48"]
 

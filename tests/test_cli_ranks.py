@@ -13,8 +13,8 @@ from clips import cut_after_header
 from command import PATIENCE, enter, interrupt, names, on_ranks, run, saved
 from ranks import Ranks
 
+from halovae.base.options import HALVES
 from halovae.cli.main import main
-from halovae.config import HALVES
 from halovae.media import read
 
 CLIP = str(CLIP_PATH)

@@ -18,10 +18,9 @@ from command import enter, names
 from numpy.typing import NDArray
 from PIL import Image
 
-from halovae import latents
 from halovae.cli.main import main
-from halovae.latents import LatentsInfo
-from halovae.media import write
+from halovae.media import latents_file, write
+from halovae.media.latents_file import LatentsInfo
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +56,7 @@ def save_latents(path: str, values: torch.Tensor) -> str:
         model="demo", model_class="AutoencoderKLWan", scaling={}, fps=Fraction(25), frames=9, height=32, width=32,
         padded_frames=9, padded_height=32, padded_width=32,
     )  # fmt: skip
-    latents.save(Path(path), values, info)
+    latents_file.save(Path(path), values, info)
     return path
 
 

@@ -14,7 +14,7 @@ from ranks import Ranks
 from torch.overrides import _get_current_function_mode_stack  # pyright: ignore[reportPrivateUsage]
 
 import halovae
-from halovae.compiled import as_written
+from halovae.base.compiled import as_written
 
 LATENT = FAMILIES["kl"].latent()
 

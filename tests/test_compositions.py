@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shards import check, draw, picture_bounds
 from torch import Tensor
 
-from halovae.errors import NotExactError
+from halovae.base.errors import NotExactError
 from halovae.exact.partition import Bounds
 
 TOLERANCE = 1e-9

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import halovae
-from halovae import errors
+from halovae.base import errors
 
 PUBLIC = {
     "CallReport",

@@ -13,10 +13,10 @@ import pytest
 import torch
 from families import FAMILIES
 
-from halovae import codec
-from halovae.errors import InputError
-from halovae.fit import Fit, Limits, limits_of
-from halovae.pixels import IMAGENET, PIXELS, SIGNED, UNIT, Pixels, pixels_of
+from halovae.base.errors import InputError
+from halovae.media import codec
+from halovae.media.pixels import IMAGENET, PIXELS, SIGNED, UNIT, Pixels, pixels_of
+from halovae.media.vae_limits import Fit, Limits, limits_of
 
 # Name, pixels per latent, whether frames go one by one, and for some frame counts what they are padded to.
 LEARNT = [

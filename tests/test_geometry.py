@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halovae.errors import InputError
-from halovae.geometry import (
+from halovae.base.errors import InputError
+from halovae.base.geometry import (
     Cut,
     aligned,
     coarsen,

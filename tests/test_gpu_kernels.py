@@ -13,15 +13,17 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from halovae.kernels import chain, gpu, gpu_attention, gpu_chain, gpu_copy, gpu_norms, gpu_operators, group_norm, rules
 from halovae.kernels import convolution as kernels_convolution
-from halovae.kernels.chain import Chain, Step
+from halovae.kernels import fast_rules, group_norm
 from halovae.kernels.convolution import Window, on_gpu
-from halovae.kernels.deferred import Deferred, recipe_of
-from halovae.kernels.gpu_convolution import Tile, convolve, pack, pack_upsampled, tile_for
-from halovae.kernels.joined import Joined
-from halovae.kernels.mode import FastMode, finished
-from halovae.kernels.promise import kept, promised
+from halovae.kernels.fast_mode import FastMode, finished
+from halovae.kernels.gpu import dispatch, operators, triton_attention, triton_chain, triton_copy, triton_norms
+from halovae.kernels.gpu.triton_convolution import Tile, convolve, pack, pack_upsampled, tile_for
+from halovae.kernels.lazy import chain
+from halovae.kernels.lazy.chain import Chain, Step
+from halovae.kernels.lazy.deferred import Deferred, recipe_of
+from halovae.kernels.lazy.joined import Joined
+from halovae.kernels.lazy.promise import kept, promised
 
 SMALL = Tile(positions=32, channels=16, more_channels=16, depth=16, warps=4, stages=2)
 # Sums of a few hundred float32 products, added in another order.
@@ -92,14 +94,14 @@ def test_chain(channels: int, silu: bool):
     source, factor, term = frames(50, channels), frames(channels), 0.25
     expected = F.normalize(source, dim=1, eps=1e-12) * factor + term
     found = torch.empty_like(source)
-    gpu_chain.run(source, found, normalize=1e-12, times=factor, plus=term, silu=silu)
+    triton_chain.run(source, found, normalize=1e-12, times=factor, plus=term, silu=silu)
     assert error(found, F.silu(expected) if silu else expected) < 1e-6  # float32 rounding of a few steps
 
 
 def test_a_chain_without_a_norm():
     source, factor = frames(10, 16), 3.0
     found = torch.empty_like(source)
-    gpu_chain.run(source, found, times=factor)
+    triton_chain.run(source, found, times=factor)
     assert error(found, source * factor) < 1e-6
 
 
@@ -110,17 +112,17 @@ def test_rows_are_copied_into_a_larger_buffer(size: tuple[int, ...]):
     expected = buffer.clone()
     expected[2:, 1:, 1:-1] = source
     out = buffer[2:, 1:, 1:-1]
-    assert gpu_copy.fits(source)
-    assert gpu_copy.fits(out)
-    gpu_copy.run(source, out)
+    assert triton_copy.fits(source)
+    assert triton_copy.fits(out)
+    triton_copy.run(source, out)
     assert torch.equal(buffer, expected)
 
 
 def test_rows_with_gaps_are_not_copied_as_rows():
     source = frames(2, 3, 5, 7)
-    assert not gpu_copy.fits(source.transpose(1, 2))
-    assert not gpu_copy.fits(source[:, :, ::2])
-    assert not gpu_copy.fits(source.transpose(2, 3))
+    assert not triton_copy.fits(source.transpose(1, 2))
+    assert not triton_copy.fits(source[:, :, ::2])
+    assert not triton_copy.fits(source.transpose(2, 3))
 
 
 # ---- the functions that the rules call, on tensors as networks make them ----
@@ -135,7 +137,7 @@ def video(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_a_batch_of_videos(batch: int, first_tap: int):
     source, weight, bias = video(batch, 16, 3, 6, 8), frames(20, 16, 3, 3, 3), frames(20)
     expected = F.conv3d(source, weight[:, :, first_tap:], bias, padding=(0, 1, 1))
-    found = gpu.convolve(source, weight, bias, first_tap=first_tap, stride=1, before=(1, 1), size=(6, 8))
+    found = dispatch.convolve(source, weight, bias, first_tap=first_tap, stride=1, before=(1, 1), size=(6, 8))
     assert error(found, expected) < TOLERANCE
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
@@ -143,7 +145,7 @@ def test_a_batch_of_videos(batch: int, first_tap: int):
 def test_a_batch_of_pictures_upsampled():
     source, weight, bias = frames(2, 16, 4, 5), frames(20, 16, 3, 3), frames(20)
     expected = F.conv2d(F.interpolate(source, scale_factor=2, mode="nearest"), weight, bias, padding=1)
-    assert error(gpu.convolve_upsampled(source, weight, bias), expected) < TOLERANCE
+    assert error(dispatch.convolve_upsampled(source, weight, bias), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("bordered", [(2,), (3,), (2, 3)])
@@ -151,12 +153,12 @@ def test_a_picture_upsampled_with_its_neighbours_rows(bordered: tuple[int, ...])
     source, weight, bias = frames(1, 16, 6, 5), frames(20, 16, 3, 3), frames(20)
     whole = F.conv2d(F.interpolate(source, scale_factor=2, mode="nearest"), weight, bias, padding=1)
     rows, cols = (slice(2, -2) if dim in bordered else slice(None) for dim in (2, 3))
-    assert error(gpu.convolve_upsampled(source, weight, bias, bordered), whole[:, :, rows, cols]) < TOLERANCE
+    assert error(dispatch.convolve_upsampled(source, weight, bias, bordered), whole[:, :, rows, cols]) < TOLERANCE
 
 
 @pytest.mark.parametrize("pads", [{}, {2: (2, 0), 3: (1, 1), 4: (1, 1)}, {3: (0, 1), 4: (0, 1)}])
 def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu, "FEW_POSITIONS", 1)
+    monkeypatch.setattr(dispatch, "FEW_POSITIONS", 1)
     parts = (video(1, 24, 2, 10, 12, dtype=torch.float16), video(1, 24, 1, 10, 12, dtype=torch.float16))
     weight, bias = frames(8, 24, 3, 3, 3).half(), frames(8).half()
     stride = (1, 2, 2) if pads.get(3) == (0, 1) else (1, 1, 1)
@@ -168,7 +170,7 @@ def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], mo
 
 
 def test_a_bias_waits_for_what_follows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu, "convolves", lambda *_: False)
+    monkeypatch.setattr(dispatch, "convolves", lambda *_: False)
     monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))  # this processor may have no lower one
     source, weight, bias = video(1, 16, 3, 6, 8), frames(8, 16, 3, 3, 3), frames(8)
     found = on_gpu(Joined((source,)), Window(weight, bias, (1, 1, 1), (1, 1, 1)))
@@ -183,7 +185,7 @@ def test_a_chain_of_a_picture(shape: tuple[int, ...], dtype: torch.dtype):
     gamma = frames(24, *[1] * (len(shape) - 2))
     steps = [Step("normalize", (1, 1e-12)), Step("times", 3 * gamma), Step("plus", 0.5), Step("silu")]
     expected = F.silu(F.normalize(source.float(), dim=1) * 3 * gamma + 0.5)
-    found = gpu.chain(source, dtype, torch.float32, steps)
+    found = dispatch.chain(source, dtype, torch.float32, steps)
     assert error(found.float(), expected) < (1e-6 if dtype == torch.float32 else 2**-7)
     assert found.dtype == dtype
 
@@ -193,11 +195,11 @@ def test_a_bias_and_a_sum_before_the_norm():
     bias, gamma = frames(24, 1, 1, 1), frames(24, 1, 1, 1) + 2
     steps = [Step("plus", bias), Step("normalize", (1, 1e-12)), Step("times", gamma), Step("plus", 0.5), Step("silu")]
     expected = F.silu(F.normalize(source + bias, dim=1) * gamma + 0.5)
-    assert error(gpu.chain(source, torch.float32, torch.float32, steps), expected) < 1e-6
-    found = gpu.sum_of(source, torch.float32, torch.float32, steps[:1], other)
+    assert error(dispatch.chain(source, torch.float32, torch.float32, steps), expected) < 1e-6
+    found = dispatch.sum_of(source, torch.float32, torch.float32, steps[:1], other)
     assert found is not None
     assert error(found, source + bias + other) < 1e-6
-    assert gpu.sum_of(source, torch.float32, torch.float32, steps, other) is None
+    assert dispatch.sum_of(source, torch.float32, torch.float32, steps, other) is None
 
 
 def test_a_promise_that_was_read_is_its_value():
@@ -212,16 +214,16 @@ def test_a_promise_that_was_read_is_its_value():
 def test_a_chain_of_another_form_is_computed_step_by_step():
     source = frames(1, 4, 2, 3)
     steps = [Step("silu"), Step("times", 2.0)]
-    assert error(gpu.chain(source, torch.float32, torch.float32, steps), F.silu(source) * 2) < 1e-6
+    assert error(dispatch.chain(source, torch.float32, torch.float32, steps), F.silu(source) * 2) < 1e-6
 
 
 def test_frames_are_joined_in_the_room_that_a_chain_has_left():
     base, before = video(1, 4, 2, 3, 5), video(1, 4, 1, 3, 5) + 1
     steps = [Step("silu")]
-    first = gpu.chain(base, torch.float32, torch.float32, steps)
-    assert gpu.joined((before, first), 2) is None
-    second = gpu.chain(base, torch.float32, torch.float32, steps)
-    found = gpu.joined((before, second), 2)
+    first = dispatch.chain(base, torch.float32, torch.float32, steps)
+    assert dispatch.joined((before, first), 2) is None
+    second = dispatch.chain(base, torch.float32, torch.float32, steps)
+    found = dispatch.joined((before, second), 2)
     assert found is not None
     assert torch.equal(found, torch.cat((before, first), 2))
     assert found[:, :, 1:].data_ptr() == second.data_ptr()
@@ -237,36 +239,34 @@ def test_operators_of_the_kernels_do_what_these_do():
     convolve(source, packed, bias, tile, kernel=(1, 3, 3), stride=1, before=(1, 1), out=expected)
     found = torch.zeros_like(expected)
     pictures, out = source.movedim(-1, 1), found.movedim(-1, 1)
-    gpu_operators.convolve(pictures, packed, bias, kernel=(1, 3, 3), stride=1, before=(1, 1), out=out)
+    operators.convolve(pictures, packed, bias, kernel=(1, 3, 3), stride=1, before=(1, 1), out=out)
     assert torch.equal(found, expected)
 
     rows = source.reshape(-1, 16)
     by_kernel, by_operator = torch.empty_like(rows), torch.zeros_like(rows)
     scale = frames(16)
-    gpu_chain.run(rows, by_kernel, normalize=1e-12, times=scale, silu=True)
-    gpu_operators.chain(rows, by_operator, normalize=1e-12, times=scale, silu=True)
+    triton_chain.run(rows, by_kernel, normalize=1e-12, times=scale, silu=True)
+    operators.chain(rows, by_operator, normalize=1e-12, times=scale, silu=True)
     assert torch.equal(by_operator, by_kernel)
 
     copied = torch.zeros_like(source)
-    gpu_operators.copy(pictures, copied.movedim(-1, 1))
+    operators.copy(pictures, copied.movedim(-1, 1))
     assert torch.equal(copied, source)
 
-    moments = gpu_norms.moments(rows[None], 4)
-    assert torch.equal(gpu_operators.moments(rows[None], 4, None), moments)
-    assert torch.equal(gpu_operators.merged(moments, 4), gpu_norms.merged(moments, 4))
-    affine = gpu_norms.affine(moments, 4, 16, scale, None, 1e-6)
-    assert torch.equal(gpu_operators.affine(moments, 4, 16, scale, None, 1e-6), affine)
+    moments = triton_norms.moments(rows[None], 4)
+    assert torch.equal(operators.moments(rows[None], 4, None), moments)
+    assert torch.equal(operators.merged(moments, 4), triton_norms.merged(moments, 4))
+    affine = triton_norms.affine(moments, 4, 16, scale, None, 1e-6)
+    assert torch.equal(operators.affine(moments, 4, 16, scale, None, 1e-6), affine)
 
 
 @pytest.mark.parametrize("found", ["moments", "merged", "affine"])
 def test_operators_of_statistics_tell_their_shapes(found: str):
     def run(rows: Tensor) -> Tensor:
-        parts = gpu_operators.moments(rows, 4, None)
+        parts = operators.moments(rows, 4, None)
         if found == "moments":
             return parts
-        return (
-            gpu_operators.merged(parts, 4) if found == "merged" else gpu_operators.affine(parts, 4, 48, None, None, 0)
-        )
+        return operators.merged(parts, 4) if found == "merged" else operators.affine(parts, 4, 48, None, None, 0)
 
     rows = frames(2, 5000, 48)
     assert run(rows.to("meta")).shape == run(rows).shape
@@ -275,9 +275,9 @@ def test_operators_of_statistics_tell_their_shapes(found: str):
 @pytest.fixture
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules take the kernels of an accelerator, which the interpreter runs."""
-    monkeypatch.setattr(gpu, "supports", lambda _: True)
-    monkeypatch.setattr(gpu, "FEW_QUERIES", 1)
-    for module in (chain, gpu, rules):
+    monkeypatch.setattr(dispatch, "supports", lambda _: True)
+    monkeypatch.setattr(dispatch, "FEW_QUERIES", 1)
+    for module in (chain, dispatch, fast_rules):
         monkeypatch.setattr(module, "device_type", lambda _: "cuda")
 
 
@@ -371,9 +371,9 @@ def test_squares_for_anything_else_are_squares(others: Any, as_on_gpu: None):
 @pytest.mark.parametrize("pairs", [(70, 130), (33, 5000)])
 def test_attention_with_a_wide_head(pairs: tuple[int, int], as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
     # A CPU has no product of low precision with a float32 result.
-    monkeypatch.setattr(gpu_attention, "has_wide_products", lambda: True)
-    monkeypatch.setattr(gpu_attention, "products", lambda one, other, out: out.copy_(one.float() @ other.float()))
-    monkeypatch.setattr(gpu_attention, "_SCORE_BYTES", 4 * 32 * pairs[1])
+    monkeypatch.setattr(triton_attention, "has_wide_products", lambda: True)
+    monkeypatch.setattr(triton_attention, "products", lambda one, other, out: out.copy_(one.float() @ other.float()))
+    monkeypatch.setattr(triton_attention, "_SCORE_BYTES", 4 * 32 * pairs[1])
     query, key, value = (frames(2, 1, length, 384).half() for length in (pairs[0], pairs[1], pairs[1]))
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     with torch.no_grad(), FastMode():

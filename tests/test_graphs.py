@@ -13,12 +13,12 @@ from ranks import Ranks
 from torch import Tensor
 
 import halovae
-from halovae import graphs
+from halovae.base.errors import InputError
+from halovae.base.options import Options
+from halovae.calls import replay
+from halovae.calls.device_graphs import can_record
+from halovae.calls.replay import read_by
 from halovae.comm import default_device
-from halovae.config import Options
-from halovae.errors import InputError
-from halovae.graphs import read_by
-from halovae.tape import can_record
 
 records = pytest.mark.skipif(not can_record(default_device()), reason="there is nothing that records")
 HALVES = ["encode", "decode"]
@@ -164,15 +164,15 @@ def test_without_being_asked_for_what_pays_is_replayed(monkeypatch: pytest.Monke
             assert (handle.last.kept_memory > 0) == found[-1]
         return found
 
-    monkeypatch.setattr(graphs, "_GAIN", 1e9)
+    monkeypatch.setattr(replay, "_GAIN", 1e9)
     assert replayed() == [False, False, True, True]
-    monkeypatch.setattr(graphs, "_GAIN", 0.0)
+    monkeypatch.setattr(replay, "_GAIN", 0.0)
     assert not any(replayed())
-    monkeypatch.setattr(graphs, "_GAIN", 1e9)
-    monkeypatch.setattr(graphs, "_FREE_SHARE", 1e18)
+    monkeypatch.setattr(replay, "_GAIN", 1e9)
+    monkeypatch.setattr(replay, "_FREE_SHARE", 1e18)
     assert not any(replayed())
     monkeypatch.undo()
-    monkeypatch.setattr(graphs, "_GAIN", 1e9)
+    monkeypatch.setattr(replay, "_GAIN", 1e9)
     seen: list[int] = []
     vae.decoder.mid_block.register_forward_hook(lambda *_: seen.append(1))
     assert not any(replayed())

@@ -14,7 +14,7 @@ from ranks import Ranks
 from torch import Tensor
 
 import halovae
-from halovae.errors import InputError
+from halovae.base.errors import InputError
 
 
 def ranks_and_grids(rank: int) -> list[tuple[int, int]]:

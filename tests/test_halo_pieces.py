@@ -11,10 +11,10 @@ from shards import assert_same, draw
 from torch import Tensor
 
 from halovae.kernels import convolution
-from halovae.kernels.borders import Fill
-from halovae.kernels.deferred import Deferred
-from halovae.kernels.joined import Halo, Joined
-from halovae.kernels.pieces import Line
+from halovae.kernels.cpu.pieces import Line
+from halovae.kernels.fill import Fill
+from halovae.kernels.lazy.deferred import Deferred
+from halovae.kernels.lazy.joined import Halo, Joined
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 SIDES = pytest.mark.parametrize("side", ["before", "after"])

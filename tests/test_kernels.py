@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from shards import EXACT, GRID, assert_same, draw, image, on_shards, video
 from torch import Tensor
 
-from halovae.kernels import convolution, slabs, upsampling
-from halovae.kernels.deferred import Deferred, computed, recipe_of
-from halovae.kernels.formats import is_channels_last
-from halovae.kernels.joined import Joined
-from halovae.kernels.mode import FastMode, finished
+from halovae.kernels import convolution
+from halovae.kernels.cpu import slabs
+from halovae.kernels.fast_mode import FastMode, finished
+from halovae.kernels.lazy import upsampled
+from halovae.kernels.lazy.deferred import Deferred, computed, recipe_of
+from halovae.kernels.lazy.joined import Joined
+from halovae.kernels.memory_format import is_channels_last
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
@@ -241,7 +243,7 @@ LOW = ["conv3d", "causal, first frame", "causal, two cached", "asymmetric paddin
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_low_precision_is_no_farther_from_the_truth(name: str, dtype: torch.dtype, monkeypatch: Any) -> None:
     """Than plain torch, but for a fifth of its own rounding; in float32 whatever this processor prefers."""
-    for module in (convolution, upsampling):
+    for module in (convolution, upsampled):
         monkeypatch.setattr(module, "working_dtype", lambda given: torch.float32)
     function, shape = CASES[name]
     x = draw(*shape, dtype=dtype)

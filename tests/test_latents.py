@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halovae import latents
-from halovae.errors import InputError
-from halovae.latents import LatentsInfo
+from halovae.base.errors import InputError
+from halovae.media import latents_file
+from halovae.media.latents_file import LatentsInfo
 
 INFO = LatentsInfo(
     model="demo",
@@ -41,8 +41,8 @@ def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changed:
 @pytest.mark.parametrize("shape", [(1, 2, 3, 7, 9), (6, 2, 7, 9)])
 def test_what_is_saved_is_loaded(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     values = torch.randn(shape).to(dtype)
-    latents.save(tmp_path / "o.safetensors", values, INFO)
-    loaded, info = latents.load(tmp_path / "o.safetensors")
+    latents_file.save(tmp_path / "o.safetensors", values, INFO)
+    loaded, info = latents_file.load(tmp_path / "o.safetensors")
     assert info == INFO
     assert loaded.dtype == dtype
     assert torch.equal(loaded, values)
@@ -54,18 +54,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path, dtype: torch.dtype, shape: tupl
 
 def test_times_are_kept(tmp_path: Path) -> None:
     uneven = replace(INFO, times=(0, 3600, 7200, 45000, 48600, 90000, 270000))
-    latents.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), uneven)
-    assert latents.load(tmp_path / "o.safetensors")[1] == uneven
+    latents_file.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), uneven)
+    assert latents_file.load(tmp_path / "o.safetensors")[1] == uneven
     bad = ("[0, 1]", "[0, 2, 1, 3, 4, 5, 6]", "[1, 2, 3, 4, 5, 6, 7]", f"[0, 1, 2, 3, 4, 5, {2**40}]")
     for times in (*bad, '["0"]', "{}", "[0.5]", "?"):
         with pytest.raises(InputError, match="metadata"):
-            latents.load(write(tmp_path / "bad.safetensors", times=times))
+            latents_file.load(write(tmp_path / "bad.safetensors", times=times))
 
 
 def test_scaling_is_what_the_config_says() -> None:
     wan = {"latents_mean": [1.0], "latents_std": [2.0], "z_dim": 16}
-    assert latents.scaling_of(wan) == {"latents_mean": [1.0], "latents_std": [2.0]}
-    assert latents.scaling_of({"scaling_factor": 0.18, "shift_factor": None}) == {"scaling_factor": 0.18}
+    assert latents_file.scaling_of(wan) == {"latents_mean": [1.0], "latents_std": [2.0]}
+    assert latents_file.scaling_of({"scaling_factor": 0.18, "shift_factor": None}) == {"scaling_factor": 0.18}
 
 
 NAN = torch.ones(1, 2, 3, 7, 9)
@@ -101,7 +101,7 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str) -> None:
     changed, message = BAD[name]
     path = write(tmp_path / "o.safetensors", **changed)
     with pytest.raises(InputError, match=message) as caught:
-        latents.load(path)
+        latents_file.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -113,7 +113,7 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str) -> None:
 def test_other_kinds_of_files_are_one_line(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "o.safetensors").write_bytes(data)
     with pytest.raises(InputError) as caught:
-        latents.load(tmp_path / "o.safetensors")
+        latents_file.load(tmp_path / "o.safetensors")
     assert "\n" not in str(caught.value)
 
 
@@ -122,17 +122,17 @@ def test_truncated_files_are_one_line(tmp_path: Path, kept: int) -> None:
     path = write(tmp_path / "o.safetensors")
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(InputError, match=r"damaged|is empty"):
-        latents.load(path)
+        latents_file.load(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        latents.load(tmp_path / "o.safetensors")
+        latents_file.load(tmp_path / "o.safetensors")
 
 
 def test_broken_latents_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="NaN"):
-        latents.save(tmp_path / "o.safetensors", NAN, INFO)
+        latents_file.save(tmp_path / "o.safetensors", NAN, INFO)
     assert not list(tmp_path.iterdir())
 
 

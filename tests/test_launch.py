@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from halovae import launch
-from halovae.errors import InputError
+from halovae.app import launch
+from halovae.base.errors import InputError
 
 RANK = """
 import ctypes, json, os, signal, sys, time

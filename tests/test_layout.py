@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halovae.errors import NotExactError
-from halovae.exact.broadcasting import broadcast
+from halovae.base.errors import NotExactError
+from halovae.base.geometry import Cut, cut_at
 from halovae.exact.layout import (
     AxisFactor,
     Dim,
@@ -27,7 +27,7 @@ from halovae.exact.layout import (
     reshaped,
     split_factor,
 )
-from halovae.geometry import Cut, cut_at
+from halovae.exact.rules.broadcasting import broadcast
 
 ROWS, COLS = cut_at((0, 4, 8, 16)), cut_at((0, 4, 12))
 """Uneven cuts of a height of 16 and a width of 12."""

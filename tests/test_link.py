@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from halovae.comm import link, wire
-from halovae.comm.link import Link
-from halovae.errors import RankFailedError
+from halovae.base.errors import RankFailedError
+from halovae.comm import control, handshake
+from halovae.comm.control import Link
 
 
-def on_threads(size: int, work: Callable[[int, wire.Share], Any]) -> list[Any]:
+def on_threads(size: int, work: Callable[[int, handshake.Share], Any]) -> list[Any]:
     """`work(rank, share)` on `size` threads; their results in rank order."""
     table: dict[int, list[Any]] = {}
     meeting, results = threading.Barrier(size, timeout=20), [None] * size
@@ -42,7 +42,7 @@ def on_threads(size: int, work: Callable[[int, wire.Share], Any]) -> list[Any]:
 
 
 def with_links(size: int, work: Callable[[Link, int], Any]) -> list[Any]:
-    def body(rank: int, share: wire.Share) -> Any:
+    def body(rank: int, share: handshake.Share) -> Any:
         made = Link(rank, size, share, lambda: None)
         try:
             return work(made, rank)
@@ -92,7 +92,7 @@ def test_who_has_left_is_named() -> None:
 @pytest.mark.parametrize("missing", [0, 2])
 def test_who_never_comes_is_named(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every rank, the one that comes too late too; then all go on."""
-    monkeypatch.setattr(link, "ABSENCE", 1.0)
+    monkeypatch.setattr(control, "ABSENCE", 1.0)
     over = threading.Barrier(3, timeout=20)
 
     def work(made: Link, rank: int) -> tuple[int, str, list[int]]:
@@ -126,7 +126,7 @@ def test_a_shorter_patience_is_kept_to_at_once(monkeypatch: pytest.MonkeyPatch) 
 def test_strangers_are_not_let_in() -> None:
     """Who finds the port but does not know the token is turned away, and the ranks connect all the same."""
 
-    def work(rank: int, share: wire.Share) -> bool:
+    def work(rank: int, share: handshake.Share) -> bool:
         def watched(value: Any) -> list[Any]:
             said = share(value)
             if rank == 1 and isinstance(said[0], tuple) and len(said[0]) == 3 and isinstance(said[0][0], list):
@@ -135,7 +135,7 @@ def test_strangers_are_not_let_in() -> None:
                     assert stranger.recv(64) == b""
             return said
 
-        peers = wire.star(rank, 2, watched)
+        peers = handshake.star(rank, 2, watched)
         for peer in peers.values():
             peer.close()
         return len(peers) == 1

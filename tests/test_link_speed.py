@@ -7,7 +7,7 @@ import torch
 from ranks import Ranks
 
 from halovae import comm
-from halovae.link_speed import LINKS, LinkSpeed, measure, measure_all
+from halovae.comm.bandwidth import LINKS, LinkSpeed, measure, measure_all
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,11 @@ from av.stream import Disposition
 from clips import CLIP, bars, make_video
 from PIL import Image
 
-from halovae import files, media
-from halovae.errors import InputError
+from halovae import media
+from halovae.base import files
+from halovae.base.errors import InputError
+from halovae.evaluation import psnr
 from halovae.media import FrameRange, read, write
-from halovae.quality import psnr
 
 
 @pytest.mark.parametrize("fps", [Fraction(25), Fraction(30000, 1001), Fraction(1)])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from clips import bars, content, make_video
 
-from halovae.errors import InputError
+from halovae.base.errors import InputError
+from halovae.base.memory import PeakMemory
 from halovae.media import read
-from halovae.memory import PeakMemory
 
 LIES = {
     "1e9 frames": (b"stsz", 12, 10**9),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from halovae.errors import RankFailedError, TooLittleMemoryError
-from halovae.memory import Needs, PeakMemory, free_bytes, is_shortage
+from halovae.base.errors import RankFailedError, TooLittleMemoryError
+from halovae.base.memory import Needs, PeakMemory, free_bytes, is_shortage
 
 GIB = 2**30
 

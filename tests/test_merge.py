@@ -12,10 +12,10 @@ from ranks import Ranks
 from torch import Tensor, nn
 
 import halovae
-from halovae.config import Options
-from halovae.errors import InputError
-from halovae.merge import sizes
-from halovae.record import Recorder
+from halovae.base.errors import InputError
+from halovae.base.options import Options
+from halovae.calls.merge_steps import sizes
+from halovae.calls.record import Recorder
 
 WALKERS = ["wan21", "wan22", "qwenimage", "magvit"]
 """VAEs that take several steps at once."""

@@ -12,8 +12,8 @@ import torch
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
-from halovae import models
-from halovae.errors import InputError
+from halovae.base.errors import InputError
+from halovae.media import models
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, run_decode, run_encode
 
 import halovae
-from halovae.kernels.deferred import Deferred
+from halovae.kernels.lazy.deferred import Deferred
 
 HALVES = [(name, half) for name, family in FAMILIES.items() for half in ("encode", "decode")
           if getattr(family, half) and getattr(family, f"exact_{half}")]  # fmt: skip

@@ -13,7 +13,7 @@ from ranks import Ranks
 from torch import Tensor, nn
 
 import halovae
-from halovae.errors import DisagreementError, InputError, RankFailedError
+from halovae.base.errors import DisagreementError, InputError, RankFailedError
 
 
 def same_signatures(rank: int) -> list[Tensor]:

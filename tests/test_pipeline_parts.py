@@ -18,18 +18,18 @@ from pictures import raises
 from threads import run_threads
 
 import halovae
-from halovae.cli import dry_run
+from halovae.app import dry_run
+from halovae.base.errors import InputError
 from halovae.comm import SoloComm
-from halovae.errors import InputError
+from halovae.pipelines.generation_settings import Generation, Setup
+from halovae.pipelines.grid_sizes import Grid, check_sizes, fill_in, grid_of
 from halovae.pipelines.load import find_pipeline
+from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.scheduler import check_steps, shifted
 from halovae.pipelines.seed import agreed_seed
-from halovae.pipelines.settings import Generation, Setup
 from halovae.pipelines.signature import arguments, does
-from halovae.pipelines.sizes import Grid, check_sizes, fill_in, grid_of
-from halovae.pipelines.timing import DENOISE, OTHER, VAE_DECODE, Timeline, watched
+from halovae.pipelines.stages import DENOISE, OTHER, VAE_DECODE, Timeline, watched
 from halovae.pipelines.transformers import check_degrees, patch, shared_sequences
-from halovae.pipelines.vae import parallel_vae
 
 WAN = diffusers.WanImageToVideoPipeline
 GRID = Grid(ratio=8, period=4, patch_frames=1, patch_side=2)

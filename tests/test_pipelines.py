@@ -15,7 +15,7 @@ from ranks import Ranks
 from torch import Tensor, nn
 
 from halovae import media
-from halovae.pipelines.timing import DENOISE, TEXT_ENCODE, VAE_DECODE, VAE_ENCODE
+from halovae.pipelines.stages import DENOISE, TEXT_ENCODE, VAE_DECODE, VAE_ENCODE
 
 LATENTS = 1e-4
 """In float32: sums in another order differ by 1e-7, and three steps of random networks amplify it."""

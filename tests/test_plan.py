@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halovae.errors import InputError
-from halovae.geometry import MIN_ROWS
-from halovae.plan import ShardPlan, plan_shards
+from halovae.base.errors import InputError
+from halovae.base.geometry import MIN_ROWS
+from halovae.exact.shard_plan import ShardPlan, plan_shards
 
 sizes = st.integers(1, 40)
 

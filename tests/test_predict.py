@@ -17,17 +17,18 @@ from tiles import CUTS
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import halovae
-from halovae import measured_speed
-from halovae import predict as predict_module
-from halovae.errors import InputError, NotExactError, TilingError
-from halovae.kernels import chain, convolution, upsampling
-from halovae.link_speed import LinkSpeed
-from halovae.measured_speed import MeasuredSpeed
-from halovae.memory import allocated_by
-from halovae.predict import Prediction, Predictor
-from halovae.record import NETWORKS
-from halovae.speed import GivenSpeed, Job
-from halovae.target import Target
+from halovae.base.errors import InputError, NotExactError, TilingError
+from halovae.base.memory import allocated_by
+from halovae.calls.record import NETWORKS
+from halovae.calls.target import Target
+from halovae.comm.bandwidth import LinkSpeed
+from halovae.kernels import convolution
+from halovae.kernels.lazy import chain, upsampled
+from halovae.predict import measured_rates
+from halovae.predict import predictor as predict_module
+from halovae.predict.measured_rates import MeasuredSpeed
+from halovae.predict.predictor import Prediction, Predictor
+from halovae.predict.rates import GivenSpeed, Job
 
 CPU = torch.device("cpu")
 SPEED = GivenSpeed(flops=1e11, bandwidth=1e10)
@@ -232,7 +233,7 @@ def test_arithmetic_of_known_sizes() -> None:
 def test_pieces_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture is worked on piece by piece; on shapes alone one piece stands for those of its size."""
     whole = predict("wan21", "decode", "exact", 1)
-    for kernels in (convolution, upsampling):
+    for kernels in (convolution, upsampled):
         monkeypatch.setattr(kernels, "WINDOW_BYTES", 1 << 12)
     monkeypatch.setattr(chain, "CHAIN_ELEMENTS", 1 << 8)
     pieces = predict("wan21", "decode", "exact", 1)
@@ -307,12 +308,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_trial_that_was_disturbed_is_done_again() -> None:
-    seconds, steady = measured_speed._quickest(busy([64, 32, 16, 8, 8]), CPU)
+    seconds, steady = measured_rates._quickest(busy([64, 32, 16, 8, 8]), CPU)
     assert steady
     assert seconds == pytest.approx(8e-3, rel=0.2)
-    _, steady = measured_speed._quickest(busy([2 ** (8 - turn) / 2 for turn in range(9)]), CPU)
+    _, steady = measured_rates._quickest(busy([2 ** (8 - turn) / 2 for turn in range(9)]), CPU)
     assert not steady
-    assert measured_speed._seconds(lambda: time.sleep(0.05)) < 0.02  # other work has the processor meanwhile
+    assert measured_rates._seconds(lambda: time.sleep(0.05)) < 0.02  # other work has the processor meanwhile
 
 
 @pytest.mark.usefixtures("one_thread")

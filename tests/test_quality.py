@@ -12,9 +12,9 @@ import torch
 from clips import bars
 from numpy.typing import NDArray
 
-from halovae.errors import InputError
-from halovae.quality import clip_gates, compare_clips, compare_latents, latent_gates, psnr
-from halovae.quality.numbers import bound
+from halovae.base.errors import InputError
+from halovae.evaluation import clip_gates, compare_clips, compare_latents, latent_gates, psnr
+from halovae.evaluation.numbers import bound
 
 
 def noisy(clip: NDArray[Any], strength: float, seed: int = 0) -> NDArray[np.uint8]:

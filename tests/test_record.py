@@ -10,9 +10,9 @@ import torch
 from tiles import CUTS
 from torch import nn
 
-from halovae.errors import TilingError
-from halovae.record import Recorder, Recording, answering
-from halovae.tile.schedule import find_chains
+from halovae.base.errors import TilingError
+from halovae.calls.record import Recorder, Recording, answering
+from halovae.tiles.schedule import find_chains
 
 
 def recorded(name: str, half: str) -> tuple[Any, Recording]:

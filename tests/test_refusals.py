@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shards import GRID, assert_same, check, draw, image, on_shards, picture_bounds, tokens, video
 from torch import Tensor, nn
 
-from halovae.errors import NotExactError
+from halovae.base.errors import NotExactError
 from halovae.exact.partition import Bounds
 from halovae.exact.registry import RULES, named, rule, writes
 

@@ -17,15 +17,22 @@ import torch
 from clips import bars
 from PIL import Image
 
-from halovae import report
-from halovae.errors import InputError
-from halovae.quality import Grid, clip_gates, compare_clips, compare_latents
-from halovae.report import ClipSection, LatentSection, PictureSection, Report, check_report, lanes, write_report
-from halovae.report.curves import curve
-from halovae.report.figures import clip_figures, drawn_words
-from halovae.report.lanes import KINDS
-from halovae.report.pictures import MOST_FRAMES, chosen, gain, heat_map
-from halovae.timeline import Span
+from halovae.base.errors import InputError
+from halovae.base.timeline import Span
+from halovae.evaluation import Grid, clip_gates, compare_clips, compare_latents, report
+from halovae.evaluation.report import (
+    ClipSection,
+    LatentSection,
+    PictureSection,
+    Report,
+    check_report,
+    lanes,
+    write_report,
+)
+from halovae.evaluation.report.curves import curve
+from halovae.evaluation.report.figures import clip_figures, drawn_words
+from halovae.evaluation.report.lanes import KINDS
+from halovae.evaluation.report.pictures import MOST_FRAMES, chosen, gain, heat_map
 
 
 def made(**changes: Any) -> Report:

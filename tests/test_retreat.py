@@ -18,12 +18,12 @@ from tiles import CUTS, run_alone, strides
 from torch import Tensor
 
 import halovae
-from halovae import choice
-from halovae.agreement import one_call
-from halovae.errors import RankFailedError
+from halovae.api import auto
+from halovae.base.errors import RankFailedError
+from halovae.calls.randomness import rewound_by_failure
+from halovae.comm.agreement import one_call
 from halovae.exact.layout import shape_of
-from halovae.randomness import rewound_by_failure
-from halovae.tile.settings import applied
+from halovae.tiles.tile_settings import applied
 
 CUT = CUTS["wan21"]
 """A picture of 96 x 96 in tiles of 64 x 64."""
@@ -192,9 +192,9 @@ def interrupted(rank: int, moment: str) -> None:
     vae, latent = CUT.build(), CUT.picture("decode")
     expected = run_decode(CUT.family, vae, latent)
     stopped = {
-        "in a choice": patch.object(choice, "Choice", side_effect=KeyboardInterrupt),
-        "early in a retreat": patch.object(choice.AutoEngine, "_leaner", side_effect=KeyboardInterrupt),
-        "late in a retreat": patch.object(choice, "one_call", then_interrupted),
+        "in a choice": patch.object(auto, "Choice", side_effect=KeyboardInterrupt),
+        "early in a retreat": patch.object(auto.AutoEngine, "_leaner", side_effect=KeyboardInterrupt),
+        "late in a retreat": patch.object(auto, "one_call", then_interrupted),
     }[moment]
     with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", axis="height", verify=False):
         if moment != "in a choice":

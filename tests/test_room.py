@@ -13,14 +13,14 @@ from tiles import CUTS, run_alone
 from torch import Tensor, nn
 
 import halovae
-from halovae import room
-from halovae.errors import RankFailedError, TooLittleMemoryError
-from halovae.link_speed import LinkSpeed
-from halovae.plan import plan_shards
-from halovae.predict import Predictor
-from halovae.room import Room
-from halovae.speed import GivenSpeed
-from halovae.target import Target
+from halovae.base.errors import RankFailedError, TooLittleMemoryError
+from halovae.calls.target import Target
+from halovae.comm.bandwidth import LinkSpeed
+from halovae.exact.shard_plan import plan_shards
+from halovae.predict import memory_check
+from halovae.predict.memory_check import Room
+from halovae.predict.predictor import Predictor
+from halovae.predict.rates import GivenSpeed
 
 LATENT = torch.zeros(1, 4, 24, 24, dtype=torch.float64)
 PLAN = plan_shards(24, 24, 1, 2)
@@ -29,7 +29,7 @@ PLAN = plan_shards(24, 24, 1, 2)
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many bytes are free."""
-    return lambda count: monkeypatch.setattr(room, "free_bytes", lambda device: count)
+    return lambda count: monkeypatch.setattr(memory_check, "free_bytes", lambda device: count)
 
 
 def check(checked: Room, latent: Tensor = LATENT) -> None:
@@ -116,14 +116,14 @@ def test_what_cannot_be_followed_is_learned(free: Callable[[int], None]) -> None
 def little_memory(rank: int) -> None:
     """One rank has less than the others: all are told."""
     vae = kl()
-    before = room.free_bytes
+    before = memory_check.free_bytes
     with halovae.parallelize(vae, verify=False):
-        room.free_bytes = lambda device: 2**20 if rank == 1 else 2**60
+        memory_check.free_bytes = lambda device: 2**20 if rank == 1 else 2**60
         try:
             with raises((RankFailedError, TooLittleMemoryError)[rank], "decode needs about .* MiB on each of 2 ranks"):
                 vae.decode(LATENT)
         finally:
-            room.free_bytes = before
+            memory_check.free_bytes = before
         vae.decode(LATENT[..., :8, :8])
 
 
@@ -187,15 +187,15 @@ def test_settings_that_a_call_brings_count(free: Callable[[int], None]) -> None:
 
 
 def little_memory_for_tiles(rank: int) -> None:
-    vae, before = CUT.build(), room.free_bytes
+    vae, before = CUT.build(), memory_check.free_bytes
     expected = run_alone(CUT, vae, "decode", TILED)
     with halovae.parallelize(vae, mode="tile"):
-        room.free_bytes = lambda device: 2**10 if rank == 1 else 2**60
+        memory_check.free_bytes = lambda device: 2**10 if rank == 1 else 2**60
         try:
             with raises((RankFailedError, TooLittleMemoryError)[rank], "decode in tiles needs about"):
                 vae.decode(TILED)
         finally:
-            room.free_bytes = before
+            memory_check.free_bytes = before
         assert torch.equal(vae.decode(TILED)[0], expected)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from halovae.quality import Grid, compare_clips, near_lines, seam_energy
+from halovae.evaluation import Grid, compare_clips, near_lines, seam_energy
 
 SIZE = (96, 160)
 

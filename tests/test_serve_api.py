@@ -14,12 +14,12 @@ from servers import SMALL
 from starlette.testclient import TestClient
 
 from halovae.pipelines.grid import Grid
-from halovae.serve.app import make_app
-from halovae.serve.group import Ranks
 from halovae.serve.metrics import Metrics
+from halovae.serve.ranks import Ranks
+from halovae.serve.server_settings import Limits, ServeOptions
 from halovae.serve.service import Service
-from halovae.serve.settings import Limits, ServeOptions
 from halovae.serve.store import Store
+from halovae.serve.web import make_app
 
 KEY = "a-key-that-nobody-guesses"
 Open = Callable[..., TestClient]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from clips import CLIP
 
-from halovae.errors import HalovaeError
+from halovae.base.errors import HalovaeError
 from halovae.media import read
-from halovae.serve.group import Ranks
 from halovae.serve.metrics import Metrics
+from halovae.serve.ranks import Ranks
+from halovae.serve.server_settings import ServeOptions
 from halovae.serve.service import Service
-from halovae.serve.settings import ServeOptions
 from halovae.serve.store import FAILED, QUEUED, VIDEO, Store
 from halovae.serve.worker import Order, received
 

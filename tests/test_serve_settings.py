@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from command import run
 
+from halovae.base.errors import InputError
 from halovae.cli.main import main
-from halovae.errors import InputError
-from halovae.serve.settings import parse_keep, read_key
+from halovae.serve.server_settings import parse_keep, read_key
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("12h", 43200), ("7d", 604800)])

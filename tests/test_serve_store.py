@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from halovae.errors import InputError
+from halovae.base.errors import InputError
 from halovae.serve.store import COMPLETED, DECODE, FAILED, QUEUED, VIDEO, Store
 
 Open = Callable[[Path], Store]

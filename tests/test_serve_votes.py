@@ -5,7 +5,7 @@ from __future__ import annotations
 from ranks import Ranks
 
 from halovae import comm
-from halovae.errors import InputError
+from halovae.base.errors import InputError
 from halovae.serve.votes import Outcome, Votes
 
 STEPS = 4

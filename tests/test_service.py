@@ -27,8 +27,8 @@ from tiles import CUTS
 from torch import nn
 
 import halovae
-from halovae.errors import InputError
-from halovae.memory import PeakMemory
+from halovae.base.errors import InputError
+from halovae.base.memory import PeakMemory
 
 
 def held() -> tuple[int, int]:

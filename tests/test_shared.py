@@ -16,8 +16,8 @@ import torch
 from test_link import with_links
 from torch import Tensor
 
-from halovae.comm.link import Link
-from halovae.comm.shared import SMALL, SharedLane, can_share
+from halovae.comm.control import Link
+from halovae.comm.shared_memory import SMALL, SharedLane, can_share
 
 SIZES = (1, 0, 7, 1000, 64 << 10, (64 << 10) + 1, SMALL)
 
@@ -153,7 +153,7 @@ def test_a_message_to_a_rank_that_has_ended_leaves_no_file_open() -> None:
 
 
 def test_a_rank_that_sends_nothing_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halovae.comm.shared.ABSENCE", 0.2)
+    monkeypatch.setattr("halovae.comm.shared_memory.ABSENCE", 0.2)
 
     def work(lane: SharedLane, rank: int) -> None:
         (arrival,) = lane.post([], [(1 - rank, buffers(10))])

@@ -15,10 +15,11 @@ from ranks import Ranks
 from torch import Tensor, nn
 
 import halovae
-from halovae import engines, verify
-from halovae.errors import RankFailedError, TilingError
-from halovae.record import Recorder
-from halovae.state import Snapshot, kept_tensors, unchanged, undone_by_failure, without_hooks
+from halovae.api import engines
+from halovae.base.errors import RankFailedError, TilingError
+from halovae.calls import verify
+from halovae.calls.record import Recorder
+from halovae.calls.state import Snapshot, kept_tensors, unchanged, undone_by_failure, without_hooks
 
 
 class Store:

@@ -16,7 +16,7 @@ from tiles import CUTS, run_alone
 from torch import Tensor
 
 import halovae
-from halovae.threads import set_here
+from halovae.base.threads import set_here
 
 
 def in_another_thread(function: Callable[[], Any]) -> Any:

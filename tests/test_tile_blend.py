@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
 from torch import nn
 
-from halovae.tile.blend import DIMS, Blends, blend_rows
+from halovae.tiles.blend import DIMS, Blends, blend_rows
 
 OWNERS = {"blend_t": AutoencoderKLHunyuanVideo, "blend_v": AutoencoderKLHunyuanVideo, "blend_h": AutoencoderKL}
 

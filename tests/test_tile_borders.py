@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiles import CUTS, strides
 
-from halovae.errors import TilingError
-from halovae.tile.borders import near_borders, tile_supports
+from halovae.base.errors import TilingError
+from halovae.tiles.near_borders import near_borders, tile_supports
 
 HALVES = [(name, half) for name, cut in CUTS.items() for half in ("encode", "decode") if getattr(cut, half)]
 

@@ -9,10 +9,10 @@ import torch
 from families import FAMILIES
 from tiles import factors, strides
 
-from halovae.errors import TilingError
-from halovae.target import Target
-from halovae.tile.blend import Blends
-from halovae.tile.plan import Planner
+from halovae.base.errors import TilingError
+from halovae.calls.target import Target
+from halovae.tiles.blend import Blends
+from halovae.tiles.tile_plan import Planner
 
 KL_200 = {"tile_sample_min_size": 200, "tile_latent_min_size": 25}
 COG = factors(64, 8) | {"tile_overlap_factor_height": 1 / 6, "tile_overlap_factor_width": 1 / 5}

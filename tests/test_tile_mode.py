@@ -15,7 +15,7 @@ from ranks import Ranks
 from tiles import CUTS, strides
 
 import halovae
-from halovae.errors import InputError, NotExactError
+from halovae.base.errors import InputError, NotExactError
 
 
 def tiled_calls(rank: int) -> list[tuple[bool, int, str]]:

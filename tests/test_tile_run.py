@@ -11,10 +11,10 @@ from ranks import Ranks
 from tiles import CUTS, run, run_alone, tensor_of
 
 from halovae import comm
-from halovae.agreement import one_call
-from halovae.errors import DisagreementError, InputError, RankFailedError
-from halovae.target import Target
-from halovae.tile.run import TileRunner
+from halovae.base.errors import DisagreementError, InputError, RankFailedError
+from halovae.calls.target import Target
+from halovae.comm.agreement import one_call
+from halovae.tiles.tile_runner import TileRunner
 
 WAN = CUTS["wan21"]
 

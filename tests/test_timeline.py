@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from ranks import Ranks
 
 import halovae
-from halovae import comm, timeline
-from halovae.report import lanes
-from halovae.report.lanes import INTERVALS, balance
-from halovae.timeline import Span
+from halovae import comm
+from halovae.base import timeline
+from halovae.base.timeline import Span
+from halovae.evaluation.report import lanes
+from halovae.evaluation.report.lanes import INTERVALS, balance
 
 
 def test_nothing_is_kept_without_a_recording() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 
-from halovae.errors import InputError
-from halovae.trees import hidden_tensors, map_tensors, tensors_in
+from halovae.base.errors import InputError
+from halovae.base.trees import hidden_tensors, map_tensors, tensors_in
 
 T = torch.arange(4.0).view(2, 2)
 

@@ -20,9 +20,9 @@ from tiles import CUTS
 from torch import Tensor, nn
 
 import halovae
-from halovae import verify
-from halovae.errors import InputError, NotExactError, RankFailedError, VerificationError
-from halovae.target import told
+from halovae.base.errors import InputError, NotExactError, RankFailedError, VerificationError
+from halovae.calls import verify
+from halovae.calls.target import told
 
 
 class Sharpen(nn.Module):

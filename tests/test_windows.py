@@ -13,10 +13,10 @@ from shards import check, draw, on_shards, picture_bounds
 from threads import run_threads
 from torch import Tensor
 
-from halovae.errors import NotExactError
+from halovae.base.errors import NotExactError
 from halovae.exact.mesh import Mesh
-from halovae.exact.mode import ShardMode
 from halovae.exact.partition import Bounds, scatter
+from halovae.exact.shard_mode import ShardMode
 
 few = settings(max_examples=12, deadline=None)
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from shards import EXACT, assert_same, draw
 from test_kernels import CASES, CUTS, SHARDED, check_on_shards
 
-from halovae.kernels import pieces, winograd
-from halovae.kernels.mode import FastMode, finished
+from halovae.kernels.cpu import pieces, winograd
+from halovae.kernels.fast_mode import FastMode, finished
 
 
 @pytest.fixture(autouse=True)

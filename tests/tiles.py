@@ -10,8 +10,8 @@ import torch
 from families import FAMILIES, Family
 
 from halovae import comm
-from halovae.target import Target
-from halovae.tile.run import TileOutcome, TileRunner
+from halovae.calls.target import Target
+from halovae.tiles.tile_runner import TileOutcome, TileRunner
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pipelines  # noqa: F401
 import pytest  # noqa: F401
 import torch
 
-import halovae.parallel  # noqa: F401
+import halovae.api.parallelize  # noqa: F401
 
 torch.set_num_threads(1)  # Threads of a pool would not come along.
 for _family in families.FAMILIES.values():

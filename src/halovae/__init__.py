@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from halovae.errors import (
+from halovae.base.errors import (
     DisagreementError,
     HalovaeError,
     InputError,
@@ -16,9 +16,9 @@ from halovae.errors import (
 )
 
 if TYPE_CHECKING:
-    from halovae.config import CallReport
-    from halovae.context import Sharded, sharded
-    from halovae.parallel import Handle, optimize, parallelize, restore, summary
+    from halovae.api.parallelize import Handle, optimize, parallelize, restore, summary
+    from halovae.api.sharded import Sharded, sharded
+    from halovae.base.options import CallReport
 
 __version__ = "0.1.0"
 
@@ -42,14 +42,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CallReport": "config",
-    "Handle": "parallel",
-    "Sharded": "context",
-    "optimize": "parallel",
-    "parallelize": "parallel",
-    "restore": "parallel",
-    "sharded": "context",
-    "summary": "parallel",
+    "CallReport": "base.options",
+    "Handle": "api.parallelize",
+    "Sharded": "api.sharded",
+    "optimize": "api.parallelize",
+    "parallelize": "api.parallelize",
+    "restore": "api.parallelize",
+    "sharded": "api.sharded",
+    "summary": "api.parallelize",
 }
 
 

@@ -1,186 +1,230 @@
-"""`--compare`: the same clip through the VAE as it is on one rank, and how far the two results are apart."""
+"""`halovae compare`: two results in numbers, with gates for scripts."""
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+import typer
 
-from halovae import codec
-from halovae.cli.clips import lossy_words
-from halovae.cli.report import Row, counted, mebibytes, seconds_table, table
-from halovae.cli.session import Half, Loaded, Session
-from halovae.fit import Fit
-from halovae.quality.numbers import bound, decibel, finite
-from halovae.quality.scores import PEAK, psnr
-from halovae.verify import TOLERANCE, distance
+from halovae.base.errors import InputError
+from halovae.cli import flags
 
-GATHER = {"encode": "all", "decode": "first"}
-"""Decoding takes whole latents on every rank; what comes out is written by one."""
+if TYPE_CHECKING:
+    from halovae.evaluation import ClipComparison, Gate, Grid, LatentComparison
 
-
-BEFORE = "before rounding to 8 bits and writing"
+_One = Annotated[
+    Path, typer.Argument(metavar="A", help="The reference: a video, an image, or latents.", show_default=False)
+]
+_Other = Annotated[Path, typer.Argument(metavar="B", help="The result, of the same kind.", show_default=False)]
+_MinSsim = Annotated[
+    float | None,
+    typer.Option(min=-1, max=1, metavar="VALUE", help="Fail if a frame's SSIM is below this.", show_default=False),
+]
+_MinPsnr = Annotated[
+    float | None, typer.Option(metavar="DB", help="Fail if a frame's PSNR is below this.", show_default=False)
+]
+_MaxL2 = Annotated[
+    float | None,
+    typer.Option(
+        "--max-l2", min=0, metavar="VALUE", help="Latents: fail if a frame's relative L2 is above.", show_default=False
+    ),
+]
+_Grid = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HxW[+O]",
+        help="Tiles every H rows and W columns, overlapping by O: measure seams there.",
+        show_default="no seams are measured",
+    ),
+]
+_Trim = Annotated[bool, typer.Option("--trim", help="Compare what two files of different sizes or lengths share.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One way of a clip through the VAE."""
-
-    latents: Tensor
-    sample: Tensor
-    """(3, frames, height, width), cropped, not clamped; on further ranks what they hold of it."""
-    frames: NDArray[np.uint8]
-    encode: Half
-    decode: Half
-
-    @property
-    def halves(self) -> dict[str, Half]:
-        return {"encode": self.encode, "decode": self.decode}
+class _Job:
+    one: Path
+    other: Path
+    min_ssim: float | None
+    min_psnr: float | None
+    max_l2: float | None
+    grid: tuple[int, int, int] | None
+    trim: bool
+    json: Path | None
+    report: Path | None
+    words: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """What is said of a run, on the terminal, in files and on the report's page."""
+def compare(
+    context: typer.Context,
+    one: _One,
+    other: _Other,
+    min_ssim: _MinSsim = None,
+    min_psnr: _MinPsnr = None,
+    max_l2: _MaxL2 = None,
+    grid: _Grid = None,
+    trim: _Trim = False,
+    json: flags.Json = None,
+    report: flags.ReportFolder = None,
+) -> int:
+    """Compare two videos, two images or two latents files; exit code 1 if a gate fails."""
+    from halovae.app.watch import guarded
+    from halovae.base.files import check_input, check_output
 
-    text: str
-    """For the terminal."""
-    rows: list[Row]
-    """Its table, for the page."""
-    numbers: dict[str, Any]
-    """For `--json`."""
-    passed: bool | None = None
-    """Whether the result is the one that it has to be; None where nothing was compared."""
-    verdict: str = ""
-    """The same in a sentence."""
+    job = _Job(
+        one=one, other=other, min_ssim=min_ssim, min_psnr=min_psnr, max_l2=max_l2, grid=_parse_grid(grid), trim=trim,
+        json=json, report=report, words=tuple(context.obj),
+    )  # fmt: skip
+    for path in (one, other):
+        check_input(path)
+    if json is not None:
+        check_output(json, (".json",))
+    if report is not None:
+        from halovae.evaluation.report import check_report
 
+        check_report(report)
+    from halovae.app.pairs import is_latents  # Not before: it imports much.
 
-def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle: Any, label: str = "") -> Result:
-    """Encode and decode `clip`, which is padded already.
-
-    Args:
-        session: of this rank.
-        loaded: the VAE.
-        fit: how the clip was padded.
-        clip: (3, frames, height, width).
-        handle: of the parallel VAE, None for the VAE itself.
-        label: after the names of the stages.
-    """
-    vae, limits = loaded.vae, loaded.limits
-    calls = fit.padded_frames if limits.per_frame else 1
-    latents, encode = session.measured(
-        f"encode{label}", lambda after: codec.encode(vae, limits, clip, after), handle, calls
-    )
-    calls = codec.decode_calls(vae, limits, latents)
-    sample, decode = session.measured(
-        f"decode{label}", lambda after: codec.decode(vae, limits, latents, after), handle, calls
-    )
-    sample = fit.crop(sample) if session.is_first else sample
-    return Result(latents=latents, sample=sample, frames=codec.to_frames(sample), encode=encode, decode=decode)
-
-
-def told(
-    session: Session, source: NDArray[np.uint8], result: Result, alone: Result | None, peak: int | None, lost: str
-) -> Told:  # fmt: skip
-    """What is said of a run, next to one rank alone where that ran too.
-
-    Args:
-        session: of the first rank.
-        source: (frames, height, width, 3), levels of 0 to 255.
-        result: of the ranks.
-        alone: of the VAE as it is on one rank.
-        peak: bytes, the most that any rank took.
-        lost: what writing changes the pixels by, see `clips.loss`.
-    """
-    ranks = counted(session.group.size, "rank")
-    rows = _rows(ranks, source, result, alone, peak)
-    ratio = psnr(source, result.frames)
-    numbers: dict[str, Any] = {"psnr": finite(ratio), "peak_memory": peak}
-    if alone is None:
-        text = seconds_table(result.halves) + memory_line(peak) + f"PSNR to the source: {decibel(ratio)}\n"
-        return Told(text=text, rows=rows, numbers=numbers)
-    found = differences(result, alone)
-    allowed = TOLERANCE.get(session.dtype, max(TOLERANCE.values()))
-    passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
-    rounding = f"up to rounding of {str(session.dtype).removeprefix('torch.')}"
-    near = _near(found["pixels"] * PEAK / 2)
-    text = (
-        table(rows)
-        + f"largest difference between the two, {BEFORE}\n"
-        + f"  latents  {found['latents']:.2e}  ({found['latents_relative']:.1e} of the largest latent)\n"
-        + f"  pixels   {found['pixels']:.2e}  (of -1 to 1; {near})\n"
-        + f"{in_8_bits(found, result.frames.size)}\n"
-        + f"{'passed: the same' if passed else 'FAILED: not the same'} {rounding} (relative L2 of latents "
-        + f"{found['latents_l2']:.1e}, of pixels {found['pixels_l2']:.1e}; {allowed:.0e} is allowed)\n"
-        + (f"the file is {lossy_words(lost)}\n" if lost else "")
-    )
-    same = "give the same result" if passed else "do not give the same result"
-    verdict = f"{ranks} and one rank {same} {rounding}: {near}."
-    numbers |= {"differences": {name: finite(value) for name, value in found.items()}}
-    numbers |= {"allowed_l2": allowed, "passed": passed, "one_rank": _alone(source, alone)}
-    return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
+    kinds = is_latents(one), is_latents(other)
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{one} and {other} are latents and a picture: compare two of one kind")
+    _check_gates(job, *kinds)
+    with guarded():
+        gates = _compare_latents(job) if kinds[0] else _compare_clips(job)
+    failed = [gate for gate in gates if not gate.passed]
+    for gate in failed:
+        sys.stderr.write(f"halovae: gate failed: {gate}\n")
+    return 1 if failed else 0
 
 
-def differences(one: Result, other: Result) -> dict[str, float]:
-    """The largest differences, of latents also as a share of the largest latent, and relative L2 distances."""
-    latents = (one.latents.double() - other.latents.double()).abs().max().item()
-    pixels = (one.sample.double() - other.sample.double()).abs().max().item()
-    levels = np.abs(one.frames.astype(np.int16) - other.frames)
-    largest = other.latents.double().abs().max().item()
-    return {
-        "latents": latents,
-        "latents_relative": latents / largest if largest else 0.0,
-        "latents_l2": distance(one.latents, other.latents),
-        "pixels": pixels,
-        "pixels_l2": distance(one.sample, other.sample),
-        "levels": int(levels.max()),
-        "values_off": int(np.count_nonzero(levels)),
-    }
+def _check_gates(job: _Job, one: bool, other: bool) -> None:
+    pictures_only = {"--min-ssim": job.min_ssim, "--min-psnr": job.min_psnr, "--grid": job.grid}
+    wrong = [name for name, value in pictures_only.items() if value is not None] if one else []
+    if wrong:
+        raise InputError(f"{wrong[0]} is for pictures, but {job.one} holds latents: use --max-l2")
+    if job.max_l2 is not None and not one:
+        raise InputError(f"--max-l2 is for latents, but {job.one} is a picture: use --min-ssim or --min-psnr")
 
 
-def memory_line(peak: int | None) -> str:
-    return "" if peak is None else f"peak memory of a rank: {mebibytes(peak)}\n"
+def _compare_clips(job: _Job) -> list[Gate]:
+    from halovae.app.pairs import read_clips
+    from halovae.app.progress import Stages
+    from halovae.evaluation import Grid, clip_gates, compare_clips
+
+    stages = Stages(speaks=True)
+    with stages.stage("read") as advance:
+        pair = read_clips(job.one, job.other, trim=job.trim, advance=advance)
+    for note in pair.notes:
+        stages.note(note)
+    grid = None
+    if job.grid is not None:
+        height, width, overlap = job.grid
+        grid = Grid.every((height, width), pair.size, (overlap, overlap))
+    with stages.stage("compare", pair.count) as advance:
+        found = compare_clips(pair.reference, pair.result, grid, advance)
+    gates = clip_gates(found, min_ssim=job.min_ssim, min_psnr=job.min_psnr)
+    frames = f"{pair.count} frame{'s' * (pair.count != 1)} of {pair.size[1]}x{pair.size[0]}"
+    lost = "" if found.is_identical else pair.lost
+    _finish(job, frames, _clip_text(found) + (f"{lost}\n" if lost else ""), found.to_dict() | {"lost": lost}, gates)
+    if job.report is not None:
+        from halovae.app.pages import clips_report
+        from halovae.evaluation.report import write_report
+
+        page = clips_report(job.one, job.other, pair.reference, pair.result, found, gates, lost, job.words)
+        typer.echo(f"report: {write_report(job.report, page)}")
+    return gates
 
 
-def _near(levels: float) -> str:
-    if not levels:
-        return "no pixel differs"
-    most = bound(levels)
-    unit = "of one level" if levels < 0.9 else "level" if most == "1" else "levels"
-    return f"no pixel differs by more than {most} {unit} of 255"
+def _compare_latents(job: _Job) -> list[Gate]:
+    from halovae.app.pairs import read_latents
+    from halovae.app.progress import Stages
+    from halovae.evaluation import compare_latents, latent_gates
+
+    pair = read_latents(job.one, job.other, trim=job.trim)
+    for note in pair.notes:
+        Stages(speaks=True).note(note)
+    found = compare_latents(pair.reference, pair.result)
+    gates = latent_gates(found, max_l2=job.max_l2)
+    shape = "latents " + "x".join(map(str, pair.reference.shape))
+    _finish(job, shape, _latent_text(found), found.to_dict(), gates)
+    if job.report is not None:
+        from halovae.app.pages import latents_report
+        from halovae.evaluation.report import write_report
+
+        page = latents_report(job.one, job.other, found, gates, job.words)
+        typer.echo(f"report: {write_report(job.report, page)}")
+    return gates
 
 
-def in_8_bits(found: dict[str, float], count: int) -> str:
-    """What `differences` leaves of so many values when they are rounded."""
-    if not found["values_off"]:
-        return "in 8 bits all values are equal"
-    most = counted(int(found["levels"]), "level")
-    return f"in 8 bits {found['values_off']:,} of {count:,} values differ, by {most} at most"
+def _finish(job: _Job, what: str, text: str, numbers: dict[str, Any], gates: list[Gate]) -> None:
+    from halovae.base.files import write_json
+
+    typer.echo(f"{job.other} against {job.one}: {what}\n{text}", nl=False)
+    if job.json is not None:
+        document = {"reference": str(job.one), "result": str(job.other), **numbers}
+        write_json(job.json, document | {"gates": [gate.to_dict() for gate in gates]})
 
 
-def _rows(
-    ranks: str, source: NDArray[np.uint8], result: Result, alone: Result | None, peak: int | None
-) -> list[Row]:  # fmt: skip
-    """Time, memory and quality; the last column tells how much faster and leaner the ranks are."""
-    own_peak = None if alone is None else max(half.peak_memory or 0 for half in alone.halves.values()) or None
-    rows: list[Row] = [("", ranks, "one rank", "")]
-    for name, half in result.halves.items():
-        other = None if alone is None else alone.halves[name].seconds
-        gain = "" if other is None else f"{other / half.seconds:.2f}x as fast"
-        rows.append((name, f"{half.seconds:.2f} s", "" if other is None else f"{other:.2f} s", gain))
-    if peak is not None:
-        share = "" if own_peak is None else f"{peak / own_peak:.2f}x as much"
-        rows.append(("peak memory of a rank", mebibytes(peak), "" if own_peak is None else mebibytes(own_peak), share))
-    far = "" if alone is None else decibel(psnr(source, alone.frames))
-    rows.append(("PSNR to the source", decibel(psnr(source, result.frames)), far, ""))
-    return rows if alone is not None else [row[:2] for row in rows]
+def _clip_text(found: ClipComparison) -> str:
+    from halovae.app.tables import table
+    from halovae.evaluation.numbers import decibel
+
+    if found.is_identical:
+        return "identical: no level of any pixel differs, in any frame\n"
+    worst = found.frames[found.worst]
+    rows = [("", "all", f"worst frame ({worst.frame})")]
+    if found.ssim is not None and worst.ssim is not None:
+        rows.append(("SSIM", f"{found.ssim:.4f}", f"{worst.ssim:.4f}"))
+    if found.ms_ssim is not None and worst.ms_ssim is not None:
+        rows.append(("MS-SSIM", f"{found.ms_ssim:.4f}", f"{worst.ms_ssim:.4f}"))
+    rows += [
+        ("PSNR", decibel(found.psnr), decibel(worst.psnr)),
+        ("largest difference, of 255", f"{found.largest:.4g}", f"{worst.largest:.4g}"),
+        ("mean difference", f"{found.mean:.3g}", f"{worst.mean:.3g}"),
+        ("pixels off by more than 1%", f"{found.share_off:.2%}", f"{worst.share_off:.2%}"),
+        ("colour shift, red green blue", _shift(found.colour_shift), _shift(worst.colour_shift)),
+    ]
+    if found.drift is not None and found.flicker is not None:
+        rows.append(("drift, first frame to last", f"{found.drift:+.3g}", ""))
+        rows.append(("flicker", f"{found.flicker:.3g}", "" if worst.flicker is None else f"{worst.flicker:.3g}"))
+    if found.seam is not None:
+        rows.append(("seam energy", f"{found.seam:.2f}", ""))
+    return table(rows) + _lines(found.grid)
 
 
-def _alone(source: NDArray[np.uint8], alone: Result) -> dict[str, Any]:
-    return {
-        "psnr": finite(psnr(source, alone.frames)),
-        "seconds": {name: half.seconds for name, half in alone.halves.items()},
-        "peak_memory": {name: half.peak_memory for name, half in alone.halves.items()},
-    }
+def _shift(shift: tuple[float, float, float]) -> str:
+    return " ".join(f"{value:+.2f}" for value in shift)
+
+
+def _lines(grid: Grid) -> str:
+    if not grid:
+        return ""
+    rows, columns = (" ".join(map(str, lines)) or "none" for lines in (grid.rows, grid.columns))
+    return f"seams at rows {rows}, columns {columns}\n"
+
+
+def _latent_text(found: LatentComparison) -> str:
+    from halovae.app.tables import table
+
+    if found.largest == 0:
+        return "identical: no latent differs\n"
+    rows = [("", "relative L2", "largest", "shift")]
+    rows += [
+        (f"channel {c.channel}", f"{c.relative_l2:.3e}", f"{c.largest:.3e}", f"{c.shift:+.2e}") for c in found.channels
+    ]
+    rows.append(("all", f"{found.relative_l2:.3e}", f"{found.largest:.3e}", ""))
+    rows.append((f"worst frame ({found.worst})", f"{found.frames[found.worst]:.3e}", "", ""))
+    return table(rows)
+
+
+def _parse_grid(text: str | None) -> tuple[int, int, int] | None:
+    """Rows, columns and overlap; 0 rows or columns: no lines between them."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:\+(\d{1,5}))?", text)
+    if match is None or not (int(match[1]) or int(match[2])):
+        raise InputError(f"--grid {text}: give rows and columns from tile to tile such as 192x192, or 192x192+64")
+    return int(match[1]), int(match[2]), int(match[3] or 0)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halovae.cli import modes, options
-from halovae.cli.options import RunOptions
+from halovae.cli import flags, mode_flags
+from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
-    from halovae.cli.session import Session
+    from halovae.app.session import Session
 
 _Latents = Annotated[
     Path, typer.Argument(metavar="LATENTS", help="A file that halovae encode has made.", show_default=False)
@@ -34,27 +34,27 @@ class _Job:
 def decode(
     context: typer.Context,
     source: _Latents,
-    output: options.VideoOutput,
+    output: flags.VideoOutput,
     model: _Model = None,
-    ranks: options.Ranks = None,
-    axis: options.Axis = "auto",
-    mode: modes.Mode = None,
-    tile_size: modes.TileSize = None,
-    tile_overlap: modes.TileOverlap = None,
-    vae_use_tiling: modes.UseTiling = False,
-    vae_patch_parallel_size: modes.PatchParallelSize = None,
-    dtype: options.DtypeOption = None,
-    device: options.Device = None,
-    lossless: options.Lossless = False,
-    json: options.Json = None,
+    ranks: flags.Ranks = None,
+    axis: flags.Axis = "auto",
+    mode: mode_flags.Mode = None,
+    tile_size: mode_flags.TileSize = None,
+    tile_overlap: mode_flags.TileOverlap = None,
+    vae_use_tiling: mode_flags.UseTiling = False,
+    vae_patch_parallel_size: mode_flags.PatchParallelSize = None,
+    dtype: flags.DtypeOption = None,
+    device: flags.Device = None,
+    lossless: flags.Lossless = False,
+    json: flags.Json = None,
 ) -> int:
     """Decode latents to a video or an image."""
-    from halovae.cli.checks import check_files
-    from halovae.cli.run import run
+    from halovae.app.checks import check_files
+    from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES
 
-    work = modes.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
-    cut = options.parse_axis(axis, work.mode)
+    work = mode_flags.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = flags.parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     check_files(source, output, SUFFIXES, json)
     job = _Job(source=source, output=output, lossless=lossless, json=json)
@@ -62,19 +62,18 @@ def decode(
 
 
 def _on_rank(session: Session, job: _Job) -> None:
-    from halovae import codec, latents
-    from halovae.cli import report
-    from halovae.cli.clips import write_clip
-    from halovae.files import write_json
-    from halovae.fit import Fit
-    from halovae.media import check_still
+    from halovae.app import tables
+    from halovae.app.clip_files import write_clip
+    from halovae.base.files import write_json
+    from halovae.media import check_still, codec, latents_file
+    from halovae.media.vae_limits import Fit
 
-    encoded, info = session.together("read", lambda advance: latents.load(job.source))
+    encoded, info = session.together("read", lambda advance: latents_file.load(job.source))
     check_still(job.output, info.frames)
     if session.options.model is None:
         session.options = replace(session.options, model=info.model)
     loaded = session.load()
-    latents.check_shape(encoded, info, loaded.limits, loaded.source.class_name)
+    latents_file.check_shape(encoded, info, loaded.limits, loaded.source.class_name)
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
     encoded = encoded.to(session.device, session.dtype)
     calls = codec.decode_calls(loaded.vae, loaded.limits, encoded)
@@ -82,7 +81,7 @@ def _on_rank(session: Session, job: _Job) -> None:
         sample, half = session.measured(
             "decode", lambda after: codec.decode(loaded.vae, loaded.limits, encoded, after), handle, calls
         )
-    document = report.document(session, loaded, fit, {"decode": half})
+    document = tables.document(session, loaded, fit, {"decode": half})
     if not session.is_first:
         return
     sample = fit.crop(sample)
@@ -91,6 +90,6 @@ def _on_rank(session: Session, job: _Job) -> None:
     write_clip(session, job.output, codec.Frames(sample), info.fps, times=info.times, lossless=job.lossless)
     if job.json is not None:
         write_json(job.json, document | {"input": str(job.source), "output": str(job.output)})
-    typer.echo(f"{job.output}: {report.clip_line(fit, info.fps)}")
-    typer.echo(report.described(session, loaded, half))
-    typer.echo(report.seconds_table({"decode": half}), nl=False)
+    typer.echo(f"{job.output}: {tables.clip_line(fit, info.fps)}")
+    typer.echo(tables.described(session, loaded, half))
+    typer.echo(tables.seconds_table({"decode": half}), nl=False)

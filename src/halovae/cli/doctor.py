@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halovae import launch
-from halovae.cli import options
-from halovae.cli.options import RunOptions
-from halovae.errors import VerificationError
+from halovae.app import launch
+from halovae.base.errors import VerificationError
+from halovae.cli import flags
+from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from halovae.cli.session import Session
+    from halovae.app.session import Session
 
 _PACKAGES = ("halovae", "torch", "diffusers", "safetensors", "av", "pillow", "numpy")
 _LIMITS = {"float64": 1e-12, "float32": 1e-2}
@@ -29,9 +29,9 @@ _Ranks = Annotated[
 ]
 
 
-def doctor(context: typer.Context, ranks: _Ranks = None, device: options.Device = None) -> int:
+def doctor(context: typer.Context, ranks: _Ranks = None, device: flags.Device = None) -> int:
     """Print versions and devices, measure the link between ranks, and prove that they compute exactly."""
-    from halovae.cli.run import run
+    from halovae.app.run_ranks import run
 
     here = launch.place()
     if here is None:
@@ -47,7 +47,7 @@ def doctor(context: typer.Context, ranks: _Ranks = None, device: options.Device 
 
 
 def _versions() -> str:
-    from halovae.cli.report import columns
+    from halovae.app.tables import columns
 
     rows = [("python", platform.python_version()), ("system", f"{platform.platform()}, {launch.cores()} cores")]
     for name in _PACKAGES:
@@ -67,8 +67,8 @@ def _too_few_devices(ranks: int) -> bool:
 
 def _on_rank(session: Session) -> None:
     from halovae import comm
-    from halovae.cli.report import columns
-    from halovae.link_speed import measure_all
+    from halovae.app.tables import columns
+    from halovae.comm.bandwidth import measure_all
 
     links = measure_all(session.group, session.device)
     rows = [
@@ -99,7 +99,7 @@ def _exactness(session: Session) -> tuple[dict[str, float], float, str]:
     """The shipped VAE on all ranks and on one: the largest difference of each half, what is allowed, the shards."""
     import torch
 
-    from halovae.fit import latent_of, sample_of
+    from halovae.media.vae_limits import latent_of, sample_of
 
     name = "float64" if session.device.type == "cpu" else "float32"
     vae = replace(session, dtype=getattr(torch, name)).load().vae

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from halovae.cli import modes, options
-from halovae.cli.options import RunOptions
+from halovae.cli import flags, mode_flags
+from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
-    from halovae.cli.session import Loaded, Session
-    from halovae.fit import Fit
-    from halovae.latents import LatentsInfo
+    from halovae.app.session import Loaded, Session
     from halovae.media import Clip, FrameRange
+    from halovae.media.latents_file import LatentsInfo
+    from halovae.media.vae_limits import Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,30 +30,30 @@ class _Job:
 
 def encode(
     context: typer.Context,
-    source: options.Source,
-    output: options.LatentsOutput,
-    model: options.Model = None,
-    ranks: options.Ranks = None,
-    axis: options.Axis = "auto",
-    mode: modes.Mode = None,
-    tile_size: modes.TileSize = None,
-    tile_overlap: modes.TileOverlap = None,
-    vae_use_tiling: modes.UseTiling = False,
-    vae_patch_parallel_size: modes.PatchParallelSize = None,
-    frames: options.Frames = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    dtype: options.DtypeOption = None,
-    device: options.Device = None,
-    json: options.Json = None,
+    source: flags.Source,
+    output: flags.LatentsOutput,
+    model: flags.Model = None,
+    ranks: flags.Ranks = None,
+    axis: flags.Axis = "auto",
+    mode: mode_flags.Mode = None,
+    tile_size: mode_flags.TileSize = None,
+    tile_overlap: mode_flags.TileOverlap = None,
+    vae_use_tiling: mode_flags.UseTiling = False,
+    vae_patch_parallel_size: mode_flags.PatchParallelSize = None,
+    frames: flags.Frames = None,
+    height: flags.Height = None,
+    width: flags.Width = None,
+    dtype: flags.DtypeOption = None,
+    device: flags.Device = None,
+    json: flags.Json = None,
 ) -> int:
     """Encode a video or an image to latents, with all that `halovae decode` needs."""
-    from halovae.cli.checks import check_files
-    from halovae.cli.run import run
+    from halovae.app.checks import check_files
+    from halovae.app.run_ranks import run
     from halovae.media import FrameRange, inspect
 
-    work = modes.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
-    cut = options.parse_axis(axis, work.mode)
+    work = mode_flags.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = flags.parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     frame_range = None if frames is None else FrameRange.parse(frames)
     check_files(source, output, (".safetensors",), json)
@@ -63,10 +63,10 @@ def encode(
 
 
 def _on_rank(session: Session, job: _Job) -> None:
-    from halovae import codec, latents
-    from halovae.cli import report
-    from halovae.cli.clips import read_clip
-    from halovae.files import write_json
+    from halovae.app import tables
+    from halovae.app.clip_files import read_clip
+    from halovae.base.files import write_json
+    from halovae.media import codec, latents_file
 
     clip = read_clip(session, job.source, job.frames, job.height, job.width)
     loaded = session.load()
@@ -77,20 +77,20 @@ def _on_rank(session: Session, job: _Job) -> None:
         encoded, half = session.measured(
             "encode", lambda after: codec.encode(loaded.vae, loaded.limits, padded, after), handle, calls
         )
-    document = report.document(session, loaded, fit, {"encode": half})
+    document = tables.document(session, loaded, fit, {"encode": half})
     if not session.is_first:
         return
-    latents.save(job.output, encoded, _info(loaded, clip, fit))
+    latents_file.save(job.output, encoded, _info(loaded, clip, fit))
     if job.json is not None:
         write_json(job.json, document | {"input": str(job.source), "output": str(job.output)})
     shape = "x".join(map(str, encoded.shape))
-    typer.echo(f"{job.output}: latents {shape} of {report.clip_line(fit, clip.fps)}")
-    typer.echo(report.described(session, loaded, half))
-    typer.echo(report.seconds_table({"encode": half}), nl=False)
+    typer.echo(f"{job.output}: latents {shape} of {tables.clip_line(fit, clip.fps)}")
+    typer.echo(tables.described(session, loaded, half))
+    typer.echo(tables.seconds_table({"encode": half}), nl=False)
 
 
 def _info(loaded: Loaded, clip: Clip, fit: Fit) -> LatentsInfo:
-    from halovae.latents import LatentsInfo, scaling_of
+    from halovae.media.latents_file import LatentsInfo, scaling_of
 
     return LatentsInfo(
         model=loaded.source.model,

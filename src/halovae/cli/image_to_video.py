@@ -6,9 +6,9 @@ from pathlib import Path
 
 import typer
 
-from halovae.cli import generation_options as flags
-from halovae.cli import options
-from halovae.cli.generation import start
+from halovae.app.generation import start
+from halovae.cli import flags as options
+from halovae.cli import generation_flags as flags
 
 
 def image_to_video(

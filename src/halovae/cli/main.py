@@ -9,8 +9,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from halovae import __version__, launch
-from halovae.cli.compare_files import compare
+from halovae import __version__
+from halovae.app import launch
+from halovae.app.watch import Interrupted, failure_of, report
+from halovae.cli.compare import compare
 from halovae.cli.decode import decode
 from halovae.cli.doctor import doctor
 from halovae.cli.encode import encode
@@ -22,7 +24,6 @@ from halovae.cli.roundtrip import roundtrip
 from halovae.cli.serve import serve
 from halovae.cli.text_to_video import text_to_video
 from halovae.cli.usage import Command, Group
-from halovae.watch import Interrupted, failure_of, report
 
 # Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from halovae.errors import InputError
-from halovae.pipelines.settings import TASKS
+from halovae.base.errors import InputError
+from halovae.pipelines.generation_settings import TASKS
 
 _Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Write here: a folder that is not there yet.", show_default=False)
@@ -25,8 +25,8 @@ _TRY = {
 
 def make_demo_model(folder: _Folder, kind: _Kind = "image-to-video") -> int:
     """Build a tiny pipeline in diffusers' format, without any download, to try the other commands."""
-    from halovae.files import check_new_folder
-    from halovae.watch import guarded
+    from halovae.app.watch import guarded
+    from halovae.base.files import check_new_folder
 
     if kind not in TASKS:
         raise InputError(f"--kind {kind}: give {', '.join(TASKS[:-1])} or {TASKS[-1]}")

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halovae import launch
-from halovae.cli import options
-from halovae.cli.options import RunOptions
-from halovae.config import MOST_RANKS
-from halovae.errors import InputError
+from halovae.app import launch
+from halovae.base.errors import InputError
+from halovae.base.options import MOST_RANKS
+from halovae.cli import flags
+from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
-    from halovae.cli.session import Session
-    from halovae.link_speed import LinkSpeed
-    from halovae.predict import Prediction
-    from halovae.survey import Row, Survey, Way
+    from halovae.app.session import Session
+    from halovae.app.survey import Row, Survey, Way
+    from halovae.comm.bandwidth import LinkSpeed
+    from halovae.predict.predictor import Prediction
 
 _GIB = 2**30
 _Model = Annotated[
@@ -81,16 +81,16 @@ def plan(
     model: _Model = None,
     ranks: _Ranks = "1,2,4,8",
     link: _Link = "pcie",
-    dtype: options.DtypeOption = None,
-    device: options.Device = None,
+    dtype: flags.DtypeOption = None,
+    device: flags.Device = None,
     memory: _Memory = None,
     flops: _Flops = None,
     bandwidth: _Bandwidth = None,
-    json: options.Json = None,
+    json: flags.Json = None,
 ) -> int:
     """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
-    from halovae.cli.run import run
-    from halovae.files import check_output
+    from halovae.app.run_ranks import run
+    from halovae.base.files import check_output
 
     if link not in ("nvlink", "pcie", "ethernet", "measured"):
         raise InputError(f"--link {link}: give nvlink, pcie, ethernet or measured")
@@ -117,7 +117,7 @@ def _counts(words: str) -> tuple[int, ...]:
 def _on_rank(session: Session, job: _Job) -> None:
     import torch
 
-    from halovae.link_speed import LINKS, measure
+    from halovae.comm.bandwidth import LINKS, measure
 
     link = measure(session.group, session.device) if job.link == "measured" else LINKS[job.link]
     if not session.is_first:
@@ -131,15 +131,15 @@ def _on_rank(session: Session, job: _Job) -> None:
 
 
 def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
-    from halovae import fit, models
-    from halovae.files import write_json
-    from halovae.measured_speed import MeasuredSpeed
-    from halovae.speed import GivenSpeed
-    from halovae.survey import HALVES, Survey
+    from halovae.app.survey import HALVES, Survey
+    from halovae.base.files import write_json
+    from halovae.media import models, vae_limits
+    from halovae.predict.measured_rates import MeasuredSpeed
+    from halovae.predict.rates import GivenSpeed
 
     with session.stages.stage("the VAE's config"):
         name, vae = models.find_skeleton(session.options.model)
-        limits = fit.limits_of(vae)
+        limits = vae_limits.limits_of(vae)
         padded = limits.fit(*job.sizes)
     for note in padded.notes:
         session.stages.note(note)
@@ -264,7 +264,7 @@ def _check_room(survey: Survey, found: dict[str, list[Row]], room: float) -> Non
 
 def _free(session: Session) -> int:
     """Bytes free on this device now; far more than there are where the system can't tell."""
-    from halovae.memory import free_bytes
+    from halovae.base.memory import free_bytes
 
     free = free_bytes(session.device)
     return 2**60 if free is None else free

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from halovae.cli import modes, options
-from halovae.cli.options import RunOptions
+from halovae.cli import flags, mode_flags
+from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
-    from halovae.cli.session import Session
+    from halovae.app.session import Session
     from halovae.media import FrameRange
 
 
@@ -32,33 +32,33 @@ class _Job:
 
 def roundtrip(
     context: typer.Context,
-    source: options.Source,
-    output: options.VideoOutput,
-    model: options.Model = None,
-    ranks: options.Ranks = None,
-    axis: options.Axis = "auto",
-    mode: modes.Mode = None,
-    tile_size: modes.TileSize = None,
-    tile_overlap: modes.TileOverlap = None,
-    vae_use_tiling: modes.UseTiling = False,
-    vae_patch_parallel_size: modes.PatchParallelSize = None,
-    frames: options.Frames = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    dtype: options.DtypeOption = None,
-    device: options.Device = None,
-    compare: options.Compare = False,
-    lossless: options.Lossless = False,
-    json: options.Json = None,
-    report: options.ReportFolder = None,
+    source: flags.Source,
+    output: flags.VideoOutput,
+    model: flags.Model = None,
+    ranks: flags.Ranks = None,
+    axis: flags.Axis = "auto",
+    mode: mode_flags.Mode = None,
+    tile_size: mode_flags.TileSize = None,
+    tile_overlap: mode_flags.TileOverlap = None,
+    vae_use_tiling: mode_flags.UseTiling = False,
+    vae_patch_parallel_size: mode_flags.PatchParallelSize = None,
+    frames: flags.Frames = None,
+    height: flags.Height = None,
+    width: flags.Width = None,
+    dtype: flags.DtypeOption = None,
+    device: flags.Device = None,
+    compare: flags.Compare = False,
+    lossless: flags.Lossless = False,
+    json: flags.Json = None,
+    report: flags.ReportFolder = None,
 ) -> int:
     """Encode a video or an image, decode it again, and write what came out."""
-    from halovae.cli.checks import check_files
-    from halovae.cli.run import run
+    from halovae.app.checks import check_files
+    from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES, FrameRange, check_still, inspect
 
-    work = modes.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
-    cut = options.parse_axis(axis, work.mode)
+    work = mode_flags.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = flags.parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     frame_range = None if frames is None else FrameRange.parse(frames)
     check_files(source, output, SUFFIXES, json, report)
@@ -72,12 +72,13 @@ def roundtrip(
 
 
 def _on_rank(session: Session, job: _Job) -> None:
-    from halovae import codec
-    from halovae.cli import compare, pages, report, seams
-    from halovae.cli.clips import loss, read_clip, write_clip
-    from halovae.files import write_json
-    from halovae.media import check_still
-    from halovae.report import write_report
+    from halovae.app import comparison as compare
+    from halovae.app import pages, tile_comparison
+    from halovae.app import tables as report
+    from halovae.app.clip_files import loss, read_clip, write_clip
+    from halovae.base.files import write_json
+    from halovae.evaluation.report import write_report
+    from halovae.media import check_still, codec
 
     clip = read_clip(session, job.source, job.frames, job.height, job.width)
     check_still(job.output, len(clip.frames))
@@ -87,7 +88,7 @@ def _on_rank(session: Session, job: _Job) -> None:
     with session.parallel(loaded.vae, gather=compare.GATHER) as handle, pages.recorded(session) as timeline:
         result = compare.run_through(session, loaded, fit, padded, handle)
     in_tiles = job.compare and "tile" in (result.encode.mode, result.decode.mode)
-    exact = seams.run_exact(session, loaded, fit, padded) if in_tiles else None
+    exact = tile_comparison.run_exact(session, loaded, fit, padded) if in_tiles else None
     document = report.document(session, loaded, fit, result.halves)
     spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
@@ -96,8 +97,8 @@ def _on_rank(session: Session, job: _Job) -> None:
     peak, lost = report.peak_of(document), loss(job.output, lossless=job.lossless)
     # On one rank while the others have ended: nobody needs them any more.
     if in_tiles:
-        rest = seams.run_rest(session, loaded, fit, padded, result, exact)
-        told, alone = seams.told(session, clip.frames, rest, peak, lost), rest.whole
+        rest = tile_comparison.run_rest(session, loaded, fit, padded, result, exact)
+        told, alone = tile_comparison.told(session, clip.frames, rest, peak, lost), rest.whole
     else:
         alone = compare.run_through(session, loaded, fit, padded, None, " on one rank") if job.compare else None
         told = compare.told(session, clip.frames, result, alone, peak, lost)

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halovae import launch
-from halovae.cli import generation_options as flags
-from halovae.cli import options, usage
-from halovae.cli.generation import Job, job_of
-from halovae.cli.options import RunOptions
-from halovae.errors import InputError
-from halovae.files import check_model
+from halovae.app import launch
+from halovae.app.generation import Job, job_of
+from halovae.base.errors import InputError
+from halovae.base.files import check_model
+from halovae.cli import flags as options
+from halovae.cli import generation_flags as flags
+from halovae.cli import usage
+from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
-    from halovae.cli.session import Session
-    from halovae.serve.settings import ServeOptions
+    from halovae.app.session import Session
+    from halovae.serve.server_settings import ServeOptions
 
 _TASKS = ("image-to-video", "text-to-video")
 _Task = Annotated[
@@ -136,7 +137,7 @@ def _start(context: typer.Context, given: dict[str, Any]) -> int:
     chosen = _options(given, count)
     if place is None:
         return _front(chosen, context.obj)
-    from halovae.cli.run import run
+    from halovae.app.run_ranks import run
 
     options = RunOptions(
         model=job.model, ranks=ranks, axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
@@ -145,7 +146,7 @@ def _start(context: typer.Context, given: dict[str, Any]) -> int:
 
 
 def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
-    from halovae.serve.settings import Limits, ServeOptions, parse_keep, read_key
+    from halovae.serve.server_settings import Limits, ServeOptions, parse_keep, read_key
 
     path = given["api_key_file"]
     return ServeOptions(
@@ -179,13 +180,13 @@ def _has_ranks() -> bool:
     """Whether torchrun's first rank has started this process as its front."""
     import os
 
-    from halovae.serve.wire import FRONT_FD
+    from halovae.serve.messages import FRONT_FD
 
     return FRONT_FD in os.environ
 
 
 def _on_rank(session: Session, job: Job, arguments: list[str], steps: int) -> None:
-    from halovae.serve.wire import RANK_FD, Wire
+    from halovae.serve.messages import RANK_FD, Wire
     from halovae.serve.worker import serve_ranks
 
     wire = Wire.inherited(RANK_FD)

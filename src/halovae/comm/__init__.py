@@ -3,8 +3,7 @@
 Ranks here are always indices in the group; only this package knows global ranks.
 """
 
-from halovae.comm.api import Comm, Message, Pending, SoloComm, Traffic, all_gather
-from halovae.comm.env import (
+from halovae.comm.environment import (
     backend_name,
     default_device,
     default_generator,
@@ -14,6 +13,7 @@ from halovae.comm.env import (
     shutdown,
 )
 from halovae.comm.group import Group, GroupComm, connect, world
+from halovae.comm.protocol import Comm, Message, Pending, SoloComm, Traffic, all_gather
 
 __all__ = [
     "Comm",

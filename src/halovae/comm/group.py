@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from halovae.comm.api import Comm, Message, Nothing, Pending, SoloComm, Traffic
-from halovae.comm.env import default_device, launched_ranks
-from halovae.comm.lanes import DeviceLane, HostLane, Work, store_of
-from halovae.comm.link import Link
-from halovae.comm.shared import can_share
-from halovae.comm.wire import host
-from halovae.errors import InputError, RankFailedError
-from halovae.forks import owned_here
-from halovae.functions import outside_modes
+from halovae.base.errors import InputError, RankFailedError
+from halovae.base.forks import owned_here
+from halovae.base.functions import outside_modes
+from halovae.comm.backends import DeviceLane, HostLane, Work, store_of
+from halovae.comm.control import Link
+from halovae.comm.environment import default_device, launched_ranks
+from halovae.comm.handshake import host
+from halovae.comm.protocol import Comm, Message, Nothing, Pending, SoloComm, Traffic
+from halovae.comm.shared_memory import can_share
 
 Group = dist.ProcessGroup | DeviceMesh
 """What callers name their ranks by; a mesh of one dimension."""

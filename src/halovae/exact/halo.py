@@ -11,15 +11,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from halovae.errors import NotExactError
-from halovae.exact.later import extend_later
+from halovae.base.errors import NotExactError
+from halovae.base.geometry import Cut, Extent, covering, cut_at, overlap
+from halovae.exact.halo_later import extend_later
 from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
 from halovae.exact.mesh import Mesh
 from halovae.exact.transfers import transfers
-from halovae.geometry import Cut, Extent, covering, cut_at, overlap
-from halovae.kernels import gpu
-from halovae.kernels.borders import Fill, fill_outside, region_of
-from halovae.kernels.formats import is_channels_last, memory_format
+from halovae.kernels.fill import Fill, fill_outside, region_of
+from halovae.kernels.gpu import dispatch
+from halovae.kernels.memory_format import is_channels_last, memory_format
 
 ZEROS = Fill()
 
@@ -59,7 +59,7 @@ def extend(
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     buffer = _new_like(tensor, shape)
-    gpu.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered, clip=True))
+    dispatch.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered, clip=True))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
         fill_outside(buffer, dim, valid, fill)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.errors import NotExactError
-from halovae.geometry import MIN_ROWS, Cut, coarsen, divides, narrowest, refine
+from halovae.base.errors import NotExactError
+from halovae.base.geometry import MIN_ROWS, Cut, coarsen, divides, narrowest, refine
 
 
 @dataclass(frozen=True)

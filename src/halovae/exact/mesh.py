@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from halovae.base.errors import HalovaeError
 from halovae.comm import Comm
-from halovae.errors import HalovaeError
 from halovae.exact.layout import Layout
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.errors import HalovaeError, NotExactError
+from halovae.base.errors import HalovaeError, NotExactError
+from halovae.base.functions import outside_modes
+from halovae.base.geometry import Extent, cut_at
+from halovae.base.trees import pictures_in
 from halovae.exact.halo import extend, gather_dim, own
 from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh
-from halovae.functions import outside_modes
-from halovae.geometry import Extent, cut_at
-from halovae.trees import pictures_in
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 """Where rows and where columns are cut: (0, ..., height) and (0, ..., width)."""

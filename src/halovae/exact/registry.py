@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from halovae.base.functions import named, registrar, writes
 from halovae.exact.mesh import Mesh
-from halovae.functions import named, registrar, writes
 
 Rule = Callable[..., Any]
 

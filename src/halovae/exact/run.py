@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halovae.base.errors import InputError, NotExactError
+from halovae.base.geometry import Extent
+from halovae.base.trees import contents, hidden_tensors, is_picture, map_tensors, pictures_in, tensors_in, walk
 from halovae.comm import Comm
-from halovae.errors import InputError, NotExactError
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
-from halovae.exact.mode import ShardMode
 from halovae.exact.partition import Bounds, extents, first_tensor, gather, own_copy, own_rows, scatter
-from halovae.geometry import Extent
-from halovae.kernels.mode import FastMode, finished
-from halovae.trees import contents, hidden_tensors, is_picture, map_tensors, pictures_in, tensors_in, walk
+from halovae.exact.shard_mode import ShardMode
+from halovae.kernels.fast_mode import FastMode, finished
 
 Call = Callable[..., Any]
 Runner = Callable[[Mesh, Call, tuple[Any, ...], dict[str, Any]], Any]

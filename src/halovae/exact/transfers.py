@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from halovae.base.geometry import Cut, Extent, missing, overlap
 from halovae.exact.layout import Layout, require_axis
 from halovae.exact.mesh import Mesh
-from halovae.geometry import Cut, Extent, missing, overlap
 
 
 class Transfer(NamedTuple):

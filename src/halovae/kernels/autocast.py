@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
-from halovae.functions import outside_modes
-from halovae.kernels.shapes import alike, device_type
-from halovae.kernels.weights import derived
+from halovae.base.functions import outside_modes
+from halovae.kernels.shapes_only import alike, device_type
+from halovae.kernels.weight_cache import derived
 
 is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore
 """Whether autocast is on for a device of any type."""

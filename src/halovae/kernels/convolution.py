@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.kernels import gpu, winograd
-from halovae.kernels.borders import Fill
-from halovae.kernels.chain import Chain
-from halovae.kernels.deferred import Deferred, plain
-from halovae.kernels.formats import memory_format
-from halovae.kernels.joined import Joined, joined_in
-from halovae.kernels.packed import Geometry, convolve, prepared
-from halovae.kernels.pieces import Line, line_of
+from halovae.kernels.cpu import winograd
+from halovae.kernels.cpu.packed import Geometry, convolve, prepared
+from halovae.kernels.cpu.pieces import Line, line_of
+from halovae.kernels.cpu.slabs import WINDOW_BYTES, threads
+from halovae.kernels.cpu.still import copies, is_still, with_frames
+from halovae.kernels.fill import Fill
+from halovae.kernels.gpu import dispatch
+from halovae.kernels.lazy.chain import Chain
+from halovae.kernels.lazy.deferred import Deferred, plain
+from halovae.kernels.lazy.joined import Joined, joined_in
+from halovae.kernels.memory_format import memory_format
 from halovae.kernels.precision import LOW, working_dtype
-from halovae.kernels.shapes import alike, device_type, in_turn
-from halovae.kernels.slabs import WINDOW_BYTES, threads
-from halovae.kernels.still import copies, is_still, with_frames
-from halovae.kernels.weights import derived, make_room
+from halovae.kernels.shapes_only import alike, device_type, in_turn
+from halovae.kernels.weight_cache import derived, make_room
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,8 +121,8 @@ def on_gpu(joined: Joined, window: Window) -> Tensor:
     (top, bottom), (left, right) = (joined.pads.get(dim, (0, 0)) for dim in (n, n + 1))
     zeros = joined.fill == Fill()
     frames = replace(joined, pads={dim: pad for dim, pad in joined.pads.items() if dim < n})
-    if zeros and gpu.convolves(window.weight, window.stride, window.dilation, joined.shape[0] * prod(size)):
-        return gpu.convolve(
+    if zeros and dispatch.convolves(window.weight, window.stride, window.dilation, joined.shape[0] * prod(size)):
+        return dispatch.convolve(
             frames.settled(), window.weight, window.bias, first_tap=window.first_tap, stride=window.stride[-1],
             before=(top, left), size=(size[-2], size[-1]),
         )  # fmt: skip

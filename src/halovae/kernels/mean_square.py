@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halovae.kernels.chain import Chain
+from halovae.kernels.lazy.chain import Chain
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
-from halovae.forks import free_in_children
+from halovae.base.forks import free_in_children
 from halovae.kernels.autocast import off
 from halovae.kernels.kept import kept
 

@@ -1,7 +1,7 @@
 """Videos and images to frames and back: 8-bit RGB, arrays of shape (frames, height, width, 3)."""
 
 from halovae.media.film import Film
-from halovae.media.options import FrameRange
+from halovae.media.frame_range import FrameRange
 from halovae.media.reader import Clip, Header, inspect, read
 from halovae.media.writer import CRF, SUFFIXES, Frames, check_still, write
 

@@ -7,8 +7,8 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-from halovae.errors import InputError
-from halovae.files import check_input
+from halovae.base.errors import InputError
+from halovae.base.files import check_input
 from halovae.media.pace import pace_of
 from halovae.media.reader import Frame, cover, opened
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from halovae.errors import InputError
-from halovae.files import first_line
-from halovae.media.limits import MAX_FRAME_PIXELS, broken, check_pixels
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
+from halovae.media.media_limits import MAX_FRAME_PIXELS, broken, check_pixels
 from halovae.media.pace import Shown, Source
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")

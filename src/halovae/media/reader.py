@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from halovae.errors import InputError
-from halovae.files import check_input
+from halovae.base.errors import InputError
+from halovae.base.files import check_input
+from halovae.media.frame_range import FrameRange
 from halovae.media.images import open_pictures
-from halovae.media.limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS
-from halovae.media.options import FrameRange
+from halovae.media.media_limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS
 from halovae.media.pace import Source, pace_of
 from halovae.media.video import open_video
 

@@ -19,9 +19,9 @@ from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 from PIL import Image
 
-from halovae.errors import InputError
-from halovae.files import first_line
-from halovae.media.limits import broken, check_pixels
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
+from halovae.media.media_limits import broken, check_pixels
 from halovae.media.pace import Shown, Source
 from halovae.media.writer import LOSSLESS
 

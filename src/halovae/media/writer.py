@@ -17,8 +17,8 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
 
-from halovae.errors import InputError
-from halovae.files import atomic, first_line, reason
+from halovae.base.errors import InputError
+from halovae.base.files import atomic, first_line, reason
 from halovae.media.pace import TICKS
 
 Frames = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]

@@ -28,9 +28,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from halovae.errors import InputError
-from halovae.files import check_new_folder, reason
-from halovae.models import find
+from halovae.base.errors import InputError
+from halovae.base.files import check_new_folder, reason
+from halovae.media.models import find
 from halovae.pipelines.demo_weights import (
     HEADS,
     WIDTH,

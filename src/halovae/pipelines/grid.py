@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from halovae.errors import InputError
+from halovae.base.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from halovae.errors import InputError
-from halovae.files import check_model, first_line
+from halovae.base.errors import InputError
+from halovae.base.files import check_model, first_line
+from halovae.pipelines.generation_settings import Setup
 from halovae.pipelines.quiet import quiet
-from halovae.pipelines.settings import Setup
 from halovae.pipelines.signature import does
 
 _INDEX = "model_index.json"

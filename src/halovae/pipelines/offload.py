@@ -8,10 +8,10 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from halovae.errors import InputError
-from halovae.files import first_line
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
+from halovae.pipelines.generation_settings import Setup
 from halovae.pipelines.quiet import quiet
-from halovae.pipelines.settings import Setup
 from halovae.pipelines.transformers import denoisers
 
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from halovae.errors import InputError
-from halovae.files import first_line
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.quiet import quiet
 

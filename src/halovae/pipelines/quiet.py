@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
-from halovae.models import quiet as diffusers_quiet
+from halovae.media.models import quiet as diffusers_quiet
 
 
 @contextmanager

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
+from halovae.base.options import CallReport
 from halovae.comm import Comm
-from halovae.config import CallReport
-from halovae.errors import InputError
-from halovae.files import first_line
+from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.offload import place
+from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.quiet import quiet
 from halovae.pipelines.scheduler import check_steps, prepare_scheduler
 from halovae.pipelines.seed import agreed_seed, generator
-from halovae.pipelines.settings import Generation, Setup
 from halovae.pipelines.signature import arguments
-from halovae.pipelines.timing import OTHER, PROBE, Timeline, watched
+from halovae.pipelines.stages import OTHER, PROBE, Timeline, watched
 from halovae.pipelines.transformers import degree, prepare_denoisers, shared_sequences
-from halovae.pipelines.vae import parallel_vae
 
 OnStep = Callable[[int, int | None], None]
 _CHECKS = {"check_inputs", "set_timesteps"}

@@ -9,10 +9,10 @@ from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
-from halovae.errors import InputError
-from halovae.files import first_line
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
+from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.quiet import quiet
-from halovae.pipelines.settings import Generation, Setup
 from halovae.pipelines.signature import default, parameters
 
 _SHIFTS = ("flow_shift", "shift")

@@ -6,8 +6,8 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
-from halovae.errors import Faults
-from halovae.pipelines.settings import Generation, flag
+from halovae.base.errors import Faults
+from halovae.pipelines.generation_settings import Generation, flag
 
 
 def parameters(cls: Any) -> dict[str, inspect.Parameter]:

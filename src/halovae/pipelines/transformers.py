@@ -14,11 +14,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from halovae import comm
-from halovae.errors import HalovaeError, InputError
-from halovae.files import first_line
-from halovae.pipelines.defects import keep_text_whole, some_device, spread_plan
+from halovae.base.errors import HalovaeError, InputError
+from halovae.base.files import first_line
+from halovae.pipelines.generation_settings import Setup
+from halovae.pipelines.private_diffusers import keep_text_whole, some_device, spread_plan
 from halovae.pipelines.quiet import quiet
-from halovae.pipelines.settings import Setup
 
 _UNEVEN = "dimension to be sharded must be divisible"
 """In diffusers' assertion where a sequence can't be cut evenly."""

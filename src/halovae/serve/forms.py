@@ -20,13 +20,13 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from halovae.errors import InputError
-from halovae.files import first_line
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
 from halovae.media.images import open_image, upright_rgb
 from halovae.pipelines.grid import Grid
-from halovae.serve.errors import ApiError, described
+from halovae.serve.api_errors import ApiError, described
+from halovae.serve.server_settings import Limits, ServeOptions
 from halovae.serve.service import Service
-from halovae.serve.settings import Limits, ServeOptions
 from halovae.serve.store import VIDEO, Job, Store
 
 _TEXT = 20_000

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-from halovae.errors import InputError
-from halovae.files import reason
+from halovae.base.errors import InputError
+from halovae.base.files import reason
 from halovae.serve import connections
-from halovae.serve.app import make_app
-from halovae.serve.group import Ranks
 from halovae.serve.guard import is_loopback
+from halovae.serve.messages import FRONT_FD
 from halovae.serve.metrics import Metrics
+from halovae.serve.ranks import Ranks
+from halovae.serve.server_settings import ServeOptions
 from halovae.serve.service import Service
-from halovae.serve.settings import ServeOptions
 from halovae.serve.store import Store
-from halovae.serve.wire import FRONT_FD
+from halovae.serve.web import make_app
 
 _FAREWELL = 3
 """Seconds that open connections get when the server ends."""

@@ -10,9 +10,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from halovae.serve.errors import ApiError
+from halovae.serve.api_errors import ApiError
 from halovae.serve.metrics import Metrics
-from halovae.serve.settings import ServeOptions
+from halovae.serve.server_settings import ServeOptions
 
 OPEN = ("/", "/page.css", "/page.js", "/health")
 """What everyone may see: nothing in it tells of any job."""

@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from halovae.files import first_line, reason
-from halovae.serve.errors import ApiError
-from halovae.serve.group import SILENT_SECONDS, Ranks
+from halovae.base.files import first_line, reason
+from halovae.serve.api_errors import ApiError
+from halovae.serve.messages import Message
 from halovae.serve.metrics import Metrics
-from halovae.serve.settings import ServeOptions
+from halovae.serve.ranks import SILENT_SECONDS, Ranks
+from halovae.serve.server_settings import ServeOptions
 from halovae.serve.store import COMPLETED, ERRORS, NO_ROOM, QUEUED, Job, Store
-from halovae.serve.wire import Message
 
 ATTEMPTS = 2
 """How often a job is begun at most, when the ranks end while they work on it: it may be the job that ends them."""

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from halovae.errors import InputError
-from halovae.files import first_line, reason
+from halovae.base.errors import InputError
+from halovae.base.files import first_line, reason
 
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
 VIDEO, ENCODE, DECODE = "video", "encode", "decode"

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from halovae.app.watch import Failure, failure_of, report
+from halovae.base.errors import HalovaeError, InputError, NotExactError, RankFailedError
+from halovae.base.files import first_line
 from halovae.comm import Comm
-from halovae.errors import HalovaeError, InputError, NotExactError, RankFailedError
-from halovae.files import first_line
 from halovae.serve.store import NO_ROOM
-from halovae.watch import Failure, failure_of, report
 
 STUCK_SECONDS = 120.0
 """How long a rank that has failed waits for the others to learn of it. They may be in an exchange that it will never

@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from PIL import Image
 
-from halovae import codec, latents, media
-from halovae.cli.generation import Job
-from halovae.cli.session import Session
-from halovae.cli.settled import settled
-from halovae.errors import HalovaeError, InputError
-from halovae.files import reason
-from halovae.fit import Fit, Limits
-from halovae.latents import LatentsInfo, scaling_of
+from halovae import media
+from halovae.app.generation import Job
+from halovae.app.session import Session
+from halovae.app.settled import settled
+from halovae.base.errors import HalovaeError, InputError
+from halovae.base.files import reason
+from halovae.media import codec, latents_file
+from halovae.media.latents_file import LatentsInfo, scaling_of
+from halovae.media.vae_limits import Fit, Limits
+from halovae.pipelines.generation_settings import Generation, flag
 from halovae.pipelines.grid import Grid
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_scheduler, shifted
-from halovae.pipelines.settings import Generation, flag
 from halovae.pipelines.signature import arguments, parameters
-from halovae.pipelines.timing import WRITE, Timeline
+from halovae.pipelines.stages import WRITE, Timeline
 from halovae.serve.store import THUMBNAIL
 from halovae.serve.votes import NoRoomError
 
@@ -165,7 +166,7 @@ def encode_clip(session: Session, model: Model, task: Task, on_step: OnStep) -> 
         **vars(fit),
     )
     with _writing():
-        latents.save(task.output, encoded, info)
+        latents_file.save(task.output, encoded, info)
     return {"shape": list(encoded.shape)}
 
 
@@ -176,10 +177,10 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
         InputError: no latents, or those of another VAE.
     """
     assert task.input is not None
-    encoded, info = latents.load(task.input)
+    encoded, info = latents_file.load(task.input)
     _check_size(info.frames, info.height, info.width, **task.settings)
     vae = model.runner.pipeline.vae
-    latents.check_shape(encoded, info, model.limits, type(vae).__name__)
+    latents_file.check_shape(encoded, info, model.limits, type(vae).__name__)
     encoded = encoded.to(session.device, vae.dtype)
     calls = codec.decode_calls(vae, model.limits, encoded)
     with _stepping(on_step, calls) as after:

@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halovae import launch
-from halovae.cli.generation import Job, found, loaded
-from halovae.cli.session import Session
-from halovae.errors import HalovaeError
-from halovae.fit import limits_of
+from halovae.app import launch
+from halovae.app.generation import Job, found, loaded
+from halovae.app.session import Session
+from halovae.base.errors import HalovaeError
+from halovae.media.vae_limits import limits_of
+from halovae.pipelines.grid_sizes import grid_of
 from halovae.pipelines.runner import Runner
-from halovae.pipelines.sizes import grid_of
+from halovae.serve.messages import Message, Wire
 from halovae.serve.store import DECODE, ENCODE, VIDEO
 from halovae.serve.votes import Outcome, Votes
-from halovae.serve.wire import Message, Wire
 from halovae.serve.work import (
     FIELDS,
     Model,

@@ -1,0 +1,233 @@
+"""`--report`: from what a command has found to the report's page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from halovae.app.clip_files import lossy_words
+from halovae.app.comparison import BEFORE, differences, in_8_bits
+from halovae.app.tables import clip_line, counted, described
+from halovae.base import timeline
+from halovae.base.timeline import Span, Timeline
+from halovae.evaluation import ClipComparison, Frames, Gate, Grid, LatentComparison, compare_clips
+from halovae.evaluation.numbers import decibel
+from halovae.evaluation.report import ClipSection, LatentSection, Report, lanes
+from halovae.media.vae_limits import Fit
+from halovae.tiles.tile_settings import TileSettings
+
+if TYPE_CHECKING:
+    from halovae.app.comparison import Result, Told
+    from halovae.app.session import Loaded, Session
+    from halovae.media import Clip
+
+
+@contextmanager
+def recorded(session: Session) -> Iterator[Timeline]:
+    """Within it, what this rank does is kept for the timeline. Called on every rank."""
+    # They begin at one moment, so that their times can be laid side by side.
+    session.group.all_gather_object(None)
+    with timeline.recording() as found:
+        yield found
+
+
+def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[Grid, str]:
+    """Where the last call cut the picture, in pixels, and what these borders are called.
+
+    Args:
+        vae: the VAE.
+        handle: of the parallel VAE after a decode; None where one rank ran it as it is.
+        ratio: pixels per latent.
+        fit: the sizes of the clip.
+    """
+    size = fit.height, fit.width
+    if handle is None or handle.last is None:
+        return Grid(), ""
+    if handle.last.mode == "tile":
+        tiles = TileSettings.of(vae)
+        if tiles is None:
+            return Grid(), ""
+        (height, width), (down, across) = tiles.size, tiles.overlap
+        return Grid.every((height - down, width - across), size, tiles.overlap), "tile borders"
+    rows, columns = (tuple(bound * ratio for bound in bounds) for bounds in handle.last.bounds)
+    return Grid(rows=rows, columns=columns).inside(size), "shard borders"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A clip, and what came of it in one way or two."""
+
+    name: str
+    """Of the clip."""
+    output: str
+    """Name of the file."""
+    lost: str
+    """What writing it changes the pixels by, see `clips.loss`."""
+    clip: Clip
+    result: Result
+    """Of the ranks."""
+    alone: Result | None
+    """Of one rank without any cut, if that was asked for."""
+    told: Told
+    """What the terminal says."""
+    handle: Any
+    """Of the parallel VAE; None where one rank ran it as it is."""
+    spans: Sequence[Sequence[Span]]
+    """The timeline of every rank."""
+    words: Sequence[str]
+    """The command line."""
+
+
+def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Report:
+    """The report of `halovae roundtrip`.
+
+    Args:
+        session: of the first rank.
+        loaded: the VAE.
+        fit: the sizes of the clip.
+        run: what was done.
+    """
+    clip, result, alone, told = run.clip, run.result, run.alone, run.told
+    cut = borders(loaded.vae, run.handle, loaded.limits.ratio, fit)
+    ranks = counted(session.group.size, "rank")
+    kept = _section(
+        "Result against source",
+        f"What the VAE keeps of the clip, before {run.output} was written.",
+        ("Source", "Result"),
+        clip.frames,
+        result.frames,
+        cut,
+    )
+    sections = [kept]
+    if alone is not None:
+        tiles = "in tiles " * ("tile" in (result.encode.mode, result.decode.mode))
+        text = (
+            "One rank: the VAE as diffusers runs it, un-tiled, with the same clip, weights and precision. "
+            f"Both are compared {BEFORE} {run.output}; {in_8_bits(differences(result, alone), result.frames.size)}."
+        )
+        apart = _section(
+            f"{ranks} {tiles}against one rank", text, ("One rank", f"{ranks} {tiles}".strip()),
+            _levels(alone.sample), _levels(result.sample), cut,
+        )  # fmt: skip
+        sections = [apart, kept]
+    seconds, found_lanes = lanes(run.spans)
+    facts = {
+        "Clip": clip_line(fit, clip.fps),
+        "VAE": described(session, loaded, result.encode),
+        "File": f"{run.output}, {lossy_words(run.lost)}" if run.lost else f"{run.output}, which keeps every pixel",
+    }
+    return Report(
+        title=f"{run.name} through {loaded.source.model} on {ranks}",
+        verdict=f"{told.verdict} PSNR to the source is {decibel(kept.found.psnr)}.".strip(),
+        passed=told.passed,
+        facts=facts,
+        costs=told.rows,
+        costs_text=_costs_text(session, alone is not None),
+        clips=sections,
+        seconds=seconds,
+        lanes=found_lanes,
+        command=command(run.words),
+    )
+
+
+def _costs_text(session: Session, with_alone: bool) -> str:
+    """What has to be known to read the table."""
+    ranks = session.group.size
+    text = memory_words(session.device)
+    if with_alone and ranks > 1:
+        text += (
+            " One rank is the VAE as diffusers runs it. halovae's operators are faster than diffusers', so that "
+            f"{ranks} ranks can be more than {ranks} times as fast."
+        )
+    return text
+
+
+def memory_words(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "Peak memory is that of a whole process, with Python, libraries and weights."
+    return f"Peak memory is what torch held at most on a rank's {device.type} device."
+
+
+def _section(
+    title: str, text: str, names: tuple[str, str], reference: Frames, result: Frames, cut: tuple[Grid, str]
+) -> ClipSection:
+    """Compare, with seams at the borders of the cut."""
+    grid, grid_name = cut
+    found = compare_clips(reference, result, grid)
+    return ClipSection(
+        title=title, text=text, reference_name=names[0], result_name=names[1], reference=reference, result=result,
+        found=found, borders=grid, borders_name=grid_name,
+    )  # fmt: skip
+
+
+def clips_report(
+    one: Path, other: Path, reference: Frames, result: Frames, found: ClipComparison, gates: Sequence[Gate],
+    lost: str, words: Sequence[str],
+) -> Report:  # fmt: skip
+    """The report of two clips that `halovae compare` was given; `lost` tells what their codecs have to do with it."""
+    section = ClipSection(
+        title=f"{other.name} against {one.name}",
+        text=f"Every pixel of the two files as they decode, in 8-bit RGB. {lost}".rstrip(),
+        reference_name=one.name,
+        result_name=other.name,
+        reference=reference,
+        result=result,
+        found=found,
+        borders=found.grid,
+        borders_name="given lines",
+    )
+    height, width = found.energy.shape
+    facts = {"Frames": str(len(found.frames)), "Size": f"{width}x{height}"}
+    apart = f"PSNR is {decibel(found.psnr)}{', with what codecs lost' if lost else ''}."
+    verdict = _verdict(gates) or ("Identical in every level of every frame." if found.is_identical else apart)
+    return Report(
+        title=section.title, passed=_passed(gates, found.is_identical), verdict=verdict, facts=facts, clips=[section],
+        gates=gates, command=command(words),
+    )  # fmt: skip
+
+
+def latents_report(
+    one: Path, other: Path, found: LatentComparison, gates: Sequence[Gate], words: Sequence[str]
+) -> Report:
+    """The report of two latents files that `halovae compare` was given."""
+    section = LatentSection(
+        title=f"{other.name} against {one.name}", text="", reference_name=one.name, result_name=other.name, found=found
+    )
+    apart = f"The relative L2 distance is {found.relative_l2:.1e}." if found.largest else "Identical in every latent."
+    return Report(
+        title=section.title, passed=_passed(gates, not found.largest), verdict=_verdict(gates) or apart,
+        latents=[section], gates=gates, command=command(words),
+    )  # fmt: skip
+
+
+def command(words: Sequence[str]) -> str:
+    """The command line, as it can be typed again."""
+    return shlex.join(["halovae", *words])
+
+
+def _passed(gates: Sequence[Gate], is_identical: bool) -> bool | None:
+    """None where nobody has said how near is near enough."""
+    return all(gate.passed for gate in gates) if gates else is_identical or None
+
+
+def _verdict(gates: Sequence[Gate]) -> str:
+    """Which gates failed, or that none did; nothing where there are none."""
+    failed = [str(gate) for gate in gates if not gate.passed]
+    if not gates:
+        return ""
+    return "; ".join(failed) + "." if failed else "All gates passed."
+
+
+def _levels(sample: Tensor) -> NDArray[np.float32]:
+    """(3, frames, height, width) of -1 to 1 to (frames, height, width, 3) of 0 to 255, not rounded."""
+    levels = (sample.to(torch.float32).clamp(-1, 1) + 1) * 127.5
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()

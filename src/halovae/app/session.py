@@ -1,0 +1,272 @@
+"""One rank at work: its device, its group, its VAE, and the seconds that each stage took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from halovae import comm
+from halovae.app import launch
+from halovae.app.progress import Stages
+from halovae.base import timeline
+from halovae.base.errors import HalovaeError, InputError
+from halovae.base.memory import PeakMemory
+from halovae.cli.flags import RunOptions, dtype_on
+from halovae.media import models
+from halovae.media import vae_limits as fit
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A VAE, ready to be used."""
+
+    source: models.Source
+    vae: Any
+    limits: fit.Limits
+
+
+@dataclass(kw_only=True)
+class Half:
+    """What encoding or decoding one clip took on this rank, over all the VAE's calls for it."""
+
+    seconds: float = 0.0
+    """Without the choice of a mode and the probe that a first parallel call makes."""
+    calls: int = 0
+    mode: str = "exact"
+    shards: tuple[int, int] = (1, 1)
+    """Exact mode."""
+    tiles: int = 0
+    """Tile mode: how many each call of the VAE has; 0 in exact mode."""
+    spread: float = 1.0
+    tile_sizes: str = ""
+    choice: str = ""
+    """Auto mode: which mode was chosen, and why."""
+    messages: int = 0
+    bytes: int = 0
+    wait_seconds: float = 0.0
+    peak_memory: int | None = None
+    """Bytes: of the accelerator's memory, or of the whole process on a CPU. None: unknown."""
+
+    def add(self, report: Any) -> None:
+        """Take in the report of one parallel call."""
+        self.seconds -= report.phases.get("choose", 0.0) + report.phases.get("probe", 0.0)
+        self.mode, self.shards = report.mode, report.shape
+        self.tiles, self.spread, self.tile_sizes = report.tiles, report.spread, report.tile_sizes
+        self.choice = report.choice
+        self.messages += report.messages
+        self.bytes += report.bytes
+        self.wait_seconds += report.wait_seconds
+        if report.peak_memory is not None:
+            self.peak_memory = max(self.peak_memory or 0, report.peak_memory)
+
+    def cut(self, ranks: int) -> str:
+        """What ran where on so many ranks, in words; nothing for the VAE as it is."""
+        if self.mode == "tile":
+            idle = max(0, ranks - self.tiles)
+            words = f"{self.tiles} {self.tile_sizes}"
+        else:
+            idle = ranks - self.shards[0] * self.shards[1]
+            words = f"cut {self.shards[0]}x{self.shards[1]}" if ranks > 1 else ""
+        return words + (f" ({idle} had nothing to do)" if idle else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "shards": list(self.shards)}
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One rank of a run."""
+
+    options: RunOptions
+    place: launch.Place
+    group: comm.Comm
+    device: torch.device
+    dtype: torch.dtype
+    stages: Stages
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def threads(self) -> int:
+        """Threads of this rank, for the un-parallel run of a comparison too."""
+        return torch.get_num_threads()
+
+    @property
+    def is_first(self) -> bool:
+        return self.group.rank == 0
+
+    def together(self, name: str, step: Callable[[Callable[[], None]], T], steps: int | None = None) -> T:
+        """Do a stage on every rank. If it fails on one, it fails on all, so that none is left waiting.
+
+        Args:
+            name: of the stage.
+            step: gets what to call after each of `steps`.
+            steps: of the progress bar.
+
+        Raises:
+            HalovaeError: of this rank, or else the first one of another rank.
+        """
+        result, own = None, None
+        started = time.perf_counter()
+        with self.stages.stage(name, steps) as advance:
+            try:
+                result = step(advance)
+            except HalovaeError as error:
+                own = error
+        self.seconds[name] = time.perf_counter() - started
+        messages = self.group.all_gather_object(None if own is None else str(own))
+        if own is not None:
+            raise own
+        for message in messages:
+            if message is not None:
+                raise InputError(message)
+        return result  # type: ignore[return-value]  # It is T when `own` is None.
+
+    def load(self) -> Loaded:
+        """Load the VAE that `--model` names, and learn what it takes."""
+
+        def step(advance: Callable[[], None]) -> Loaded:
+            source = models.find(self.options.model)
+            vae = models.load(source, dtype=self.dtype, device=self.device)
+            self.options.work.set_tiles(vae)
+            limits = fit.limits_of(vae)
+            limits.known_pixels()
+            return Loaded(source=source, vae=vae, limits=limits)
+
+        return self.together("load", step)
+
+    def fit(self, loaded: Loaded, sizes: tuple[int, int, int]) -> fit.Fit:
+        """How a clip of these frames, height and width goes through the VAE; tells the user when it is padded."""
+        found = self.together("fit", lambda advance: loaded.limits.fit(*sizes))
+        for note in found.notes:
+            self.stages.note(note)
+        return found
+
+    @contextmanager
+    def parallel(self, vae: Any, **options: Any) -> Iterator[Any]:
+        """Within it, `vae` runs on all ranks as the user asked. Yields the handle, or None where one rank runs it as
+        it is.
+
+        Args:
+            vae: to run.
+            options: for `parallelize`, before what the user asked for.
+        """
+        work = self.options.work
+        options = {"mode": work.mode, "axis": self.options.axis, "size": work.ranks, **options}
+        # A VAE that comes tiled has a mode on one rank too.
+        if self.group.size == 1 and options["mode"] in (None, "exact") and not getattr(vae, "use_tiling", False):
+            yield None
+            return
+        from halovae.api.parallelize import parallelize
+
+        with parallelize(vae, **options) as handle:
+            yield handle
+
+    def measured(
+        self, name: str, call: Callable[[Callable[[], None]], torch.Tensor], handle: Any, steps: int
+    ) -> tuple[torch.Tensor, Half]:
+        """Encode or decode a clip.
+
+        Args:
+            name: of the stage.
+            call: gets what to call after each call of the VAE.
+            handle: of the parallel VAE, or None.
+            steps: how many calls of the VAE there will be.
+        """
+        half = Half()
+        self.synchronize()
+        # A parallel call measures its own; each measurement begins anew, so that one within the other would spoil it.
+        memory = PeakMemory(self.device) if handle is None else None
+        started = time.perf_counter()
+        with self.stages.stage(name, steps) as advance, torch.inference_mode():
+
+            def after() -> None:
+                advance()
+                half.calls += 1
+                if handle is not None:
+                    half.add(handle.last)
+
+            result = call(after)
+        self.synchronize()
+        half.seconds += time.perf_counter() - started
+        half.peak_memory = half.peak_memory if memory is None else memory.read()
+        self.seconds[name] = half.seconds
+        timeline.note(name, started)
+        return result, half
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was told."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+@contextmanager
+def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
+    """Join the group and leave it.
+
+    Raises:
+        InputError: the device is not there, or there are fewer of them than ranks.
+    """
+    torch.set_num_threads(max(1, launch.cores() // place.local_world_size))
+    device = _device(options.device, place)
+    comm.init_from_env(device.type)
+    opened = Session(
+        options=options,
+        place=place,
+        group=comm.world(),
+        device=device,
+        dtype=getattr(torch, dtype_on(device.type, options.dtype)),
+        stages=Stages(speaks=place.rank == 0),
+    )
+    if device.type == "cpu" and place.local_world_size > launch.cores():
+        opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one each")
+    options.work.announce(opened.stages)
+    with _noting_warnings(opened.stages):
+        yield opened
+    # Not after an exception: leaving may wait for ranks that are gone.
+    comm.shutdown()
+
+
+@contextmanager
+def _noting_warnings(stages: Stages) -> Iterator[None]:
+    """What the library warns of is told as the command line tells things, once for all ranks."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: stages.note(record.getMessage())
+    logger = logging.getLogger("halovae")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def device_kind(asked: str | None) -> str:
+    """The kind of device that a run is on: what was asked for, or the accelerator where there is one.
+
+    Raises:
+        InputError: this machine has none of that kind.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    kind = asked or there[-1]
+    if kind not in there:
+        raise InputError(f"--device {kind}: this machine has {' and '.join(there)} (give the kind only)")
+    return kind
+
+
+def _device(asked: str | None, place: launch.Place) -> torch.device:
+    kind = device_kind(asked)
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if place.local_world_size > count:
+        raise InputError(f"{place.local_world_size} ranks, but only {count} {kind} devices: use --ranks {count}")
+    torch.accelerator.set_device_index(place.local_rank)
+    return torch.device(kind, place.local_rank)

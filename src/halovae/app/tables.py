@@ -1,0 +1,85 @@
+"""Numbers for people: aligned columns that need no colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from halovae.app.session import Half, Loaded, Session
+from halovae.media.vae_limits import Fit
+
+Row = tuple[str, ...]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows of words as columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(word.rjust(width) if column else word.ljust(width) for column, (word, width) in enumerate(pairs))
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+def peak_of(found: dict[str, Any]) -> int | None:
+    """Bytes, the most that any half took on any rank, from a run's document; None where the system can't tell."""
+    return max((half["peak_memory"] or 0 for rank in found["per_rank"] for half in rank.values()), default=0) or None
+
+
+def columns(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and what is to be said of them."""
+    return "\n".join(f"{name:<12}{words}" for name, words in rows)
+
+
+def described(session: Session, loaded: Loaded, half: Half) -> str:
+    """One line on what ran where."""
+    ranks = session.group.size
+    cut = ", " * bool(half.cut(ranks)) + half.cut(ranks)
+    dtype = str(session.dtype).removeprefix("torch.")
+    where = session.device.type
+    if where == "cpu":
+        where += f", {session.threads} thread{'s' * (session.threads != 1)} each"
+    chosen = f"\nauto: {half.choice}" if half.choice else ""
+    return (
+        f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {counted(ranks, 'rank')} on {where}{cut}{chosen}"
+    )
+
+
+def clip_line(fit: Fit, fps: Any) -> str:
+    return f"{counted(fit.frames, 'frame')} of {fit.width}x{fit.height}, {float(fps):.4g} per second"
+
+
+def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]) -> dict[str, Any]:
+    """What every report holds. Called on every rank: each tells what it did."""
+    ranks = session.group.all_gather_object({name: half.to_dict() for name, half in halves.items()})
+    return {
+        "model": loaded.source.model,
+        "model_class": loaded.source.class_name,
+        "ranks": session.group.size,
+        "device": session.device.type,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "threads_per_rank": session.threads,
+        "sizes": vars(fit).copy(),
+        "seconds": dict(session.seconds),
+        "per_rank": ranks,
+    }
+
+
+def traffic_line(half: Half) -> str:
+    """What this rank sent, or nothing to say in a world of one."""
+    if not half.messages:
+        return ""
+    return f"{half.messages} messages, {half.bytes / 2**20:.1f} MiB sent, {half.wait_seconds:.2f} s in exchanges"
+
+
+def seconds_table(halves: dict[str, Half]) -> str:
+    rows = [(name, f"{half.seconds:.2f} s", traffic_line(half)) for name, half in halves.items()]
+    return "".join(f"{name:<8}{seconds:>10}  {traffic}".rstrip() + "\n" for name, seconds, traffic in rows)

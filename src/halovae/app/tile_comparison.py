@@ -1,0 +1,201 @@
+"""`--compare` in tile mode: how far tiles are from the un-tiled result, next to exact mode, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from halovae.app.clip_files import lossy_words
+from halovae.app.comparison import GATHER, Result, Told, run_through
+from halovae.app.session import Loaded, Session
+from halovae.app.tables import Row, counted, mebibytes, table
+from halovae.base.errors import HalovaeError, NotExactError
+from halovae.evaluation.numbers import decibel, finite
+from halovae.evaluation.scores import psnr
+from halovae.media import codec
+from halovae.media.vae_limits import Fit, decode_arguments
+
+NEAR = 8
+"""Pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """How far a result is from the un-tiled one of one rank."""
+
+    psnr: float
+    largest: float
+    """Difference of pixels of -1 to 1."""
+    border_psnr: float
+    """Of the pixels near tile borders alone, as the next one."""
+    border_largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """One clip's ways through the VAE; those that it refuses are missing."""
+
+    tiles: Result
+    """On the ranks."""
+    own: Result
+    """The VAE's own tiles, on one rank."""
+    exact: Result | None
+    whole: Result | None
+    """Without tiles, on one rank."""
+    near: NDArray[np.bool_]
+    """(height, width): which pixels are near a tile border."""
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether tiles on ranks and the VAE's own on one rank give the same, latents and pixels."""
+        return torch.equal(self.tiles.latents, self.own.latents) and torch.equal(self.tiles.sample, self.own.sample)
+
+    def gap(self, result: Result) -> Gap | None:
+        if self.whole is None:
+            return None
+        far = (result.sample.float() - self.whole.sample.float()).abs().amax((0, 1)).cpu().numpy()
+        one, other = result.frames, self.whole.frames
+        return Gap(
+            psnr=psnr(one, other),
+            largest=float(far.max()),
+            border_psnr=psnr(one[:, self.near], other[:, self.near]) if self.near.any() else float("inf"),
+            border_largest=float(far[self.near].max()) if self.near.any() else 0.0,
+        )
+
+
+def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> Result | None:
+    """The clip in exact mode, on all ranks; None where exact mode refuses the VAE."""
+    try:
+        with _tiling(loaded.vae, False), session.parallel(loaded.vae, mode="exact", gather=GATHER) as handle:
+            return run_through(session, loaded, fit, clip, handle, " exact")
+    except NotExactError:
+        return None
+
+
+def run_rest(
+    session: Session, loaded: Loaded, fit: Fit, clip: Tensor, tiles: Result, exact: Result | None
+) -> Ways:  # fmt: skip
+    """Run the rest of the ways, on this rank alone."""
+    with _tiling(loaded.vae, True):
+        own = run_through(session, loaded, fit, clip, None, " own tiles")
+        near = _near_borders(loaded, fit, clip, tiles.latents)
+    whole = None
+    try:
+        with _tiling(loaded.vae, False):
+            whole = run_through(session, loaded, fit, clip, None, " un-tiled")
+    except NotImplementedError as error:
+        session.stages.note(f"there is no un-tiled result to compare with: {error}")
+    return Ways(tiles=tiles, own=own, exact=exact, whole=whole, near=near)
+
+
+def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | None, lost: str) -> Told:
+    """What is said of a run in tiles, next to the other ways.
+
+    Args:
+        session: of the first rank.
+        source: (frames, height, width, 3), levels of 0 to 255.
+        ways: what was run.
+        peak: bytes, the most that any rank took for its tiles.
+        lost: what writing changes the pixels by, see `clips.loss`.
+    """
+    several = counted(session.group.size, "rank")
+    rows = _rows(several, source, ways, peak)
+    same = "same bits" if ways.same_bits else f"other bits, by up to {_apart(ways):.1e}"
+    text = (
+        table(rows)
+        + ("exact mode refuses this VAE\n" if ways.exact is None else "")
+        + f"tiles on {several} against the VAE's own tiles on one rank: {same}\n"
+        + (f"the file is {lossy_words(lost)}\n" if lost else "")
+    )
+    numbers = _as_document(source, ways) | {"psnr": finite(psnr(source, ways.tiles.frames)), "peak_memory": peak}
+    numbers["passed"] = ways.same_bits
+    verdict = f"Tiles on {several} against the VAE's own tiles on one rank: {same}."
+    return Told(text=text, rows=rows, numbers=numbers, passed=ways.same_bits, verdict=verdict)
+
+
+@contextmanager
+def _tiling(vae: Any, on: bool) -> Iterator[None]:
+    before = vae.__dict__.get("use_tiling")
+    if before is not None:
+        vae.use_tiling = on
+    try:
+        yield
+    finally:
+        if before is not None:
+            vae.use_tiling = before
+
+
+def _near_borders(loaded: Loaded, fit: Fit, clip: Tensor, latents: Tensor) -> NDArray[np.bool_]:
+    """Near the borders of either half's tiles. Those of the latents are scaled up to pixels."""
+    from halovae.tiles.near_borders import near_borders, tile_supports
+
+    vae, limits = loaded.vae, loaded.limits
+    part = latents[: len(latents) // codec.decode_calls(vae, limits, latents)]
+    near = torch.zeros(fit.padded_height, fit.padded_width, dtype=torch.bool)
+    calls = {"encode": (codec.encode_inputs(limits, clip)[0], {}), "decode": (part, decode_arguments(vae, part))}
+    for half, (picture, kwargs) in calls.items():
+        try:
+            supports = tile_supports(vae, half, (picture,), kwargs)
+        except HalovaeError:  # This half has no tiles that can be told apart: it has no borders to look at.
+            continue
+        for dim, size in ((1, fit.padded_height), (2, fit.padded_width)):
+            supports = supports.repeat_interleave(size // supports.shape[dim], dim)
+        near |= near_borders(supports, NEAR)
+    return near[: fit.height, : fit.width].numpy()
+
+
+def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None) -> list[Row]:
+    results = {f"tile, {several}": ways.tiles, "tile, one rank": ways.own, f"exact, {several}": ways.exact}
+    results["un-tiled, one rank"] = ways.whole
+    found = {name: result for name, result in results.items() if result is not None}
+    gaps = [ways.gap(result) for result in found.values()]
+    peaks = [max((half.peak_memory or 0 for half in result.halves.values()), default=0) for result in found.values()]
+    peaks[0] = peak or 0
+    share = f"within {NEAR} px of tile borders ({100 * ways.near.mean():.0f} % of the picture)"
+    rows: list[Row] = [
+        ("", *found),
+        ("encode", *(f"{result.encode.seconds:.2f} s" for result in found.values())),
+        ("decode", *(f"{result.decode.seconds:.2f} s" for result in found.values())),
+        ("peak memory of a rank", *(mebibytes(bytes) if bytes else "" for bytes in peaks)),
+        ("PSNR to the source", *(decibel(psnr(source, result.frames)) for result in found.values())),
+    ]
+    if ways.whole is not None:
+        known = [gap for gap in gaps if gap is not None]
+        rows += [
+            ("PSNR to un-tiled", *(decibel(gap.psnr) for gap in known)),
+            ("largest difference", *(f"{gap.largest:.1e}" for gap in known)),
+            (share, *("" for _ in known)),
+            ("  PSNR to un-tiled", *(decibel(gap.border_psnr) for gap in known)),
+            ("  largest difference", *(f"{gap.border_largest:.1e}" for gap in known)),
+        ]
+    return rows
+
+
+def _apart(ways: Ways) -> float:
+    return (ways.tiles.sample.double() - ways.own.sample.double()).abs().max().item()
+
+
+def _as_document(source: NDArray[np.uint8], ways: Ways) -> dict[str, Any]:
+    results = {"tile": ways.tiles, "own_tiles": ways.own, "exact": ways.exact, "untiled": ways.whole}
+    return {
+        "same_bits": ways.same_bits,
+        "near_borders": {"pixels": NEAR, "share": float(ways.near.mean())},
+        "ways": {name: _way(source, ways, result) for name, result in results.items() if result is not None},
+    }
+
+
+def _way(source: NDArray[np.uint8], ways: Ways, result: Result) -> dict[str, Any]:
+    gap = ways.gap(result)
+    distances = {} if gap is None else vars(gap)
+    return {
+        "seconds": {"encode": result.encode.seconds, "decode": result.decode.seconds},
+        "psnr": finite(psnr(source, result.frames)),
+        "to_untiled": {name: finite(value) for name, value in distances.items()},
+    }

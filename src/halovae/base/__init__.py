@@ -1,0 +1,1 @@
+"""Options, errors, geometry and the like: what every room uses, and that knows no other room."""

@@ -1,0 +1,133 @@
+"""How much memory a call took at its peak, and whether the next one has enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import ProfilerConfig, ProfilerState
+from torch.autograd import _disable_profiler_legacy as _disable_profiler  # pyright: ignore[reportPrivateUsage]
+from torch.autograd import _enable_profiler_legacy as _enable_profiler  # pyright: ignore[reportPrivateUsage]
+
+from halovae.base.errors import HalovaeError, TooLittleMemoryError
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+_SHORTAGE = "out of memory", "can't allocate memory"
+"""What backends say that have no error class for it."""
+_TELLING = 256 * 2**20
+"""Bytes below which a peak says more of caches and libraries than of the picture."""
+
+
+class PeakMemory:
+    """The most memory in use since it was made: the accelerator's, or this process's resident memory on a CPU.
+
+    Args:
+        device: where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known = self._reset()
+        self._before = self.read() or 0
+
+    def read(self) -> int | None:
+        """Bytes, or None where the system can't tell."""
+        if not self._known:
+            return None
+        if self._device.type != "cpu":
+            return torch.get_device_module(self._device).max_memory_allocated(self._device)
+        lines = _STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+    @property
+    def growth(self) -> int:
+        """Bytes by which the peak is above what was in use at first; 0 where the system can't tell."""
+        return max(0, (self.read() or 0) - self._before)
+
+    def _reset(self) -> bool:
+        if self._device.type != "cpu":
+            module = torch.get_device_module(self._device)
+            if not hasattr(module, "reset_peak_memory_stats"):
+                return False
+            module.reset_peak_memory_stats(self._device)
+            return True
+        try:
+            _CLEAR.write_text("5")  # asks Linux to forget the highest resident size
+        except OSError:
+            return False
+        return True
+
+
+def allocated_by(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that torch allocates for a call and holds at once, at the most: results, and workspaces of libraries.
+
+    The resident memory would not tell, since the C library reuses what has been freed.
+
+    Args:
+        call: what to run.
+        device: where it allocates.
+    """
+    if device.type != "cpu":
+        memory = torch.get_device_module(device)
+        memory.reset_peak_memory_stats(device)
+        before = memory.memory_allocated(device)
+        call()
+        return memory.max_memory_allocated(device) - before
+    settings = False, True, False, False, False  # memory only
+    _enable_profiler(ProfilerConfig(ProfilerState.CPU, *settings, torch._C._profiler._ExperimentalConfig()))  # pyright: ignore
+    try:
+        call()
+    finally:
+        threads: Any = _disable_profiler()
+    changes = [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"]
+    return max(accumulate(changes), default=0)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a call may take, or None where the system can't tell."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if not hasattr(module, "mem_get_info"):
+            return None
+        # What the allocator keeps for later is free too.
+        return module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
+    if not _MEMINFO.exists():
+        return None
+    lines = _MEMINFO.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+class Needs:
+    """What calls of each half have taken, and so what a call of another size will: memory grows with the positions."""
+
+    def __init__(self) -> None:
+        self._per_position: dict[str, float] = {}
+
+    def learn(self, half: str, positions: int, growth: int) -> None:
+        """Take in the peak of a call.
+
+        Args:
+            half: "encode" or "decode".
+            positions: elements of the rank's part of the input.
+            growth: bytes at the peak above those before.
+        """
+        if growth >= _TELLING:
+            self._per_position[half] = growth / positions
+
+    def expected(self, half: str, positions: int) -> int | None:
+        """Bytes, or None before the first call that told."""
+        per_position = self._per_position.get(half)
+        return None if per_position is None else int(per_position * positions)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an exception on this rank says that there is not enough memory."""
+    if isinstance(error, HalovaeError):  # Of another rank's error only the words are here.
+        return isinstance(error, TooLittleMemoryError)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORTAGE)

@@ -1,0 +1,1 @@
+"""A VAE's own calls: recorded, checked, joined, replayed."""

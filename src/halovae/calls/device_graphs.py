@@ -1,0 +1,192 @@
+"""What a call asks of an accelerator and of the other ranks, kept to be done again without the Python in between.
+
+Kernels go into graphs ("CUDA graphs"), one for each stretch between two messages; messages are posted as in any call.
+So a rank that fails is noticed as ever, and any backend will do.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.base.forks import free_in_children
+from halovae.base.functions import outside_modes
+from halovae.comm import Comm, Message, Pending, SoloComm
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether there are graphs for such a device, of the form that is used here."""
+    return device.type in ("cuda", "npu") and hasattr(torch.get_device_module(device), _graph_of(device))
+
+
+_one_at_a_time = free_in_children(threading.Lock())
+"""Handles in other threads record on the same stream."""
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """To record on; one, because libraries keep a workspace for each stream that they have seen."""
+    return torch.get_device_module(device).Stream(device)
+
+
+def _graph_of(device: torch.device) -> str:
+    return f"{device.type.upper()}Graph"
+
+
+class Tape(SoloComm):
+    """Stands for a group while a call is recorded: nothing runs and nothing is sent before `replay`.
+
+    Args:
+        comm: the group.
+        device: where the call runs.
+
+    Attributes:
+        traffic: of the recording itself, so nothing.
+    """
+
+    def __init__(self, comm: Comm, device: torch.device) -> None:
+        super().__init__()
+        self.rank, self.size = comm.rank, comm.size
+        self._comm, self._device = comm, device
+        self._module: Any = torch.get_device_module(device)
+        self._pool = self._module.graph_pool_handle()
+        self._graph: Any = None
+        self._steps: list[Callable[[], object]] = []
+        self._recorded: list[_Recorded] = []
+        self._under_way: dict[int, Pending] = {}
+        self._done: Any = self._module.Event()
+
+    # ---- recording ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, the device is only told what it will have to do.
+
+        Raises:
+            RuntimeError: something needs an answer of the device, or can't be put off for another reason.
+        """
+        self._module.synchronize(self._device)
+        self._module.empty_cache()  # The graphs have memory of their own.
+        with _one_at_a_time, warnings.catch_warnings(), self._module.stream(_stream(self._device)):
+            # There is nothing between some messages.
+            warnings.filterwarnings("ignore", message=".*Graph is empty")
+            try:
+                self._begin()
+                yield
+                for posted in self._recorded:
+                    posted.wait()
+                self._end()
+            except BaseException:
+                self._abandon()
+                raise
+            finally:
+                self._recorded.clear()
+        self._module.synchronize(self._device)
+
+    def _begin(self) -> None:
+        self._graph = getattr(self._module, _graph_of(self._device))()
+        # Other threads may go on asking the device: those of backends watch their messages.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _end(self) -> None:
+        self._graph.capture_end()
+        self._steps.append(self._graph.replay)
+
+    def _abandon(self) -> None:
+        """Leave the stream and the memory in order after an error."""
+        with suppress(RuntimeError):  # Of the error itself.
+            self._graph.capture_end()
+        if self._device.type == "cuda":
+            with suppress(RuntimeError):  # A capture that ended well has done it.
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # pyright: ignore
+                torch._C._cuda_releasePool(self._device.index, self._pool)  # pyright: ignore
+        with suppress(RuntimeError):  # An empty one that ends well: the generator of the device takes note of the end.
+            self._graph = getattr(self._module, _graph_of(self._device))()
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            self._graph.capture_end()
+
+    def _between(self, step: Callable[[], object]) -> None:
+        self._end()
+        self._steps.append(step)
+        self._begin()
+
+    @outside_modes
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        # No step refers to the tape: a recording that is dropped is to give its memory back at once.
+        self._between(functools.partial(self._comm.exchange, _places(sends), _places(receives)))
+
+    @outside_modes
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+        outgoing, incoming, number = _places(sends), _places(receives), len(self._recorded)
+        comm, under_way = self._comm, self._under_way
+
+        def again() -> None:
+            under_way[number] = comm.post(outgoing, incoming, bulk)
+
+        self._between(again)
+        self._recorded.append(_Recorded(self, number, [*sends, *receives]))
+        return self._recorded[-1]
+
+    def wait_for(self, number: int) -> None:
+        under_way = self._under_way
+        self._between(lambda: under_way.pop(number).wait())
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        raise RuntimeError("what ranks tell each other in a call can't be recorded")
+
+    def check(self) -> None:
+        self._comm.check()
+
+    # ---- afterwards --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within it, the memory of the recording is the caller's: replays on several streams follow each other."""
+        stream = self._module.current_stream(self._device)
+        stream.wait_event(self._done)
+        yield
+        self._done.record(stream)
+
+    def replay(self) -> None:
+        """Do again what was recorded, in the same memory.
+
+        Raises:
+            RankFailedError: another rank has failed.
+        """
+        for step in self._steps:
+            step()
+
+
+class _Recorded:
+    """Messages on a tape. Holds on to their memory until they are waited for: nothing else is to be put there."""
+
+    def __init__(self, tape: Tape, number: int, messages: Sequence[Message]) -> None:
+        self._tape, self._number = tape, number
+        self._messages: Sequence[Message] | None = messages
+
+    @outside_modes
+    def wait(self) -> None:
+        if self._messages is not None:
+            self._messages = None
+            self._tape.wait_for(self._number)
+
+
+def _places(messages: Sequence[Message]) -> list[Message]:
+    return [(peer, _place_of(tensor)) for peer, tensor in messages]
+
+
+def _place_of(tensor: Tensor) -> Tensor:
+    """The same memory in a tensor that does not own it: when the call has done with it, it is free for others."""
+    storage = tensor.untyped_storage()
+    # How torch's own graphs look at their memory; there is no public way.
+    place: Any = torch._C._construct_storage_from_data_pointer  # pyright: ignore
+    borrowed = place(storage.data_ptr(), tensor.device, storage.nbytes())
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(borrowed, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,0 +1,246 @@
+"""Calls of one kind that come again: the second is recorded, and from the third on it is replayed without Python.
+
+On a shard, an accelerator's kernels take less time than Python takes to ask for them. `Tape` keeps them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.base.memory import PeakMemory, free_bytes
+from halovae.base.trees import map_tensors, tensors_in
+from halovae.calls.device_graphs import Tape
+from halovae.calls.randomness import frozen_generators
+from halovae.calls.state import Snapshot, unchanged, undone_by_failure
+from halovae.calls.target import PLAIN, Target
+from halovae.calls.verify import is_rounding
+from halovae.comm import Comm, Traffic
+from halovae.exact.layout import layout_of, mark
+from halovae.exact.mesh import Mesh
+from halovae.exact.run import Call, on_shards
+from halovae.kernels import autocast
+from halovae.kernels.kept import apart
+
+LOG = logging.getLogger("halovae")
+
+_FREE_SHARE = 4
+"""Without having been asked to, a recording keeps at most this part of the memory that is free: others need it too."""
+
+_GAIN = 0.97
+"""A replay pays where it takes less than this part of a call: less gain is within what two calls differ by."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A call that can be replayed: the tape, and where on the device its arguments and its result are."""
+
+    key: Any
+    tape: Tape
+    arguments: Any
+    result: Any
+    growth: int
+    """Bytes that the recording holds beyond its arguments and its result."""
+
+    def replay(self, arguments: Any) -> Any:
+        """The result for other arguments of the same kind; in new memory."""
+        with self.tape.turn():
+            for place, tensor in zip(tensors_in(self.arguments), tensors_in(arguments), strict=True):
+                place.copy_(tensor)
+            self.tape.replay()
+            return map_tensors(_copied, self.result)
+
+
+class Graphs:
+    """The recordings of one rank: of each half the kind of call that came last. Every rank of the group makes one.
+
+    Args:
+        comm: the group. All its ranks have a shard.
+        target: the VAE.
+        always: record whatever can be; else only where that pays and little memory is kept.
+
+    Attributes:
+        way: how the last call went: "plain", "record" or "replay".
+        growth: bytes of what was replayed that the device does not count as in use.
+    """
+
+    def __init__(self, comm: Comm, target: Target, always: bool = True) -> None:
+        self._comm, self._target, self._always = comm, target, always
+        self._recordings: dict[str, Recording] = {}
+        self._last: dict[str, Any] = {}
+        self._refused: set[Any] = set()
+        self._taken: dict[str, int] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Before a call."""
+        self.way, self.growth = "plain", 0
+
+    def clear(self) -> None:
+        """Free what is kept."""
+        self._recordings.clear()
+        self._last.clear()
+
+    def learn(self, half: str, growth: int) -> None:
+        """Take in by how many bytes the peak of a call that was not replayed was above what was in use before."""
+        self._taken[half] = growth
+
+    @property
+    def kept(self) -> int:
+        """Bytes that recordings keep."""
+        return sum(recording.growth for recording in self._recordings.values())
+
+    def run(
+        self, half: str, kind: Any, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:  # fmt: skip
+        """As `on_shards`; all ranks replay, record, or do neither.
+
+        Args:
+            half: "encode" or "decode".
+            kind: what the call depends on besides the weights and the values of its tensors.
+            mesh: this rank's place.
+            call: the un-parallel half.
+            args: its arguments, cut.
+            kwargs: likewise.
+        """
+        key = kind, _settings(), read_by(self._target.vae)
+        ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
+        if ways == {"replay"}:
+            recording = self._recordings[half]
+            self.way, self.growth = "replay", recording.growth
+            return recording.replay((args, kwargs))
+        self._recordings.pop(half, None)  # This call may need the memory.
+        self._last[half] = key
+        if "plain" in ways:
+            return on_shards(mesh, call, args, kwargs)
+        self.way = "record"
+        return self._run_and_record(half, key, mesh, call, (args, kwargs))
+
+    def _way_of(self, half: str, key: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+        """What this rank would do."""
+        if half in self._recordings and self._recordings[half].key == key:
+            return "replay"
+        able = self._last.get(half) == key and key not in self._refused and _is_plain(*arguments)
+        return "record" if able and (self._always or self._is_wanted(half, arguments)) else "plain"
+
+    def _is_wanted(self, half: str, arguments: Any) -> bool:
+        """Whether to record without having been asked to."""
+        free = free_bytes(tensors_in(arguments)[0].device)
+        if half not in self._taken or free is None or _FREE_SHARE * self._taken[half] > free:
+            return False
+        return not is_hooked(self._target.vae)
+
+    def _run_and_record(self, half: str, key: Any, mesh: Mesh, call: Call, arguments: Any) -> Any:
+        """The result of an ordinary call. A recording that gives another one is not kept."""
+        copies = args, kwargs = map_tensors(_copied, arguments)
+        device, before = tensors_in(arguments)[0].device, Snapshot(self._target.vae)
+        result, seconds = _timed(device, lambda: on_shards(mesh, call, *arguments))
+        traffic = self._comm.traffic
+        # A replay leaves nothing in the VAE that the next call could go on with, and nothing in the caller's tensors.
+        pairs = zip(tensors_in(arguments), tensors_in(copies), strict=True)
+        able = not before.has_gone_on() and all(torch.equal(*pair) for pair in pairs)
+        self._refused.add(key)  # Until it has turned out well: what fails in here is not to fail each time.
+        self._comm.traffic = Traffic()  # What the trial sends is not the call's.
+        with frozen_generators(device), unchanged(self._target.vae):
+            recording = self._record(key, mesh, call, args, kwargs) if able else None
+            able = pays = all(self._comm.all_gather_object(recording is not None))
+            if able and recording is not None:
+                again, replay_seconds = _timed(device, lambda: recording.replay(copies))
+                found = self._comm.all_gather_object((_is_near(again, result), seconds, replay_seconds))
+                near, plain, replayed = zip(*found, strict=True)
+                able, pays = all(near), self._always or max(replayed) < _GAIN * max(plain)
+        self._comm.traffic = traffic
+        if able and pays and recording is not None:
+            self._recordings[half] = recording
+            self._refused.discard(key)
+        elif able:
+            LOG.info("%s of %s takes as long replayed: it goes on as before", half, self._target.name)
+        else:
+            level = logging.WARNING if self._always else logging.INFO
+            LOG.log(level, "%s of %s can't be replayed: it goes on as before", half, self._target.name)
+        return result
+
+    def _record(
+        self, key: Any, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Recording | None:  # fmt: skip
+        """Sends nothing, so a rank may fail in it by itself."""
+        device = tensors_in((args, kwargs))[0].device
+        gc.collect()
+        memory = PeakMemory(device)
+        try:
+            tape = Tape(self._comm, device)
+            # Weights are put in order on the tape too: what others keep of them may be freed.
+            with undone_by_failure(self._target.vae), apart(), tape.recording():
+                result = on_shards(Mesh(tape, mesh.shape), call, args, kwargs)
+        except Exception as error:  # Whatever asks the device for an answer, or finds no memory.
+            LOG.info("a call of %s can't be recorded: %s", self._target.name, error)
+            return None
+        held = sum(tensor.nbytes for tensor in tensors_in(result))
+        return Recording(key, tape, (args, kwargs), result, max(0, memory.growth - held))
+
+
+def read_by(vae: nn.Module) -> tuple[Any, ...]:
+    """What a replay takes for what it was: where the tensors of all modules are and how they lie there, and numbers."""
+    found: list[Any] = []
+    for module in vae.modules():
+        found.append(id(module))
+        for values in (module._parameters, module._buffers, vars(module)):  # pyright: ignore[reportPrivateUsage]
+            # By name: an attribute that was away for a while stands in another place.
+            for name in sorted(values):
+                value = values[name]
+                if isinstance(value, Tensor):
+                    found.append((name, value.data_ptr(), value.stride(), value.dtype))
+                elif isinstance(value, PLAIN):
+                    found.append((name, value))
+    return tuple(found)
+
+
+def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call depends on nothing but its tensors on the device, and on what its kind tells."""
+    return all(
+        value.device.type != "cpu" if isinstance(value, Tensor) else isinstance(value, (*PLAIN, type(None)))
+        for value in (*args, *kwargs.values())
+    )
+
+
+def is_hooked(vae: nn.Module) -> bool:
+    """Whether somebody's code hangs on a module: in a replay it would not run."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")  # pyright: ignore
+        or hasattr(module, "_diffusers_hook")
+        for module in vae.modules()
+    )  # fmt: skip
+
+
+def _timed(device: torch.device, run: Callable[[], Any]) -> tuple[Any, float]:
+    module = torch.get_device_module(device)
+    module.synchronize(device)
+    started = time.perf_counter()
+    result = run()
+    module.synchronize(device)
+    return result, time.perf_counter() - started
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return mark(tensor.clone(), layout_of(tensor))
+
+
+def _settings() -> tuple[Any, ...]:
+    """What torch is set to that changes the kernels of a call, or who may write into its results."""
+    return torch.is_inference_mode_enabled(), autocast.state()
+
+
+def _is_near(found: Any, expected: Any) -> bool:
+    pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
+    try:
+        return all(torch.equal(*pair) or (pair[0].is_floating_point() and is_rounding(*pair)) for pair in pairs)
+    except RuntimeError as error:  # Too little memory to compare with.
+        LOG.info("a recording can't be compared: %s", error)
+        return False

@@ -1,0 +1,164 @@
+"""What moves tensors between the ranks: process groups of our own, which a failure may break without harm to others.
+
+A wait inside of a backend can't be called off from outside; breaking the group under it can. So each link has groups of
+its own and makes new ones after a failure. The user's group is only used to find each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from itertools import filterfalse
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from halovae.comm.control import ABSENCE, Link
+from halovae.comm.protocol import Message
+from halovae.comm.shared_memory import SMALL, Arrival, SharedLane
+
+_TIMEOUT = timedelta(seconds=ABSENCE)
+# What makes a backend of its own is not public.
+_C10D: Any = dist.distributed_c10d
+_NEVER_SENT = 1
+"""A tag that no message has."""
+Work = dist.Work | Arrival
+"""What is waited for."""
+
+
+class Notes(dist.Store):
+    """The store by which the members of a process group find each other: on the link, so that a failure ends a wait.
+
+    Args:
+        link: where the notes go.
+        prefix: of this group's notes.
+    """
+
+    def __init__(self, link: Link, prefix: str) -> None:
+        super().__init__()
+        self._link, self._prefix = link, prefix
+
+    def set(self, key: str, value: Any) -> None:
+        self._link.note(self._prefix + key, bytes(value))
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._link.noted(self._prefix + key) or b""
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        self._link.wait_for(lambda: self.check(keys))
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return all(self._link.noted(self._prefix + key) is not None for key in keys)
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        return [self.get(key) for key in keys]
+
+    def multi_set(self, keys: Sequence[str], values: Sequence[Any]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self.set(key, value)
+
+
+def store_of(group: dist.ProcessGroup) -> dist.Store:
+    """The store that the members of a group share."""
+    return _C10D._get_process_group_store(group)
+
+
+class GlooLane:
+    """Moves what is in host memory. Made by all ranks together."""
+
+    def __init__(self, link: Link, rank: int, size: int) -> None:
+        self._group: Any = dist.ProcessGroupGloo(Notes(link, "gloo/"), rank, size, _TIMEOUT)
+        self._peers = [peer for peer in range(size) if peer != rank]
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+        works = [self._group.recv([buffer], peer, 0) for peer, buffer in receives]
+        return works + [self._group.send([tensor], peer, 0) for peer, tensor in sends]
+
+    def abort(self) -> None:
+        """Break every connection: all waits of this rank end with an error, and those of its peers for it."""
+        # Gloo breaks all of a group's connections when one wait of it is over time. It has to be one that is whole yet.
+        for peer in self._peers:
+            with suppress(RuntimeError):
+                self._group.recv([torch.empty(1, device="cpu")], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+
+
+class HostLane:
+    """Moves what is in host memory: small messages within a host through shared memory, bulk and all others by gloo.
+
+    Args:
+        link: of the group.
+        rank: of this process.
+        size: of the group.
+        neighbours: the other ranks with which this one can share memory.
+    """
+
+    def __init__(self, link: Link, rank: int, size: int, neighbours: Sequence[int]) -> None:
+        self._gloo, self._shared = GlooLane(link, rank, size), SharedLane(link, rank, neighbours)
+        self._neighbours = set(neighbours)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool) -> list[Work]:
+        if bulk:
+            return [*self._gloo.post(sends, receives)]
+        near = [list(filter(self._is_near, messages)) for messages in (sends, receives)]
+        far = [list(filterfalse(self._is_near, messages)) for messages in (sends, receives)]
+        return [*self._gloo.post(*far), *self._shared.post(*near)]
+
+    def _is_near(self, message: Message) -> bool:
+        """The same for who sends and who receives."""
+        return message[0] in self._neighbours and message[1].nbytes <= SMALL
+
+    def abort(self) -> None:
+        self._gloo.abort()
+        self._shared.abort()
+
+
+class DeviceLane:
+    """Moves what is in an accelerator's memory, through a backend that can ("nccl", "hccl", ...).
+
+    Args:
+        kind: the backend.
+        device: of this rank.
+        store: a store that all ranks share, for this lane alone.
+        rank: of this process.
+        size: of the group.
+    """
+
+    def __init__(self, kind: str, device: torch.device, store: dist.Store, rank: int, size: int) -> None:
+        self._device = device
+        self._backend, number = _backend(kind, store, rank, size)
+        self._group = dist.ProcessGroup(store, rank, size)
+        self._group._set_default_backend(number)
+        self._group._register_backend(device, number, self._backend)
+        if hasattr(self._backend, "eager_connect_single_device"):
+            # Else the first messages would connect, and wait for ranks that have none.
+            self._backend.eager_connect_single_device(device)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool) -> list[dist.Work]:
+        self._group._start_coalescing(self._device)
+        for peer, buffer in receives:
+            self._group.recv([buffer], peer, 0)
+        for peer, tensor in sends:
+            self._group.send([tensor], peer, 0)
+        return [self._group._end_coalescing(self._device)]
+
+    def abort(self) -> None:
+        """Stop what runs on the device for this lane."""
+        self._backend.abort()
+
+
+def _backend(kind: str, store: dist.Store, rank: int, size: int) -> tuple[Any, Any]:
+    """The backend, and the number that torch gives its kind."""
+    if kind == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = _TIMEOUT
+        return dist.ProcessGroupNCCL(store, rank, size, options), dist.ProcessGroup.BackendType.NCCL
+    plugin = _C10D.Backend._plugins[kind.upper()]
+    if not plugin.extended_api:
+        return plugin.creator_fn(store, rank, size, _TIMEOUT), dist.ProcessGroup.BackendType.CUSTOM
+    options = _C10D._DistributedBackendOptions()
+    options.store, options.group_rank, options.group_size, options.timeout = store, rank, size, _TIMEOUT
+    options.group_id, options.global_ranks_in_group = f"halovae-{rank}-of-{size}", list(range(size))
+    return plugin.creator_fn(options, None), dist.ProcessGroup.BackendType.CUSTOM

@@ -1,0 +1,180 @@
+"""What the layers above need of a group of ranks, and the group of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from halovae.base.timeline import note
+
+Message = tuple[int, Tensor]
+
+
+@dataclass
+class Traffic:
+    """What this rank sent and how long it waited, summed since the last reset."""
+
+    messages: int = 0
+    bytes: int = 0
+    wait_seconds: float = 0.0
+
+    def waited_since(self, start: float) -> None:
+        """Count the seconds since `start`, a time of `time.perf_counter`, as spent in an exchange."""
+        self.wait_seconds += time.perf_counter() - start
+        note("wait", start)
+
+
+class Pending(Protocol):
+    """Messages under way. The tensors posted belong to them until `wait` returns."""
+
+    def wait(self) -> None:
+        """Return when everything is sent and every buffer is filled. A second call does nothing.
+
+        Raises:
+            RankFailedError: another rank has failed, so that nothing more will come.
+        """
+        ...
+
+
+class Comm(Protocol):
+    """What the layers above need of a group of ranks.
+
+    Attributes:
+        rank: index of this process in the group.
+        size: number of ranks in the group.
+        traffic: counters of this rank, replaced by who counts anew.
+        key: the same object for every `Comm` of one group, for as long as the group lives.
+    """
+
+    rank: int
+    size: int
+    traffic: Traffic
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a sign of life after which a rank counts as stopped."""
+        ...
+
+    @patience.setter
+    def patience(self, seconds: float) -> None: ...
+
+    @property
+    def key(self) -> object: ...
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Send contiguous tensors to peers and fill contiguous buffers from peers; returns when all are done.
+
+        Messages between one pair of ranks arrive in the order of the lists.
+
+        Raises:
+            RankFailedError: another rank has failed.
+        """
+        ...
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+        """Begin an exchange and return at once.
+
+        Exchanges between ranks pair up in the order they are posted, so all ranks post theirs in the same order.
+
+        Args:
+            sends: as for `exchange`.
+            receives: likewise.
+            bulk: whether many such exchanges may be under way at once; the same on every rank. Else the next ones are
+                posted when this rank and its peers have waited for this one.
+        """
+        ...
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's small picklable value, in rank order.
+
+        Raises:
+            RankFailedError: another rank has failed, or has left the group.
+        """
+        ...
+
+    def begin(self) -> None:
+        """Begin a call, which all ranks make; after a failed one this connects the ranks anew."""
+        ...
+
+    def check(self) -> None:
+        """Cheap enough for every operator.
+
+        Raises:
+            RankFailedError: another rank has failed in this call.
+        """
+        ...
+
+    def finish(self) -> None:
+        """End a call: returns when every rank has come to its end."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """End a call with an error: all ranks leave it at once, and those that wait are woken."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group; the last thing that is done with it."""
+        ...
+
+
+def all_gather(comm: Comm, value: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """The tensors of `ranks`, in that order; all have the shape and dtype of `value`. Called by each of `ranks`."""
+    # Said in words: kernels that run beneath keep a mere contiguous() channels last.
+    value = value.contiguous(memory_format=torch.contiguous_format)
+    gathered = [value if rank == comm.rank else torch.empty_like(value) for rank in ranks]
+    peers = [rank for rank in ranks if rank != comm.rank]
+    received = [(rank, buffer) for rank, buffer in zip(ranks, gathered, strict=True) if rank != comm.rank]
+    comm.exchange([(rank, value) for rank in peers], received)
+    return gathered
+
+
+class Nothing:
+    """The pending messages of an exchange that has none."""
+
+    def wait(self) -> None:
+        return
+
+
+class SoloComm:
+    """A group of one: nothing to send, and nobody to fail."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self) -> None:
+        self.traffic, self.patience = Traffic(), 0.0
+
+    @property
+    def key(self) -> object:
+        return self
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.post(sends, receives).wait()
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+        if sends or receives:
+            raise RuntimeError("a group of one has no peers")
+        return Nothing()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value]
+
+    def begin(self) -> None:
+        return
+
+    def check(self) -> None:
+        return
+
+    def finish(self) -> None:
+        return
+
+    def fail(self, error: BaseException) -> None:
+        return
+
+    def close(self) -> None:
+        return

@@ -1,0 +1,139 @@
+"""The report on disk: `report.json`, then `index.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from halovae.base.errors import InputError
+from halovae.base.files import atomic, check_output, reason, write_json
+from halovae.evaluation.report.curves import Curve, clip_curves, latent_curves
+from halovae.evaluation.report.document import ClipSection, LatentSection, Report
+from halovae.evaluation.report.figures import (
+    Figure,
+    clip_figures,
+    drawn_words,
+    fixed,
+    gate_limit,
+    gate_value,
+    grouped,
+    level,
+    ratio,
+    seconds,
+)
+from halovae.evaluation.report.lanes import INTERVALS, KINDS, WHOLES, Lane, balance
+from halovae.evaluation.report.pictures import HeatMap, Triple, gain, heat_map, heat_scale, singles, triples
+
+PAGE, NUMBERS = "index.html", "report.json"
+
+
+def check_report(folder: Path) -> None:
+    """Refuse a folder that the report can't be written to, before any work is done for it.
+
+    Raises:
+        InputError: it is a file, its parent is missing, or one of them can't be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--report {folder} is a file: give a folder")
+    check_output(folder / PAGE if folder.exists() else folder.parent / PAGE, (".html",))
+
+
+def write_report(folder: Path, report: Report) -> Path:
+    """Write the numbers, then the page.
+
+    Args:
+        folder: made if it is not there.
+        report: what to say.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't make folder {folder}: {reason(error)}") from error
+    write_json(folder / NUMBERS, report.to_dict())
+    text = render(report)
+    with atomic(folder / PAGE) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return folder / PAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clip:
+    """A section with everything drawn."""
+
+    said: ClipSection
+    gain: float
+    drawn: str
+    """What the picture of the difference shows, in words."""
+    frames: list[Triple]
+    worst: Triple
+    figures: list[Figure]
+    curves: list[Curve]
+    heat: HeatMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Latents:
+    said: LatentSection
+    curves: list[Curve]
+
+
+def render(report: Report) -> str:
+    """The page's HTML."""
+    environment = Environment(
+        loader=PackageLoader("halovae.evaluation.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "fixed": fixed,
+        "group": grouped,
+        "level": level,
+        "limit": gate_limit,
+        "props": vars,
+        "ratio": ratio,
+        "seconds": seconds,
+        "value": gate_value,
+    }
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        clips=[_drawn(section) for section in report.clips],
+        pictures=[(section, singles(section.frames)) for section in report.pictures],
+        latents=[_Latents(said=section, curves=latent_curves(section.found)) for section in report.latents],
+        kinds=_kinds(report.lanes),
+        wholes=WHOLES,
+        intervals=INTERVALS,
+        balance=balance(report.lanes),
+        heat_scale=heat_scale(),
+    )
+
+
+def _drawn(section: ClipSection) -> _Clip:
+    frames = triples(section.reference, section.result, section.found)
+    factor = gain(section.reference, section.result)
+    return _Clip(
+        said=section,
+        gain=factor,
+        drawn=drawn_words(factor, section.found.largest),
+        frames=frames,
+        worst=next(frame for frame in frames if frame.frame == section.found.frames[section.found.worst].frame),
+        figures=clip_figures(section.found),
+        curves=clip_curves(section.found),
+        heat=heat_map(section.found.energy),
+    )
+
+
+def _kinds(lanes: Sequence[Lane]) -> dict[str, str]:
+    """What happened at all."""
+    found: set[str] = set().union(*(lane.seconds for lane in lanes))
+    return {kind: name for kind, name in KINDS.items() if kind in found}

@@ -1,0 +1,221 @@
+"""Taking tensors apart and putting them together along dimensions that every rank has whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.base.errors import NotExactError
+from halovae.exact.layout import (
+    Dim,
+    GatheredFactor,
+    Layout,
+    global_length,
+    is_sharded,
+    layout_of,
+    length,
+    mark,
+    plain,
+    shape_of,
+    with_shape,
+)
+from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.rules.elementwise import align, fit
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def cat(
+    mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0, axis: int | None = None, out: Tensor | None = None
+) -> Any:
+    dim = dim if axis is None else axis
+    # Causal caches start as empty one-dimensional tensors, which cat ignores.
+    tensors = [t for t in tensors if layout_of(t) or shape_of(t) != (0,)] or list(tensors)
+    if not any(layout_of(t) for t in tensors):
+        return func(tensors, dim) if out is None else func(tensors, dim, out=out)
+    if any((layout := layout_of(t)) and is_sharded(layout.dims[dim]) for t in tensors):
+        raise NotExactError("tensors are joined along a sharded dimension")
+    tensors = align(mesh, tensors)
+    result = func(tensors, dim)
+    shape = shape_of(result)
+    common = _common_layout(tensors, dim % len(shape))
+    return mark(result, common.replace(dim, plain(shape[dim])))
+
+
+@rule(torch.stack)
+def stack(mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    if not any(layout_of(t) for t in tensors):
+        return func(tensors, dim)
+    tensors = align(mesh, list(tensors))
+    result = func(tensors, dim)
+    dims = list(_common_layout(tensors, None).dims)
+    dims.insert(dim % result.ndim, plain(len(tensors)))
+    return mark(result, Layout(tuple(dims)))
+
+
+def _common_layout(tensors: Sequence[Tensor], skip: int | None) -> Layout:
+    """The layout shared by tensors that are to be joined, but for the dimension `skip`."""
+    layouts = [layout for t in tensors if (layout := layout_of(t))]
+    first = layouts[0]
+    for tensor in tensors:
+        if layout_of(tensor) is None:
+            raise NotExactError("a tensor that knows nothing of the shards is joined to shards")
+    for dim in range(len(first.dims)):
+        if dim != skip and any(layout.dims[dim] != first.dims[dim] for layout in layouts):
+            raise NotExactError("the joined tensors are cut differently")
+    return first
+
+
+@rule(*named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"))
+def split(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    layout = layout_of(tensor)
+    parts = func(tensor, *args, **kwargs)
+    if layout is None:
+        return parts
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    _require_plain(layout, dim)
+    for part in parts:
+        mark(part, layout.replace(dim, plain(part.shape[dim])))
+    return parts
+
+
+@rule(*named("unbind"))
+def unbind(mesh: Mesh, func: Any, tensor: Tensor, dim: int = 0) -> Any:
+    layout = layout_of(tensor)
+    parts = func(tensor, dim)
+    if layout is not None:
+        _require_plain(layout, dim)
+        for part in parts:
+            mark(part, _without(layout, dim))
+    return parts
+
+
+@rule(*named("select"))
+def select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: int) -> Any:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, dim, index)
+    _require_plain(layout, dim)
+    return mark(func(tensor, dim, index), _without(layout, dim))
+
+
+@rule(*named("narrow"))
+def narrow(mesh: Mesh, func: Any, tensor: Tensor, dim: int, start: int, length: int) -> Any:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, dim, start, length)
+    if (start, length) == (0, layout.whole[dim]):
+        return mark(func(tensor, dim, start, layout.shape[dim]), layout)
+    _require_plain(layout, dim)
+    return mark(func(tensor, dim, start, length), layout.replace(dim, plain(length)))
+
+
+@rule(*named("index_select"))
+def index_select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: Tensor) -> Any:
+    layout = layout_of(tensor)
+    if layout is not None:
+        _require_plain(layout, dim)
+    result = func(tensor, dim, index)
+    return result if layout is None else mark(result, layout.replace(dim, plain(result.shape[dim])))
+
+
+@rule(Tensor.__getitem__)
+def getitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any) -> Any:
+    layout = layout_of(tensor)
+    if layout is None:
+        if any(layout_of(entry) for entry in (index if isinstance(index, tuple) else (index,))):
+            raise NotExactError("positions of a sharded tensor index another one")
+        return func(tensor, index)
+    result = func(tensor, index)
+    return mark(result, indexed(layout, index, shape_of(result)))
+
+
+@rule(Tensor.__setitem__)
+def setitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any, value: Any) -> Any:
+    layout = layout_of(tensor)
+    if layout is None:
+        if layout_of(value) or any(map(layout_of, index if isinstance(index, tuple) else (index,))):
+            raise NotExactError("shards are written into a tensor that knows nothing of them")
+        return func(tensor, index, value)
+    into = indexed(layout, index, tuple(tensor[index].shape))
+    if isinstance(value, Tensor):
+        value = fit(mesh, value, into.sharded_places)
+        written = layout_of(value)
+        if written and any(into.sharded_places.get(place) != dim for place, dim in written.sharded_places.items()):
+            raise NotExactError("shards are written into shards that are cut differently")
+    func(tensor, index, value)
+    return None
+
+
+_ALL = slice(None)
+
+
+def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
+    """The layout after basic indexing.
+
+    Raises:
+        NotExactError: a sharded dimension is indexed by anything but a full slice.
+    """
+    if isinstance(index, tuple) and _slices_what_is_whole(layout, index):
+        return with_shape(layout, shape)
+    dims: list[Dim] = []
+    position = 0
+    for entry in _entries(index, len(layout.dims)):
+        if entry is None:
+            dims.append(plain(1))
+            continue
+        dim = layout.dims[position]
+        position += 1
+        if isinstance(entry, slice) and entry == _ALL:
+            dims.append(dim)
+        elif isinstance(entry, slice):
+            if is_sharded(dim) and not _takes_all(entry, global_length(dim)):
+                raise NotExactError(f"it takes {entry} of a sharded dimension")
+            dims.append(dim if is_sharded(dim) else plain(len(range(*entry.indices(length(dim))))))
+        elif is_sharded(dim):
+            raise NotExactError("it picks positions of a sharded dimension")
+        elif not isinstance(entry, int):
+            dims.append(plain(-1))
+    # An index list or tensor: its own length decides, and only one dimension may have one.
+    unknown = [i for i, dim in enumerate(dims) if length(dim) < 0]
+    if len(unknown) > 1 or len(dims) != len(shape):
+        raise NotExactError("it indexes with several tensors")
+    for i in unknown:
+        dims[i] = plain(shape[i])
+    return Layout(tuple(dims))
+
+
+def _slices_what_is_whole(layout: Layout, index: tuple[Any, ...]) -> bool:
+    """Whether there are slices alone, full ones where a dimension is sharded: the usual case."""
+    for dim, entry in enumerate(index):
+        if not isinstance(entry, slice) or (is_sharded(layout.dims[dim]) and entry != _ALL):
+            return False
+    return not any(isinstance(dim[0], GatheredFactor) for dim in layout.dims)
+
+
+def _takes_all(entry: slice, size: int) -> bool:
+    """Whether a slice is of the whole picture's positions."""
+    return entry.indices(size) == (0, size, 1)
+
+
+def _entries(index: Any, ndim: int) -> list[Any]:
+    """The index as one entry per dimension (and None for new ones)."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    used = sum(entry is not None and entry is not Ellipsis for entry in entries)
+    missing = [slice(None)] * (ndim - used)
+    for place, entry in enumerate(entries):
+        if entry is Ellipsis:
+            return [*entries[:place], *missing, *entries[place + 1 :]]
+    return [*entries, *missing]
+
+
+def _require_plain(layout: Layout, dim: int) -> None:
+    if is_sharded(layout.dims[dim]):
+        raise NotExactError("it takes part of a sharded dimension")
+
+
+def _without(layout: Layout, dim: int) -> Layout:
+    dim %= len(layout.dims)
+    return Layout((*layout.dims[:dim], *layout.dims[dim + 1 :]))

@@ -1,0 +1,240 @@
+"""Sliding windows: convolution, padding, pooling, resampling. They see beyond a pixel, so they fetch halos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.base.errors import NotExactError
+from halovae.base.geometry import Cut, Extent, Window, narrowest, padded, transposed_window, window
+from halovae.exact.halo import ZEROS, Fill, extend, own, recut
+from halovae.exact.layout import (
+    Layout,
+    each,
+    is_sharded,
+    layout_of,
+    mark,
+    require_axis,
+    require_rows,
+    require_whole,
+    with_lengths,
+)
+from halovae.exact.mesh import Mesh
+from halovae.exact.registry import rule
+from halovae.exact.rules.resampling import upsampled_convolution
+from halovae.kernels.lazy.upsampled import foldable
+
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+AVERAGES = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}
+MAXIMA = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
+
+
+@rule(*CONVOLUTIONS)
+def convolution(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    layout = layout_of(tensor)
+    require_whole(weight, bias)
+    if layout is None:
+        return func(tensor, weight, bias, stride, padding, dilation, groups)
+    n = CONVOLUTIONS[func]
+    if isinstance(padding, str):
+        padding = _named_padding(padding, weight.shape[2:], each(dilation, n))
+    steps, pads, gaps = (each(value, n) for value in (stride, padding, dilation))
+    if n == 2 and groups == 1 and (recipe := foldable(tensor, weight, steps, pads, gaps)):
+        return upsampled_convolution(mesh, recipe, layout, weight, bias)
+    windows = _windows(layout, tuple(zip(weight.shape[2:], steps, pads, gaps, strict=True)))
+    tensor = extend(mesh, tensor, layout, _needs(windows), later=True)
+    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
+    result = func(tensor, weight, bias, stride, rest, dilation, groups)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+@lru_cache(maxsize=4096)
+def _windows(layout: Layout, geometry: tuple[tuple[int, int, int, int], ...]) -> dict[int, Window]:
+    """Of the sharded dimensions, by kernel, stride, padding and dilation of each dimension of the convolution."""
+    cuts = _spatial_cuts(layout, len(geometry), [g == (1, 1, 0, 1) for g in geometry])
+    return {dim: window(cut, *geometry[dim - layout.ndim]) for dim, cut in cuts.items()}
+
+
+@rule(*TRANSPOSED)
+def transposed_convolution(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    layout = layout_of(tensor)
+    require_whole(weight, bias)
+    if layout is None:
+        return func(tensor, weight, bias, stride, padding, output_padding, groups, dilation)
+    n = TRANSPOSED[func]
+    steps, pads, extras, dilations = (each(v, n) for v in (stride, padding, output_padding, dilation))
+    geometry = list(zip(weight.shape[2:], steps, pads, dilations, extras, strict=True))
+    cuts = _spatial_cuts(layout, n, [g == (1, 1, 0, 1, 0) for g in geometry])
+    windows = {dim: transposed_window(cut, *geometry[dim - layout.ndim]) for dim, cut in cuts.items()}
+    tensor = extend(mesh, tensor, layout, _needs(windows))
+    crops: dict[int, Extent] = {}
+    for dim, w in windows.items():
+        # With the halo in place, the shard is transposed unpadded and cropped to the positions it owns.
+        part, place = mesh.part(require_axis(layout, dim).axis), dim - layout.ndim
+        low, high = w.out.owned(part)
+        start = w.needs[part][0] * steps[place] - pads[place]
+        reached = (tensor.shape[dim] - 1) * steps[place] + dilations[place] * (weight.shape[place] - 1) + 1
+        crops[dim] = (low - start, high - low)
+        pads[place], extras[place] = 0, max(0, high - start - reached)
+    result = func(tensor, weight, bias, stride, pads, extras, groups, dilation)
+    for dim, crop in crops.items():
+        result = result.narrow(dim, *crop)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+@rule(F.pad)
+def pad(
+    mesh: Mesh, func: Any, tensor: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Tensor:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, pad, mode, value)
+    amounts = {layout.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
+    sharded = {dim: amount for dim, amount in amounts.items() if is_sharded(layout.dims[dim]) and amount != (0, 0)}
+    if not sharded:
+        result = func(tensor, pad, mode, value)
+        return mark(result, with_lengths(layout, result))
+    if any(amount < 0 for pair in amounts.values() for amount in pair):
+        raise NotExactError("a negative padding of a sharded dimension")
+    if mode == "circular":
+        raise NotExactError("circular padding of a sharded dimension")
+    tensor, layout = own(mesh, tensor, layout)
+    windows = {dim: padded(require_axis(layout, dim).cut, *amount) for dim, amount in sharded.items()}
+    if mode == "reflect" and not all(_reflects(require_axis(layout, dim).cut, w) for dim, w in windows.items()):
+        raise NotExactError(f"reflect padding of {list(sharded.values())} rows on the smallest shard")
+    local = {dim: amount for dim, amount in amounts.items() if dim not in sharded}
+    needs = {dim: w.needs for dim, w in windows.items()}
+    result = extend(mesh, tensor, layout, needs, local, Fill(mode, value or 0.0), later=True)
+    for dim, w in windows.items():
+        layout = recut(mesh, layout, dim, w.out)
+    return mark(result, with_lengths(layout, result))
+
+
+def _reflects(cut: Cut, window: Window) -> bool:
+    """Whether every part has the rows to be mirrored; decided for all parts, so that all ranks refuse together."""
+    needs = ((low, high, min(high, cut.size) - max(low, 0)) for low, high in window.needs)
+    return all(inside > max(-low, high - cut.size) for low, high, inside in needs)
+
+
+@rule(*AVERAGES)
+def average_pool(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    n = AVERAGES[func]
+    extra = () if n == 1 else (divisor_override,)
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
+    if any(each(padding, n)) and (not count_include_pad or ceil_mode):
+        raise NotExactError("an average that leaves out the padding")
+    result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, 1, ceil_mode, ZEROS)
+    result = func(result, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+@rule(*MAXIMA)
+def max_pool(
+    mesh: Mesh,
+    func: Any,
+    tensor: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    layout = layout_of(tensor)
+    if layout is None:
+        return func(tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if return_indices:
+        raise NotExactError("positions in a shard are not positions in the picture")
+    n, lowest = MAXIMA[func], Fill(value=float("-inf"))
+    result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, dilation, ceil_mode, lowest)
+    result = func(result, kernel_size, stride, padding, dilation, ceil_mode)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+def _pool(
+    mesh: Mesh,
+    tensor: Tensor,
+    layout: Layout,
+    n: int,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    fill: Fill,
+) -> tuple[Tensor, dict[int, Window], list[int]]:
+    """The input with its halos, the windows, and the padding that is left to the pooling function."""
+    kernels, pads = each(kernel, n), each(padding, n)
+    geometry = list(zip(kernels, each(stride or kernel, n), pads, each(dilation, n), strict=True))
+    cuts = _spatial_cuts(layout, n, [g[:3] == (1, 1, 0) for g in geometry])
+    windows = {dim: window(cut, *geometry[dim - layout.ndim], ceil_mode) for dim, cut in cuts.items()}
+    tensor = extend(mesh, tensor, layout, _needs(windows), fill=fill)
+    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
+    return tensor, windows, rest
+
+
+def _named_padding(name: str, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    if name == "same" and any(k % 2 == 0 for k in kernel):
+        raise NotExactError("padding='same' with an even kernel")
+    return [d * (k - 1) // 2 if name == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+
+
+def _spatial_cuts(layout: Layout, n: int, trivial: Sequence[bool]) -> dict[int, Cut]:
+    """The cuts of the sharded dimensions among the last n, but for those over which the window is one position."""
+    if is_sharded(layout.dims[-n - 1]):
+        raise NotExactError("the channels are sharded")
+    first = layout.ndim - n
+    dims = [first + i for i in range(n) if is_sharded(layout.dims[first + i]) and not trivial[i]]
+    return {dim: require_axis(layout, dim).cut for dim in dims}
+
+
+def _needs(windows: dict[int, Window]) -> dict[int, tuple[Extent, ...]]:
+    """What to fetch; refused before anything is sent where a part of the output would be too thin."""
+    for w in windows.values():
+        require_rows(narrowest(w.out))
+    return {dim: w.needs for dim, w in windows.items()}
+
+
+def _window_layout(mesh: Mesh, layout: Layout, windows: dict[int, Window], result: Tensor) -> Layout:
+    for dim, w in windows.items():
+        layout = recut(mesh, layout, dim, w.out)
+    return with_lengths(layout, result)

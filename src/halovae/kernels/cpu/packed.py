@@ -1,0 +1,128 @@
+"""Convolution and transposed convolution by oneDNN with weights in its own order; plain torch where it can't."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.kernels.cpu.slabs import threads
+from halovae.kernels.memory_format import memory_format
+from halovae.kernels.shapes_only import device_type
+from halovae.kernels.weight_cache import derived, keeps
+
+LIGHT = 8
+"""A picture with as many times fewer elements than the weight is convolved faster than the weight is packed."""
+
+KEEP_BELOW = 1 << 14
+"""Weights are kept in packed order for calls of fewer positions than this; for more, packing is lost in the noise."""
+
+PACKED_CONVOLUTION = "mkldnn._convolution_pointwise.default"
+"""The operator that takes packed weights; by its name, since it is not in every torch."""
+
+Ints = Sequence[int]
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def convolve(
+    tensor: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
+) -> Tensor:
+    """As torch.nn.functional.conv2d and conv3d with one group, and a weight from `prepared`."""
+    if not (weight.is_mkldnn or (weight.is_meta and _packs(weight, weight.dtype))):
+        if _packs(weight, weight.dtype):
+            return _with_model_order(tensor, weight, bias, stride, padding, dilation)
+        return (F.conv2d, F.conv3d)[tensor.ndim - 4](tensor, weight, bias, stride, padding, dilation)
+    operation: Any = torch.ops.mkldnn._convolution_pointwise
+    return operation(tensor, weight, bias, padding, stride, dilation, 1, "none", [], "")
+
+
+def _with_model_order(
+    tensor: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
+) -> Tensor:
+    """Channels first for this once: else the weight would be copied to channels last before it is put in order."""
+    first, last = torch.contiguous_format, memory_format(tensor.ndim, True)
+    tensor, weight = tensor.contiguous(memory_format=first), weight.contiguous(memory_format=first)
+    result = torch.mkldnn_convolution(tensor, weight, bias, padding, stride, dilation, 1)
+    return result.contiguous(memory_format=last)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All that the order of a packed weight depends on."""
+
+    weight: tuple[int, ...]
+    dtype: torch.dtype
+    source: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return self.source[0] * prod(self.source[2:])
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the picture is small beside the weight."""
+        return LIGHT * self.positions * sum(self.weight[:2]) < prod(self.weight)
+
+    @property
+    def weight_bytes(self) -> int:
+        return prod(self.weight) * self.dtype.itemsize
+
+    def pack(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:
+            return weight.clone()  # of shapes alone the order doesn't matter
+        operation: Any = torch.ops.mkldnn._reorder_convolution_weight
+        return operation(weight, self.padding, self.stride, self.dilation, 1, self.source)
+
+
+def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
+    return device_type(weight.device) == "cpu" and can_pack(dtype)
+
+
+def prepared(
+    weight: Tensor, kind: Hashable, make: Callable[[], Tensor], geometry: Geometry, made: dict[bytes | None, Tensor]
+) -> Tensor:
+    """`make()`, a weight in the working dtype, in the order that this convolution asks for.
+
+    One in the order that another convolution asks for would do, but can take many times as long. For most sizes of
+    picture it is the same order. Where the picture is small beside the weight, and there is no room to keep what is
+    made, the weight is left as it is.
+
+    Args:
+        weight: of the model.
+        kind: says what `make` does with it. The result is kept for small pictures, if there is room.
+        make: converts it, or cuts off what is not needed.
+        geometry: of the convolution.
+        made: what was made for other pieces of the same picture.
+    """
+    packs = _packs(weight, geometry.dtype)
+    order = order_of(geometry, threads()) if packs else None
+    if order not in made:
+
+        def ordered() -> Tensor:
+            return geometry.pack(make()) if packs else make().contiguous(memory_format=memory_format(weight.ndim, True))
+
+        once = packs and geometry.positions >= KEEP_BELOW
+        if packs and geometry.is_light and not keeps(weight, (kind, order), geometry.weight_bytes):
+            made[order] = make()
+        else:
+            made[order] = ordered() if once else derived(weight, (kind, order), ordered)
+    return made[order]
+
+
+@functools.lru_cache(maxsize=4096)
+def order_of(geometry: Geometry, threads: int) -> bytes:
+    """The order as the library writes it down. It tells by a weight that it packs; there is no way just to ask."""
+    operation: Any = torch.ops.mkldnn._get_mkldnn_serialized_md
+    return bytes(operation(geometry.pack(torch.empty(geometry.weight, dtype=geometry.dtype, device="cpu"))).tolist())

@@ -1,0 +1,297 @@
+"""What an accelerator gets: Triton's kernels where they win, the vendor library on channels-last memory elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.kernels.gpu import operators
+from halovae.kernels.kept import kept
+from halovae.kernels.memory_format import memory_format
+from halovae.kernels.precision import LOW
+from halovae.kernels.shapes_only import alike, device_type
+from halovae.kernels.weight_cache import derived
+
+FEW_POSITIONS = 1 << 14
+"""Of the output. Below, the vendor library has kernels that share out the sum; above, ours fills the device."""
+
+FEW_QUERIES = 1 << 12
+"""Below, the pieces are too small for the library's products."""
+
+FUSED_WIDTH = 256
+"""The widest head for which the vendor has fast fused kernels."""
+
+_MANY = 1 << 16
+"""Elements from which a copy takes longer than it takes to ask for it."""
+
+
+def supports(device: torch.device) -> bool:
+    """Whether there are kernels for this device: Triton has to be there, as it is with torch for CUDA and ROCm."""
+    return device_type(device) == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def chain(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any]) -> Tensor:
+    """The steps of a `Chain`, calculated in `wide`, rounded once to `dtype`: in one pass where they are of one form."""
+    if (form := _one_pass(base, wide, steps)) is None:
+        work = base.to(wide, copy=True)
+        for step in steps:
+            step.run(work)
+        return work.to(dtype)
+    return _run_chain(base, _with_room(base, dtype), form)
+
+
+def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any], other: Tensor) -> Tensor | None:
+    """The steps of a `Chain`, and `other` added, in one pass; None where that is more than a bias and a sum."""
+    form = _one_pass(base, wide, steps)
+    if form is None or form.keys() - {"shift"}:
+        return None
+    last = memory_format(base.ndim, True)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
+    return _run_chain(base, out, {**form, "other": _positions(other.contiguous(memory_format=last))})
+
+
+def moments(picture: Tensor, groups: int, shift: Tensor | None) -> Tensor:
+    """As `gpu_norms.moments`, of a picture."""
+    positions = _positions_of_each(picture)
+    if positions.is_meta:
+        return operators.moments(positions, groups, shift)
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.moments(positions, groups, shift)
+
+
+def merged_moments(parts: Tensor, groups: int) -> Tensor:
+    """As `gpu_norms.merged`."""
+    if parts.is_meta:
+        return operators.merged(parts, groups)
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.merged(parts, groups)
+
+
+def affine(
+    parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    """As `gpu_norms.affine`."""
+    weight, bias = (None if p is None else alike(p, parts) for p in (weight, bias))
+    if parts.is_meta:
+        return operators.affine(parts, groups, channels, weight, bias, eps)
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.affine(parts, groups, channels, weight, bias, eps)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
+    """Of one head `[N, 1, L, D]` that is too wide for the vendor's fused kernels; None where ours doesn't take it."""
+    wide = query.shape[3] > FUSED_WIDTH and query.shape[1] == key.shape[1] == value.shape[1] == 1
+    if not wide or query.shape[2] < FEW_QUERIES or query.dtype not in LOW or query.is_meta:
+        return None
+    from halovae.kernels.gpu import triton_attention
+
+    if not supports(query.device) or not triton_attention.has_wide_products():
+        return None
+    return triton_attention.run(query.squeeze(1), key.squeeze(1), value.squeeze(1), scale).unsqueeze(1)
+
+
+def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
+    base = base.contiguous(memory_format=memory_format(base.ndim, True))
+    if out.is_meta:
+        operators.chain(_positions(base), _positions(out), **form)
+    else:
+        from halovae.kernels.gpu import triton_chain
+
+        triton_chain.run(_positions(base), _positions(out), **form)
+    return out
+
+
+def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised channels-last tensor of the shape of `base`, with room for frames to be joined before it."""
+    shape, last = list(base.shape), memory_format(base.ndim, True)
+    frames = kept().frames.get(tuple(shape), 0)
+    if not frames:
+        return torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
+    shape[2] += frames
+    room = torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
+    out = room.narrow(2, frames, base.shape[2])
+    out.room = room  # type: ignore[attr-defined]
+    return out
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    """Frames of one video joined in time by copying all but the last part, into the room before that one.
+
+    To be used at once: joining other frames before the same part overwrites them. None where there is no room.
+    """
+    last = parts[-1]
+    if dim != 2 or len(parts) < 2 or last.ndim != 5 or len(last) != 1:
+        return None
+    lengths = [part.shape[2] for part in parts[:-1]]
+    room = getattr(last, "room", None)
+    if room is None or room.shape[2] != sum(lengths) + last.shape[2]:
+        kept().frames[tuple(last.shape)] = sum(lengths)
+        return None
+    for part, place in zip(parts, room.split([*lengths, last.shape[2]], 2), strict=True):
+        if part is not last:
+            place.copy_(part)
+    return room
+
+
+def copy(target: Tensor, source: Tensor) -> None:
+    """As `target.copy_(source)`."""
+    if not (supports(target.device) and _is_large_picture(target) and target.dtype == source.dtype):
+        target.copy_(source)
+        return
+    from halovae.kernels.gpu import triton_copy
+
+    frames, out = _frames(source), _frames(target)
+    if not (triton_copy.fits(frames) and triton_copy.fits(out)):
+        target.copy_(source)
+    elif out.is_meta:
+        operators.copy(frames.movedim(-1, 1), out.movedim(-1, 1))
+    else:
+        triton_copy.run(frames, out)
+
+
+def _frames(picture: Tensor) -> Tensor:
+    """A batch of pictures, or one video, as `[T, H, W, C]`."""
+    return picture.movedim(1, -1) if picture.ndim == 4 else picture[0].movedim(0, -1)
+
+
+def _is_large_picture(tensor: Tensor) -> bool:
+    return tensor.numel() >= _MANY and (tensor.ndim == 4 or (tensor.ndim == 5 and len(tensor) == 1))
+
+
+def _positions(picture: Tensor) -> Tensor:
+    """A channels-last picture as `[positions, C]`."""
+    return picture.movedim(1, -1).reshape(-1, picture.shape[1])
+
+
+def _positions_of_each(pictures: Tensor) -> Tensor:
+    """Pictures as `[N, positions, C]`, dense."""
+    last = pictures.contiguous(memory_format=memory_format(pictures.ndim, True)).movedim(1, -1)
+    return last.reshape(len(pictures), -1, pictures.shape[1])
+
+
+_SLOTS = (
+    ("shift", {"plus"}), ("normalize", {"normalize", "rms"}), ("times", {"times"}), ("plus", {"plus"}),
+    ("silu", {"silu"}),
+)  # fmt: skip
+"""Arguments of `gpu_chain.run` in the order in which it uses them, and the kind of step that each of them is."""
+
+
+def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str, Any] | None:
+    """Arguments for `gpu_chain.run`; None where it does something else than these steps, or in another order."""
+    if wide != torch.float32 or base.shape[1] == 1:
+        return None
+    form: dict[str, Any] = {}
+    slots = iter(_SLOTS)
+    for step in steps:
+        name = next((name for name, kinds in slots if step.kind in kinds), None)
+        value: Any = step.value
+        if step.kind in ("normalize", "rms"):
+            dim, value = value
+            if dim != 1:
+                return None
+            form["mean"] = step.kind == "rms"
+        elif step.kind == "silu":
+            value = True
+        elif isinstance(value, Tensor):
+            value = _by_channel(value, base)
+        if name is None or value is None:
+            return None
+        form[name] = value
+    return form
+
+
+def _by_channel(parameter: Tensor, base: Tensor) -> Tensor | None:
+    """A parameter that broadcasts along everything but channels, as `[C]`, or for each picture, as `[N, C]`."""
+    if parameter.ndim == base.ndim and parameter.shape[:2] == base.shape[:2] and {*parameter.shape[2:]} == {1}:
+        return parameter.reshape(-1 if len(base) == 1 else len(base), base.shape[1])[
+            0 if len(base) == 1 else slice(None)
+        ]
+    place = parameter.ndim - (base.ndim - 1)
+    varies = parameter.numel() > 1
+    if varies and (place < 0 or parameter.shape[place] != parameter.numel()):
+        return None
+    return parameter.flatten().expand(base.shape[1]).contiguous()
+
+
+def convolves(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], positions: int) -> bool:
+    """Whether the convolution is one that Triton's kernel is faster at than the vendor library, as measured on Hopper.
+
+    It is where the library pads input channels to its tiles of 64 (96 of them: 385 TFLOP/s beside 294; where nothing
+    is padded the library has 600 to 800), and with the padding of one side only that strided convolutions have.
+    """
+    _, inputs, *taps = weight.shape
+    fits = weight.dtype in LOW and stride[-1] == stride[-2] and {*dilation} == {1} and (*stride[:-2], 1)[0] == 1
+    wins = (16 < inputs <= 128 and inputs % 64 > 0) or stride[-1] == 2
+    return fits and wins and taps[-1] == taps[-2] == 3 and positions >= FEW_POSITIONS
+
+
+def convolve(
+    picture: Tensor, weight: Tensor, bias: Tensor | None, *, first_tap: int, stride: int, before: tuple[int, int],
+    size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """Convolve `[B, C, (T,) H, W]` without padding in time.
+
+    Args:
+        picture: the input.
+        weight: `[outputs, C, (taps,) 3, 3]`.
+        bias: of the outputs, or None.
+        first_tap: taps in time before this one are left out.
+        stride: in height and width.
+        before: zeros above and to the left; as many follow as `size` asks for.
+        size: rows and columns of the output.
+    """
+    from halovae.kernels.gpu import triton_convolution
+
+    tile = triton_convolution.tile_for(weight.shape[1], weight.shape[0])
+    used = weight.narrow(2, first_tap, weight.shape[2] - first_tap) if first_tap else weight
+    packed = derived(weight, ("gpu", first_tap, tile), lambda: triton_convolution.pack(used, tile))
+    taps = (1, *used.shape[2:])[-3:]
+    length = picture.shape[2] - taps[0] + 1
+    shape = (len(picture), len(weight), *((length,) if picture.ndim == 5 else ()), *size)
+    return _by_frames(picture, shape, packed, bias, tile, kernel=taps, stride=stride, before=before)
+
+
+def convolve_upsampled(picture: Tensor, weight: Tensor, bias: Tensor | None, bordered: Collection[int] = ()) -> Tensor:
+    """Double `[B, C, H, W]` in height and width by repeating, and convolve it with `[outputs, C, 3, 3]`, padding 1.
+
+    In `bordered` dimensions the picture has one more row before and after, and no padding is due.
+    """
+    from halovae.kernels.gpu import triton_convolution
+
+    tile = triton_convolution.tile_for(weight.shape[1], weight.shape[0])
+    packed = derived(weight, ("gpu upsampled", tile), lambda: triton_convolution.pack_upsampled(weight, tile))
+    top, left = (0 if dim in bordered else 1 for dim in (2, 3))
+    size = (2 * (picture.shape[2] - 2 * (1 - top)), 2 * (picture.shape[3] - 2 * (1 - left)))
+    shape = (len(picture), len(weight), *size)
+    return _by_frames(picture, shape, packed, bias, tile, kernel=(1, 2, 2), stride=1, before=(top, left), upsample=2)
+
+
+def _by_frames(
+    picture: Tensor, shape: Sequence[int], packed: Tensor, bias: Tensor | None, tile: Any, **geometry: Any
+) -> Tensor:
+    """Pictures are frames without a kernel in time; videos are taken one by one."""
+    from halovae.kernels.gpu.triton_convolution import convolve as convolve_frames
+
+    last = memory_format(picture.ndim, True)
+    picture = picture.contiguous(memory_format=last)
+    out = torch.empty(shape, dtype=picture.dtype, device=picture.device, memory_format=last)
+    videos = [(picture, out)] if picture.ndim == 4 else zip(picture.transpose(1, 2), out.transpose(1, 2), strict=True)
+    for source, target in videos:
+        if out.is_meta:
+            operators.convolve(source, packed, bias, out=target, **geometry)
+            continue
+        convolve_frames(source.movedim(1, -1), packed, bias, tile, out=target.movedim(1, -1), **geometry)
+    return out

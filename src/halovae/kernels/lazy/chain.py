@@ -1,0 +1,162 @@
+"""Chains of functions that act on each position by itself, run piece by piece while the piece is in the cache.
+
+Norms over channels, scales, shifts, activations and casts, as VAEs write them: one function after the other. In low
+precision the chain runs in float32 and is rounded once, at its end, which is nearer to the truth than rounding after
+each function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of, threads
+from halovae.kernels.gpu import dispatch
+from halovae.kernels.memory_format import is_channels_last, memory_format
+from halovae.kernels.precision import LOW
+from halovae.kernels.shapes_only import device_type, in_turn
+
+
+@dataclass(frozen=True)
+class Step:
+    """One function of a chain."""
+
+    kind: str
+    """"normalize", "rms", "times", "plus" or "silu"."""
+    value: Any = None
+    """(dim, least length); (dim, added to the mean square); the factor; the term; nothing."""
+
+    def run(self, piece: Tensor) -> None:
+        """Write the result into the argument."""
+        if self.kind == "normalize":
+            dim, least = self.value
+            piece.div_(torch.linalg.vector_norm(piece, dim=dim, keepdim=True).clamp_min_(least))
+        elif self.kind == "rms":
+            dim, added = self.value
+            piece.mul_(piece.square().mean(dim, keepdim=True).add_(added).rsqrt_())
+        elif self.kind == "times":
+            piece.mul_(self.value)
+        elif self.kind == "plus":
+            piece.add_(self.value)
+        else:
+            F.silu(piece, inplace=True)
+
+    def moved(self, ndim: int, source: int, destination: int) -> Step:
+        """The same of a tensor one of whose dimensions is moved."""
+        if self.kind in ("normalize", "rms"):
+            dim, number = self.value
+            return Step(self.kind, (_moved(ndim, source, destination).index(dim), number))
+        if isinstance(self.value, Tensor) and self.value.ndim:
+            whole = self.value.reshape(*[1] * (ndim - self.value.ndim), *self.value.shape)
+            return Step(self.kind, whole.movedim(source, destination))
+        return self
+
+
+def _moved(ndim: int, source: int, destination: int) -> list[int]:
+    """Which dimension stands where after one has been moved."""
+    order = [dim for dim in range(ndim) if dim != source % ndim]
+    order.insert(destination % ndim, source % ndim)
+    return order
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Functions of `base`, one after the other; a recipe."""
+
+    base: Tensor
+    dtype: torch.dtype
+    steps: tuple[Step, ...] = ()
+    uncut: frozenset[int] = frozenset()
+    """Dimensions along which a function looks at several positions, or has parameters."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def channels_last(self) -> bool:
+        return is_channels_last(self.base)
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self.base, *(s.value for s in self.steps if isinstance(s.value, Tensor)))
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype it is calculated in."""
+        return torch.float32 if self.base.dtype in LOW else self.base.dtype
+
+    def cast(self, dtype: torch.dtype) -> Chain:
+        return Chain(self.base, dtype, self.steps, self.uncut)
+
+    def normalized(self, dim: int, least: float) -> Chain:
+        """Divide by the Euclidean length over one dimension, or by `least` where that is more."""
+        return self._then(Step("normalize", (dim, least)), frozenset((dim,)))
+
+    def by_rms(self, dim: int, added: float) -> Chain:
+        """Divide by the root of (the mean square over one dimension + `added`)."""
+        return self._then(Step("rms", (dim, added)), frozenset((dim,)))
+
+    def moved(self, source: int, destination: int) -> Chain:
+        """The same of the tensor with one dimension moved."""
+        ndim = self.base.ndim
+        order = _moved(ndim, source, destination)
+        steps = tuple(step.moved(ndim, source, destination) for step in self.steps)
+        uncut = frozenset(order.index(dim) for dim in self.uncut)
+        return Chain(self.base.movedim(source, destination), self.dtype, steps, uncut)
+
+    def activated(self) -> Chain:
+        """x * sigmoid(x)."""
+        return self._then(Step("silu"))
+
+    def times(self, factor: Tensor | float, uncut: frozenset[int]) -> Chain:
+        """Multiply; factors that follow each other become one."""
+        factor, steps = self._widened(factor), self.steps
+        if steps and steps[-1].kind == "times":
+            factor, steps = factor * steps[-1].value, steps[:-1]
+        return Chain(self.base, self.dtype, (*steps, Step("times", factor)), self.uncut | uncut)
+
+    def plus(self, term: Tensor | float, uncut: frozenset[int]) -> Chain:
+        if not isinstance(term, Tensor) and term == 0:
+            return self
+        return self._then(Step("plus", self._widened(term)), uncut)
+
+    def _then(self, step: Step, uncut: frozenset[int] = frozenset()) -> Chain:
+        return Chain(self.base, self.dtype, (*self.steps, step), self.uncut | uncut)
+
+    def _widened(self, parameter: Any) -> Any:
+        return parameter.to(self.wide) if isinstance(parameter, Tensor) else parameter
+
+    def compute(self) -> Tensor:
+        if device_type(self.device) != "cpu":
+            if self.uncut == frozenset((self.base.ndim - 1,)):  # channels that are last in shape too
+                return self.moved(-1, 1).compute().movedim(1, -1)
+            return dispatch.chain(self.base, self.dtype, self.wide, self.steps)
+        base = self.base
+        out = torch.empty(
+            self.shape, dtype=self.dtype, device=base.device, memory_format=memory_format(base.ndim, self.channels_last)
+        )
+        inner = {1} if self.channels_last else set[int]()  # a piece is one run of memory
+        cut = pieces(self.shape, self.uncut | inner, CHAIN_ELEMENTS * threads())
+        for piece in in_turn(cut, base, size_of):
+            source, target = cut_out(base, piece), cut_out(out, piece)
+            # Where no rounding is due, the result's own memory is the workspace.
+            work = target.copy_(source) if self.dtype == self.wide else source.to(self.wide, copy=True)
+            for step in self.steps:
+                step.run(work)
+            if work is not target:
+                target.copy_(work)
+        return out
+
+
+def uncut_by(parameter: Tensor, ndim: int) -> frozenset[int]:
+    """The dimensions along which a broadcast parameter varies."""
+    return frozenset(ndim - 1 - i for i, size in enumerate(reversed(parameter.shape)) if size > 1)

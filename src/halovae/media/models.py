@@ -1,0 +1,222 @@
+"""Find and load a VAE: the one that ships with halovae, a folder, or a model of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import diffusers
+import torch
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub import logging as hub_logging
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
+
+from halovae.base.errors import InputError
+from halovae.base.files import DEMO, check_model, first_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a VAE is, found without loading any weights."""
+
+    model: str
+    """As in metadata: "demo", an absolute folder, or a hub id."""
+    location: str
+    """What `from_pretrained` gets."""
+    subfolder: str | None
+    class_name: str
+
+
+def find(model: str | None) -> Source:
+    """Find the VAE of `model`.
+
+    Args:
+        model: None or "demo" for the shipped one; the folder of a VAE or of a pipeline; a hub id such as
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers".
+
+    Raises:
+        InputError: there is no such model, or no VAE in it.
+    """
+    if model is None or model == DEMO:
+        return _find_demo()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _find_folder(folder.resolve())
+    if folder.exists():
+        raise InputError(f"--model {model} is a file: give the folder of a diffusers VAE or pipeline")
+    check_model(model)
+    with quiet():
+        return _find_hub(model)
+
+
+def load(source: Source, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load the VAE for inference.
+
+    Raises:
+        InputError: weights are missing, damaged or of other shapes than the config says.
+    """
+    cls = _autoencoder(source.class_name)
+    assert cls is not None, "find() has checked it"
+    options: dict[str, Any] = {} if source.subfolder is None else {"subfolder": source.subfolder}
+    try:
+        with quiet():
+            vae, found = cls.from_pretrained(source.location, torch_dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:  # diffusers, the hub and safetensors each have their own families.
+        raise InputError(f"can't load the {source.class_name} of {source.model}: {first_line(error)}") from error
+    # diffusers only warns, and leaves such weights random.
+    missing = found["missing_keys"]
+    if missing:
+        raise InputError(
+            f"the weights of {source.model} lack {len(missing)} tensors of {source.class_name}, e.g. {missing[0]}"
+        )
+    return vae.to(device=device).eval().requires_grad_(False)
+
+
+def skeleton(cls: Any, config: Mapping[str, Any]) -> Any:
+    """A VAE without weights: its parameters are on the meta device, where there are shapes and no values."""
+    with quiet():
+        try:
+            with torch.device("meta"):
+                vae = cls.from_config(config)
+        except RuntimeError:  # A constructor that computes with values, which meta tensors have not.
+            vae = cls.from_config(config)
+    # Some modules make tensors in a way that overlooks the device context.
+    return vae.to("meta").eval()
+
+
+def find_skeleton(model: str | None) -> tuple[str, Any]:
+    """What to call the VAE of `model`, and the VAE without weights. Reads configs, and no weights.
+
+    Args:
+        model: as for `find`, or the config.json of a VAE.
+
+    Raises:
+        InputError: there is no such model, no VAE in it, or no config that its class takes.
+    """
+    path = Path(model or "").expanduser()
+    if model is not None and path.is_file():
+        config = _read_json(path)
+        class_name, name = str(config.get("_class_name")), str(path)
+        if _autoencoder(class_name) is None:
+            raise InputError(f"{path} is of a {class_name}, which is no autoencoder of diffusers")
+    else:
+        source = find(model)
+        class_name, name = source.class_name, source.model
+        options: dict[str, Any] = {} if source.subfolder is None else {"subfolder": source.subfolder}
+        with quiet():
+            config = _autoencoder(class_name).load_config(source.location, **options)
+    try:
+        return name, skeleton(_autoencoder(class_name), config)
+    except Exception as error:  # Whatever a class says of values that it can't take.
+        raise InputError(f"can't build the {class_name} of {name} from its config: {first_line(error)}") from error
+
+
+def _find_demo() -> Source:
+    folder = Path(str(importlib.resources.files("halovae"))) / "media" / "demo_vae"
+    if not (folder / "config.json").is_file():
+        raise InputError("this installation lacks the demonstration VAE: reinstall halovae, or name a --model")
+    found = _find_folder(folder)
+    return Source(model=DEMO, location=found.location, subfolder=found.subfolder, class_name=found.class_name)
+
+
+def _find_folder(folder: Path) -> Source:
+    location = str(folder)
+    for index, subfolder in (("model_index.json", None), ("config.json", None), ("vae/config.json", "vae")):
+        if not (folder / index).is_file():
+            continue
+        config = _read_json(folder / index)
+        if index == "model_index.json":
+            component, class_name = _component(location, config)
+            return Source(model=location, location=location, subfolder=component, class_name=class_name)
+        class_name = str(config.get("_class_name"))
+        if _autoencoder(class_name) is None:
+            raise InputError(f"{folder} holds a {class_name}, which is no autoencoder of diffusers")
+        return Source(model=location, location=location, subfolder=subfolder, class_name=class_name)
+    raise InputError(f"{folder} has no VAE: neither model_index.json nor config.json nor vae/config.json is there")
+
+
+def _find_hub(model: str) -> Source:
+    try:
+        index = _read_json(Path(hf_hub_download(model, "model_index.json")))
+        component, class_name = _component(model, index)
+        return Source(model=model, location=model, subfolder=component, class_name=class_name)
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"--model {model}: not in the local cache, and the hub can't be reached") from error
+    except EntryNotFoundError:
+        pass  # A repository of a VAE alone has no index.
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        _refuse(model, error)
+    try:
+        config = _read_json(Path(hf_hub_download(model, "config.json")))
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        _refuse(model, error)
+    class_name = str(config.get("_class_name"))
+    if _autoencoder(class_name) is None:
+        raise InputError(f"--model {model} holds a {class_name}, which is no autoencoder of diffusers")
+    return Source(model=model, location=model, subfolder=None, class_name=class_name)
+
+
+def _refuse(model: str, error: Exception) -> NoReturn:
+    if isinstance(error, InputError):
+        raise error
+    raise InputError(f"--model {model}: {first_line(error)}") from error
+
+
+def _component(model: str, index: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and class of the autoencoder among a pipeline's components."""
+    found = {
+        name: str(entry[1])
+        for name, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and _autoencoder(str(entry[1])) is not None
+    }
+    if not found:
+        raise InputError(f"{model} is a {index.get('_class_name')} without a VAE")
+    name = "vae" if "vae" in found else next(iter(found))
+    return name, found[name]
+
+
+def _autoencoder(class_name: str) -> Any:
+    """The class of diffusers of that name if it can encode and decode, else None."""
+    cls: Any = getattr(diffusers, class_name, None) if re.fullmatch(r"\w+", class_name) else None
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        return None
+    usable = all(hasattr(cls, name) for name in ("encode", "decode", "from_pretrained"))
+    return cast(Any, cls) if usable else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't read {path}: {first_line(error)}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return document
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and warnings of the libraries: each rank would show them."""
+    level, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if bars:
+            diffusers_logging.enable_progress_bar()

@@ -1,0 +1,313 @@
+"""What a VAE takes, learnt by asking it, and how a clip is padded to that and cropped back.
+
+A VAE in diffusers may drop trailing frames, or rows and columns off its compression ratio, without a word. No attribute
+tells the valid sizes of every VAE, so its own code is run on a twin without weights (on the meta device: shapes only,
+no arithmetic), and sizes in and out are compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from halovae.base.errors import InputError
+from halovae.base.files import first_line
+from halovae.calls.dataflow import Remembered
+from halovae.media.models import skeleton
+from halovae.media.pixels import Pixels, pixels_of
+
+_SIZE = (128, 192)
+"""Height and width of the trial's picture: multiples of every compression ratio in use, and large enough for every
+padding. No square: one that comes back could be the only size that there is."""
+_SEARCH = 32
+"""How many frames to add at most in search of a valid count."""
+_CHANNELS = (3, 4)
+"""RGB, or RGB with alpha. Audio and protein autoencoders take neither."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One clip's sizes and those that go through the VAE. Padding is behind the last frame, below and to the right."""
+
+    frames: int
+    height: int
+    width: int
+    padded_frames: int
+    padded_height: int
+    padded_width: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line for each kind of padding."""
+        lines: list[str] = []
+        if self.padded_frames != self.frames:
+            lines.append(f"{self.frames} frames padded to {self.padded_frames} for the VAE, cropped back after it")
+        if (self.padded_height, self.padded_width) != (self.height, self.width):
+            padded = f"{self.padded_width}x{self.padded_height}"
+            lines.append(f"{self.width}x{self.height} padded to {padded} for the VAE, cropped back after it")
+        return tuple(lines)
+
+    def pad(self, clip: Tensor) -> Tensor:
+        """(channels, frames, height, width) to the padded sizes, by repeating the edge and the last frame."""
+        missing = (self.padded_frames - self.frames, self.padded_height - self.height, self.padded_width - self.width)
+        if not any(missing):
+            return clip
+        amounts = (0, missing[2], 0, missing[1], 0, missing[0])
+        return functional.pad(clip.unsqueeze(0), amounts, mode="replicate").squeeze(0)
+
+    def crop(self, clip: Tensor) -> Tensor:
+        """Undo `pad`.
+
+        Raises:
+            InputError: `clip` has not the padded sizes: the VAE has changed them.
+        """
+        padded = (self.padded_frames, self.padded_height, self.padded_width)
+        if tuple(clip.shape[1:]) != padded:
+            raise InputError(
+                f"the VAE gave back {_sizes(*clip.shape[1:])} for {_sizes(*padded)}: it does not keep these sizes"
+            )
+        return clip[:, : self.frames, : self.height, : self.width]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one VAE takes and gives."""
+
+    name: str
+    """Of its class."""
+    has_frame_dim: bool
+    """Whether it takes (batch, channels, frames, height, width), or else (batch, channels, height, width)."""
+    per_frame: bool
+    """Whether each frame goes through by itself."""
+    channels: int
+    latent_channels: int
+    ratio: int
+    """Pixels per latent, along height and width."""
+    lead: int = 0
+    """Copies of the first frame that encode gets before it, and that decode leaves out."""
+    only_size: tuple[int, int] | None = None
+    """Height and width, of a VAE that takes no others."""
+    pixels: Pixels | None = None
+    """The numbers that it takes and gives for a picture; None where they are not known."""
+    padded_count: Callable[[int], int]
+    """The smallest frame count from the given one on that goes through the VAE whole."""
+
+    def known_pixels(self) -> Pixels:
+        """The numbers that the VAE takes and gives for a picture.
+
+        Raises:
+            InputError: they are not known.
+        """
+        if self.pixels is None:
+            raise InputError(
+                f"it is not known which numbers {self.name} takes for a picture, -1 to 1 or others: use its encode and "
+                f"decode from Python, with halovae.parallelize"
+            )
+        return self.pixels
+
+    def fit(self, frames: int, height: int, width: int) -> Fit:
+        """How a clip of these sizes goes through the VAE.
+
+        Raises:
+            InputError: no frame count near `frames` comes out whole, or the VAE takes one size only.
+        """
+        if self.only_size not in (None, (height, width)):
+            tall, wide = self.only_size
+            raise InputError(
+                f"{self.name} takes {wide}x{tall} only, not {width}x{height}: use --height {tall} --width {wide}"
+            )
+        return Fit(
+            frames=frames,
+            height=height,
+            width=width,
+            padded_frames=self.padded_count(frames),
+            padded_height=-(-height // self.ratio) * self.ratio,
+            padded_width=-(-width // self.ratio) * self.ratio,
+        )
+
+
+def limits_of(vae: nn.Module) -> Limits:
+    """Learn what `vae` takes. Its weights are not touched.
+
+    Raises:
+        InputError: it takes no RGB images or clips, or doesn't keep their size.
+    """
+    trial = _Trial(vae)
+    latent = trial.first()
+    rows, columns = trial.height / latent.shape[-2], trial.width / latent.shape[-1]
+    if rows != columns or rows != int(rows):
+        sizes = f"latents of {tuple(latent.shape)} from {trial.width}x{trial.height} pixels"
+        raise InputError(f"{trial.name} makes {sizes}: not to scale")
+    per_frame = not trial.has_frame_dim or trial.is_for_images()
+    return Limits(
+        name=trial.name,
+        has_frame_dim=trial.has_frame_dim,
+        per_frame=per_frame,
+        channels=trial.channels,
+        latent_channels=latent.shape[1],
+        ratio=int(rows),
+        lead=trial.lead,
+        only_size=None if (trial.height, trial.width) == _SIZE else (trial.height, trial.width),
+        pixels=pixels_of(vae),
+        padded_count=(lambda frames: frames) if per_frame else trial.padded_count,
+    )
+
+
+class _Trial:
+    """Runs a VAE's code on shapes. Each run has a fresh twin: a failed one may leave its caches filled."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        self.name = type(vae).__name__
+        self._vae, self._remembered = vae, Remembered()
+        self.height, self.width = _SIZE
+        self.channels = 0
+        self.has_frame_dim = False
+        self.lead = 0
+        self.padded_count = cache(self._padded_count)
+        self._period = cache(self._period)
+        self._returned = cache(self._returned)
+
+    def first(self) -> Tensor:
+        """A latent (on meta) of a picture that is kept. Finds out all but frame counts."""
+        latent, sample = self._first()
+        if sample.shape[-2:] != (self.height, self.width):
+            # One that resizes every picture to its own size keeps pictures of this size.
+            got = _sizes(1, *sample.shape[-2:])
+            wanted = _sizes(1, self.height, self.width)
+            self.height, self.width = sample.shape[-2:]
+            latent, sample = self._first()
+            if sample.shape[-2:] != (self.height, self.width):
+                raise InputError(f"{self.name} gives back {got} for {wanted}: it resizes its input")
+        if self.has_frame_dim:
+            self.lead = self._lead()
+        return latent
+
+    def _first(self) -> tuple[Tensor, Tensor]:
+        problems: list[str] = []
+        # 25 frames satisfy every VAE that wants more than one.
+        for frames in ((1,), (25,), ()):
+            for channels in _CHANNELS:
+                twin, latent = self._twin(), None
+                try:
+                    latent = self._encode(twin, (1, channels, *frames, self.height, self.width))
+                    sample = self._decode(twin, latent)
+                except Exception as error:  # Whatever a model's code raises on a shape that it can't take.
+                    if latent is not None:  # The shape was right, so this says more.
+                        problems.insert(0, f"can't decode what it encodes: {first_line(error)}")
+                    elif isinstance(error, InputError):  # It was right here, too.
+                        problems.insert(0, f"can't be used here: {error}")
+                    else:
+                        problems.append(f"takes neither RGB images nor RGB clips: {first_line(error)}")
+                    continue
+                self.channels, self.has_frame_dim = channels, bool(frames)
+                return latent, sample
+        raise InputError(f"{self.name} {problems[0]}")
+
+    def is_for_images(self) -> bool:
+        """Whether it keeps one frame, and no other count that a clip might have."""
+        return self._keeps(1) and self._period() is None and not any(map(self._keeps, range(2, _SEARCH)))
+
+    def _lead(self) -> int:
+        """See `Limits.lead`. A causal network can leave out nothing but the beginning."""
+        vae: Any = self._vae
+        ratio = vars(vae).get("temporal_compression_ratio")
+        if not vae.config.get("is_causal") or not isinstance(ratio, int) or self._keeps(1 + 2 * ratio):
+            return 0
+        return ratio - 1 if self._returned(ratio - 1 + 1 + 2 * ratio) == 1 + 2 * ratio else 0
+
+    def _padded_count(self, frames: int) -> int:
+        """See `Limits.padded_count`."""
+        period, last = self._period(), frames + _SEARCH - 1
+        for count in range(frames, last + 1):
+            if period and (count - 1) % period == 0 and self._keeps(count):
+                return count
+        smallest, count = None, last
+        while count >= frames:
+            back = self._returned(self.lead + count)
+            smallest = count if back == count else smallest
+            # Where frames at the end are dropped, what comes back is the next smaller count that is kept.
+            count = back if 0 < back < count else count - 1
+        if smallest is None:
+            raise InputError(
+                f"{self.name} keeps no frame count from {frames} to {last}: choose another with --frames A:B"
+            )
+        return smallest
+
+    def _period(self) -> int | None:
+        """k if 1, 1 + k, 1 + 2k, ... frames are likely to be valid."""
+        for base in (8, 24):
+            one, more = self._latent_frames(1), self._latent_frames(1 + base)
+            if one and more and more > one and base % (more - one) == 0 and self._keeps(1 + base):
+                return base // (more - one)
+        return None
+
+    def _keeps(self, frames: int) -> bool:
+        return self._returned(self.lead + frames) == frames
+
+    def _latent_frames(self, frames: int) -> int:
+        try:
+            return int(self._encode(self._twin(), self._clip(self.lead + frames)).shape[2])
+        except Exception:  # As in `_first`.
+            return 0
+
+    def _returned(self, frames: int) -> int:
+        twin = self._twin()
+        try:
+            return int(self._decode(twin, self._encode(twin, self._clip(frames))).shape[2])
+        except Exception:  # As in `_first`.
+            return 0
+
+    def _clip(self, frames: int) -> tuple[int, ...]:
+        return 1, self.channels, frames, self.height, self.width
+
+    def _encode(self, twin: Any, shape: tuple[int, ...]) -> Tensor:
+        with torch.no_grad(), self._remembered:
+            return latent_of(twin.encode(torch.empty(shape, device="meta")))
+
+    def _decode(self, twin: Any, latent: Tensor) -> Tensor:
+        with torch.no_grad(), self._remembered:
+            return sample_of(twin.decode(latent, **decode_arguments(twin, latent)))
+
+    def _twin(self) -> Any:
+        vae: Any = self._vae
+        return skeleton(type(vae), vae.config)
+
+
+def latent_of(output: Any) -> Tensor:
+    """The latent in what `encode` returned: the mode where it is a distribution."""
+    if hasattr(output, "latent_dist"):
+        return output.latent_dist.mode()
+    for name in ("latents", "latent"):
+        if hasattr(output, name):
+            return getattr(output, name)
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return output[0]  # Quantised latents, before their indices.
+    raise InputError(f"encode returned a {type(output).__name__}, which holds no latents that halovae knows")
+
+
+def sample_of(output: Any) -> Tensor:
+    """The picture in what `decode` returned."""
+    return output if isinstance(output, Tensor) else output.sample
+
+
+def decode_arguments(vae: Any, latent: Tensor) -> dict[str, Any]:
+    """What `decode` needs besides the latent."""
+    arguments: dict[str, Any] = {}
+    if "num_frames" in inspect.signature(vae.decode).parameters:
+        # A decoder that takes the frames of one clip as its batch.
+        arguments["num_frames"] = latent.shape[0]
+    if vae.config.get("timestep_conditioning"):
+        # A decoder that can also denoise: 0 says that there is no noise.
+        arguments["temb"] = torch.zeros(latent.shape[0], dtype=latent.dtype, device=latent.device)
+    return arguments
+
+
+def _sizes(frames: int, height: int, width: int) -> str:
+    return f"{frames} frame{'s' * (frames != 1)} of {width}x{height}"

@@ -1,0 +1,112 @@
+"""A pipeline's VAE on all ranks: which halves, in which way, and who gets the picture."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.api.parallelize import Handle, parallelize
+from halovae.base.errors import InputError
+from halovae.base.options import CallReport
+from halovae.base.trees import map_tensors, tensors_in
+from halovae.calls.target import Target
+from halovae.comm import Comm
+from halovae.pipelines.generation_settings import Setup
+from halovae.pipelines.stages import replaced
+
+LOG = logging.getLogger("halovae")
+
+
+@contextmanager
+def parallel_vae(
+    vae: Any, setup: Setup, comm: Comm, on_call: Callable[[str, CallReport], None]
+) -> Iterator[None]:  # fmt: skip
+    """Within it, `vae` runs as `setup` asks. Called on every rank.
+
+    What is encoded goes on to every rank's denoiser, so every rank gets it. What is decoded is needed by the rank that
+    writes it, the first, alone: the others go on with a blank picture of that size, which takes no memory.
+
+    Args:
+        vae: of the pipeline, with its weights in place.
+        setup: what was asked for.
+        comm: the world.
+        on_call: gets "encode" or "decode" and the report of each parallel call.
+
+    Raises:
+        InputError: the VAE can't be run so.
+    """
+    _switch(vae, setup)
+    halves = [half for half, wanted in (("encode", setup.vae_encode), ("decode", setup.vae_decode)) if wanted]
+    with ExitStack() as stack:
+        if comm.size > 1 and setup.vae_size != 1 and halves:
+            gather = {"encode": "all", "decode": "first"}
+            handle = stack.enter_context(
+                parallelize(
+                    vae, mode=setup.vae_mode, axis=setup.vae_axis, size=setup.vae_size, gather=gather, halves=halves
+                )
+            )
+            for half in halves:
+                stack.enter_context(_reported(vae, half, handle, on_call))
+            if setup.vae_decode:
+                stack.enter_context(_blank_but_first(vae, comm))
+        yield
+
+
+def _switch(vae: Any, setup: Setup) -> None:
+    """The VAE's own switches, which hold with and without ranks. What one rank alone runs is in the same mode."""
+    for wanted, name, flag in (
+        (setup.vae_mode == "tile", "enable_tiling", f"--vae-mode {setup.vae_mode}"),
+        (setup.vae_slicing, "enable_slicing", "--vae-use-slicing"),
+    ):
+        if not wanted:
+            continue
+        try:
+            getattr(vae, name)()
+        except (AttributeError, NotImplementedError) as error:
+            raise InputError(f"{flag} can't be honoured: {type(vae).__name__} has no {name}(); leave it out") from error
+    if setup.vae_mode == "exact" and getattr(vae, "use_tiling", False):
+        if Target(vae).comes_tiled:
+            name = type(vae).__name__
+            LOG.warning("%s comes tiled: in --vae-mode exact its result is the un-tiled one, which differs", name)
+        vae.use_tiling = False
+
+
+@contextmanager
+def _reported(vae: Any, half: str, handle: Handle, on_call: Callable[[str, CallReport], None]) -> Iterator[None]:
+    original = getattr(vae, half)
+
+    @functools.wraps(original)
+    def reported(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if handle.last is not None:
+            on_call(half, handle.last)
+        return result
+
+    with replaced(vae, half, reported):
+        yield
+
+
+@contextmanager
+def _blank_but_first(vae: Any, comm: Comm) -> Iterator[None]:
+    original = vae.decode
+
+    @functools.wraps(original)
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        shapes = comm.all_gather_object([tuple(tensor.shape) for tensor in tensors_in(result)])[0]
+        if comm.rank == 0:
+            return result
+        return map_tensors(lambda t: _blank(t, shapes.pop(0)), result)
+
+    with replaced(vae, "decode", decode):
+        yield
+
+
+def _blank(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(shape)

@@ -1,0 +1,1 @@
+"""Seconds and memory of a call, told before it runs."""

@@ -1,0 +1,163 @@
+"""Whether a call fits into the memory that is free, told before its first allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, inf, prod
+from typing import Any
+
+from torch import Tensor
+
+from halovae.base.errors import HalovaeError, TooLittleMemoryError
+from halovae.base.memory import Needs, free_bytes
+from halovae.base.trees import tensors_in
+from halovae.calls.target import Target
+from halovae.comm.bandwidth import LinkSpeed
+from halovae.exact.shard_plan import ShardPlan
+from halovae.kernels import autocast
+from halovae.predict.predictor import Predictor
+from halovae.predict.rates import GivenSpeed
+from halovae.tiles.tile_settings import applied, described
+
+_GROWTH = {"encode": 2**10, "decode": 2**15}
+"""Bytes at the peak per byte of input, more than known networks take: below that there is nothing to predict."""
+_NO_TIME = {"flops": inf, "bandwidth": inf, "overhead": 0.0}
+_NO_LINK = LinkSpeed(latency=0.0, bandwidth=inf)
+
+
+class Room:
+    """Checks the calls of either mode on one rank.
+
+    Args:
+        target: the VAE.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._needs = Needs()
+        self._predicted: dict[Any, int | None] = {}
+
+    def learn(self, half: str, plan: ShardPlan, picture: Tensor, growth: int) -> None:
+        """Take in by how many bytes a call has grown at its peak."""
+        self._needs.learn(half, _largest_part(plan, picture), growth)
+
+    def check(
+        self, half: str, plan: ShardPlan, ratio: int, gather: str, picture: Tensor,
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Refuse a call that needs more than is free: by what earlier calls took, else by a run on shapes alone.
+
+        Args:
+            half: "encode" or "decode".
+            plan: how the picture is cut.
+            ratio: pixels per latent for encode, 1 for decode.
+            gather: who holds the result.
+            picture: the first one of the arguments.
+            args: of the call.
+            kwargs: likewise.
+
+        Raises:
+            TooLittleMemoryError: it does; with what would do.
+        """
+        part, ranks, free = _largest_part(plan, picture), prod(plan.shape), free_bytes(picture.device)
+        if free is None:
+            return
+        learned = self._needs.expected(half, part)
+        if learned is not None:
+            if learned > free:
+                fits = [f"{ceil(ranks * learned / max(free, 1))} ranks", *self._tiles(half, ranks, free, args, kwargs)]
+                raise _too_little(half, learned, ranks, free, fits)
+            return
+        if part * picture.element_size() * _GROWTH[half] <= free:
+            return
+
+        def exact(count: int, axis: Any) -> int | None:
+            options = {"ranks": count, "axis": axis, "ratio": ratio, "gather": gather}
+            return self._predict("exact", half, args, kwargs, options)
+
+        needed = exact(ranks, plan.shape)
+        if needed is not None and needed > free:
+            fits = [f"{n} ranks" for n in (2 * ranks, 4 * ranks, 8 * ranks) if (exact(n, "auto") or inf) <= free][:1]
+            fits += self._tiles(half, ranks, free, args, kwargs)
+            raise _too_little(half, needed, ranks, free, fits)
+
+    def _tiles(
+        self, half: str, ranks: int, free: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[str]:  # fmt: skip
+        """The VAE's own tiles as a remedy, where they are one."""
+        needed = self._predict("tile", half, args, kwargs, {"ranks": ranks, "gather": "all"})
+        return ["mode='tile'"] if needed is not None and needed <= free else []
+
+    def check_tiles(
+        self, half: str, settings: dict[str, Any], ranks: int, ratio: Callable[[], int], gather: str, picture: Tensor,
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Refuse a call in tiles that needs more than is free, by a run on shapes alone.
+
+        Args:
+            half: "encode" or "decode".
+            settings: of the tiles, where they differ from the VAE's.
+            ranks: how many run tiles.
+            ratio: tells pixels per latent for encode, 1 for decode; asked only where memory is short.
+            gather: who holds the result.
+            picture: the first one of the arguments.
+            args: of the call.
+            kwargs: likewise.
+
+        Raises:
+            TooLittleMemoryError: it does; with what would do.
+        """
+        free = free_bytes(picture.device)
+        if free is None or picture.nbytes * _GROWTH[half] <= free:
+            return
+
+        def tile(count: int) -> int | None:
+            return self._predict("tile", half, args, kwargs, {"ranks": count, "gather": gather})
+
+        def exact(count: int) -> int | None:
+            try:
+                options = {"ranks": count, "axis": "auto", "ratio": ratio(), "gather": gather}
+            except Exception:  # The refusal says more than why one remedy isn't known.
+                return None
+            return self._predict("exact", half, args, kwargs, options)
+
+        with applied(self._target.vae, settings):
+            needed = tile(ranks)
+            if needed is None or needed <= free:
+                return
+            more = ranks, 2 * ranks, 4 * ranks, 8 * ranks
+            fits = [f"{n} ranks" for n in more[1:] if (tile(n) or inf) <= free][:1]
+            fits += [f"mode='exact' on {n} ranks" for n in more if (exact(n) or inf) <= free][:1]
+        raise _too_little(f"{half} in tiles", needed, ranks, free, [*fits, "smaller tiles"])
+
+    def _predict(
+        self, mode: str, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> int | None:
+        """Bytes besides the arguments, which are there already; None where it can't be told. Once per shape."""
+        given = tensors_in((args, kwargs))
+        shapes = ((tuple(tensor.shape), tensor.dtype) for tensor in given)
+        key = mode, half, described(self._target.vae), *shapes, repr(options), autocast.state()
+        if key not in self._predicted:
+            try:
+                predictor = Predictor(self._target, GivenSpeed(**_NO_TIME, device=given[0].device), _NO_LINK)
+                found = getattr(predictor, mode)(half, args, kwargs, **options)
+                self._predicted[key] = found.memory - sum(tensor.nbytes for tensor in given)
+            except HalovaeError:  # The call itself says what is wrong, if anything is.
+                self._predicted[key] = None
+        return self._predicted[key]
+
+
+def _too_little(what: str, needed: int, ranks: int, free: int, remedies: list[str]) -> TooLittleMemoryError:
+    return TooLittleMemoryError(
+        f"{what} needs about {_size(needed)} on each of {ranks} ranks, but {_size(free)} are free: "
+        f"use {' or '.join([*remedies, 'a smaller picture'])}"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _largest_part(plan: ShardPlan, picture: Tensor) -> int:
+    """Elements of the largest shard of the picture."""
+    return picture[..., :1, :1].numel() * prod(plan.largest)

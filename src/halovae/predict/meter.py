@@ -1,0 +1,327 @@
+"""A run on shapes alone that keeps a clock, counts floating-point operations and follows memory."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halovae.calls.dataflow import Shapes, fresh, has_meta, key_of, meets_meta, tensors_of
+from halovae.comm import Message, Pending, SoloComm
+from halovae.comm.bandwidth import LinkSpeed
+from halovae.kernels import autocast
+from halovae.kernels.kept import apart
+from halovae.kernels.lazy.deferred import Deferred, computed
+from halovae.kernels.shapes_only import standing_in
+from halovae.predict.rates import Job, Speed
+
+_WRITTEN = object()
+"""Stands for the first argument."""
+Cost = tuple[float, int, int]
+"""Seconds, floating-point operations, and bytes beside arguments and result."""
+
+
+class Costs:
+    """What operators return and take, by the shapes of their arguments. Runs for one device share it.
+
+    Args:
+        speed: of the device.
+    """
+
+    def __init__(self, speed: Speed) -> None:
+        self.device = speed.device
+        self._speed = speed
+        self._shapes = Shapes({})
+        self._known: dict[Any, tuple[Any, Cost]] = {}
+        self._views: dict[Any, Cost] = {}
+
+    def makes(self, func: Any) -> bool:
+        """Whether an operator makes new memory, and nothing else."""
+        return self._shapes.makes(func)
+
+    def shape_of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator's result on the meta device."""
+        return self._shapes.run(func, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
+        """An operator's result on the meta device, and what one call of it costs."""
+        makes = self._shapes.makes(func)
+        if not makes and not func._schema.is_mutable:
+            return self._view(func, args, kwargs)
+        key = func, key_of(args), key_of(kwargs) if kwargs else ()
+        known = self._known.get(key)
+        if known is None:
+            result = self._shapes.run(func, args, kwargs)
+            cost = self._of(Job(func, args, kwargs, result, makes))
+            # What writes into its first argument is not run again, unless that has another shape then.
+            again = _WRITTEN if args and result is args[0] and key_of(args) == key[1] else None
+            self._known[key] = (result if makes else again), cost
+            return (fresh(result) if makes else result), cost
+        result, cost = known
+        if result is _WRITTEN:
+            return args[0], cost
+        return (fresh(result) if makes else self._shapes.run(func, args, kwargs)), cost
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
+        """Views of one kind all cost the same: the call."""
+        result = self._shapes.run(func, args, kwargs)
+        if func not in self._views:
+            self._views[func] = self._of(Job(func, args, kwargs, result, makes=False))
+        return result, self._views[func]
+
+    def _of(self, job: Job) -> Cost:
+        return self._speed.seconds(job), job.flops, self._speed.workspace(job)
+
+
+@dataclass
+class _Making:
+    """Something that is made to be kept."""
+
+    aside: int
+    """Bytes that were put aside before."""
+    peak: int = 0
+    """Most of the bytes that live beside those, while it is made."""
+    memories: set[int] = field(default_factory=set[int])
+
+
+@dataclass
+class Reading:
+    """What a part of a run costs."""
+
+    seconds: float = 0.0
+    exposed: float = 0.0
+    flops: int = 0
+    messages: int = 0
+    bytes: int = 0
+    growth: int = 0
+    """Of memory at its peak, over what is live before."""
+
+
+class Meter(TorchDispatchMode):
+    """Within it, what meets a tensor of the meta device runs there, and takes time and memory on paper.
+
+    Args:
+        costs: of operators on the device that the run is predicted for.
+
+    Attributes:
+        seconds: the clock.
+        exposed: seconds of it in which messages were waited for.
+        flops: floating-point operations so far; a multiplication and an addition are two.
+        live: bytes of the tensors that exist now and did not before.
+        peak: most of them at any time.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        super().__init__()
+        self.seconds = self.exposed = 0.0
+        self.flops = self.live = self.peak = 0
+        self._aside = self._lean_peak = 0
+        self._making: _Making | None = None
+        self._cost_aside = Reading()
+        self._costs = costs
+        self._memories: dict[int, tuple[int, Any]] = {}
+        self._made_aside: set[int] = set()
+        self._numbers = itertools.count()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No compiler is on its way here, and what keeps it out takes long."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if Deferred in types:
+            with self:  # What waits is computed, and that takes time as well.
+                args, kwargs = computed(args), computed(kwargs)
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            return self._take(func, args, kwargs) if meets_meta(args, kwargs) else func(*args, **kwargs)
+
+    def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on shapes, and count it."""
+        if not has_meta(args) and _is_constant(func, self._costs.shape_of(func, args, kwargs)):
+            # Real, wherever it was asked for: code may look at the values of what doesn't depend on the picture.
+            return func(*args, **{**kwargs, "device": "cpu"})
+        result, (seconds, flops, workspace) = self._costs.run(func, args, kwargs)
+        if self._costs.makes(func):
+            for tensor in tensors_of(result):
+                self.follow(tensor)
+        seconds, flops = self._stand_in.turns * seconds, self._stand_in.turns * flops
+        self.seconds += seconds
+        self.flops += flops
+        self.peak = max(self.peak, self.live + workspace)
+        if self._making:
+            self._cost_aside.seconds += seconds
+            self._cost_aside.flops += flops
+            self._making.peak = max(self._making.peak, self.live - self._making.aside + workspace)
+        else:
+            self._lean_peak = max(self._lean_peak, self.live - self._aside + workspace)
+        return result
+
+    def follow(self, tensor: Tensor) -> None:
+        """Count a new tensor's memory until the last tensor that shares it is gone."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
+        if key in self._memories:
+            return
+        gone = weakref.ref(storage, lambda _: self._forget(key, size))
+        self._memories[key] = next(self._numbers), gone
+        self.live += size
+        if self._making:
+            self._made_aside.add(key)
+            self._making.memories.add(key)
+            self._aside += size
+
+    def memory_of(self, tensor: Tensor) -> int | None:
+        """A number for the memory of a tensor, its own for ever; None where it was there before."""
+        return self._memories.get(tensor.untyped_storage()._cdata, (None,))[0]  # pyright: ignore[reportPrivateUsage]
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._memories[key]
+        self.live -= size
+        if key in self._made_aside:
+            self._made_aside.remove(key)
+            self._aside -= size
+
+    @contextmanager
+    def _putting_aside(self) -> Iterator[Callable[[], None]]:
+        """Within it something is made that is there when the same runs once more, unless what it yields is called."""
+        outer, before = self._making, replace(self._cost_aside)
+        making = self._making = _Making(self._aside)
+
+        def take_back() -> None:
+            self._cost_aside = before
+            self._lean_peak = max(self._lean_peak, making.peak)
+            self._made_aside -= making.memories
+            self._aside = making.aside
+
+        try:
+            yield take_back
+        finally:
+            self._making = outer
+
+    @contextmanager
+    def reading(self, comm: MeteredComm) -> Iterator[Reading]:
+        """What runs within it would cost what it yields if it ran once more; that is told at its end."""
+        cost, traffic, aside = Reading(), replace(comm.traffic), replace(self._cost_aside)
+        seconds, exposed, flops, lean = self.seconds, self.exposed, self.flops, self.live - self._aside
+        self._lean_peak = lean
+        yield cost
+        cost.seconds = self.seconds - seconds - (self._cost_aside.seconds - aside.seconds)
+        cost.exposed = self.exposed - exposed
+        cost.flops = self.flops - flops - (self._cost_aside.flops - aside.flops)
+        cost.messages, cost.bytes = comm.traffic.messages - traffic.messages, comm.traffic.bytes - traffic.bytes
+        cost.growth = self._lean_peak - lean
+
+    def add(self, cost: Reading, comm: MeteredComm) -> None:
+        """Let the same happen again; memory that is left of it has to be followed."""
+        self.seconds += cost.seconds
+        self.exposed += cost.exposed
+        self.flops += cost.flops
+        self.peak = max(self.peak, self.live + cost.growth)
+        comm.traffic.messages += cost.messages
+        comm.traffic.bytes += cost.bytes
+
+    def wait_until(self, moment: float) -> None:
+        """Let the clock stand at `moment` at least: what is missing is waiting."""
+        waiting = max(0.0, moment - self.seconds)
+        self.seconds += waiting
+        self.exposed += waiting
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure what runs within it."""
+        with apart(self._putting_aside), standing_in(self._costs.device) as self._stand_in, _OnShapes(), self:
+            yield
+
+
+_CONSTANT = 2**16
+"""Elements of a constant at the most; larger ones are work."""
+
+
+def _is_constant(func: Any, result: Any) -> bool:
+    """Whether a small tensor of known values is made, or moved to the device: a table of positions, a mask."""
+    return (
+        isinstance(result, Tensor)
+        and result.numel() <= _CONSTANT
+        and not str(func.overloadpacket).startswith("aten.empty")
+        and torch.Tag.nondeterministic_seeded not in func.tags
+    )
+
+
+class _OnShapes(TorchFunctionMode):
+    """Functions as the device runs them: cast under autocast, and attention as one operator.
+
+    The meta device would build the matrix of all pairs.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if autocast.is_on():
+            return autocast.run_cast(_run, func, args, kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return _attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not query.is_meta or query.shape[:-2] != key.shape[:-2]:
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    flat = [tensor.reshape(-1, 1, *tensor.shape[-2:]) for tensor in (query, key, value)]
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(*flat)[0]
+    return fused.reshape(*query.shape[:-1], value.shape[-1])
+
+
+class MeteredComm(SoloComm):
+    """Stands for one rank of a group whose other ranks run alongside: messages take time on the meter's clock.
+
+    Args:
+        rank: of the group.
+        size: of the group.
+        link: how fast messages are.
+        meter: whose clock it is.
+    """
+
+    def __init__(self, rank: int, size: int, link: LinkSpeed, meter: Meter) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+        self._link, self._meter = link, meter
+        self._free = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no message is under way."""
+        return self._free <= self._meter.seconds
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+        sent, received = (sum(tensor.nbytes for _, tensor in messages) for messages in (sends, receives))
+        self.traffic.messages += len(sends)
+        self.traffic.bytes += sent
+        if sends or receives:
+            # One after the other: they share the link.
+            start = max(self._free, self._meter.seconds)
+            self._free = start + self._link.seconds(max(sent, received))
+        return _Arrival(self._meter, self._free)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self._meter.wait_until(self._meter.seconds + 2 * self._link.latency)
+        return [value] * self.size
+
+
+class _Arrival:
+    def __init__(self, meter: Meter, moment: float) -> None:
+        self._meter, self._moment = meter, moment
+
+    def wait(self) -> None:
+        self._meter.wait_until(self._moment)

@@ -1,0 +1,214 @@
+"""What an encode or decode will take on N ranks: the real code runs on shapes alone, against a clock on paper.
+
+Nothing is computed and no rank is started. One rank is followed, the one with the most work; its peers are taken to be
+in step with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halovae.base.compiled import as_written
+from halovae.base.errors import HalovaeError, InputError, TilingError
+from halovae.base.files import first_line
+from halovae.base.options import Axis
+from halovae.base.trees import on_meta, pictures_in, tensors_in
+from halovae.calls.merge_steps import merged
+from halovae.calls.randomness import Generators
+from halovae.calls.record import NETWORKS, NetworkCall
+from halovae.calls.rehearsal import Rehearsal
+from halovae.calls.state import unchanged, without_fetching
+from halovae.calls.target import Target
+from halovae.comm.bandwidth import LinkSpeed
+from halovae.exact.run import run_on_group
+from halovae.exact.shard_plan import ShardPlan, plan_shards
+from halovae.kernels.shapes_only import standing_in
+from halovae.predict.echo import Effects, echoing
+from halovae.predict.meter import Costs, Meter, MeteredComm
+from halovae.predict.rates import Speed
+from halovae.tiles.blend import Blends
+from halovae.tiles.check import Checker
+from halovae.tiles.move import Mover
+from halovae.tiles.schedule import assign, find_chains
+from halovae.tiles.tile_settings import applied
+from halovae.tiles.work import put_together, run_own_tiles
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One half, in one mode, on so many ranks. Of one rank: the one that takes longest."""
+
+    half: str
+    mode: str
+    ranks: int
+    cut: str
+    """Rows x columns of shards, or the number of tiles."""
+    seconds: float
+    exposed: float
+    """Seconds of them in which the rank only waits for messages."""
+    messages: int
+    """That the rank sends."""
+    bytes: int
+    """In them."""
+    flops: int
+    """Of convolutions, matrix products and attention."""
+    memory: int
+    """Bytes of input, output and whatever is alive in between, at the most; without the weights."""
+    result: Any
+    """What the half returns, on the meta device."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "result"}
+
+
+class Predictor:
+    """Predicts the calls of one VAE.
+
+    Args:
+        target: the VAE; its weights may be on the meta device, and are not read anywhere else.
+        speed: of each rank's device.
+        link: between the ranks.
+        frames: latent frames in one call of the network in exact mode, as for `parallelize`.
+    """
+
+    def __init__(self, target: Target, speed: Speed, link: LinkSpeed, frames: int | str = 1) -> None:
+        self._target, self._costs, self._link = target, Costs(speed), link
+        self._rehearsal = Rehearsal(target, speed.device, frames)
+        self._tile_calls: dict[Any, tuple[NetworkCall, ...]] = {}
+        self._echoes: Effects = {}
+
+    @torch.inference_mode(False)  # in it operators come whole that are made of others, and views look like copies
+    def exact(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, axis: Axis = "auto",
+        ratio: int = 1, gather: str = "all",
+    ) -> Prediction:  # fmt: skip
+        """Exact mode; on one rank what `parallelize` does in a world of one: the whole picture, by the kernels.
+
+        Args:
+            half: "encode" or "decode".
+            args: its arguments; tensors count by shape only.
+            kwargs: likewise.
+            ranks: in the group.
+            axis: what to cut.
+            ratio: pixels per latent for encode, 1 for decode.
+            gather: who holds the result.
+
+        Raises:
+            NotExactError: exact mode refuses the VAE.
+            InputError: the VAE's code needs values where there are only shapes.
+        """
+        running, args, kwargs = self._running(half, args, kwargs), on_meta(args), on_meta(kwargs)
+        height, width = pictures_in((args, kwargs))[0].shape[-2:]
+        plan = plan_shards(height, width, ratio, ranks, axis)
+        meter = Meter(self._costs)
+        comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
+        with running:
+            call = merged(self._target, half, self._rehearsal.steps(half, plan, ratio, args, kwargs))
+            with meter.running(), echoing(self._target.vae, half, meter, comm, {}):
+                outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
+        return _prediction(half, "exact", ranks, f"{plan.shape[0]}x{plan.shape[1]}", meter, comm, args, outcome.result)
+
+    @torch.inference_mode(False)
+    def tile(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, gather: str = "all"
+    ) -> Prediction:
+        """Tile mode; on one rank, the VAE's own tiled half.
+
+        Args:
+            half: "encode" or "decode".
+            args: its arguments; tensors count by shape only.
+            kwargs: likewise.
+            ranks: in the group.
+            gather: who holds the result.
+
+        Raises:
+            TilingError: the half has no tiles, or they give a picture of a wrong size.
+            InputError: the VAE's code needs values where there are only shapes.
+        """
+        vae, method = self._target.vae, self._target.originals[half]
+        if "use_tiling" not in vars(vae) or not hasattr(vae, NETWORKS[half]):
+            raise TilingError(f"{self._target.name}.{half} has no tiles")
+        running, args, kwargs = self._running(half, args, kwargs), on_meta(args), on_meta(kwargs)
+        blends = Blends(vae)
+        meter = Meter(self._costs)
+        with running, applied(vae, {"use_tiling": True}):
+            kind = self._target.kind(half, args, kwargs)
+            if kind not in self._tile_calls:
+                self._tile_calls[kind] = _calls(Checker(self._target, half, blends), args, kwargs)
+            calls = self._tile_calls[kind]
+            schedule = assign(find_chains(calls), ranks)
+            rank = schedule.loads.index(max(schedule.loads))
+            comm = MeteredComm(rank, ranks, self._link, meter)
+            mover = Mover(comm, calls, schedule, range(ranks if gather == "all" else 1), _META)
+            with meter.running(), echoing(vae, half, meter, comm, self._echoes):
+                mine = schedule.calls_of(rank)
+                run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, blends, _META)
+                mover.finish()
+                result = put_together(vae, half, method, args, kwargs, calls, mover, blends, _META)
+        cut = f"{len(schedule.chains)} tiles"
+        return _prediction(half, "tile", ranks, cut, meter, comm, args, result)
+
+    @contextmanager
+    def _running(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """The VAE's code may draw random numbers; the next call is to draw as if it had not."""
+        generators = Generators(pictures_in((args, kwargs))[0].device, *args, *kwargs.values())
+        try:
+            vae, stands_for = self._target.vae, standing_in(self._costs.device)
+            with torch.no_grad(), unchanged(vae, args, kwargs), without_fetching(vae), as_written(), stands_for:
+                yield
+        except HalovaeError:
+            raise
+        except Exception as error:  # Whatever a model's code raises where a value should be.
+            name = f"{self._target.name}.{half}"
+            raise InputError(f"{name} can't be followed on shapes alone: {first_line(error)}") from error
+        finally:
+            generators.rewind()
+
+
+def _calls(checker: Checker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[NetworkCall, ...]:
+    """The network calls of the tiled half; refused where its result has another size than without tiles."""
+    try:
+        tiled, whole = checker.recorded(args, kwargs), checker.untiled(args, kwargs)
+    except TilingError:
+        raise
+    except Exception as error:  # Whatever a model's own tiled method raises.
+        raise TilingError(f"its tiles fail: {error}") from error
+    if whole and pictures_in(tiled.result)[0].shape != pictures_in(whole.result)[0].shape:
+        raise TilingError("its tiles give a picture of a wrong size")
+    return tiled.calls
+
+
+def _prediction(
+    half: str, mode: str, ranks: int, cut: str, meter: Meter, comm: MeteredComm, args: Any, result: Any
+) -> Prediction:
+    return Prediction(
+        half=half,
+        mode=mode,
+        ranks=ranks,
+        cut=cut,
+        seconds=meter.seconds,
+        exposed=meter.exposed,
+        messages=comm.traffic.messages,
+        bytes=comm.traffic.bytes,
+        flops=meter.flops,
+        memory=meter.peak + sum(tensor.nbytes for tensor in tensors_in(args)),
+        result=result,
+    )
+
+
+def _busiest(plan: ShardPlan) -> int:
+    """The rank of the largest shard; among equals, of one with most neighbours."""
+
+    def part(bounds: tuple[int, ...]) -> int:
+        sizes = [high - low for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        inner = range(len(sizes))
+        return max(inner, key=lambda i: (sizes[i], 0 < i < len(sizes) - 1))
+
+    return part(plan.bounds[0]) * plan.shape[1] + part(plan.bounds[1])

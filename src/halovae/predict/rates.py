@@ -1,0 +1,149 @@
+"""How long an operator takes on a device, from given rates. `measured_speed.py` tells it from trying it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from halovae.calls.dataflow import tensors_of
+from halovae.kernels.cpu.packed import PACKED_CONVOLUTION
+
+_CPU = torch.device("cpu")
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Job:
+    """One call of an operator, with its arguments and result known by shape.
+
+    Args:
+        func: the operator.
+        args: its arguments.
+        kwargs: likewise.
+        result: what it returns.
+        makes: whether the result is new memory; views and writes into an argument are not.
+    """
+
+    def __init__(self, func: Any, args: Any, kwargs: Any, result: Any, makes: bool) -> None:
+        self.func, self.args, self.kwargs, self.result, self.makes = func, args, kwargs, result, makes
+
+    @cached_property
+    def flops(self) -> int:
+        """Multiplications and additions of convolutions, matrix products and attention; the rest doesn't count."""
+        count = _FLOPS.get(self.func) or _FLOPS.get(str(self.func))
+        return count(self.args, self.result) if count else 0
+
+    @cached_property
+    def made(self) -> int:
+        """Bytes of new memory in the result."""
+        return sum(map(_size, tensors_of(self.result))) if self.makes else 0
+
+    @cached_property
+    def untouched(self) -> int:
+        """Bytes of memory that the system hands out when they are first written, since no allocator has so many."""
+        return self.made if self.func in _ALLOCATIONS and self.made >= KEPT else 0
+
+    @cached_property
+    def bytes(self) -> int:
+        """Read and written."""
+        if self.func in _ALLOCATIONS:
+            return 0
+        if not self.makes and not self.func._schema.is_mutable:
+            return 0  # a view
+        written = sum(map(_size, tensors_of(self.result)))
+        return written + sum(map(_size, tensors_of((self.args, self.kwargs))))
+
+
+def _size(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _convolution(args: Any, result: Tensor) -> int:
+    weight, transposed = args[1], args[6]
+    each = args[0] if transposed else result
+    return 2 * each.shape[0] * prod(each.shape[2:]) * prod(weight.shape)
+
+
+def _product(first: int) -> Callable[[Any, Tensor], int]:
+    """Of the matrices at `first` and after it."""
+    return lambda args, result: 2 * prod(args[first].shape) * args[first + 1].shape[-1]
+
+
+def _attention(args: Any, result: Any) -> int:
+    query, key, value = args[:3]
+    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _packed_convolution(args: Any, result: Tensor) -> int:
+    return 2 * result.shape[0] * prod(result.shape[2:]) * prod(args[1].shape)
+
+
+def _gpu_convolution(args: Any, result: None) -> int:
+    pictures, kernel, out = args[0], args[3], args[6]
+    return 2 * out.numel() * pictures.shape[1] * prod(kernel)
+
+
+_FLOPS: dict[Any, Callable[[Any, Any], int]] = {
+    PACKED_CONVOLUTION: _packed_convolution,
+    torch.ops.aten.convolution.default: _convolution,
+    torch.ops.aten.mm.default: _product(0),
+    torch.ops.aten.bmm.default: _product(0),
+    torch.ops.aten.addmm.default: _product(1),
+    torch.ops.aten.baddbmm.default: _product(1),
+    ATTENTION: _attention,
+    "halovae.gpu_convolution.default": _gpu_convolution,
+}
+
+_ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+KEPT = 32 * 2**20
+"""Bytes up to which an allocator keeps what is freed: glibc's limit. Those of accelerators keep all."""
+
+
+class Speed(Protocol):
+    """What a prediction needs to know of a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device, or one of its type: it decides which kernels there are."""
+        ...
+
+    def seconds(self, job: Job) -> float: ...
+
+    def workspace(self, job: Job) -> int:
+        """Bytes that the operator needs besides its arguments and its result."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenSpeed:
+    """A device known by its rates: an operator takes as long as its arithmetic or its memory traffic does."""
+
+    flops: float
+    """Per second, of convolutions and matrix products."""
+    bandwidth: float
+    """Bytes of memory per second, read and written together."""
+    overhead: float = 5e-6
+    """Seconds to start an operator."""
+    touch: float = 0.0
+    """Seconds for each byte of new memory, on top of writing it: the system hands it out when it is first touched."""
+    device: torch.device = _CPU
+    """One of its type: it decides which kernels there are."""
+
+    def seconds(self, job: Job) -> float:
+        if not job.bytes and self.device.type != "cpu":
+            return 0.0  # A view or an allocation is the host's work, which runs ahead of the device.
+        return max(job.flops / self.flops, job.bytes / self.bandwidth) + self.overhead + self.touch * job.untouched
+
+    def workspace(self, job: Job) -> int:
+        return 0

@@ -1,0 +1,157 @@
+"""The routes under /v1/videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import FileResponse, StreamingResponse
+
+from halovae.serve.api_errors import ApiError
+from halovae.serve.forms import VideoFields, accepted, body_of, video_document
+from halovae.serve.service import Service
+from halovae.serve.store import COMPLETED, FAILED, VIDEO, Job
+
+_HEARTBEAT = 10.0
+"""Seconds after which a stream of events says that it is still there."""
+_PRESENCE = 0.5
+"""Seconds between two looks whether a client that waits is still there."""
+
+router = APIRouter(prefix="/v1/videos", tags=["videos"])
+VideoId = Annotated[str, Path(max_length=100, pattern=r"^[ -~]*$")]
+_BODY = body_of("input_reference", VideoFields.model_json_schema())
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a request."""
+    return request.app.state.service
+
+
+@router.post("", openapi_extra=_BODY)
+async def create(request: Request) -> dict[str, Any]:
+    """Accept a job; it runs when those before it are done."""
+    return _document(service_of(request), await accepted(request))
+
+
+@router.post("/sync", openapi_extra=_BODY)
+async def create_and_wait(request: Request) -> FileResponse:
+    """Make a video and answer with it. A client that hangs up cancels it."""
+    job = await accepted(request)
+    return _content(service_of(request), await finished(request, job.id))
+
+
+@router.get("")
+async def list_videos(
+    request: Request,
+    after: Annotated[str | None, Query(max_length=100)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """Videos by the time they were asked for."""
+    service = service_of(request)
+    start = None if after is None else _known(service, after)
+    jobs = service.store.videos(start, limit + 1, newest_first=order == "desc")
+    data = [_document(service, job) for job in jobs[:limit]]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"object": "list", "data": data, **ends, "has_more": len(jobs) > limit}
+
+
+@router.get("/{video_id}")
+async def retrieve(request: Request, video_id: VideoId) -> dict[str, Any]:
+    """One job: its status, progress in percent, seconds by stage, and its error."""
+    service = service_of(request)
+    return _document(service, _known(service, video_id))
+
+
+@router.delete("/{video_id}")
+async def delete(request: Request, video_id: VideoId) -> dict[str, Any]:
+    """Forget a video; a job that waits or runs is cancelled."""
+    service = service_of(request)
+    service.remove(_known(service, video_id).id)
+    return {"id": video_id, "object": "video.deleted", "deleted": True}
+
+
+@router.get("/{video_id}/content")
+async def content(
+    request: Request,
+    video_id: VideoId,
+    variant: Annotated[Literal["video", "thumbnail", "input_reference"], Query()] = "video",
+) -> FileResponse:
+    """The mp4; its first frame, small, as a JPEG; or the image that it was made from. Ranges too."""
+    service = service_of(request)
+    return _content(service, _known(service, video_id), variant)
+
+
+@router.get("/{video_id}/events")
+async def events(request: Request, video_id: VideoId) -> StreamingResponse:
+    """The job now and at each change, as server-sent events, until it is over."""
+    service = service_of(request)
+    _known(service, video_id)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(service, video_id), media_type="text/event-stream", headers=headers)
+
+
+async def _events(service: Service, video_id: str) -> AsyncIterator[str]:
+    last = ""
+    async for job in service.changes(video_id, _HEARTBEAT):
+        gone = {"id": video_id, "object": "video.deleted", "deleted": True}
+        line = json.dumps(gone if job is None else _document(service, job))
+        yield ": still here\n\n" if line == last else f"data: {line}\n\n"
+        last = line
+
+
+async def finished(request: Request, job: str) -> Job:
+    """Wait for a job's end, as long as the client does.
+
+    Raises:
+        ApiError: it has failed, or was removed.
+    """
+    service = service_of(request)
+    async for now in service.changes(job, _PRESENCE):
+        if now is None:
+            break
+        if now.status == COMPLETED:
+            return now
+        if now.status == FAILED:
+            error = now.error or {}
+            refused = error.get("code") == "invalid_request"
+            raise ApiError(400 if refused else 500, str(error.get("message")), code=error.get("code"))
+        if await request.is_disconnected():
+            service.remove(now.id)
+    raise ApiError(409, "the job was removed before it was done", code="cancelled")
+
+
+def _known(service: Service, video_id: str) -> Job:
+    job = service.store.get(video_id)
+    if job is None or job.kind != VIDEO:
+        raise ApiError(404, f"there is no video {video_id!r}", param="video_id", code="not_found")
+    return job
+
+
+def _document(service: Service, job: Job) -> dict[str, Any]:
+    return video_document(job, service.progress(job), service.store, service.options)
+
+
+def _content(service: Service, job: Job, variant: str = "video") -> FileResponse:
+    store = service.store
+    path, kind = {
+        "video": (store.output(job.id), "video/mp4"),
+        "thumbnail": (store.thumbnail(job.id), "image/jpeg"),
+        # What clients send is never told to be anything that a browser would run.
+        "input_reference": (store.input(job.id), "application/octet-stream"),
+    }[variant]
+    if variant != "input_reference" and job.status == FAILED:
+        raise ApiError(409, f"this video has failed: {(job.error or {}).get('message')}", code="failed")
+    if variant != "input_reference" and job.status != COMPLETED:
+        raise ApiError(409, f"this video is {job.status}: wait until it is completed", code="not_ready")
+    if not path.exists():
+        raise ApiError(404, f"this job has no {variant} in the server's store", code="not_found")
+    return FileResponse(
+        path,
+        media_type=kind,
+        filename=f"{job.id}{path.suffix}",
+        content_disposition_type="inline",
+        headers={"X-Video-Id": job.id, "X-Content-Type-Options": "nosniff"},
+    )

@@ -1,0 +1,80 @@
+"""Results on their way to the ranks that need them, while later tiles still run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halovae.calls.record import NetworkCall
+from halovae.comm import Comm, Message, Pending
+from halovae.tiles.schedule import Chain, Schedule
+
+
+class Mover:
+    """Sends and receives the results of chains, in rounds.
+
+    Round k moves the k-th chain that gets ready on each rank. All ranks know the schedule, so all post the same rounds
+    with the same exact sizes, and none has to be asked what comes.
+
+    Args:
+        comm: the group.
+        calls: the recorded calls.
+        schedule: who runs what.
+        holders: the ranks that need all results.
+        device: where the results are.
+    """
+
+    def __init__(
+        self, comm: Comm, calls: Sequence[NetworkCall], schedule: Schedule, holders: Sequence[int], device: torch.device
+    ) -> None:
+        self.results: dict[int, list[Tensor]] = {}
+        self._comm, self._calls, self._holders, self._device = comm, calls, holders, device
+        self._chains = [schedule.of(rank) for rank in range(comm.size)]
+        self._rounds = schedule.rounds
+        self._posted: list[Pending] = []
+
+    def is_round(self, call: int) -> bool:
+        """Whether this rank has a chain to post once it has run `call`."""
+        mine, number = self._chains[self._comm.rank], len(self._posted)
+        return number < len(mine) and mine[number].calls[-1] == call
+
+    def post(self) -> None:
+        """Begin the next round."""
+        sends: list[Message] = []
+        receives: list[Message] = []
+        for rank, chains in enumerate(self._chains):
+            if len(self._posted) >= len(chains):
+                continue
+            chain = chains[len(self._posted)]
+            if rank == self._comm.rank:
+                sends = self._outgoing(chain)
+            elif self._comm.rank in self._holders:
+                receives += [(rank, buffer) for buffer in self._incoming(chain)]
+        self._posted.append(self._comm.post(sends, receives, bulk=True))
+
+    def _outgoing(self, chain: Chain) -> list[Message]:
+        others = [rank for rank in self._holders if rank != self._comm.rank]
+        if not others:
+            return []
+        flat: list[Tensor] = []
+        for call in chain.calls:
+            specs = self._calls[call].specs
+            flat += [spec.flat(tensor) for spec, tensor in zip(specs, self.results[call], strict=True)]
+        return [(rank, tensor) for rank in others for tensor in flat]
+
+    def _incoming(self, chain: Chain) -> list[Tensor]:
+        flat: list[Tensor] = []
+        for call in chain.calls:
+            specs = self._calls[call].specs
+            self.results[call] = [spec.empty(self._device) for spec in specs]
+            flat += [spec.flat(tensor) for spec, tensor in zip(specs, self.results[call], strict=True)]
+        return flat
+
+    def finish(self) -> None:
+        """Post what is left, and wait until everything has arrived."""
+        while len(self._posted) < self._rounds:
+            self.post()
+        for pending in self._posted:
+            pending.wait()

@@ -1,0 +1,135 @@
+"""What a tiled call will do: its network calls and who runs them, found before anything is sent."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from halovae.base.errors import TilingError
+from halovae.calls.record import NETWORKS, Recording
+from halovae.calls.target import Target
+from halovae.tiles.blend import Blends
+from halovae.tiles.check import Checker
+from halovae.tiles.schedule import Schedule, assign, find_chains
+from halovae.tiles.tile_settings import TileSettings, applied
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The calls of one encode or decode, who runs them, and the settings that make the VAE call them."""
+
+    recording: Recording
+    schedule: Schedule
+    settings: dict[str, Any]
+    tiles: TileSettings | None
+    """Sizes and overlaps, where the VAE's names for them are known."""
+
+
+class Planner:
+    """Plans one half of a VAE.
+
+    Args:
+        target: the VAE.
+        half: "encode" or "decode".
+        blends: its blending.
+        ranks: how many ranks may run tiles.
+        fit: take smaller tiles where there are fewer than ranks.
+
+    Raises:
+        TilingError: the half has no tiles.
+    """
+
+    def __init__(self, target: Target, half: str, blends: Blends, ranks: int, fit: bool = False) -> None:
+        if "use_tiling" not in vars(target.vae) or not hasattr(target.vae, NETWORKS[half]):
+            raise TilingError(f"{target.name}.{half} has no tiles: use mode='exact'")
+        self._target, self._half, self._ranks, self._fit = target, half, ranks, fit
+        self._checker = Checker(target, half, blends)
+
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
+        """Find the calls of the VAE's own tiled method and spread them.
+
+        Args:
+            args: the arguments of encode or decode.
+            kwargs: likewise.
+
+        Raises:
+            TilingError: the VAE's tiled method fails or gives a wrong picture.
+        """
+        tiles = TileSettings.of(self._target.vae)
+        try:
+            plan = self._plan(args, kwargs, tiles, {})
+        except TilingError as error:
+            remedy = self._remedy(args, kwargs, tiles)
+            raise TilingError(f"the tiled {self._half} of {self._target.name} {error}: {remedy}") from error
+        if not self._fit or tiles is None or len(plan.schedule.chains) >= self._ranks:
+            return plan
+        for part in (3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4):
+            smaller = _smaller(tiles, part)
+            if smaller in (None, tiles):
+                continue
+            try:
+                candidate = self._plan(args, kwargs, smaller, smaller.changes(self._target.vae))
+            except TilingError:
+                continue  # these sizes don't suit the VAE's arithmetic
+            if max(candidate.schedule.loads) < max(plan.schedule.loads):
+                plan = candidate
+        return plan
+
+    def _plan(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tiles: TileSettings | None, changes: dict[str, Any]
+    ) -> TilePlan:
+        settings = {"use_tiling": True, **changes}
+        try:
+            with applied(self._target.vae, settings):
+                recording = self._checker.recorded(args, kwargs)
+                if not recording.calls:
+                    raise TilingError("never calls its network")
+                if recording.keeps:
+                    raise TilingError("goes on with what the call before has left in it")
+                self._checker.check(args, kwargs, recording)
+        except Exception as error:
+            # Where the call fails without tiles too, the tiles are not to blame: this lets the VAE's own error be seen.
+            self._checker.untiled(args, kwargs)
+            if isinstance(error, TilingError):
+                raise
+            raise TilingError(f"fails ({type(error).__name__}: {error})") from error
+        return TilePlan(recording, assign(find_chains(recording.calls), self._ranks), settings, tiles)
+
+    def _remedy(self, args: tuple[Any, ...], kwargs: dict[str, Any], tiles: TileSettings | None) -> str:
+        """Settings that work, found by trying."""
+        vae = self._target.vae
+        for candidate in _nearby(tiles) if tiles else []:
+            try:
+                plan = self._plan(args, kwargs, candidate, candidate.changes(vae))
+            except TilingError:
+                continue
+            if len(plan.schedule.chains) == 1:
+                continue  # a tile as large as the picture is no remedy
+            changes = {k: v for k, v in candidate.changes(vae).items() if v != vars(vae)[k]}
+            return "set " + ", ".join(f"vae.{name} = {value}" for name, value in changes.items())
+        return "use mode='exact'"
+
+
+def _nearby(tiles: TileSettings) -> list[TileSettings]:
+    """Tiles of about the same size whose latents come out whole."""
+    step = 4 * tiles.ratio
+    (height, width), (down, across) = tiles.size, tiles.overlap
+    whole = _round(height, step), _round(width, step)
+    return [
+        tiles,
+        dataclasses.replace(tiles, overlap=(_round(down, tiles.ratio), _round(across, tiles.ratio))),
+        dataclasses.replace(tiles, size=whole, overlap=(whole[0] // 4, whole[1] // 4)),
+    ]
+
+
+def _round(size: float, multiple: int) -> int:
+    return max(1, round(size / multiple)) * multiple
+
+
+def _smaller(tiles: TileSettings, part: float) -> TileSettings | None:
+    """Tiles of a part of the size; None where the overlap would be more than half of them."""
+    height, width = (_round(part * size, tiles.ratio) for size in tiles.size)
+    if height < 2 * max(tiles.overlap[0], tiles.ratio) or width < 2 * max(tiles.overlap[1], tiles.ratio):
+        return None
+    return dataclasses.replace(tiles, size=(height, width))
