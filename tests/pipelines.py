@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from halovae import comm
+from halovae.base.quiet import all_quiet
 from halovae.pipelines.demo import byte_tokenizer
 from halovae.pipelines.generation_settings import Generation, Setup
-from halovae.pipelines.quiet import quiet
 from halovae.pipelines.runner import Result, Runner
 from halovae.pipelines.signature import parameters
 from halovae.pipelines.stages import replaced
@@ -117,7 +117,7 @@ SIZES = {"ltx": {"height": 128, "width": 128}, "qwen": {"height": 64, "width": 9
 def build(name: str) -> Any:
     """The pipeline, with the same weights in every process."""
     torch.manual_seed(0)
-    with quiet():
+    with all_quiet():
         pipeline = BUILDERS[name]()
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):

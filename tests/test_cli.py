@@ -24,8 +24,8 @@ from safetensors import safe_open
 import halovae
 from halovae import media
 from halovae.app.launch import Place
+from halovae.app.run_options import RunOptions
 from halovae.app.session import session
-from halovae.cli.flags import RunOptions
 from halovae.cli.main import app, main
 from halovae.media import read
 

@@ -12,9 +12,9 @@ from command import enter, on_ranks, saved
 from families import FAMILIES
 from ranks import Ranks
 
+from halovae.app.run_options import Work, parse_work
 from halovae.base.errors import InputError
 from halovae.cli.main import main
-from halovae.cli.mode_flags import Work, parse_work
 from halovae.media import read
 from halovae.tiles.tile_settings import TileSettings
 

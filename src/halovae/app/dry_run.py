@@ -12,7 +12,8 @@ import typer
 from torch import nn
 
 from halovae.app import launch
-from halovae.app.generation import Job
+from halovae.app.job import Job
+from halovae.app.run_options import dtype_on
 from halovae.app.session import device_kind
 from halovae.app.settled import planned
 from halovae.app.survey import Row, Survey
@@ -21,7 +22,6 @@ from halovae.base.errors import HalovaeError
 from halovae.base.files import write_json
 from halovae.base.options import HALVES
 from halovae.calls.target import Target
-from halovae.cli.flags import dtype_on
 from halovae.comm.bandwidth import LINKS
 from halovae.exact.shard_plan import ShardPlan, plan_shards
 from halovae.media.vae_limits import limits_of

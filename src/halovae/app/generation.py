@@ -3,75 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from halovae.app import launch
+from halovae.app.job import Job, Made, job_of
+from halovae.app.run_options import RunOptions
 from halovae.base.errors import Faults, HalovaeError, InputError
 from halovae.base.files import check_model, check_output, first_line
-from halovae.cli.flags import RunOptions, parse_axis
 from halovae.pipelines.generation_settings import Generation, Setup
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
-    from halovae.base.timeline import Span
     from halovae.pipelines.load import PipelineSource
     from halovae.pipelines.runner import Result, Runner
-
-_RENAMED = {
-    "guidance_scale_high": "guidance_scale_2",
-    "fps": "frame_rate",
-    "vae_use_slicing": "vae_slicing",
-    "vae_patch_parallel_size": "vae_size",
-    "enable_layerwise_offload": "layerwise_offload",
-    "enable_cpu_offload": "cpu_offload",
-    "axis": "vae_axis",
-}
-"""Flags whose setting has another name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one run of a command shall do."""
-
-    task: str
-    model: str
-    output: Path
-    image: Path | None
-    last_image: Path | None
-    generation: Generation
-    """Without the images, which every rank reads for itself."""
-    setup: Setup
-    fps: int
-    crf: int | None
-    """Of the mp4, None: halovae's own."""
-    lossless: bool
-    """Whether the mp4 keeps every pixel."""
-    dry_run: bool
-    json: Path | None
-    report: Path | None
-    words: tuple[str, ...]
-    """The command line."""
-    notes: tuple[str, ...]
-    """What of the flags a user might not expect."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """What a run made on this rank, for whoever writes or shows it."""
-
-    source: PipelineSource
-    generation: Generation
-    """With the sizes that were chosen."""
-    setup: Setup
-    result: Result
-    spans: list[list[Span]]
-    """The timeline of every rank."""
-    document: dict[str, Any]
-    """What `--json` writes. On every rank."""
 
 
 def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
@@ -104,50 +52,6 @@ def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
         model=job.model, ranks=given["ranks"], axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
     )
     return run(context, options, lambda session: _on_rank(session, job))
-
-
-def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> Job:
-    """What a command's arguments, by name, ask for; `words` as the user typed them."""
-    values, faults = {_RENAMED.get(name, name): value for name, value in given.items()}, Faults()
-    values |= {"vae_axis": "auto", "vae_mode": None}
-    with faults.noted():
-        values["vae_axis"] = parse_axis(given["axis"])
-    with faults.noted():
-        values["vae_mode"] = _vae_mode(given)
-    for name in ("dtype", "vae_dtype"):
-        values[name] = None if given[name] is None else given[name].value
-    values["dtype"] = values["dtype"] or Setup.dtype  # until the device is known
-    names = {field.name for field in fields(Generation)} - {"image", "last_image"}
-    generation, setup = Generation(), Setup()
-    with faults.noted():
-        generation = Generation(**{name: values[name] for name in names & set(values)})
-    with faults.noted():
-        setup = Setup(**{field.name: values[field.name] for field in fields(Setup) if field.name in values})
-    faults.check()
-    return Job(
-        task=task,
-        model=given["model"],
-        output=given["output"],
-        image=given.get("image"),
-        last_image=given.get("last_image"),
-        generation=generation,
-        setup=setup,
-        fps=given.get("fps", 1),
-        crf=given.get("crf"),
-        lossless=given.get("lossless", False),
-        dry_run=given["dry_run"],
-        json=given["json"],
-        report=given["report"],
-        words=words,
-        notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
-    )
-
-
-def _vae_mode(given: Mapping[str, Any]) -> str | None:
-    asked = None if given["vae_mode"] is None else given["vae_mode"].value
-    if given["vae_use_tiling"] and asked not in (None, "tile"):
-        raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
-    return "tile" if given["vae_use_tiling"] else asked
 
 
 def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:

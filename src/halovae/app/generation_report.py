@@ -12,7 +12,7 @@ from halovae.evaluation.report import PictureSection, Report, lanes
 from halovae.pipelines.stages import LOAD, STAGES, WRITE
 
 if TYPE_CHECKING:
-    from halovae.app.generation import Job, Made
+    from halovae.app.job import Job, Made
     from halovae.app.session import Session
     from halovae.pipelines.generation_settings import Generation, Setup
     from halovae.pipelines.load import PipelineSource

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from halovae.app import launch
+from halovae.app.run_options import RunOptions
 from halovae.app.watch import guarded
 from halovae.base.errors import InputError
 from halovae.base.files import DEMO, check_model
-from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
     from halovae.app.session import Session

@@ -14,10 +14,10 @@ import torch
 from halovae import comm
 from halovae.app import launch
 from halovae.app.progress import Stages
+from halovae.app.run_options import RunOptions, dtype_on
 from halovae.base import timeline
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.memory import PeakMemory
-from halovae.cli.flags import RunOptions, dtype_on
 from halovae.media import models
 from halovae.media import vae_limits as fit
 

@@ -19,7 +19,7 @@ from halovae.pipelines.signature import arguments
 from halovae.pipelines.transformers import check_backend, check_degrees
 
 if TYPE_CHECKING:
-    from halovae.app.generation import Job
+    from halovae.app.job import Job
 
 
 def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> tuple[Grid, Generation]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.options import HALVES, MOST_RANKS, Axis
+from halovae.base.quiet import quiet
 from halovae.base.trees import on_meta
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
 from halovae.exact.shard_plan import ShardPlan, plan_shards
 from halovae.media.codec import decode_calls
-from halovae.media.models import quiet
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of
 from halovae.predict.predictor import Prediction, Predictor
 from halovae.predict.rates import Speed

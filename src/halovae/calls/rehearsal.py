@@ -45,7 +45,7 @@ class Rehearsal:
         fetched = any(map(fetches_weights, vae.modules()))
         if fetched or not any(parameter.is_meta for parameter in vae.parameters()):
             return self._target
-        from halovae.media.models import quiet  # needs diffusers, as such a VAE does
+        from halovae.base.quiet import quiet  # needs diffusers, as such a VAE does
 
         with quiet(), frozen_generators(self._device), torch.device(self._device):
             copy = type(vae).from_config(vae.config).to(self._device, vae.dtype)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halovae.app.run_options import RunOptions, parse_axis, parse_work
 from halovae.cli import flags, mode_flags
-from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
@@ -53,8 +53,8 @@ def decode(
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES
 
-    work = mode_flags.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
-    cut = flags.parse_axis(axis, work.mode)
+    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     check_files(source, output, SUFFIXES, json)
     job = _Job(source=source, output=output, lossless=lossless, json=json)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halovae.app import launch
+from halovae.app.run_options import RunOptions
 from halovae.base.errors import VerificationError
 from halovae.cli import flags
-from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from halovae.base.errors import InputError
 from halovae.cli import usage
-from halovae.cli.mode_flags import Work
 
 
 class Dtype(str, Enum):
@@ -140,36 +136,3 @@ ReportFolder = Annotated[
         rich_help_panel=usage.REPORTS,
     ),
 ]  # fmt: skip
-
-
-def dtype_on(kind: str, asked: str | None = None) -> str:
-    """The number format of a run on a kind of device: what was asked for, or what that computes well with."""
-    return asked or ("float32" if kind == "cpu" else "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What every command that runs a VAE on ranks needs to know."""
-
-    model: str | None = None
-    ranks: int | None = None
-    axis: str | tuple[int, int] = "auto"
-    dtype: str | None = None
-    device: str | None = None
-    work: Work = field(default_factory=Work)
-
-
-def parse_axis(text: str, mode: str | None = None) -> str | tuple[int, int]:
-    """From the words of `--axis`.
-
-    Raises:
-        InputError: another word, a grid without rows or columns, or a cut where there are tiles.
-    """
-    if mode == "tile" and text != "auto":
-        raise InputError(f"--axis {text}: tiles are not cut; leave it out, or use --mode exact")
-    if text in ("auto", "height", "width"):
-        return text
-    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
-    if match is None:
-        raise InputError(f"--axis {text}: give auto, height, width, or rows and columns such as 2x4")
-    return int(match[1]), int(match[2])

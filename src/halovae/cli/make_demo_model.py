@@ -32,9 +32,9 @@ def make_demo_model(folder: _Folder, kind: _Kind = "image-to-video") -> int:
         raise InputError(f"--kind {kind}: give {', '.join(TASKS[:-1])} or {TASKS[-1]}")
     check_new_folder(folder)
     with guarded():
-        from halovae.pipelines.quiet import quiet
+        from halovae.base.quiet import all_quiet
 
-        with quiet():  # Importing speaks too.
+        with all_quiet():  # Importing speaks too.
             from halovae.pipelines.demo import make_demo_model as make
 
             make(folder, kind)

@@ -1,20 +1,12 @@
-"""`--mode` and its companions: exact shards, the VAE's own tiles, or what is faster; and what their values mean."""
+"""`--mode` and its companions: exact shards, the VAE's own tiles, or what is faster."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from halovae.base.errors import InputError
 from halovae.cli import usage
-
-if TYPE_CHECKING:
-    from halovae.app.progress import Stages
-    from halovae.tiles.tile_settings import TileSettings
 
 WORDS = "exact|tile|auto"
 HELP = (
@@ -58,94 +50,3 @@ PatchParallelSize = Annotated[
         rich_help_panel=usage.VAE,
     ),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """How the VAE is to be run."""
-
-    mode: str | None = None
-    """None: exact, or tile for a VAE that comes tiled."""
-    tile_size: tuple[int, int] | None = None
-    """Height and width in pixels; None: the VAE's own."""
-    tile_overlap: tuple[int, int] | None = None
-    ranks: int | None = None
-    """How many ranks run the VAE; None: all."""
-    notes: tuple[str, ...] = ()
-    """What to tell the user about the names that were used."""
-
-    def set_tiles(self, vae: Any) -> None:
-        """Give the VAE the sizes that were asked for.
-
-        Raises:
-            InputError: its tiles can't be set, or not to these sizes.
-        """
-        if self.tile_size is None and self.tile_overlap is None:
-            return
-        from halovae.tiles.tile_settings import TileSettings
-
-        tiles, name = TileSettings.of(vae), type(vae).__name__
-        if tiles is None:
-            raise InputError(f"--tile-size and --tile-overlap: the tiles of {name} can't be set; leave them out")
-        size = self.tile_size or tiles.size
-        overlap = self.tile_overlap or _in_proportion(tiles, size)
-        for one, other in zip(size, overlap, strict=True):
-            if one % tiles.ratio or other % tiles.ratio:
-                raise InputError(
-                    f"tiles of {one} pixels that overlap by {other}: {name} needs multiples of {tiles.ratio}; "
-                    "change --tile-size or --tile-overlap"
-                )
-            if other >= one:
-                raise InputError(f"tiles of {one} pixels can't overlap by {other}: give a smaller --tile-overlap")
-        asked = dataclasses.replace(tiles, size=size, overlap=overlap)
-        vae.__dict__.update(asked.changes(vae))
-        if TileSettings.of(vae) != asked:
-            raise InputError(
-                f"{name} can't have {asked}: its tiles have one setting for both axes, "
-                f"or other names for it; it takes {TileSettings.of(vae)}"
-            )
-
-    def announce(self, stages: Stages) -> None:
-        for note in self.notes:
-            stages.note(note)
-
-
-def parse_work(
-    mode: str | None, tile_size: str | None, tile_overlap: str | None, use_tiling: bool, ranks: int | None
-) -> Work:
-    """From the words of the flags.
-
-    Raises:
-        InputError: a word that is no mode, sizes that are none, or flags that contradict each other.
-    """
-    if mode not in (None, "exact", "tile", "auto"):
-        raise InputError(f"--mode {mode}: give exact, tile or auto")
-    if use_tiling and mode not in (None, "tile"):
-        raise InputError(f"--vae-use-tiling means --mode tile, but --mode {mode} is given too: leave one out")
-    chosen = mode or ("tile" if use_tiling else None)
-    for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):
-        if words is not None and chosen in (None, "exact"):
-            raise InputError(f"{flag} {words}: exact mode has no tiles; add --mode tile, or leave {flag} out")
-    return Work(
-        mode=chosen,
-        tile_size=_pair("--tile-size", tile_size, least=1),
-        tile_overlap=_pair("--tile-overlap", tile_overlap, least=0),
-        ranks=ranks,
-        notes=("--vae-use-tiling: this is --mode tile",) if use_tiling else (),
-    )
-
-
-def _in_proportion(tiles: TileSettings, size: tuple[int, int]) -> tuple[int, int]:
-    """The VAE's own overlap, as the same share of tiles of another size."""
-    shares = zip(size, tiles.overlap, tiles.size, strict=True)
-    height, width = (round(one * overlap / own / tiles.ratio) * tiles.ratio for one, overlap, own in shares)
-    return height, width
-
-
-def _pair(flag: str, text: str | None, least: int) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5}),(\d{1,5})", text)
-    if match is None or min(int(match[1]), int(match[2])) < least:
-        raise InputError(f"{flag} {text}: give height and width in pixels such as 256,256")
-    return int(match[1]), int(match[2])

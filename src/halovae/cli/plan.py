@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halovae.app import launch
+from halovae.app.run_options import RunOptions
 from halovae.base.errors import InputError
 from halovae.base.options import MOST_RANKS
 from halovae.cli import flags
-from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
     from halovae.app.session import Session

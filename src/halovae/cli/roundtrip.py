@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from halovae.app.run_options import RunOptions, parse_axis, parse_work
 from halovae.cli import flags, mode_flags
-from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
@@ -57,8 +57,8 @@ def roundtrip(
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES, FrameRange, check_still, inspect
 
-    work = mode_flags.parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
-    cut = flags.parse_axis(axis, work.mode)
+    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    cut = parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     frame_range = None if frames is None else FrameRange.parse(frames)
     check_files(source, output, SUFFIXES, json, report)

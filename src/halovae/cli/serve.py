@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halovae.app import launch
-from halovae.app.generation import Job, job_of
+from halovae.app.job import Job, job_of
+from halovae.app.run_options import RunOptions
 from halovae.base.errors import InputError
 from halovae.base.files import check_model
 from halovae.cli import flags as options
 from halovae.cli import generation_flags as flags
 from halovae.cli import usage
-from halovae.cli.flags import RunOptions
 
 if TYPE_CHECKING:
     from halovae.app.session import Session

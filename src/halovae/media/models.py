@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import json
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import diffusers
 import torch
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
-from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from halovae.base.errors import InputError
 from halovae.base.files import DEMO, check_model, first_line
+from halovae.base.quiet import quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,22 +198,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path} is not a JSON object")
     return document
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and warnings of the libraries: each rank would show them."""
-    level, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
-    hub_level = hub_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers_logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if bars:
-            diffusers_logging.enable_progress_bar()

@@ -30,6 +30,7 @@ from transformers import (
 
 from halovae.base.errors import InputError
 from halovae.base.files import check_new_folder, reason
+from halovae.base.quiet import all_quiet
 from halovae.media.models import find
 from halovae.pipelines.demo_weights import (
     HEADS,
@@ -39,7 +40,6 @@ from halovae.pipelines.demo_weights import (
     build_still_transformer,
     still_map,
 )
-from halovae.pipelines.quiet import quiet
 
 _SEED = 0
 _PICTURES = 6
@@ -97,7 +97,7 @@ def make_demo_model(folder: Path, task: str = "image-to-video") -> None:
     check_new_folder(folder)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
     try:
-        with quiet():
+        with all_quiet():
             pipeline = build_demo_pipeline(task)
             pipeline.save_pretrained(draft)
         (draft / "README.md").write_text(_card(pipeline, task), encoding="utf-8")

@@ -18,8 +18,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from halovae.base.errors import InputError
 from halovae.base.files import check_model, first_line
+from halovae.base.quiet import all_quiet
 from halovae.pipelines.generation_settings import Setup
-from halovae.pipelines.quiet import quiet
 from halovae.pipelines.signature import does
 
 _INDEX = "model_index.json"
@@ -63,13 +63,13 @@ def find_pipeline(model: str, task: str) -> PipelineSource:
     location = str(folder.resolve()) if folder.is_dir() else model
     index = _read_index(model, folder)
     name = str(index.get("_class_name"))
-    with quiet():
+    with all_quiet():
         stated: Any = getattr(diffusers, name, None) if re.fullmatch(r"\w+", name) else None
     if not isinstance(stated, type) or not issubclass(stated, DiffusionPipeline):
         raise InputError(f"--model {model} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
     if not isinstance(index.get("vae"), list) or index["vae"][1] is None:
         raise InputError(f"--model {model} is a {name} without a VAE")
-    with quiet():
+    with all_quiet():
         cls = stated if does(stated, task) else _counterpart(stated, task, index)
     if cls is None:
         raise InputError(f"--model {model} is a {name}, which can't do {task}: {_lacks(stated, task)}")
@@ -85,7 +85,7 @@ def load_pipeline(source: PipelineSource, setup: Setup) -> Any:
     """
     dtypes = {"default": getattr(torch, setup.dtype), "vae": getattr(torch, setup.vae_dtype or setup.dtype)}
     try:
-        with quiet():
+        with all_quiet():
             pipeline = source.cls.from_pretrained(source.location, torch_dtype=dtypes)
     except Exception as error:  # diffusers, transformers, the hub and safetensors each have their own families.
         raise InputError(f"can't load {source.model}: {first_line(error)}") from error
@@ -116,7 +116,7 @@ def _read_index(model: str, folder: Path) -> dict[str, Any]:
 
 def _download_index(model: str) -> Path:
     try:
-        with quiet():
+        with all_quiet():
             return Path(hf_hub_download(model, _INDEX))
     except LocalEntryNotFoundError as error:
         raise InputError(f"--model {model}: not in the local cache, and the hub can't be reached") from error

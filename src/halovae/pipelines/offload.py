@@ -10,8 +10,8 @@ from torch import nn
 
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
+from halovae.base.quiet import all_quiet
 from halovae.pipelines.generation_settings import Setup
-from halovae.pipelines.quiet import quiet
 from halovae.pipelines.transformers import denoisers
 
 
@@ -45,7 +45,7 @@ def _by_layer(pipeline: Any, device: torch.device) -> None:
             continue
         by_block = id(part) in blocks
         try:
-            with quiet():
+            with all_quiet():
                 apply_group_offloading(
                     part,
                     onload_device=device,

@@ -11,8 +11,8 @@ from torch import nn
 
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
+from halovae.base.quiet import all_quiet
 from halovae.pipelines.load import PipelineSource
-from halovae.pipelines.quiet import quiet
 
 
 def outline(source: PipelineSource, with_encoders: bool = True) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def outline(source: PipelineSource, with_encoders: bool = True) -> dict[str, Any
             continue
         cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
         try:
-            with quiet():
+            with all_quiet():
                 part = _built(source.location, name, cls)
         except Exception as error:  # The hub, the file system, and the constructors of whatever class it is.
             raise InputError(f"can't build {name} of {source.model} from its config: {first_line(error)}") from error

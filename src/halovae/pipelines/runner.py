@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.base.options import CallReport
+from halovae.base.quiet import all_quiet
 from halovae.comm import Comm
 from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.offload import place
 from halovae.pipelines.parallel_vae import parallel_vae
-from halovae.pipelines.quiet import quiet
 from halovae.pipelines.scheduler import check_steps, prepare_scheduler
 from halovae.pipelines.seed import agreed_seed, generator
 from halovae.pipelines.signature import arguments
@@ -100,7 +100,7 @@ class Runner:
         assert generation.seed is not None
         chosen = arguments(type(self.pipeline), generation)
         self._calls, self._timeline = [], Timeline(self.device)
-        with quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
+        with all_quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
             output = self._called(chosen, generation.seed)
         frames = to_frames(output[0]) if self.comm.rank == 0 else None
         return Result(

@@ -11,8 +11,8 @@ from typing import Any
 
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
+from halovae.base.quiet import all_quiet
 from halovae.pipelines.generation_settings import Generation, Setup
-from halovae.pipelines.quiet import quiet
 from halovae.pipelines.signature import default, parameters
 
 _SHIFTS = ("flow_shift", "shift")
@@ -116,7 +116,7 @@ def _refusal(scheduler: Any, steps: int) -> str | None:
     # Any shift will do where the picture's size gives it: counts don't depend on it.
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") and "mu" in _takes(scheduler) else {}
     try:
-        with quiet(), warnings.catch_warnings():
+        with all_quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of numbers that are none, which are found below.
             scheduler.set_timesteps(steps, **shift)
     except Exception as error:  # Each scheduler has its own way to fail.

@@ -16,9 +16,9 @@ from torch import nn
 from halovae import comm
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.files import first_line
+from halovae.base.quiet import all_quiet
 from halovae.pipelines.generation_settings import Setup
 from halovae.pipelines.private_diffusers import keep_text_whole, some_device, spread_plan
-from halovae.pipelines.quiet import quiet
 
 _UNEVEN = "dimension to be sharded must be divisible"
 """In diffusers' assertion where a sequence can't be cut evenly."""
@@ -81,7 +81,7 @@ def check_backend(components: Mapping[str, Any], setup: Setup) -> None:
 
 def _set_backend(part: Any, name: str) -> None:
     try:
-        with quiet():
+        with all_quiet():
             part.set_attention_backend(name)
     except Exception as error:  # Missing packages, other devices: each has its own kind.
         raise InputError(f"--attention-backend {name}: {first_line(error)}") from error
@@ -115,7 +115,7 @@ def _spread(parts: Mapping[str, Any], setup: Setup, ranks: int, device: torch.de
     for part in parts.values():
         config = ContextParallelConfig(ring_degree=shape[1], ulysses_degree=shape[2], mesh=mesh)
         try:
-            with quiet(), some_device():
+            with all_quiet(), some_device():
                 part.enable_parallelism(config=config, cp_plan=spread_plan(part))
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"{_asked(setup)}: {first_line(error)}") from error

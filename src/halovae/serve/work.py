@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from halovae import media
-from halovae.app.generation import Job
+from halovae.app.job import Job
 from halovae.app.session import Session
 from halovae.app.settled import settled
 from halovae.base.errors import HalovaeError, InputError

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from halovae.app import launch
-from halovae.app.generation import Job, found, loaded
+from halovae.app.generation import found, loaded
+from halovae.app.job import Job
 from halovae.app.session import Session
 from halovae.base.errors import HalovaeError
 from halovae.media.vae_limits import limits_of
