@@ -16,7 +16,7 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-# Random faults in random calls, see docs/reliability.md.
+# Random faults in random calls, see docs/internals/reliability.md.
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/chaos.py --minutes $(MINUTES)
 

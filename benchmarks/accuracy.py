@@ -207,8 +207,8 @@ def short(found: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def write_tables(found: Sequence[dict[str, Any]], video: dict[str, Any]) -> None:
-    """Put the tables between their marks: float32 of the shipped VAE into the README, all into docs/accuracy.md."""
+def write_table(found: Sequence[dict[str, Any]], video: dict[str, Any]) -> None:
+    """Put the table between its marks in docs/accuracy.md."""
     facts = machine()
     made = f"2 ranks, one thread each, on {facts['processor']}, {facts['cores']} cores, torch {facts['torch']}"
     notes = f"`python benchmarks/accuracy.py --markdown`, {made}, {facts['date']}."
@@ -216,14 +216,9 @@ def write_tables(found: Sequence[dict[str, Any]], video: dict[str, Any]) -> None
         f"The {video['video']} of the demonstration model with a tiled encode of its image, against an exact one: PSNR "
         f"{_digits(video['PSNR'], 1)} dB, SSIM {video['SSIM']:.4f}, largest difference {video['largest']:.3g} of 255."
     )
-    plain = [row for row in found if row["vae"] == "shipped" and row["dtype"] == "float32"]
-    for name, text in (
-        ("README.md", f"{short(plain)}\n\n{notes}"),
-        ("docs/accuracy.md", f"{short(found)}\n\n{moved}\n\n{notes}"),
-    ):
-        path = MEDIA.parent / name
-        before, rest = path.read_text().split(BEGIN)
-        path.write_text(before + BEGIN + f"\n{text}\n" + END + rest.split(END)[1])
+    path = MEDIA.parent / "docs" / "accuracy.md"
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{short(found)}\n\n{moved}\n\n{notes}\n{END}{rest.split(END)[1]}")
 
 
 def _digits(value: float | None, digits: int) -> str:
@@ -259,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", dest="sets", action="store_const", const="quick", default="default")
     parser.add_argument("--full", dest="sets", action="store_const", const="full")
-    parser.add_argument("--markdown", action="store_true", help="put the short tables into README and docs/accuracy.md")
+    parser.add_argument("--markdown", action="store_true", help="put the short table into docs/accuracy.md")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: list[dict[str, Any]] = []
@@ -273,7 +268,7 @@ def main() -> None:
     report("accuracy of exact mode and of tiles against one rank un-tiled", finite(found), None)
     print("\n" + table(finite([video])))
     if options.markdown:
-        write_tables(found, video)
+        write_table(found, video)
     if options.json:
         document = {"machine": machine(), "rows": finite(found), "video": finite([video])[0]}
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The README's table of VAEs, made from the table that the tests run over.
+"""The docs' table of VAEs, made from the table that the tests run over.
 
 python tests/family_table.py --write
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from families import FAMILIES, Family
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->"
 
 
@@ -34,13 +34,13 @@ def _verdict(rows: list[Family], half: str) -> str:
     return "exact" if all(getattr(row, f"exact_{half}") for row in present) else "refused"
 
 
-def table_in_readme() -> str:
-    return README.read_text().split(BEGIN)[1].split(END)[0]
+def table_in_docs() -> str:
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         print(make_table(), end="")
     else:
-        before, rest = README.read_text().split(BEGIN)
-        README.write_text(before + BEGIN + make_table() + END + rest.split(END)[1])
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(before + BEGIN + make_table() + END + rest.split(END)[1])

@@ -12,7 +12,7 @@ from halovae.base.options import Axis
 BOTH_WAYS = 1.25
 """What a shard costs where both axes are cut, over one of its size where one is: the halo of the first axis has to come
 before that of the second is sent, for the corners, and nothing is computed meanwhile. Measured when the second one was
-waited for as well: docs/performance.md, under "More ranks than two" and "GPUs"."""
+waited for as well: docs/internals/performance-log.md, under "More ranks than two" and "GPUs"."""
 BORDER = 0.25
 """What a position along an inner border costs, over one inside: it is moved and not computed. An estimate."""
 
