@@ -1,117 +1,91 @@
-"""The layers of the design hold: a module imports only what lies below it."""
+"""The rooms of the design hold: a module imports only from its own room and from those below it."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+from itertools import chain
 
-import pytest
+import rooms
 from families import FAMILIES
+from rooms import MODULES, imports, layer, own_imports
 
-SOURCE = Path(__file__).parents[1] / "src" / "halovae"
-MODULES = {
-    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted(SOURCE.rglob("*.py"))
-}
-
-ROOMS = ["base", "comm", "kernels", "exact", "calls", "tiles", "predict", "api"]
-ROOMS += ["media", "evaluation", "pipelines", "app", "serve", "__init__", "cli", "__main__"]
-"""From the lowest to the highest: a module imports from its own room and from those before it."""
+NO_TORCH = ["base.errors", "base.forks", "base.geometry", "base.options"]
+WITHOUT_MODELS = ("base", "comm", "exact")
+WITHOUT_DEVICES = ("exact", "api", "calls.target", "calls.verify")
 
 
-def layer(module: str) -> int:
-    return ROOMS.index(module.split(".")[0])
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of imported modules, wherever the import stands."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} has a relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
-    return found
+def nodes(*prefixes: str) -> chain[tuple[str, ast.AST]]:
+    """Every node of the modules of these rooms, with the module's name."""
+    chosen = {name: path for name, path in MODULES.items() if not prefixes or name.startswith(prefixes)}
+    return chain.from_iterable(((name, n) for n in ast.walk(ast.parse(p.read_text()))) for name, p in chosen.items())
 
 
-def own_imports(path: Path) -> set[str]:
-    names = {name.removeprefix("halovae.") for name in imports(path) if name.startswith("halovae.")}
-    return {name for name in names if name in MODULES or name.split(".")[0] in MODULES}
+def test_no_arrow_points_upward() -> None:
+    upward = {(name, other) for name, path in MODULES.items() for other in own_imports(path) if layer(other) > layer(name)}
+    assert not {pair for pair in upward if pair[0] != "__init__"}
 
 
-PATHS = [pytest.param(name, path, id=name) for name, path in MODULES.items() if name != "__init__"]
+def test_no_circle_of_imports() -> None:
+    arrows = {name: {other for other in own_imports(path) if other in MODULES} for name, path in MODULES.items()}
+    while ends := {name for name, others in arrows.items() if not others & arrows.keys() - {name}}:
+        arrows = {name: others for name, others in arrows.items() if name not in ends}
+    assert not arrows, f"these import each other: {sorted(arrows)}"
 
 
-@pytest.mark.parametrize(("name", "path"), PATHS)
-def test_a_module_imports_nothing_from_above(name: str, path: Path) -> None:
-    above = {other for other in own_imports(path) if layer(other) > layer(name)}
-    assert not above, f"{name} (layer {layer(name)}) imports {above}"
+def test_at_most_sixteen_things_at_the_top() -> None:
+    assert len({room(name) for name in MODULES}) <= 16
+    assert all(ast.get_docstring(ast.parse(path.read_text())) for path in MODULES.values() if path.name != "__main__.py")
+
+
+def test_a_name_stands_for_one_thing() -> None:
+    """A command may have the name of what it commands."""
+    files = [name.split(".")[-1] for name in MODULES if "." in name and room(name) != "cli"]
+    assert not {name for name in files if files.count(name) > 1}
+    classes = [node.name for name, node in nodes() if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    assert not {name for name in classes if classes.count(name) > 1}
 
 
 def test_asserts_only_narrow_types() -> None:
     """`python -O` leaves them out: what keeps a wrong picture from coming out is raised."""
-    for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Assert):
-                text = ast.unparse(node.test)
-                assert "isinstance(" in text or text.endswith("is not None"), f"{name}: assert {text}"
+    for name, node in nodes():
+        if isinstance(node, ast.Assert):
+            text = ast.unparse(node.test)
+            assert "isinstance(" in text or text.endswith("is not None"), f"{name}: assert {text}"
 
 
-def test_exact_and_tile_do_not_import_each_other() -> None:
+def test_doors() -> None:
+    """Only comm knows torch.distributed; the lowest modules need no torch; exact and tiles know nothing of each other."""
+    users = {name for name, path in MODULES.items() if any(m.startswith("torch.distributed") for m in imports(path))}
+    assert {room(user) for user in users} == {"comm"}
+    for low in NO_TORCH:
+        assert not {m for m in imports(MODULES[low]) if m.split(".")[0] in ("torch", "diffusers")}
     for name, path in MODULES.items():
         for one, other in (("exact", "tiles"), ("tiles", "exact")):
-            if name.split(".")[0] == one:
-                assert not {m for m in own_imports(path) if m.split(".")[0] == other}, name
-
-
-def test_only_comm_imports_torch_distributed() -> None:
-    users = {name for name, path in MODULES.items() if any(m.startswith("torch.distributed") for m in imports(path))}
-    assert {user.split(".")[0] for user in users} == {"comm"}
-
-
-@pytest.mark.parametrize("low", ["base.errors", "base.forks", "base.geometry", "base.options"])
-def test_the_lowest_layer_needs_no_torch(low: str) -> None:
-    assert not {m for m in imports(MODULES[low]) if m.split(".")[0] in ("torch", "diffusers")}
+            assert room(name) != one or not {m for m in own_imports(path) if room(m) == other}, name
 
 
 def test_exact_mode_knows_no_model() -> None:
     """Not in code; a comment or docstring may say which model made a rule necessary."""
     models = {family.model.lower() for family in FAMILIES.values()}
-    words = {
-        "wan",
-        "hunyuan",
-        "cogvideo",
-        "mochi",
-        "ltx",
-        "cosmos",
-        "qwen",
-        "flux",
-        "magvit",
-        "vidtok",
-        "kvae",
-        "allegro",
-    }
-    for name, path in MODULES.items():
-        if name.split(".")[0] not in ("base", "exact", "comm"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            label = next(
-                (getattr(node, field) for field in ("id", "attr", "name", "arg") if hasattr(node, field)), None
-            )
-            if isinstance(label, str):
-                lowered = label.lower()
-                assert lowered not in models, f"{name} names {label}"
-                assert not any(word in lowered.split("_") for word in words), f"{name} names {label}"
+    words = set("wan hunyuan cogvideo mochi ltx cosmos qwen flux magvit vidtok kvae allegro".split())
+    for name, node in nodes(*WITHOUT_MODELS):
+        label = next((getattr(node, field) for field in ("id", "attr", "name", "arg") if hasattr(node, field)), None)
+        if isinstance(label, str):
+            assert label.lower() not in models, f"{name} names {label}"
+            assert not words & set(label.lower().split("_")), f"{name} names {label}"
 
 
 def test_the_package_has_no_accelerator_name_outside_comm() -> None:
     """Devices come from torch.accelerator; "cuda" may stand in a docstring's example only."""
-    for name, path in MODULES.items():
-        if name.split(".")[0] not in ("exact", "api") and name not in ("calls.target", "calls.verify"):
-            continue
-        tree = ast.parse(path.read_text())
-        texts = [
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        ]
-        assert not [text for text in texts if text.startswith("cuda") and name != "exact.rules.elementwise"], name
+    for name, node in nodes(*WITHOUT_DEVICES):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not node.value.startswith("cuda") or name == "exact.rules.elementwise", name
+
+
+def test_the_docs_show_the_rooms() -> None:
+    assert rooms.is_current(rooms.shown_table(), rooms.table()), "run: python tools/rooms.py --write"
+    assert rooms.is_current(rooms.PICTURE.read_text(), rooms.picture()), "run: python tools/rooms.py --write"
