@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 RANKS ?= 2
 MINUTES ?= 3
 
-.PHONY: demo test chaos lint clean
+.PHONY: demo test chaos lint docs clean
 
 demo: $(READY)
 	@mkdir -p out
@@ -24,6 +24,15 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+
+# The pages of docs/ with the API out of the docstrings, as out/site/index.html. A broken link is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "out/site/index.html"
+
+$(VENV)/.docs: $(READY)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing torch, diffusers and what tests need into $(VENV), once: some GiB, which takes minutes."
