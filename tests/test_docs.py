@@ -1,7 +1,8 @@
-"""Every snippet and every command of README and docs runs, on small models and small clips."""
+"""Every snippet and every command of README and docs runs, on small models and clips; their links lead somewhere."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -20,12 +21,16 @@ from flags import FLAGS
 from PIL import Image
 from ranks import Ranks
 
+import halovae
 from halovae import comm, media
 from halovae.cli.main import COMMANDS, main
 from halovae.pipelines.demo import make_demo_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAVIGATION = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in NAVIGATION)]
+"""In the order in which they are read: later commands use files of earlier ones."""
+ALL = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SMALLER = {
     "--height": "64", "--width": "96", "--num-frames": "5", "--num-inference-steps": "2", "--ranks": "2",
@@ -118,24 +123,21 @@ def test_make_demo() -> None:
 def snippets(words: list[str]) -> int:
     """Runs in a world of two. The snippets of a page share their names, and those that a page takes as given."""
     page = Path(words[0])
+    codes = blocks(page, "python")
     torch.manual_seed(0)
     vae: Any = FAMILIES["wan21"].build().float()
-    image = Image.open("in.jpg")
     given: dict[str, Any] = {
-        "torch": torch, "vae": vae, "latents": torch.randn(1, vae.config.z_dim, 2, 6, 6), "image": image, "prompt": "",
+        "torch": torch, "halovae": halovae, "vae": vae, "latents": torch.randn(1, vae.config.z_dim, 2, 6, 6),
+        "image": Image.open("in.jpg"), "picture": torch.randn(1, 3, 16, 16), "prompt": "",
         "network": torch.nn.Conv2d(3, 3, 3, padding=1),
     }  # fmt: skip
-    if page.name == "README.md":
-        given["image"] = torch.randn(1, 3, 16, 16)
-    else:
+    if not any("init_process_group" in code for code in codes):
         comm.init_from_env("cpu")
-        import halovae
-
-        given |= {"halovae": halovae, "vae_group": torch.distributed.group.WORLD}
-    if page.name == "embedding.md":
+        given |= {"vae_group": torch.distributed.group.WORLD}
+    if page.name in ("index.md", "embedding.md"):
         given["pipe"] = small_calls(diffusers.WanImageToVideoPipeline.from_pretrained("demo"))
     gradients = torch.is_grad_enabled()
-    for code in blocks(page, "python"):
+    for code in codes:
         for large, little in REPLACED.items():
             code = code.replace(large, little)
         exec(compile(code, str(page), "exec"), given)
@@ -161,7 +163,12 @@ REPLACED = {
     "height=512, width=768, num_frames=49": "height=64, width=96, num_frames=5, num_inference_steps=2",
     "ulysses_degree=8, layerwise_offload=True": "ulysses_degree=2, layerwise_offload=True",
     "axis=(2, 4)": "axis=(1, 2)",
+    "Qwen/Qwen-Image": "demo-i2i",
+    ', dtype=torch.bfloat16).to("cuda")': ")",
+    "torch.accelerator.set_device_index(dist.get_rank())\n": "\n",
+    'pipe("a cup of coffee", gen': 'pipe("a cup of coffee", height=64, width=96, num_inference_steps=2, gen',
 }
+"""The README's few lines are for accelerators."""
 
 
 @pytest.mark.parametrize("name", [page.name for page in PAGES if blocks(page, "python") and page.stem != "serving"])
@@ -172,5 +179,71 @@ def test_snippets(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, two_
     code, _, errors = on_ranks(two_ranks, str(page), program=snippets)
     assert code == 0
     assert "Deprecat" not in errors
-    if name == "README.md":
-        assert media.read(Path("out.mp4")).frames.shape == (5, 64, 96, 3)
+    made = {"README.md": ("coffee.png", 1), "quickstart.md": ("out.mp4", 5)}
+    if name in made:
+        file, frames = made[name]
+        assert media.read(Path(file)).frames.shape == (frames, 64, 96, 3)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as its readers make them: GitHub and mkdocs alike."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", page.read_text())):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert page.parent == ROOT or (ROOT / "docs") in target.parents, f"{link} leads out of the site"
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_files_and_programs_that_are_named_are_there(page: Path) -> None:
+    """Programs of this repository take the flags that are shown, too."""
+    text = page.read_text()
+    for name in re.findall(r"`((?:benchmarks|tests|tools|findings|examples|training|src|media)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`([a-z_]+/[a-z_]+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "src" / "halovae" / name).exists(), name
+    for name, flags in re.findall(r"python ((?:benchmarks|tests|tools|examples)/\w+\.py)([^`\n]*)", text):
+        known = (ROOT / name).read_text() + (ROOT / "benchmarks" / "harness.py").read_text()
+        assert all(f'"{flag}"' in known or f'"{flag[2:]}"' in known for flag in re.findall(r"--[\w-]+", flags)), name
+    targets = re.findall(r"^make (\w+)", "".join(blocks(page, "")), re.MULTILINE)
+    for target in [*targets, *re.findall(r"`make (\w+)", text)]:
+        assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_program() -> None:
+    trees = (ast.parse(path.read_text()) for path in (ROOT / "src" / "halovae").rglob("*.py"))
+    said = "\n".join(
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    messages = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 30
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in said, f"nothing says {part!r} of {message!r}"
+
+
+def test_examples_for_contributors_are_the_code() -> None:
+    source = "".join(path.read_text() for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py"))
+    for code in blocks(ROOT / "CONTRIBUTING.md", "python"):
+        assert code in source
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    shown = re.findall(r"^::: halovae\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(set(halovae.__all__))
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    assert {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} == set(NAVIGATION)

@@ -107,14 +107,18 @@ def picture() -> str:
             shapes += [f'<rect class="layer" x="10" y="{bottom}" width="860" height="{top + 56 - bottom}"/>', *boxes]
             bottom = top + 64
     inside = textwrap.indent("\n".join(shapes), "  ")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 2}" font-family="system-ui, sans-serif"'
-        ' font-size="14" role="img" aria-label="The rooms of the package in layers. A room imports only rooms of its own'
-        ' layer and of those below.">\n'
-        "  <style>.page { fill: #ffffff } .layer { fill: #eef3fb } .room { fill: #ffffff; stroke: #4a6fa5 }"
-        " text { fill: #222222 } .small { font-size: 12px; fill: #555555 }</style>\n"
-        f'  <rect class="page" width="{width}" height="{bottom + 2}"/>\n{inside}\n</svg>\n'
-    )
+    told = "The rooms of the package in layers. A room imports only rooms of its own layer and of those below."
+    return f"""\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 2}" font-family="system-ui, sans-serif"
+  font-size="14" role="img" aria-label="{told}">
+  <style>
+    .page {{ fill: #ffffff }} .layer {{ fill: #eef3fb }} .room {{ fill: #ffffff; stroke: #4a6fa5 }}
+    text {{ fill: #222222 }} .small {{ font-size: 12px; fill: #555555 }}
+  </style>
+  <rect class="page" width="{width}" height="{bottom + 2}"/>
+{inside}
+</svg>
+"""
 
 
 def is_current(shown: str, made: str) -> bool:
@@ -148,9 +152,8 @@ def main() -> None:
     for room in rooms():
         print(f"{layer(room) + 1}  {room:<16}{lines(room):>6}  {' '.join(arrows(room))}")
     upward = [(room, other) for room in rooms() for other in arrows(room) if layer(other) > layer(room)]
-    print(
-        f"{len(rooms())} rooms, {sum(map(lines, rooms()))} lines, {sum(len(arrows(room)) for room in rooms())} arrows"
-    )
+    count = sum(len(arrows(room)) for room in rooms())
+    print(f"{len(rooms())} rooms, {sum(map(lines, rooms()))} lines, {count} arrows")
     print(f"upward: {', '.join(f'{room} to {other}' for room, other in upward) or 'none'}")
 
 
