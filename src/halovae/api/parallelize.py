@@ -98,7 +98,7 @@ def parallelize(
         RankFailedError: another rank failed, died or stopped; from calls too, on all ranks. While all of them live, the
             next call works again.
 
-    Example:
+    Examples:
         >>> pipe = WanImageToVideoPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).to("cuda")
         >>> halovae.parallelize(pipe)
         >>> video = pipe(image=image, prompt=prompt).frames[0]
@@ -138,7 +138,7 @@ def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool | st
     Raises:
         InputError: the option or the VAE can't be used; nothing was changed.
 
-    Example:
+    Examples:
         >>> halovae.optimize(pipe)
         >>> image = pipe(prompt).images[0]
     """

@@ -57,7 +57,7 @@ def sharded(group: Group | None = None, *, axis: Axis = "height") -> Sharded:
     Raises:
         InputError: the grid has not one shard per rank.
 
-    Example:
+    Examples:
         >>> with torch.no_grad(), halovae.sharded() as shards:
         ...     whole = shards.gather(network(shards.scatter(image)))
     """

@@ -59,7 +59,7 @@ class Runner:
     Raises:
         InputError: this pipeline or this machine can't do what is asked.
 
-    Example:
+    Examples:
         >>> with Runner(load_pipeline(source, setup), setup, comm.world(), device) as runner:
         ...     result = runner.run(Generation(prompt="a cup of coffee", image=image))
     """
