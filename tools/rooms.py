@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 import textwrap
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -64,10 +66,17 @@ def rooms() -> list[str]:
     return sorted(found, key=lambda room: (layer(room), room))
 
 
+@functools.cache
 def arrows(room: str) -> list[str]:
     """The rooms that a room imports."""
     used = {other.split(".")[0] for name in _modules_of(room) for other in own_imports(MODULES[name])}
     return [other for other in rooms() if other in used - {room}]
+
+
+@functools.cache
+def height(room: str) -> int:
+    """How many rooms stand below it, one on the other."""
+    return max((height(other) + 1 for other in arrows(room) if layer(other) < layer(room)), default=0)
 
 
 def lines(room: str) -> int:
@@ -88,26 +97,30 @@ def table() -> str:
 
 
 def picture() -> str:
-    """The layers, the highest on top, as an SVG: a band for each layer, a box for each room."""
+    """As an SVG: a box for each room, above all those that it imports from lower layers."""
     width, shapes, bottom = 880, list[str](), 10
-    for level in reversed(range(len(LAYERS))):
-        top, left = bottom + 10, 20
-        boxes = list[str]()
-        for room in (room for room in rooms() if layer(room) == level):
-            wide = 9 * max(len(room), 9) + 20
+    heights = {room: height(room) for room in rooms()}
+    for level in reversed(range(max(heights.values()) + 1)):
+        top, left, boxes = bottom + 10, 20, list[str]()
+        band = [room for room in rooms() if heights[room] == level]
+        for room in band:
+            wide = max(850 // len(band) - 10, 9 * max(len(room), 9) + 20)
             if left + wide > width - 20:
                 left, top = 20, top + 56
+            title, below = room, f"{_hundreds(room)} lines"
+            if len(band) < 4:
+                title = f'{room} <tspan class="small">{below}</tspan>'
+                below = escape(textwrap.shorten(sentence(room), wide // 7, placeholder=" ..."))
             boxes += [
                 f'<rect class="room" x="{left}" y="{top}" width="{wide}" height="46" rx="5"/>',
-                f'<text x="{left + 10}" y="{top + 20}">{room}</text>',
-                f'<text x="{left + 10}" y="{top + 37}" class="small">{_hundreds(room)} lines</text>',
+                f'<text x="{left + 10}" y="{top + 20}">{title}</text>',
+                f'<text x="{left + 10}" y="{top + 37}" class="small">{below}</text>',
             ]
             left += wide + 10
-        if boxes:
-            shapes += [f'<rect class="layer" x="10" y="{bottom}" width="860" height="{top + 56 - bottom}"/>', *boxes]
-            bottom = top + 64
+        shapes += [f'<rect class="layer" x="10" y="{bottom}" width="860" height="{top + 56 - bottom}"/>', *boxes]
+        bottom = top + 64
     inside = textwrap.indent("\n".join(shapes), "  ")
-    told = "The rooms of the package in layers. A room imports only rooms of its own layer and of those below."
+    told = "The rooms of the package. Each stands above those that it imports from lower layers."
     return f"""\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 2}" font-family="system-ui, sans-serif"
   font-size="14" role="img" aria-label="{told}">
