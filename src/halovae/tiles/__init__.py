@@ -1,0 +1,1 @@
+"""The VAE's own tiles, spread over the ranks and put together by its own code."""
