@@ -127,7 +127,10 @@ def errors(model: str, half: str) -> tuple[float, float]:
 
 def row(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
     vaes, tensor = {name: build(model) for name in ("diffusers", "halovae", "replayed")}, picture(model, size, half)
-    handles = [halovae.parallelize(vaes["halovae"], graphs=False), halovae.parallelize(vaes["replayed"], graphs=True)]
+    handles = [
+        halovae.parallelize(vaes["halovae"], options=halovae.Options(graphs=False)),
+        halovae.parallelize(vaes["replayed"], options=halovae.Options(graphs=True)),
+    ]
     variants = {name: partial(call, vae, half, tensor) for name, vae in vaes.items()}
     times = interleaved(variants, repeats)
     memory = {name: peak_gib(variants[name]) for name in ("diffusers", "halovae")}
@@ -192,10 +195,10 @@ def on_own_gpus(rank: int, model: str, size: tuple[int, int, int], half: str, re
     """Exact mode on all ranks and the first rank alone, in turns: medians of the slowest rank's seconds."""
     vaes = {name: build(model) for name in ("exact", "replayed", "one", "one replayed")}
     tensor = picture(model, size, half)
-    handle = halovae.parallelize(vaes["exact"], graphs=False)
-    halovae.parallelize(vaes["replayed"], graphs=True)
-    halovae.optimize(vaes["one"], graphs=False)
-    halovae.optimize(vaes["one replayed"], graphs=True)
+    handle = halovae.parallelize(vaes["exact"], options=halovae.Options(graphs=False))
+    halovae.parallelize(vaes["replayed"], options=halovae.Options(graphs=True))
+    halovae.optimize(vaes["one"], options=halovae.Options(graphs=False))
+    halovae.optimize(vaes["one replayed"], options=halovae.Options(graphs=True))
     variants = {name: partial(call, vae, half, tensor) for name, vae in vaes.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 2):

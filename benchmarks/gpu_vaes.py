@@ -143,7 +143,7 @@ def measured(name: str, half: str, with_compiled: bool, repeats: int) -> dict[st
     """One row: all variants of a half in turns."""
     tensor = picture(name, half)
     vaes = {way: build(name) for way in ("diffusers", "halovae", "not replayed")}
-    halovae.optimize(vaes["not replayed"], graphs=False)
+    halovae.optimize(vaes["not replayed"], options=halovae.Options(graphs=False))
     handle = halovae.optimize(vaes["halovae"])
     ways: dict[str, Callable[[], Any]] = {
         way: (lambda vae=vae: call(vae, half, tensor)) for way, vae in vaes.items()

@@ -98,7 +98,9 @@ def run(vae: Any, half: str, tensor: torch.Tensor) -> None:
 
 def time_of(rank: int, options: argparse.Namespace, half: str, mode: str) -> float:
     vae, tensor = build(options), picture(options, half)
-    halovae.parallelize(vae, mode=mode, verify=False, graphs=mode == "exact" and options.device != "cpu")
+    halovae.parallelize(
+        vae, mode=mode, verify=False, options=halovae.Options(graphs=mode == "exact" and options.device != "cpu")
+    )
     run(vae, half, tensor)  # the second one is recorded, and is a warm-up too
     return interleaved({mode: lambda: run(vae, half, tensor)}, options.repeats)[mode].seconds
 

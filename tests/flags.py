@@ -8,23 +8,25 @@ FLAGS = {
             --enable-cpu-offload --enable-layerwise-offload --flow-shift --fps --guidance-scale
             --guidance-scale-high --height --image --json --last-image --lossless --model --negative-prompt
             --no-vae-decode --no-vae-encode --num-frames --num-inference-steps --output --prompt --ranks
-            --report --ring-degree --seed --ulysses-degree --vae-decode --vae-dtype --vae-encode --vae-mode
-            --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling --width -o
+            --report --ring-degree --seed --ulysses-degree --vae-decode --vae-decode-dtype --vae-dtype --vae-encode
+            --vae-encode-dtype --vae-mode --vae-patch-parallel-size --vae-untiled --vae-use-slicing --vae-use-tiling
+            --width -o
         """,
         "text-to-video": """
             --attention-backend --axis --boundary-ratio --compile --crf --device --dry-run --dtype
             --enable-cpu-offload --enable-layerwise-offload --flow-shift --fps --guidance-scale
             --guidance-scale-high --height --json --lossless --model --negative-prompt --no-vae-decode --num-frames
             --num-inference-steps --output --prompt --ranks --report --ring-degree --seed --ulysses-degree
-            --vae-decode --vae-dtype --vae-mode --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling
-            --width -o
+            --vae-decode --vae-decode-dtype --vae-dtype --vae-mode --vae-patch-parallel-size --vae-untiled
+            --vae-use-slicing --vae-use-tiling --width -o
         """,
         "image-to-image": """
             --attention-backend --axis --compile --device --dry-run --dtype --enable-cpu-offload
             --enable-layerwise-offload --flow-shift --guidance-scale --height --image --json --model
             --negative-prompt --no-vae-decode --no-vae-encode --num-inference-steps --output --prompt
             --ranks --report --ring-degree --seed --strength --true-cfg-scale --ulysses-degree --vae-decode
-            --vae-dtype --vae-encode --vae-mode --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling
+            --vae-decode-dtype --vae-dtype --vae-encode --vae-encode-dtype --vae-mode --vae-patch-parallel-size
+            --vae-untiled --vae-use-slicing --vae-use-tiling
             --width -o
         """,
         "serve": """
@@ -32,27 +34,28 @@ FLAGS = {
             --enable-cpu-offload --enable-layerwise-offload --flow-shift --host --keep --max-frames
             --max-pixels --max-queue --max-steps --max-upload --model --no-vae-decode --no-vae-encode --port
             --ranks --ring-degree --served-model-name --store --task --ulysses-degree --vae-decode
-            --vae-dtype --vae-encode --vae-mode --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling
+            --vae-decode-dtype --vae-dtype --vae-encode --vae-encode-dtype --vae-mode --vae-patch-parallel-size
+            --vae-untiled --vae-use-slicing --vae-use-tiling
         """,
         "make-demo-model": "--kind",
         "roundtrip": """
             --axis --compare --device --dtype --frames --height --json --lossless --mode --model --output --ranks
-            --report --tile-overlap --tile-size --vae-patch-parallel-size --vae-use-tiling
-            --vae_patch_parallel_size --vae_use_tiling --width -o
+            --report --tile-overlap --tile-size --untiled --vae-decode-dtype --vae-encode-dtype
+            --vae-patch-parallel-size --vae-use-tiling --vae_patch_parallel_size --vae_use_tiling --width -o
         """,
         "encode": """
             --axis --device --dtype --frames --height --json --mode --model --output --ranks --tile-overlap
-            --tile-size --vae-patch-parallel-size --vae-use-tiling --vae_patch_parallel_size
+            --tile-size --untiled --vae-patch-parallel-size --vae-use-tiling --vae_patch_parallel_size
             --vae_use_tiling --width -o
         """,
         "decode": """
             --axis --device --dtype --json --lossless --mode --model --output --ranks --tile-overlap --tile-size
-            --vae-patch-parallel-size --vae-use-tiling --vae_patch_parallel_size --vae_use_tiling -o
+            --untiled --vae-patch-parallel-size --vae-use-tiling --vae_patch_parallel_size --vae_use_tiling -o
         """,
         "compare": "--grid --json --max-l2 --min-psnr --min-ssim --report --trim",
         "plan": """
             --bandwidth --device --dtype --flops --height --json --link --memory --model --num-frames
-            --ranks --width
+            --ranks --vae-decode-dtype --vae-encode-dtype --width
         """,
         "doctor": "--device --ranks",
     }.items()

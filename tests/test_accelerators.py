@@ -39,7 +39,7 @@ def placed(name: str, half: str, dtype: torch.dtype = torch.float64) -> tuple[An
 def exact(rank: int, name: str, half: str, axis: Any, graphs: bool) -> None:
     vae, tensor = placed(name, half)
     expected = run_half(name, vae, half, tensor)
-    with halovae.parallelize(vae, axis=axis, graphs=graphs) as handle:
+    with halovae.parallelize(vae, axis=axis, options=halovae.Options(graphs=graphs)) as handle:
         for turn in range(5 if graphs else 2):
             found = run_half(name, vae, half, tensor)
             assert error(found, expected) <= max(EXACT, getattr(FAMILIES[name], f"{half}_tolerance"))
@@ -104,7 +104,7 @@ def test_a_failure_is_raised_on_all_and_the_next_call_is_right(devices: Ranks) -
 
 def dies(rank: int, graphs: bool) -> float:
     vae, latent = placed("kl", "decode")
-    with halovae.parallelize(vae, verify=False, graphs=graphs):
+    with halovae.parallelize(vae, verify=False, options=halovae.Options(graphs=graphs)):
         for _ in range(3):
             run_half("kl", vae, "decode", latent)
         if rank == 1 and graphs:

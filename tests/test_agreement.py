@@ -234,7 +234,7 @@ def until_failure(rank: int, victim: int, action: str, patience: float) -> tuple
     """Call until a rank fails: seconds since the victim acted, which rank is blamed, and why."""
     vae = FAMILIES["kl"].build().to(torch.float64)
     z = latents()
-    halovae.parallelize(vae, verify=False, timeout=patience)
+    halovae.parallelize(vae, verify=False, options=halovae.Options(timeout=patience))
     vae.decode(z)
     if rank == victim:
         if action == "kill" and os.fork() == 0:  # a worker that outlives it

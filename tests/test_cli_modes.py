@@ -43,6 +43,7 @@ REFUSED = {
     "one size": (["--mode", "tile", "--tile-size", "64"], "--tile-size 64: give height and width"),
     "no size": (["--mode", "tile", "--tile-size", "0,64"], "--tile-size 0,64: give height and width"),
     "axis of tiles": (["--mode", "tile", "--axis", "height"], "--axis height: tiles are not cut"),
+    "tiles without tiles": (["--mode", "tile", "--untiled"], "--untiled is for exact mode, but --mode tile"),
     "two modes": (["--vae-use-tiling", "--mode", "auto"], "--vae-use-tiling means --mode tile, but --mode auto"),
     "patches": (["--vae-patch-parallel-size", "0"], "Invalid value for '--vae-patch-parallel-size'"),
     "more patches than ranks": (["--ranks", "2", "--vae-patch-parallel-size", "3"], "there are only 2 ranks"),
@@ -125,3 +126,9 @@ def test_auto_says_what_it_chose(tiny: str, two_ranks: Ranks) -> None:
     assert code == 0, errors
     assert "\nauto: " in output
     assert "link " in output
+
+
+def test_a_number_format_for_each_half(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--model", tiny, "--vae-decode-dtype", "bfloat16", "--compare", "--json", "o.json"]) == 0
+    assert "encode float32, decode bfloat16, 1 rank" in capfd.readouterr().out
+    assert json.loads(Path("o.json").read_text())["dtype"] == "encode float32, decode bfloat16"

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import halovae
+import halovae.pipelines
 from halovae.base import errors
 
 PUBLIC = {
@@ -17,6 +18,7 @@ PUBLIC = {
     "Handle",
     "InputError",
     "NotExactError",
+    "Options",
     "RankFailedError",
     "Sharded",
     "TilingError",
@@ -62,9 +64,21 @@ def test_importing_the_core_imports_no_diffusers() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_the_pipelines_package_gives_what_its_users_need() -> None:
+    """And imports diffusers only when something is taken from it."""
+    code = """
+import sys, halovae.pipelines as p
+print("torch" in sys.modules, "diffusers" in sys.modules, all(getattr(p, name).__doc__ for name in p.__all__))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "True"]
+    with pytest.raises(AttributeError, match="no attribute 'Runer'"):
+        halovae.pipelines.Runer  # noqa: B018
+
+
 def test_errors_are_one_tree() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert all(issubclass(kind, halovae.HalovaeError) for kind in kinds)
-    assert {kind.__name__ for kind in kinds} <= PUBLIC
+    assert {kind.__name__ for kind in kinds} == {name for name in PUBLIC if name.endswith("Error")}
     assert issubclass(halovae.DisagreementError, ValueError)
     assert issubclass(halovae.NotExactError, NotImplementedError)

@@ -53,7 +53,7 @@ def follow(handle: halovae.Handle, name: str, vae: Any, half: str, tensor: Tenso
 def test_a_third_call_is_replayed(name: str, half: str) -> None:
     vae, tensors = placed(name, half)
     expected = [run_half(name, vae, half, tensor) for tensor in tensors]
-    with halovae.optimize(vae, graphs=True) as handle:
+    with halovae.optimize(vae, options=halovae.Options(graphs=True)) as handle:
         replayed = [follow(handle, name, vae, half, *pair) for pair in zip(tensors, expected, strict=True)]
     assert replayed == [False, False, True, True, True]
 
@@ -62,7 +62,7 @@ def test_a_third_call_is_replayed(name: str, half: str) -> None:
 def test_other_sizes_and_weights_are_not_replayed() -> None:
     vae, (tensor, *_) = placed("kl", "decode")
     larger = torch.cat([tensor, tensor], -1)
-    with halovae.optimize(vae, graphs=True) as handle:
+    with halovae.optimize(vae, options=halovae.Options(graphs=True)) as handle:
 
         def replayed(given: Tensor) -> bool:
             return follow(handle, "kl", vae, "decode", given, by_diffusers(vae, given))
@@ -90,7 +90,7 @@ def test_what_asks_the_device_goes_on_as_before() -> None:
     vae, (tensor, *_) = placed("kl", "decode")
     expected = run_half("kl", vae, "decode", tensor)
     vae.decoder.register_forward_pre_hook(lambda _, args: print(end=str(args[0].sum().item())[:0]))
-    with halovae.optimize(vae, graphs=True) as handle:
+    with halovae.optimize(vae, options=halovae.Options(graphs=True)) as handle:
         assert not any(follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(4))
     torch.get_device_module(tensor.device).empty_cache()  # The device is in order after a recording that failed.
     assert torch.randn(3, device=tensor.device).isfinite().all()
@@ -101,7 +101,7 @@ def test_a_call_that_writes_into_its_argument_is_not_replayed() -> None:
     vae, (tensor, *_) = placed("kl", "decode")
     own, expected = vae.decode, run_half("kl", vae, "decode", tensor / 2)
     vae.decode = lambda z, **options: own(z.div_(2), **options)
-    with halovae.optimize(vae, graphs=True) as handle:
+    with halovae.optimize(vae, options=halovae.Options(graphs=True)) as handle:
         for _ in range(4):
             given = tensor.clone()
             assert not follow(handle, "kl", vae, "decode", given, expected)
@@ -112,7 +112,7 @@ def test_a_call_that_writes_into_its_argument_is_not_replayed() -> None:
 def test_what_torch_is_set_to_counts() -> None:
     vae, (tensor, *_) = placed("kl", "decode")
     expected = run_half("kl", vae, "decode", tensor)
-    with halovae.optimize(vae, graphs=True) as handle:
+    with halovae.optimize(vae, options=halovae.Options(graphs=True)) as handle:
         assert [follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(3)] == [False, False, True]
         with torch.inference_mode():
             again = [follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(3)]
@@ -122,7 +122,7 @@ def test_what_torch_is_set_to_counts() -> None:
 def on_shards(rank: int, name: str, half: str, axis: Any) -> None:
     vae, tensors = placed(name, half)
     expected = [run_half(name, vae, half, tensor) for tensor in tensors]
-    with halovae.parallelize(vae, axis=axis, graphs=True) as handle:
+    with halovae.parallelize(vae, axis=axis, options=halovae.Options(graphs=True)) as handle:
         replayed, messages = list[bool](), set[int]()
         for pair in zip(tensors, expected, strict=True):
             replayed.append(follow(handle, name, vae, half, *pair))
@@ -144,7 +144,7 @@ def on_cpu(rank: int) -> None:
     family = FAMILIES["kl"]
     vae, latent = family.build().double(), family.latent(torch.float64)
     expected = run_half("kl", vae, "decode", latent)
-    with halovae.parallelize(vae, graphs=True) as handle:
+    with halovae.parallelize(vae, options=halovae.Options(graphs=True)) as handle:
         assert not any(follow(handle, "kl", vae, "decode", latent, expected) for _ in range(3))
 
 

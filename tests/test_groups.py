@@ -50,8 +50,8 @@ def sub_group(rank: int) -> str:
 def test_a_sub_group_that_does_not_begin_at_rank_0(four_ranks: Ranks) -> None:
     before, first, second, behind = four_ranks.run(sub_group)
     assert before == behind == ""
-    assert "rank   0 of 2" in first
-    assert "rank   1 of 2" in second
+    assert "2 of 2 at work; this is rank 0" in first
+    assert "this is rank 1" in second
 
 
 def test_processes_that_have_not_joined_a_group_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_at_most_sixteen_things_at_the_top() -> None:
     )
 
 
-def _test_a_name_stands_for_one_thing() -> None:
+def test_a_name_stands_for_one_thing() -> None:
     """A command may have the name of what it commands."""
     files = [name.split(".")[-1] for name in MODULES if "." in name and room(name) != "cli"]
     assert not {name for name in files if files.count(name) > 1}
@@ -75,9 +75,20 @@ def test_doors() -> None:
 def test_exact_mode_knows_no_model() -> None:
     """Not in code; a comment or docstring may say which model made a rule necessary."""
     models = {family.model.lower() for family in FAMILIES.values()}
-    words = set(
-        ["wan", "hunyuan", "cogvideo", "mochi", "ltx", "cosmos", "qwen", "flux", "magvit", "vidtok", "kvae", "allegro"]
-    )
+    words = {
+        "wan",
+        "hunyuan",
+        "cogvideo",
+        "mochi",
+        "ltx",
+        "cosmos",
+        "qwen",
+        "flux",
+        "magvit",
+        "vidtok",
+        "kvae",
+        "allegro",
+    }
     for name, node in nodes(*WITHOUT_MODELS):
         label = next((getattr(node, field) for field in ("id", "attr", "name", "arg") if hasattr(node, field)), None)
         if isinstance(label, str):

@@ -37,7 +37,7 @@ def long_video(name: str, half: str) -> tuple[Any, Tensor]:
 def test_equals_one_step_at_a_time(name: str, half: str) -> None:
     vae, tensor = long_video(name, half)
     expected = run_half(name, vae, half, tensor)
-    with halovae.optimize(vae, frames_per_call=3) as handle:
+    with halovae.optimize(vae, options=halovae.Options(frames_per_call=3)) as handle:
         found = run_half(name, vae, half, tensor)
         assert handle.last is not None
         assert (max(handle.last.steps, default=1) == 3) == (name in WALKERS)
@@ -49,7 +49,7 @@ def test_in_inference_mode() -> None:
     with torch.inference_mode():
         vae, tensor = long_video("wan21", "decode")
         expected = run_half("wan21", vae, "decode", tensor)
-        with halovae.optimize(vae, frames_per_call=3) as handle:
+        with halovae.optimize(vae, options=halovae.Options(frames_per_call=3)) as handle:
             assert error(run_half("wan21", vae, "decode", tensor), expected) <= 1e-6
             assert handle.last is not None
             assert max(handle.last.steps) == 3
@@ -61,7 +61,7 @@ def on_shards(rank: int, name: str, half: str, axis: Any) -> tuple[tuple[int, ..
     messages: list[int] = []
     steps: tuple[int, ...] = ()
     for frames in (1, 3):
-        with halovae.parallelize(vae, axis=axis, frames_per_call=frames) as handle:
+        with halovae.parallelize(vae, axis=axis, options=halovae.Options(frames_per_call=frames)) as handle:
             found = run_half(name, vae, half, tensor)
             assert handle.last is not None
             messages.append(handle.last.messages)
@@ -124,7 +124,7 @@ class _CachedNorm(nn.Module):
 def test_a_norm_over_frames_walks_by_itself(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     vae, tensor = Normed().to(dtype), torch.randn(1, 4, 12, 16, 24, dtype=dtype)
-    with torch.no_grad(), halovae.optimize(vae, frames_per_call=2) as handle:
+    with torch.no_grad(), halovae.optimize(vae, options=halovae.Options(frames_per_call=2)) as handle:
         vae.decode(tensor)
         assert handle.last is not None
         assert not handle.last.steps
@@ -133,7 +133,7 @@ def test_a_norm_over_frames_walks_by_itself(dtype: torch.dtype) -> None:
 def test_settings_that_change_are_heard_of() -> None:
     vae, tensor = long_video("wan21", "decode")
     tensor = torch.cat([tensor, tensor])
-    with halovae.optimize(vae, frames_per_call=3) as handle:
+    with halovae.optimize(vae, options=halovae.Options(frames_per_call=3)) as handle:
         expected = run_half("wan21", vae, "decode", tensor)
         assert handle.last is not None
         steps = handle.last.steps
@@ -160,7 +160,7 @@ def test_a_vae_that_reads_each_result_walks_by_itself() -> None:
     vae, tensor = Impatient().double(), torch.randn(1, 3, 12, 16, 24, dtype=torch.float64)
     with torch.no_grad():
         expected = vae.decode(tensor)
-        with halovae.optimize(vae, frames_per_call=4) as handle:
+        with halovae.optimize(vae, options=halovae.Options(frames_per_call=4)) as handle:
             assert error(vae.decode(tensor), expected) <= 1e-12
             assert handle.last is not None
             assert not handle.last.steps

@@ -241,9 +241,72 @@ def reports(rank: int) -> tuple[str, Any]:
 def test_reports_and_repr(two_ranks: Ranks) -> None:
     (text, first), (_, second) = two_ranks.run(reports)
     assert first == second
-    assert text.splitlines()[0] == "halovae.Handle"
-    assert [line.split()[0] for line in text.splitlines()[1:]] == ["vae", "halves", "rank", "mode", "last"]
-    assert "AutoencoderKL" in text
+    head, *lines = text.splitlines()
+    assert head == "halovae: AutoencoderKL"
+    names = ["halves", "ranks", "mode", "axis", "gather", "dtype", "verify", "options", "last"]
+    assert [line.split()[0] for line in lines[: len(names)]] == names
+    assert "1 of" not in text
+    assert "decode exact on 2 x 1 shards" in text
+    assert max(map(len, lines)) <= 120
 
 
-# ---- composing -------------------------------------------------------------------------------------------------------
+# ---- a picture for each rank -----------------------------------------------------------------------------------------
+
+
+def each_its_own(rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    vae, z = kl(), latents(5 + rank, seed=rank)
+    x, other = pixels(seed=rank), pixels()
+    expected, encoded, together = vae.decode(z)[0], vae.encode(x)[0].parameters, vae.encode(other)[0].parameters
+    shapes: list[tuple[int, int]] = []
+
+    def check(*args: Any, **kwargs: Any) -> None:
+        assert error(handle.each("decode", *args, **kwargs).sample, expected) <= EXACT
+        assert handle.last is not None
+        shapes.append(handle.last.shape)
+
+    with halovae.parallelize(vae, gather="first") as handle:
+        check(z)
+        assert handle.last is not None
+        assert handle.last.messages == 0
+        assert error(handle.each("encode", x)[0].parameters, encoded) <= EXACT
+
+        failures = [True] * (rank == 1)
+        memory = vae.decoder.conv_in.register_forward_pre_hook(
+            lambda module, args: torch.empty(2**60, dtype=torch.uint8) if failures and failures.pop() else None
+        )
+        check(z=z)
+        memory.remove()
+        with raises((InputError, RankFailedError)[rank], "decode got no picture"):
+            handle.each("decode", z if rank else None)
+        with raises(InputError, "half is 'decoder': this handle runs"):
+            handle.each("decoder", z)
+        check(z)
+        found = vae.encode(other)[0].parameters
+        assert rank or error(found, together) <= EXACT
+    with halovae.parallelize(vae, dtype={"decode": torch.float32}, halves=["decode"]):
+        decoded = vae.decode(latents())[0]
+    assert decoded.dtype == torch.float32
+    assert torch.allclose(decoded.double(), kl().decode(latents())[0], atol=1e-3)
+    return shapes[1], shapes[2]
+
+
+def test_each_rank_has_a_picture_of_its_own(two_ranks: Ranks) -> None:
+    """Alone where it fits into the memory of its rank, else on all ranks."""
+    assert two_ranks.run(each_its_own) == [((1, 1), (1, 1)), ((2, 1), (1, 1))]
+
+
+# ---- names that options had ------------------------------------------------------------------------------------------
+
+
+def test_options_that_have_moved_are_still_taken() -> None:
+    vae = kl()
+    with pytest.warns(DeprecationWarning, match=r"parallelize\(timeout=...\) will go: give options=halovae\.Options"):
+        handle = halovae.parallelize(vae, timeout=7, verify=False)
+    assert "timeout 7" in str(handle)
+    with pytest.warns(DeprecationWarning, match="graphs"), pytest.raises(InputError, match="graphs is 3: give True"):
+        halovae.optimize(vae, graphs=3)
+    with pytest.raises(TypeError, match=r"optimize\(\) got an unexpected keyword argument 'graph'"):
+        halovae.optimize(vae, graph=True)
+    with pytest.raises(InputError, match="options is 7: give"):
+        halovae.optimize(vae, options=7)
+    handle.restore()

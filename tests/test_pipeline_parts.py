@@ -23,7 +23,8 @@ from halovae.base.errors import InputError
 from halovae.comm import SoloComm
 from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.grid_sizes import Grid, check_sizes, fill_in, grid_of
-from halovae.pipelines.load import find_pipeline
+from halovae.pipelines.load import find_pipeline, load_pipeline
+from halovae.pipelines.outline import outline
 from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.scheduler import check_steps, shifted
 from halovae.pipelines.seed import agreed_seed
@@ -177,15 +178,38 @@ def test_halves_that_are_none_are_refused() -> None:
             halovae.parallelize(pipelines.build("edit").vae, halves=halves)
 
 
-def test_a_vae_that_comes_tiled_is_left_so(caplog: pytest.LogCaptureFixture) -> None:
-    """But for exact mode by name, and not in silence."""
+def test_a_vae_that_comes_tiled_is_left_so() -> None:
+    """But where the un-tiled result is asked for."""
     vae = FAMILIES["minimax_h3"].build()
-    for mode, used in ((None, "tile"), ("tile", "tile"), ("auto", "auto"), ("exact", "exact")):
-        vae.use_tiling, setup = True, Setup(vae_mode=mode)
-        assert dry_run._vae(vae, GRID, Generation(), setup, 2)["mode"] == used
+
+    def using(setup: Setup) -> tuple[str, bool]:
+        vae.use_tiling = True
+        mode = dry_run._vae(vae, GRID, Generation(), setup, 2)["mode"]
         with parallel_vae(vae, setup, SoloComm(), lambda half, report: None):
-            assert vae.use_tiling == (mode != "exact")
-        assert ("AutoencoderKLMiniMaxH3 comes tiled" in caplog.text) == (mode == "exact")
+            return mode, vae.use_tiling
+
+    for mode, used in ((None, "tile"), ("tile", "tile"), ("auto", "auto")):
+        assert using(Setup(vae_mode=mode)) == (used, True)
+    for mode in (None, "exact"):
+        assert using(Setup(vae_mode=mode, vae_untiled=True)) == ("exact", False)
+    with raises(InputError, "--vae-mode exact: AutoencoderKLMiniMaxH3 comes tiled, .* or add --vae-untiled"):
+        using(Setup(vae_mode="exact"))
+    with raises(InputError, "--vae-untiled is for exact mode, but --vae-mode is tile"):
+        Setup(vae_mode="tile", vae_untiled=True)
+
+
+def test_each_half_of_a_vae_has_its_own_dtype(demo_model: Path) -> None:
+    """Whatever the pipeline casts to the one dtype of the VAE; the plan counts each weight once."""
+    setup = Setup(dtype="bfloat16", vae_encode_dtype="float32")
+    source = find_pipeline(str(demo_model), "image-to-video")
+    vae = load_pipeline(source, setup).vae
+    assert (vae.encoder.conv_in.weight.dtype, vae.decoder.conv_in.weight.dtype) == (torch.float32, torch.bfloat16)
+    planned = next(row for row in dry_run._parts(outline(source, with_encoders=False), setup) if row["part"] == "vae")
+    assert planned["bytes"] == sum(weight.nbytes for weight in vae.parameters())
+    with torch.no_grad(), parallel_vae(vae, setup, SoloComm(), lambda half, report: None):
+        latent = vae.encode(torch.zeros(1, 3, 1, 32, 32, dtype=torch.bfloat16)).latent_dist.mode()
+        assert latent.dtype == torch.float32
+        assert vae.decode(latent).sample.dtype == torch.bfloat16
 
 
 def test_a_shift_goes_where_the_scheduler_has_one() -> None:

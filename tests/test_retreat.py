@@ -138,7 +138,10 @@ def to_single_steps(rank: int) -> list[Any]:
     expected = run_decode(CUT.family, vae, latent)
     # Of the whole picture and one frame: a shard has half of that, and three times as much in merged steps.
     limit = 1.2 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) if rank else inf
-    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", frames_per_call=3, verify=False) as handle:
+    with (
+        given_speeds(QUICK),
+        halovae.parallelize(vae, mode="auto", options=halovae.Options(frames_per_call=3), verify=False) as handle,
+    ):
         run_decode(CUT.family, vae, latent)
         told = [last(handle).steps]
         with limited(vae, limit):

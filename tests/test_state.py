@@ -123,7 +123,7 @@ def stream(rank: int) -> None:
     vae, clip, latents = Stream(), chunks(3, 24, 32), chunks(4, 12, 16)
     expected = streamed(vae, clip, latents)
     vae.clear()
-    for options in ({}, {"verify": False}, {"frames_per_call": 2}):
+    for options in ({}, {"verify": False}, {"options": halovae.Options(frames_per_call=2)}):
         with halovae.parallelize(vae, axis="height", **options) as handle:
             found = streamed(vae, clip, latents)
             assert max(map(error, found, expected)) <= EXACT, options

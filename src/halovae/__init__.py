@@ -18,7 +18,7 @@ from halovae.base.errors import (
 if TYPE_CHECKING:
     from halovae.api.parallelize import Handle, optimize, parallelize, restore, summary
     from halovae.api.sharded import Sharded, sharded
-    from halovae.base.options import CallReport
+    from halovae.base.options import CallReport, Options
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "Handle",
     "InputError",
     "NotExactError",
+    "Options",
     "RankFailedError",
     "Sharded",
     "TilingError",
@@ -44,6 +45,7 @@ __all__ = [
 _HOMES = {
     "CallReport": "base.options",
     "Handle": "api.parallelize",
+    "Options": "base.options",
     "Sharded": "api.sharded",
     "optimize": "api.parallelize",
     "parallelize": "api.parallelize",

@@ -19,7 +19,7 @@ from halovae.base import timeline
 from halovae.base.errors import HalovaeError, InputError, RankFailedError, TilingError
 from halovae.base.files import first_line
 from halovae.base.memory import is_shortage
-from halovae.base.options import HALVES, Options, gather_of
+from halovae.base.options import HALVES, AllOptions, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.target import Target
 from halovae.comm import Comm, Traffic
@@ -48,7 +48,7 @@ class Choice:
 class AutoEngine(Engine):
     """Chooses at the first call of each half with pictures of some size; the same on every rank."""
 
-    def __init__(self, comm: Comm, target: Target, options: Options) -> None:
+    def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self._comm, self._target, self._options = comm, target, options
         self._may_tile = "shard" not in (gather_of(options.gather, half) for half in HALVES)
         self._exact = ExactEngine(comm, target, replace(options, mode="exact"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halovae.base import timeline
 from halovae.base.memory import PeakMemory
-from halovae.base.options import Options, gather_of
+from halovae.base.options import AllOptions, gather_of
 from halovae.calls.device_graphs import can_record
 from halovae.calls.merge_steps import Merger, Steps, merged
 from halovae.calls.replay import Graphs
@@ -66,7 +66,7 @@ class Engine(Protocol):
         return
 
 
-def make_engine(comm: Comm, target: Target, options: Options) -> Engine:
+def make_engine(comm: Comm, target: Target, options: AllOptions) -> Engine:
     if options.mode == "tile":
         return TileEngine(comm, target, options)
     if options.mode == "auto":
@@ -86,7 +86,7 @@ def _note(network_seconds: float, gather_seconds: float) -> None:
 class TileEngine(Engine):
     """The VAE's own tiles, spread over the ranks."""
 
-    def __init__(self, comm: Comm, target: Target, options: Options) -> None:
+    def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self._comm, self._target, self._gather = comm, target, options.gather
         self._ranks, fit = options.size or comm.size, options.tiles == "fit"
         self._runner = TileRunner(comm, target, ranks=self._ranks, gather=options.gather, fit=fit)
@@ -124,7 +124,7 @@ class TileEngine(Engine):
 class ExactEngine(Engine):
     """Spatial shards with halo exchange; plans, probes once, runs."""
 
-    def __init__(self, comm: Comm, target: Target, options: Options) -> None:
+    def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self._comm, self._target, self._options = comm, target, options
         self._verified: set[tuple[str, tuple[int, int]]] = set()
         self._tried: set[Any] = set()

@@ -7,23 +7,37 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, Union, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halovae.api.advice import advised
-from halovae.api.engines import Engine, make_engine
+from halovae.api.engines import Engine, Ran, make_engine
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled, never_compiled
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.forks import owned_here
-from halovae.base.memory import PeakMemory
-from halovae.base.options import HALVES, Axis, CallReport, Gather, Options, checked_halves
-from halovae.base.trees import pictures_in, tensors_in
+from halovae.base.memory import PeakMemory, is_shortage
+from halovae.base.options import (
+    HALVES,
+    AllOptions,
+    Axis,
+    CallReport,
+    Gather,
+    Half,
+    Mode,
+    Options,
+    Tiles,
+    checked_halves,
+    gather_of,
+)
+from halovae.base.trees import map_tensors, on_meta, pictures_in, tensors_in
+from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.randomness import rewound_by_failure
 from halovae.calls.state import undone_by_failure
 from halovae.calls.target import Target, in_words, substitutes
@@ -33,23 +47,48 @@ from halovae.kernels import autocast
 from halovae.kernels.kept import Kept
 from halovae.tiles.tile_settings import described
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from typing_extensions import Unpack
+
+T = TypeVar("T")
 LOG = logging.getLogger("halovae")
 
 
+class HasVae(Protocol):
+    """A pipeline: what has a VAE."""
+
+    @property
+    def vae(self) -> nn.Module: ...
+
+
+Vae = Union[nn.Module, "DiffusionPipeline", HasVae]
+Dtype = torch.dtype | Mapping[Half, torch.dtype]
+
+
+class _Old(TypedDict, total=False):
+    """Names that were arguments, and are fields of `Options` now."""
+
+    frames_per_call: int | Literal["auto"]
+    graphs: bool | Literal["auto"]
+    tiles: Tiles
+    timeout: float
+
+
 def parallelize(
-    vae: Any,
+    vae: Vae,
     group: Group | None = None,
     *,
-    mode: str | None = None,
+    mode: Mode | None = None,
+    untiled: bool = False,
     axis: Axis = "auto",
     size: int | None = None,
     gather: Gather = "all",
+    dtype: Dtype | None = None,
+    halves: Sequence[Half] = HALVES,
     verify: bool = True,
-    tiles: str = "own",
-    timeout: float = 60.0,
-    halves: Sequence[str] = HALVES,
-    frames_per_call: int | str = "auto",
-    graphs: bool | str = "auto",
+    options: Options | None = None,
+    **old: Unpack[_Old],
 ) -> Handle:
     """Run a VAE's `encode` and `decode` on all ranks of a group. Called on every rank of it, with equal weights.
 
@@ -66,27 +105,24 @@ def parallelize(
             tile; `handle.last.choice` and the log of "halovae" say which and why. Where memory runs out, all ranks
             make the call again in a way that takes less: exact with fewer frames per call, then on idle ranks too, then
             tiles, then smaller ones. None: "exact"; "tile" for a VAE whose class switches tiling on as it is made, for
-            as long as it is on: its tiles are its own result. Where `enable_tiling()` was called on another VAE, exact
-            mode gives the un-tiled result all the same, and the log of "halovae" warns of that once.
-            `handle.last.reference` says which of the two a result is.
+            as long as it is on: its tiles are its own result, and "exact" is refused for it. Where `enable_tiling()`
+            was called on another VAE, exact mode gives the un-tiled result all the same, and the log of "halovae" warns
+            of that once. `handle.last.reference` says which of the two a result is.
+        untiled: give the un-tiled result (exact mode) of a VAE whose class switches tiling on, too.
         axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard, by preference
             of one axis).
         size: use the first `size` ranks only; the others wait and share the result.
-        gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard), or nobody
-            ("shard"; `handle.last.extents` says which part; exact mode only). A mapping says it for each half, as in
-            {"encode": "all", "decode": "first"}.
-        verify: compare a small probe with the un-parallel VAE at the first use of each half (exact mode).
-        tiles: "own": the sizes that the VAE is set to; "fit": smaller ones where some rank would have no tile to run.
-        timeout: seconds without a sign of life after which a rank counts as stopped. A rank that is slow gives signs.
+        gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard, or in tile mode
+            nothing), or nobody ("shard"; `handle.last.extents` says which part; exact mode only). A mapping says it for
+            each half, as in {"encode": "all", "decode": "first"}.
+        dtype: the number format to compute in, or one for each half, as in {"encode": torch.float32}: float32,
+            bfloat16, float16 or float64. A half gives what a VAE of that dtype gives; its floating-point inputs are
+            cast. Weights are cast where they are and kept once; `restore()` casts them back, but what fewer bits have
+            rounded stays rounded. So load the VAE in the widest format. None: the weights and inputs stay as they are.
         halves: which to run on all ranks, "encode", "decode" or both. The other one stays as it is.
-        frames_per_call: latent frames that a VAE which walks through time takes in one call of its network (exact
-            mode): more mean fewer and larger messages and kernels, and more memory. "auto": as many as fill an
-            accelerator; on a CPU as few as the VAE itself takes. 1: always as the VAE itself.
-        graphs: record the second of two calls of the same kind, and replay that from the third on: on an accelerator
-            most of the time of a shard is Python's, and this leaves it out (exact mode where each rank has a shard,
-            CUDA graphs or what other accelerators have like them; elsewhere nothing changes). It keeps the memory of
-            one call of each half. "auto": where the replay turns out faster, the memory kept is at most a quarter of
-            what is free, and no hooks hang on the VAE, since these do nothing in a replay. True: always.
+        verify: compare a small probe with the un-parallel VAE at the first use of each half (exact mode).
+        options: rare choices.
+        old: fields of `Options` by name, as they were given before; each with a DeprecationWarning.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
@@ -106,22 +142,31 @@ def parallelize(
     comm = connect(group)
     try:
         with together(comm) as said:
-            options = Options(
-                mode=mode, axis=axis, size=size, gather=gather, verify=verify, tiles=tiles, timeout=timeout,
-                frames_per_call=frames_per_call, graphs=graphs,
+            chosen = AllOptions(
+                **_rare(options, old, "parallelize"),
+                mode=mode, untiled=untiled, axis=axis, size=size, gather=gather, verify=verify,
             )  # fmt: skip
-            options.check_ranks(comm.size)
+            chosen.check_ranks(comm.size)
             target = Target(vae, checked_halves(halves))
+            dtypes = HalfDtypes(target.vae, dtype, target.originals)
             name = f"{target.name} ({', '.join(target.originals)})"
-            said.update({"options": options, "VAE": name, "mode": _mode(options, target), "weights": target.digest()})
-        comm.patience = options.timeout
-        return Handle(target, comm, options)
+            said.update({"options": chosen, "VAE": name, "mode": _mode(chosen, target), "dtype": dtypes})
+            said["weights"] = target.digest()
+        comm.patience = chosen.timeout
+        return Handle(target, comm, chosen, dtypes)
     except BaseException:
         comm.close()
         raise
 
 
-def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool | str = "auto") -> Handle:
+def optimize(
+    vae: Vae,
+    *,
+    untiled: bool = False,
+    dtype: Dtype | None = None,
+    options: Options | None = None,
+    **old: Unpack[_Old],
+) -> Handle:
     """Run a VAE's `encode` and `decode` faster on this process alone: the same numbers, up to rounding.
 
     As `parallelize` in a world of one, whatever process group there is: the un-tiled result, as in exact mode. A VAE
@@ -129,23 +174,42 @@ def optimize(vae: Any, *, frames_per_call: int | str = "auto", graphs: bool | st
 
     Args:
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
-        frames_per_call: as for `parallelize`.
-        graphs: likewise.
+        untiled: as for `parallelize`.
+        dtype: likewise.
+        options: likewise; `tiles` and `timeout` have no meaning here.
+        old: likewise.
 
     Returns:
         A handle: `.last` reports the last call, `.restore()` undoes it; it is a context manager too.
 
     Raises:
-        InputError: the option or the VAE can't be used; nothing was changed.
+        InputError: an option or the VAE can't be used; nothing was changed.
 
     Examples:
         >>> halovae.optimize(pipe)
         >>> image = pipe(prompt).images[0]
     """
-    return Handle(Target(vae), SoloComm(), Options(frames_per_call=frames_per_call, graphs=graphs))
+    chosen, target = AllOptions(**_rare(options, old, "optimize"), untiled=untiled), Target(vae)
+    return Handle(target, SoloComm(), chosen, HalfDtypes(target.vae, dtype, target.originals))
 
 
-def restore(vae: Any) -> None:
+def _rare(options: Options | None, old: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """Fields of `Options`, also as they were given before there were any."""
+    if options is not None and not isinstance(options, Options):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"options is {options!r}: give halovae.Options(...)")
+    rare = vars(options or Options())
+    for name in old:
+        if name not in rare:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        warnings.warn(
+            f"{function}({name}=...) will go: give options=halovae.Options({name}=...)",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return {**rare, **old}
+
+
+def restore(vae: Vae) -> None:
     """Give a VAE its own encode and decode back, whatever `parallelize` and `optimize` have put there.
 
     As `restore()` of their handles, for who has kept none. Does nothing where nothing was put.
@@ -160,7 +224,7 @@ def restore(vae: Any) -> None:
         substitute.holder.release(half)
 
 
-def summary(vae: Any) -> str:
+def summary(vae: Vae) -> str:
     """How the halves of a VAE run now, and what the last call did, in lines of text.
 
     Args:
@@ -173,30 +237,50 @@ def summary(vae: Any) -> str:
     return "\n".join(map(str, holders)) or f"{Target(vae).name}: encode and decode are its own"
 
 
-def _mode(options: Options, target: Target) -> str:
-    """The mode of a call that is made now. A VAE that comes tiled is followed where that is switched off and on."""
-    return options.mode or ("tile" if target.comes_tiled else "exact")
+def _mode(options: AllOptions, target: Target) -> Mode:
+    """The mode of a call that is made now. A VAE that comes tiled is followed where that is switched off and on.
+
+    Raises:
+        InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
+    """
+    if options.untiled or not target.comes_tiled:
+        return options.mode or "exact"
+    if options.mode == "exact":
+        raise InputError(
+            f"{target.name} comes tiled: its tiles are its own result, and exact mode gives another one, the un-tiled; "
+            "leave mode='exact' out for its own, or give untiled=True"
+        )
+    return options.mode or "tile"
 
 
 class Handle:
-    """A parallelized or optimized VAE. Made by `parallelize` and `optimize`.
+    """A parallelized or optimized VAE. Made by `parallelize` and `optimize`; `print` it to see how the VAE runs.
 
     Attributes:
         last: what the last call did on this rank, or None before the first.
     """
 
-    def __init__(self, target: Target, comm: Comm, options: Options) -> None:
+    def __init__(self, target: Target, comm: Comm, options: AllOptions, dtypes: HalfDtypes) -> None:
         self.last: CallReport | None = None
-        self._target, self._comm, self._options = target, comm, options
+        self._target, self._comm, self._options, self._dtypes = target, comm, options, dtypes
         self._lock = threading.RLock()
         self._mode = _mode(options, target)
         self._engine = self._make_engine()
+        self._solo: Engine | None = None
+        """Runs this rank's own input on this rank."""
+        self._whole: Engine | None = None
+        """Runs one rank's input on all ranks, for that rank."""
         self._kept = Kept()
         self._calls = 0
-        self._halves = set(target.originals)
+        self._halves: set[str] = set(target.originals)
         self._running = self._warned = self._said_compiled = False
         for half in target.originals:
             target.replace(half, never_compiled(functools.partial(self._call, half)), self)
+        try:
+            dtypes.cast()
+        except BaseException:  # The device has no memory for it.
+            self.restore()
+            raise
         self._warn_of_tiles(self._mode)
         owned_here(self, Handle._disown)
 
@@ -212,8 +296,9 @@ class Handle:
                 return
             self._halves.remove(half)
             self._target.restore(half)
+            self._dtypes.undo(half, self._halves)
             if not self._halves:
-                self._engine.free()
+                self._free()
                 self._kept = Kept()
                 self._comm.close()
 
@@ -233,17 +318,96 @@ class Handle:
             "whose copy has its own encode and decode, and call parallelize on that"
         )
 
-    def __repr__(self) -> str:
-        options = replace(self._options, mode=self._mode)
+    def __str__(self) -> str:
+        options, plain = self._options, vars(Options())
         halves = [half for half in self._target.originals if half in self._halves]
-        rows = [
-            ("vae", self._target.name),
-            ("halves", ", ".join(halves) or "none: restored"),
-            ("rank", f"{self._comm.rank} of {self._comm.size}, {options.size or self._comm.size} at work"),
-            ("mode", f"{options.mode}, {options.cut}, gather {options.gather}"),
-            ("last", str(self.last or "no call yet")),
-        ]
-        return "\n".join(["halovae.Handle", *(f"  {name:<7}{value}" for name, value in rows)])
+        ranks, rare = self._comm.size, [f"{name} {getattr(options, name)}" for name in plain]
+        reference = "un-tiled" if self._mode == "exact" else "tiles" if self._mode == "tile" else "as chosen"
+        rows = {
+            "halves": ", ".join(halves) or "none: restored",
+            "ranks": f"{options.size or ranks} of {ranks} at work; this is rank {self._comm.rank}",
+            "mode": f"{self._mode}, reference: {reference}",
+            "axis": "x".join(map(str, options.axis)) if isinstance(options.axis, tuple) else options.axis,
+            "gather": ", ".join(f"{half} {gather_of(options.gather, half)}" for half in halves),
+            "dtype": str(self._dtypes) or "of the weights",
+            "verify": "on" if options.verify else "off",
+            "options": ", ".join(rare),
+            "last": str(self.last or "no call yet").replace(": ", f"\n{11 * ' '}", 1),
+        }
+        if self._mode == "tile":
+            del rows["axis"], rows["verify"]
+        lines = (f"  {name:<9}{words}" for name, words in rows.items())
+        return "\n".join([f"halovae: {self._target.name}", *lines])
+
+    __repr__ = __str__
+
+    def each(self, half: Half, *args: Any, **kwargs: Any) -> Any:
+        """Run a half on another input on each rank: N pictures or clips on N ranks. Called on every rank of the group.
+
+        A rank runs its own input alone, with the kernels of `optimize` and without a message. An input that does not
+        fit into the memory of its rank is run by all ranks together, as a call of the half is, after the others.
+        `last` tells how this rank's own was run: on 1 x 1 shards, or on several.
+
+        Args:
+            half: "encode" or "decode".
+            args: as for the half itself. Shapes and values may differ between ranks.
+            kwargs: likewise.
+
+        Returns:
+            What the half gives for this rank's input, whole, on this rank alone.
+
+        Raises:
+            InputError: this handle does not run the half, or the input can't be used.
+            RankFailedError: another rank failed.
+
+        Example:
+            >>> handle = halovae.parallelize(vae)
+            >>> video = handle.each("decode", latents_of_this_rank).sample
+        """
+        with self._lock:
+            if half not in self._halves:
+                running = [name for name in self._target.originals if name in self._halves]
+                raise InputError(f"half is {half!r}: this handle runs {' and '.join(running) or 'none any more'}")
+            if self._running:  # By a hook, in a call.
+                return self._target.originals[half](*args, **kwargs)
+            self._running, started = True, time.perf_counter()
+            try:
+                with self._one_call(half, args, kwargs):
+                    args, kwargs = self._dtypes.given(half, args, kwargs)
+                    picture = self._agree_on_call(half, args, kwargs, alike=False)
+                    with torch.no_grad(), self._reported(half, picture.device, started, started) as report:
+                        ran = self._run_alone(half, picture, args, kwargs)
+                        for rank, is_left in enumerate(self._comm.all_gather_object(ran is None)):
+                            if is_left:
+                                ran = self._run_for(rank, half, picture, args, kwargs) or ran
+                        return report(cast("Ran", ran))
+            finally:
+                self._running = False
+
+    def _run_alone(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran | None:
+        """This rank's own input, on this rank; None where its memory is too small for that."""
+        if self._solo is None:
+            self._solo = self._make_engine(SoloComm(), size=None, axis="auto", gather="all")
+        undone = rewound_by_failure(picture.device, *args, *kwargs.values())
+        try:
+            with undone_by_failure(self._target.vae, args, kwargs), undone:
+                return self._solo.run(half, picture, args, kwargs)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+        self._solo.free()
+        gc.collect()  # What the attempt held: its frames are in a cycle with its exception.
+        return None
+
+    def _run_for(
+        self, rank: int, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Ran | None:
+        """The input of one rank, on all ranks; the result on that rank, elsewhere None."""
+        if self._whole is None:
+            self._whole = self._make_engine(gather="all")
+        args, kwargs = _from_rank(self._comm, rank, (args, kwargs), picture.device)
+        ran = self._whole.run(half, pictures_in((args, kwargs))[0], args, kwargs)
+        return ran if rank == self._comm.rank else None
 
     def _call(self, half: str, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
@@ -256,22 +420,34 @@ class Handle:
                     try:
                         return self._attempt(half, args, kwargs, started)
                     except BaseException as error:
-                        if not self._engine.retreat(half, args, kwargs, error):
+                        if not self._engine.retreat(half, *self._dtypes.given(half, args, kwargs), error):
                             raise
                     gc.collect()  # What the attempt held: its frames are in a cycle with its exception.
             finally:
                 self._running = False
 
     def _attempt(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float) -> Any:
-        begun, vae = time.perf_counter(), self._target.vae
+        begun = time.perf_counter()
+        with self._one_call(half, args, kwargs):
+            args, kwargs = self._dtypes.given(half, args, kwargs)
+            picture = self._agree_on_call(half, args, kwargs)
+            with torch.no_grad(), self._reported(half, picture.device, started, begun) as report:
+                try:
+                    ran = self._engine.run(half, picture, args, kwargs)
+                except NotExactError as error:
+                    ranks = self._options.size or self._comm.size
+                    raise advised(error, self._target, half, ranks, args, kwargs) from error
+                return report(ran)
+
+    @contextmanager
+    def _one_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """What every call is in: it ends alike on all ranks, and leaves no trace where it fails."""
         device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
         eagerly, ours = self._eagerly(half), self._kept.in_use()
-        with eagerly, ours, undone_by_failure(vae, args, kwargs), undone, one_call(self._comm):
+        with eagerly, ours, undone_by_failure(self._target.vae, args, kwargs), undone, one_call(self._comm):
             self._comm.traffic = Traffic()
-            picture = self._agree_on_call(half, args, kwargs)
-            with torch.no_grad():
-                return self._run(half, picture, args, kwargs, started, begun)
+            yield
 
     def _eagerly(self, half: str) -> AbstractContextManager[None]:
         """Within it, parts of the VAE that are compiled run as they are written; said once."""
@@ -292,66 +468,94 @@ class Handle:
             raise InputError(f"{half} got an empty tensor of shape {tuple(pictures[0].shape)}")
         self._target.check_no_gradients(pictures)
 
-    def _run(
-        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], started: float, begun: float
-    ) -> Any:  # fmt: skip
-        memory, agreed = PeakMemory(picture.device), time.perf_counter()
-        timeline.note("agree", begun, agreed)
-        try:
-            ran = self._engine.run(half, picture, args, kwargs)
-        except NotExactError as error:
-            ranks = self._options.size or self._comm.size
-            raise advised(error, self._target, half, ranks, args, kwargs) from error
-        self._warn_of_tiles(ran.mode)
-        timeline.note(half, started)
-        traffic, peak = self._comm.traffic, memory.read()
-        self.last = CallReport(
-            half=half,
-            mode=ran.mode,
-            reference="tiles" if ran.mode == "tile" else "un-tiled",
-            seconds=time.perf_counter() - started,
-            phases={"retreat": begun - started, "agree": agreed - begun, **ran.phases},
-            messages=traffic.messages,
-            bytes=traffic.bytes,
-            wait_seconds=traffic.wait_seconds,
-            peak_memory=None if peak is None else peak + ran.recorded,
-            **ran.report,
-        )
-        return ran.result
+    @contextmanager
+    def _reported(
+        self, half: str, device: torch.device, started: float, begun: float
+    ) -> Iterator[Callable[[Ran], Any]]:
+        """Around the work of a call that ranks have agreed on; yields what makes a report of it, and gives the result.
 
-    def _agree_on_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Check that the call can be run, and is the same, on every rank; returns the picture to cut."""
+        Args:
+            half: of the call.
+            device: that it runs on.
+            started: when the call was made.
+            begun: when the attempt that goes well was.
+        """
+        memory, agreed = PeakMemory(device), time.perf_counter()
+        timeline.note("agree", begun, agreed)
+
+        def report(ran: Ran) -> Any:
+            self._warn_of_tiles(ran.mode)
+            timeline.note(half, started)
+            traffic, peak = self._comm.traffic, memory.read()
+            self.last = CallReport(
+                half=cast("Half", half),
+                mode=cast("Literal['exact', 'tile']", ran.mode),
+                reference="tiles" if ran.mode == "tile" else "un-tiled",
+                seconds=time.perf_counter() - started,
+                phases={"retreat": begun - started, "agree": agreed - begun, **ran.phases},
+                messages=traffic.messages,
+                bytes=traffic.bytes,
+                wait_seconds=traffic.wait_seconds,
+                peak_memory=None if peak is None else peak + ran.recorded,
+                **ran.report,
+            )
+            return ran.result
+
+        yield report
+
+    def _agree_on_call(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], alike: bool = True
+    ) -> Tensor:  # fmt: skip
+        """Check that the call can be run on every rank, and where it has to be `alike` is the same.
+
+        Returns:
+            The picture to cut.
+        """
         self._calls += 1
         with together(self._comm) as said:
             pictures = pictures_in((args, kwargs))
             self._check(half, pictures)
-            shapes = [_described(value) for value in args] + [f"{k}={_described(v)}" for k, v in sorted(kwargs.items())]
             said["autocast"] = dict(autocast.state()) or "off"
-            said.update({"call": f"{half} number {self._calls}", "arguments": ", ".join(shapes)})
-            tensors = enumerate(tensors_in((args, kwargs)))
-            said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in tensors})
+            said["call"] = f"{half} number {self._calls}{'' if alike else ', of each rank its own'}"
+            if alike:
+                named = (f"{name}={_described(value)}" for name, value in sorted(kwargs.items()))
+                said["arguments"] = ", ".join([*map(_described, args), *named])
+                tensors = enumerate(tensors_in((args, kwargs)))
+                said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in tensors})
             said["mode"] = self._follow()
-            said["what was settled"] = Tally(self._engine.settled(), self._engine.forget)
+            engines = [engine for engine in (self._engine, self._whole) if engine]
+            said["what was settled"] = Tally(sum(engine.settled() for engine in engines), self._forget)
             if self._mode != "exact":
                 said["tile settings"] = described(self._target.vae)
         return pictures[0]
 
-    def _make_engine(self) -> Engine:
-        return make_engine(self._comm, self._target, replace(self._options, mode=self._mode))
+    def _make_engine(self, comm: Comm | None = None, **changes: Any) -> Engine:
+        options = replace(self._options, mode=self._mode, **changes)
+        return make_engine(comm or self._comm, self._target, options)
 
-    def _follow(self) -> str:
-        """The mode of the call that is agreed on, which runs by the engine of that mode."""
+    def _follow(self) -> Mode:
+        """The mode of the call that is agreed on, which runs by the engines of that mode."""
         mode = _mode(self._options, self._target)
         if mode != self._mode:
-            self._engine.free()
-            self._mode = mode
+            self._free()
+            self._mode, self._solo, self._whole = mode, None, None
             self._engine = self._make_engine()
         return mode
 
+    def _forget(self) -> None:
+        for engine in (self._engine, self._whole):
+            if engine:
+                engine.forget()
+
+    def _free(self) -> None:
+        for engine in (self._engine, self._solo, self._whole):
+            if engine:
+                engine.free()
+
     def _warn_of_tiles(self, mode: str) -> None:
         """Once, and on the first rank: a VAE that is set to tile does not."""
-        target = self._target
-        if self._warned or mode != "exact" or self._comm.rank > 0 or not getattr(target.vae, "use_tiling", False):
+        target, is_known = self._target, self._warned or self._options.untiled
+        if is_known or mode != "exact" or self._comm.rank > 0 or not getattr(target.vae, "use_tiling", False):
             return
         self._warned = True
         why = "comes tiled, and its tiles are its own result" if target.comes_tiled else "has tiling switched on"
@@ -361,6 +565,18 @@ class Handle:
             target.name,
             why,
         )
+
+
+def _from_rank(comm: Comm, source: int, value: T, device: torch.device) -> T:
+    """What one rank has, on every rank; a copy on the others, with tensors on the device."""
+    skeleton = comm.all_gather_object(on_meta(value) if comm.rank == source else None)[source]
+    if comm.rank == source:
+        tensors = [tensor.contiguous() for tensor in tensors_in(value)]
+        comm.exchange([(peer, t) for peer in range(comm.size) if peer != source for t in tensors], [])
+        return value
+    filled = map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), skeleton)
+    comm.exchange([], [(source, tensor) for tensor in tensors_in(filled)])
+    return filled
 
 
 def _described(value: Any) -> str:

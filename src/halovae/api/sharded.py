@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor
 
 from halovae.base.errors import InputError
-from halovae.base.options import Axis, Options
+from halovae.base.options import AllOptions, Axis
 from halovae.base.trees import map_tensors
 from halovae.comm import Group, connect
 from halovae.exact.mesh import Mesh
@@ -15,6 +15,8 @@ from halovae.exact.partition import gather, scatter
 from halovae.exact.run import check_whole
 from halovae.exact.shard_mode import ShardMode
 from halovae.exact.shard_plan import plan_shards
+
+T = TypeVar("T")
 
 
 class Sharded(ShardMode):
@@ -40,8 +42,15 @@ class Sharded(ShardMode):
             raise InputError(f"{height} x {width} is too small for {self._mesh.shape} shards: use fewer ranks")
         return scatter(self._mesh, tensor, plan.bounds)
 
-    def gather(self, value: Any) -> Any:
-        """The whole of a sharded tensor, or of every one in a structure, on every rank."""
+    def gather(self, value: T) -> T:
+        """The whole of a sharded tensor, or of every one in a structure, on every rank.
+
+        Args:
+            value: a result of the network on shards: a tensor, or anything that holds tensors.
+
+        Raises:
+            NotExactError: it holds a shard where none can be put together.
+        """
         whole = map_tensors(lambda t: gather(self._mesh, t), value)
         check_whole(whole)
         return whole
@@ -61,7 +70,7 @@ def sharded(group: Group | None = None, *, axis: Axis = "height") -> Sharded:
         >>> with torch.no_grad(), halovae.sharded() as shards:
         ...     whole = shards.gather(network(shards.scatter(image)))
     """
-    Options(axis=axis)  # checks it
+    AllOptions(axis=axis)  # checks it
     comm = connect(group)
     shapes = {"height": (comm.size, 1), "width": (1, comm.size), "auto": (comm.size, 1)}
     shape = shapes[axis] if isinstance(axis, str) else axis

@@ -68,14 +68,14 @@ def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle
         handle: of the parallel VAE, None for the VAE itself.
         label: after the names of the stages.
     """
-    vae, limits = loaded.vae, loaded.limits
+    vae, limits, dtypes = loaded.vae, loaded.limits, session.dtypes
     calls = fit.padded_frames if limits.per_frame else 1
     latents, encode = session.measured(
-        f"encode{label}", lambda after: codec.encode(vae, limits, clip, after), handle, calls
+        f"encode{label}", lambda after: codec.encode(vae, limits, clip.to(dtypes["encode"]), after), handle, calls
     )
     calls = codec.decode_calls(vae, limits, latents)
     sample, decode = session.measured(
-        f"decode{label}", lambda after: codec.decode(vae, limits, latents, after), handle, calls
+        f"decode{label}", lambda after: codec.decode(vae, limits, latents.to(dtypes["decode"]), after), handle, calls
     )
     sample = fit.crop(sample) if session.is_first else sample
     return Result(latents=latents, sample=sample, frames=codec.to_frames(sample), encode=encode, decode=decode)
@@ -102,9 +102,9 @@ def told(
         text = seconds_table(result.halves) + memory_line(peak) + f"PSNR to the source: {decibel(ratio)}\n"
         return Told(text=text, rows=rows, numbers=numbers)
     found = differences(result, alone)
-    allowed = TOLERANCE.get(session.dtype, max(TOLERANCE.values()))
+    allowed = max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in session.dtypes.values())
     passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
-    rounding = f"up to rounding of {str(session.dtype).removeprefix('torch.')}"
+    rounding = f"up to rounding of {session.dtype_words}"
     near = _near(found["pixels"] * PEAK / 2)
     text = (
         table(rows)

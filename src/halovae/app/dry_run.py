@@ -21,13 +21,15 @@ from halovae.app.tables import table
 from halovae.base.errors import HalovaeError
 from halovae.base.files import write_json
 from halovae.base.options import HALVES
-from halovae.calls.target import Target
+from halovae.base.quiet import quiet
+from halovae.calls.dtypes import set_dtypes
 from halovae.comm.bandwidth import LINKS
 from halovae.exact.shard_plan import ShardPlan, plan_shards
 from halovae.media.vae_limits import limits_of
 from halovae.pipelines.grid_sizes import Grid
-from halovae.pipelines.load import find_pipeline
+from halovae.pipelines.load import find_pipeline, torch_dtypes
 from halovae.pipelines.outline import outline
+from halovae.pipelines.parallel_vae import mode_of
 from halovae.pipelines.signature import parameters
 from halovae.pipelines.transformers import degree
 from halovae.predict.measured_rates import rates_of
@@ -88,7 +90,7 @@ def _sizes(cls: Any, grid: Grid, generation: Generation) -> dict[str, Any]:
 
 def _vae(vae: nn.Module, grid: Grid, generation: Generation, setup: Setup, ranks: int) -> dict[str, Any]:
     """Mode, and for each half how many ranks cut what where."""
-    mode = setup.vae_mode or ("tile" if Target(vae).comes_tiled else "exact")
+    mode = mode_of(vae, setup)
     workers = setup.vae_size or ranks
     halves: dict[str, Any] = {}
     for half, wanted, ratio in (("encode", setup.vae_encode, grid.ratio), ("decode", setup.vae_decode, 1)):
@@ -114,10 +116,11 @@ def _halves(
         return []
     limits = limits_of(vae)
     fit = limits.fit(sizes["frames"], sizes["height"], sizes["width"])
-    workers, dtype = setup.vae_size or ranks, getattr(torch, setup.vae_dtype or setup.dtype)
+    workers, dtypes = setup.vae_size or ranks, torch_dtypes(setup)
     torch.set_num_threads(max(1, launch.cores() // ranks))
     try:
-        survey = Survey(vae, limits, fit, dtype, rates_of(torch.device(device), dtype), LINKS["pcie"])
+        rates = rates_of(torch.device(device), dtypes["decode"])
+        survey = Survey(vae, limits, fit, dtypes, rates, LINKS["pcie"])
     except HalovaeError as error:
         return [
             {"half": half, "mode": "exact", "ranks": workers, "seconds": None, "bytes": None, "refusal": str(error)}
@@ -148,11 +151,13 @@ def _parts(components: Mapping[str, Any], setup: Setup) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, part in components.items():
         if isinstance(part, nn.Module):
-            kind = getattr(torch, (setup.vae_dtype if name == "vae" else None) or setup.dtype)
             count = sum(parameter.numel() for parameter in part.parameters())
-            rows.append(
-                {"part": name, "class": type(part).__name__, "parameters": count, "bytes": count * kind.itemsize}
-            )
+            size = count * getattr(torch, setup.dtype).itemsize
+            if name == "vae":
+                with quiet():
+                    set_dtypes(part, torch_dtypes(setup))
+                size = sum(parameter.nbytes for parameter in part.parameters())
+            rows.append({"part": name, "class": type(part).__name__, "parameters": count, "bytes": size})
     return rows
 
 

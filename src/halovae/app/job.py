@@ -77,8 +77,8 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         values["vae_axis"] = parse_axis(given["axis"])
     with faults.noted():
         values["vae_mode"] = _vae_mode(given)
-    for name in ("dtype", "vae_dtype"):
-        values[name] = None if given[name] is None else given[name].value
+    for name in ("dtype", "vae_dtype", "vae_encode_dtype", "vae_decode_dtype"):
+        values[name] = None if given.get(name) is None else given[name].value
     values["dtype"] = values["dtype"] or Setup.dtype  # until the device is known
     names = {field.name for field in fields(Generation)} - {"image", "last_image"}
     generation, setup = Generation(), Setup()

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from halovae.base import options
 from halovae.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ class Work:
 
     mode: str | None = None
     """None: exact, or tile for a VAE that comes tiled."""
+    untiled: bool = False
+    """Exact mode for a VAE that comes tiled, too."""
     tile_size: tuple[int, int] | None = None
     """Height and width in pixels; None: the VAE's own."""
     tile_overlap: tuple[int, int] | None = None
@@ -27,6 +30,19 @@ class Work:
     """How many ranks run the VAE; None: all."""
     notes: tuple[str, ...] = ()
     """What to tell the user about the names that were used."""
+
+    def check(self, vae: Any) -> None:
+        """
+        Raises:
+            InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
+        """
+        from halovae.calls.target import Target
+
+        if self.mode == "exact" and not self.untiled and Target(vae).comes_tiled:
+            raise InputError(
+                f"--mode exact: {type(vae).__name__} comes tiled, and the un-tiled result differs from its own; leave "
+                "--mode out for its own, or add --untiled"
+            )
 
     def set_tiles(self, vae: Any) -> None:
         """Give the VAE the sizes that were asked for.
@@ -70,8 +86,11 @@ class RunOptions:
 
     model: str | None = None
     ranks: int | None = None
-    axis: str | tuple[int, int] = "auto"
+    axis: options.Axis = "auto"
     dtype: str | None = None
+    vae_encode_dtype: str | None = None
+    """None: as `dtype`."""
+    vae_decode_dtype: str | None = None
     device: str | None = None
     work: Work = field(default_factory=Work)
 
@@ -81,7 +100,7 @@ def dtype_on(kind: str, asked: str | None = None) -> str:
     return asked or ("float32" if kind == "cpu" else "bfloat16")
 
 
-def parse_axis(text: str, mode: str | None = None) -> str | tuple[int, int]:
+def parse_axis(text: str, mode: str | None = None) -> options.Axis:
     """From the words of `--axis`.
 
     Raises:
@@ -98,8 +117,9 @@ def parse_axis(text: str, mode: str | None = None) -> str | tuple[int, int]:
 
 
 def parse_work(
-    mode: str | None, tile_size: str | None, tile_overlap: str | None, use_tiling: bool, ranks: int | None
-) -> Work:
+    mode: str | None, tile_size: str | None, tile_overlap: str | None, use_tiling: bool, ranks: int | None,
+    untiled: bool = False,
+) -> Work:  # fmt: skip
     """From the words of the flags.
 
     Raises:
@@ -110,11 +130,14 @@ def parse_work(
     if use_tiling and mode not in (None, "tile"):
         raise InputError(f"--vae-use-tiling means --mode tile, but --mode {mode} is given too: leave one out")
     chosen = mode or ("tile" if use_tiling else None)
+    if untiled and chosen not in (None, "exact"):
+        raise InputError(f"--untiled is for exact mode, but --mode {chosen} is asked for: leave one of them out")
     for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):
         if words is not None and chosen in (None, "exact"):
             raise InputError(f"{flag} {words}: exact mode has no tiles; add --mode tile, or leave {flag} out")
     return Work(
         mode=chosen,
+        untiled=untiled,
         tile_size=_pair("--tile-size", tile_size, least=1),
         tile_overlap=_pair("--tile-overlap", tile_overlap, least=0),
         ranks=ranks,

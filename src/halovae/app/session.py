@@ -18,6 +18,8 @@ from halovae.app.run_options import RunOptions, dtype_on
 from halovae.base import timeline
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.memory import PeakMemory
+from halovae.base.options import Half as HalfName
+from halovae.calls.dtypes import HalfDtypes
 from halovae.media import models
 from halovae.media import vae_limits as fit
 
@@ -94,6 +96,20 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
+    def dtypes(self) -> dict[HalfName, torch.dtype]:
+        """Of each half of the VAE."""
+        asked: dict[HalfName, str | None] = {
+            "encode": self.options.vae_encode_dtype, "decode": self.options.vae_decode_dtype
+        }  # fmt: skip
+        return {half: self.dtype if name is None else getattr(torch, name) for half, name in asked.items()}
+
+    @property
+    def dtype_words(self) -> str:
+        names = {half: str(dtype).removeprefix("torch.") for half, dtype in self.dtypes.items()}
+        one = len(set(names.values())) == 1
+        return names["encode"] if one else ", ".join(f"{half} {name}" for half, name in names.items())
+
+    @property
     def threads(self) -> int:
         """Threads of this rank, for the un-parallel run of a comparison too."""
         return torch.get_num_threads()
@@ -134,7 +150,10 @@ class Session:
 
         def step(advance: Callable[[], None]) -> Loaded:
             source = models.find(self.options.model)
-            vae = models.load(source, dtype=self.dtype, device=self.device)
+            vae = models.load(source, dtype=torch.promote_types(*self.dtypes.values()), device=self.device)
+            if len(set(self.dtypes.values())) > 1:
+                HalfDtypes(vae, self.dtypes).cast()
+            self.options.work.check(vae)
             self.options.work.set_tiles(vae)
             limits = fit.limits_of(vae)
             limits.known_pixels()
@@ -159,7 +178,7 @@ class Session:
             options: for `parallelize`, before what the user asked for.
         """
         work = self.options.work
-        options = {"mode": work.mode, "axis": self.options.axis, "size": work.ranks, **options}
+        options = {"mode": work.mode, "untiled": work.untiled, "axis": self.options.axis, "size": work.ranks, **options}
         # A VAE that comes tiled has a mode on one rank too.
         if self.group.size == 1 and options["mode"] in (None, "exact") and not getattr(vae, "use_tiling", False):
             yield None

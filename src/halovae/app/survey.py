@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from halovae.base.errors import HalovaeError, InputError
-from halovae.base.options import HALVES, MOST_RANKS, Axis
+from halovae.base.options import HALVES, MOST_RANKS, Axis, Half
 from halovae.base.quiet import quiet
 from halovae.base.trees import on_meta
+from halovae.calls.dtypes import set_dtypes
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
 from halovae.exact.shard_plan import ShardPlan, plan_shards
@@ -63,18 +64,19 @@ class Survey:
         vae: it may be without weights.
         limits: of the VAE.
         fit: of the clip.
-        dtype: of weights and pictures.
+        dtypes: of weights and pictures, by half.
         speed: of each rank's device.
         link: between the ranks.
     """
 
     def __init__(
-        self, vae: nn.Module, limits: Limits, fit: Fit, dtype: torch.dtype, speed: Speed, link: LinkSpeed
-    ) -> None:
+        self, vae: nn.Module, limits: Limits, fit: Fit, dtypes: Mapping[Half, torch.dtype], speed: Speed,
+        link: LinkSpeed,
+    ) -> None:  # fmt: skip
         self._exact: dict[tuple[str, int, ShardPlan], Row] = {}
         with quiet():
-            self._vae = vae.to(dtype)
-        self._limits, self._fit, self._dtype = limits, fit, dtype
+            set_dtypes(vae, dtypes)
+        self._vae, self._limits, self._fit, self._dtypes = vae, limits, fit, dtypes
         self._predictor = Predictor(Target(vae), speed, link, frames="auto")
         self.weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))
         self._inputs = {"encode": self._clip()}
@@ -172,7 +174,8 @@ class Survey:
         frames = 1 if limits.per_frame else limits.lead + fit.padded_frames
         middle = (frames,) if limits.has_frame_dim else ()
         shape = 1, limits.channels, *middle, fit.padded_height, fit.padded_width
-        return torch.empty(shape, dtype=self._dtype, device="meta"), fit.padded_frames if limits.per_frame else 1
+        clip = torch.empty(shape, dtype=self._dtypes["encode"], device="meta")
+        return clip, fit.padded_frames if limits.per_frame else 1
 
     def _latents(self) -> tuple[Tensor, int]:
         """What decode gets, and how often it is called."""
@@ -182,7 +185,7 @@ class Survey:
             raise InputError(alone.refusal)
         latent = latent_of(found.result)
         calls = self._inputs["encode"][1]
-        latents = on_meta(torch.cat([latent] * calls))
+        latents = on_meta(torch.cat([latent] * calls)).to(self._dtypes["decode"])
         calls = decode_calls(self._vae, self._limits, latents)
         return latents[: len(latents) // calls], calls
 

@@ -43,14 +43,12 @@ def described(session: Session, loaded: Loaded, half: Half) -> str:
     """One line on what ran where."""
     ranks = session.group.size
     cut = ", " * bool(half.cut(ranks)) + half.cut(ranks)
-    dtype = str(session.dtype).removeprefix("torch.")
     where = session.device.type
     if where == "cpu":
         where += f", {session.threads} thread{'s' * (session.threads != 1)} each"
     chosen = f"\nauto: {half.choice}" if half.choice else ""
-    return (
-        f"{loaded.source.model} ({loaded.source.class_name}), {dtype}, {counted(ranks, 'rank')} on {where}{cut}{chosen}"
-    )
+    model = f"{loaded.source.model} ({loaded.source.class_name}), {session.dtype_words}"
+    return f"{model}, {counted(ranks, 'rank')} on {where}{cut}{chosen}"
 
 
 def clip_line(fit: Fit, fps: Any) -> str:
@@ -65,7 +63,7 @@ def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]
         "model_class": loaded.source.class_name,
         "ranks": session.group.size,
         "device": session.device.type,
-        "dtype": str(session.dtype).removeprefix("torch."),
+        "dtype": session.dtype_words,
         "threads_per_rank": session.threads,
         "sizes": vars(fit).copy(),
         "seconds": dict(session.seconds),

@@ -4,76 +4,89 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from halovae.base.errors import InputError
 from halovae.base.geometry import Extent
 
-Axis = str | tuple[int, int]
-Gather = str | Mapping[str, str]
-"""One of `GATHERS` for both halves, or {"encode": ..., "decode": ...}; a half left out has "all"."""
+Half = Literal["encode", "decode"]
+Mode = Literal["exact", "tile", "auto"]
+Axis = Literal["auto", "height", "width"] | tuple[int, int]
+Holders = Literal["all", "first", "shard"]
+Gather = Holders | Mapping[Half, Holders]
+"""Of both halves, or {"encode": ..., "decode": ...}; a half left out has "all"."""
+Tiles = Literal["own", "fit"]
 
 MOST_RANKS = 1024
 """For which a plan is made at the most."""
-HALVES = ("encode", "decode")
-MODES = ("exact", "tile", "auto")
+HALVES: tuple[Half, ...] = get_args(Half)
+MODES: tuple[Mode, ...] = get_args(Mode)
 AXES = ("auto", "height", "width")
-GATHERS = ("all", "first", "shard")
-TILES = ("own", "fit")
+GATHERS: tuple[Holders, ...] = get_args(Holders)
+TILES: tuple[Tiles, ...] = get_args(Tiles)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a VAE is run on the ranks of a group."""
+    """Rare choices of `parallelize` and `optimize`: most callers need none of them.
 
-    mode: str | None = None
-    """"exact": spatial shards with halo exchange; the un-tiled result. "tile": the VAE's own tiles, spread. "auto":
-    exact where the link is fast enough for it, else tile. None: exact, or tile for a VAE that comes tiled."""
-    axis: Axis = "auto"
-    """"auto", "height", "width", or (rows, columns) of the grid of shards."""
-    size: int | None = None
-    """Use the first `size` ranks only; the others wait and share the result. None: all."""
-    gather: Gather = "all"
-    """Who holds the whole output: "all" ranks, the "first", or none ("shard": each rank its own part); or a mapping
-    with one of them for each half."""
-    verify: bool = True
-    """Compare a small probe with the un-parallel VAE at the first use of each half."""
+    Raises:
+        InputError: a value is not one of those that are allowed.
 
-    tiles: str = "own"
-    """"own": tiles of the VAE's settings; "fit": smaller ones where some rank would have none."""
+    Example:
+        >>> halovae.parallelize(pipe, options=halovae.Options(graphs=False, timeout=600))
+    """
+
+    frames_per_call: int | Literal["auto"] = "auto"
+    """Latent frames that a VAE which walks through time takes in one call of its network (exact mode). More frames mean
+    fewer and larger messages and kernels, and more memory. "auto": as many as fill an accelerator; on a CPU as few as
+    the VAE itself takes. 1: always as the VAE itself."""
+    graphs: bool | Literal["auto"] = "auto"
+    """Record the second of two calls of the same kind, and replay that from the third on (exact mode where each rank
+    has a shard, on accelerators with CUDA graphs or the like; elsewhere nothing changes). The replay leaves Python out,
+    and keeps the memory of one call of each half. "auto": where the replay is faster, the memory kept is at most a
+    quarter of what is free, and no hooks hang on the VAE, since these do nothing in a replay. True: always."""
+    tiles: Tiles = "own"
+    """Tile mode. "own": the sizes that the VAE is set to. "fit": smaller ones where some rank would have no tile."""
     timeout: float = 60.0
-    """Seconds without a sign of life after which a rank counts as stopped."""
-    frames_per_call: int | str = "auto"
-    """Latent frames in one call of a network that walks through time (exact mode); "auto": as many as fill an
-    accelerator, and on a CPU as few as the VAE itself takes."""
-
-    graphs: bool | str = "auto"
-    """Record calls of a kind that comes again, and replay them (exact mode, on accelerators that can); "auto": where
-    that is faster, and most of the free memory stays free."""
+    """Seconds without a sign of life after which a rank counts as stopped. A rank that is slow gives signs."""
 
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
-        if self.mode is not None:
-            _one_of("mode", self.mode, MODES)
-        _check_gather(self.gather)
-        if isinstance(self.axis, str):
-            _one_of("axis", self.axis, AXES, "a (rows, columns) pair")
-        elif not isinstance(self.axis, tuple) or [type(n) is int and n > 0 for n in self.axis] != [True, True]:
-            raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
-        if self.size is not None and (type(self.size) is not int or self.size < 1):
-            raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
         _check_frames(self.frames_per_call)
         if type(self.graphs) is not bool and self.graphs != "auto":
             raise InputError(f"graphs is {self.graphs!r}: give True, False or 'auto'")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
             raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
 
-    @property
-    def cut(self) -> str:
-        """How the picture is cut, in words."""
-        exact = f"axis {self.axis}, verify {self.verify}"
-        tiles = f"{self.tiles} tiles"
-        return {"tile": tiles, "auto": f"{exact}, {tiles}"}.get(self.mode or "", exact)
+
+@dataclass(frozen=True, kw_only=True)
+class AllOptions(Options):
+    """All that a caller may choose: the rare options, and those that `parallelize` has by name."""
+
+    mode: Mode | None = None
+    untiled: bool = False
+    axis: Axis = "auto"
+    size: int | None = None
+    gather: Gather = "all"
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode is not None:
+            _one_of("mode", self.mode, MODES)
+        for name in ("untiled", "verify"):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"{name} is {getattr(self, name)!r}: give True or False")
+        if self.untiled and self.mode not in (None, "exact"):
+            raise InputError(f"untiled=True is for exact mode, but mode is {self.mode!r}: leave one of them out")
+        _check_gather(self.gather)
+        if isinstance(self.axis, str):
+            _one_of("axis", self.axis, AXES, "a (rows, columns) pair")
+        elif not isinstance(self.axis, tuple) or [type(n) is int and n > 0 for n in self.axis] != [True, True]:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
+        if self.size is not None and (type(self.size) is not int or self.size < 1):
+            raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
 
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks in the group.
@@ -92,9 +105,9 @@ class Options:
             )
 
 
-def gather_of(gather: Gather, half: str) -> str:
+def gather_of(gather: Gather | str, half: str) -> str:
     """Who holds the output of one half."""
-    return gather if isinstance(gather, str) else gather.get(half, "all")
+    return gather if isinstance(gather, str) else cast("Mapping[str, str]", gather).get(half, "all")
 
 
 def _check_gather(gather: Gather) -> None:
@@ -112,7 +125,7 @@ def _check_frames(frames: int | str) -> None:
         raise InputError(f"frames_per_call is {frames!r}: give a number of latent frames, at least 1, or 'auto'")
 
 
-def checked_halves(halves: Sequence[str]) -> tuple[str, ...]:
+def checked_halves(halves: Sequence[Half]) -> tuple[Half, ...]:
     """`halves` in the order of `HALVES`, each once.
 
     Raises:
@@ -133,11 +146,11 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...], also: str = "") 
 class CallReport:
     """What one encode or decode did on this rank."""
 
-    half: str
+    half: Half
     """"encode" or "decode"."""
-    mode: str
+    mode: Literal["exact", "tile"]
     """"exact" or "tile": how it was run."""
-    reference: str
+    reference: Literal["un-tiled", "tiles"]
     """What the result is that of: the "un-tiled" VAE, or the VAE's own "tiles"."""
     seconds: float
     phases: dict[str, float] = field(default_factory=dict[str, float])

@@ -39,6 +39,7 @@ def decode(
     ranks: flags.Ranks = None,
     axis: flags.Axis = "auto",
     mode: mode_flags.Mode = None,
+    untiled: mode_flags.Untiled = False,
     tile_size: mode_flags.TileSize = None,
     tile_overlap: mode_flags.TileOverlap = None,
     vae_use_tiling: mode_flags.UseTiling = False,
@@ -53,7 +54,7 @@ def decode(
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES
 
-    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size, untiled)
     cut = parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     check_files(source, output, SUFFIXES, json)

@@ -36,6 +36,7 @@ def encode(
     ranks: flags.Ranks = None,
     axis: flags.Axis = "auto",
     mode: mode_flags.Mode = None,
+    untiled: mode_flags.Untiled = False,
     tile_size: mode_flags.TileSize = None,
     tile_overlap: mode_flags.TileOverlap = None,
     vae_use_tiling: mode_flags.UseTiling = False,
@@ -52,7 +53,7 @@ def encode(
     from halovae.app.run_ranks import run
     from halovae.media import FrameRange, inspect
 
-    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size, untiled)
     cut = parse_axis(axis, work.mode)
     run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
     frame_range = None if frames is None else FrameRange.parse(frames)

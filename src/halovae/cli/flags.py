@@ -98,6 +98,20 @@ DtypeOption = Annotated[
         rich_help_panel=usage.DEVICE,
     ),
 ]
+VaeEncodeDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--vae-encode-dtype", metavar="TYPE", help="Let the VAE encode in this number format.",
+        show_default="as the VAE", rich_help_panel=usage.DEVICE,
+    ),
+]  # fmt: skip
+VaeDecodeDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--vae-decode-dtype", metavar="TYPE", help="Let the VAE decode in this number format.",
+        show_default="as the VAE", rich_help_panel=usage.DEVICE,
+    ),
+]  # fmt: skip
 Device = Annotated[
     str | None,
     typer.Option(

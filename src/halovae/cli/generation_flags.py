@@ -212,6 +212,7 @@ VaeModeOption = Annotated[
         rich_help_panel=usage.VAE,
     ),
 ]
+VaeUntiled = Annotated[bool, typer.Option("--vae-untiled", help=mode_flags.UNTILED_HELP, rich_help_panel=usage.VAE)]
 VaeUseTiling = Annotated[
     bool,
     typer.Option(

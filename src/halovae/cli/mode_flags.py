@@ -13,11 +13,13 @@ HELP = (
     "exact cuts the picture into shards that exchange borders: the un-tiled result. tile spreads the VAE's own tiles "
     "over the ranks. auto takes what is predicted to be faster on this link."
 )
+UNTILED_HELP = "Give the un-tiled result (exact mode) of a VAE that comes tiled, too."
 DEFAULT = "exact; tile for a VAE that comes tiled"
 TILING_HELP = "The same as {}, by the name that vLLM-Omni has for it."
 SIZE_HELP = "Use this many of the ranks for the VAE; the others wait, and share its result."
 """Of the same flags, also where they are called `--vae-mode`."""
 Mode = Annotated[str | None, typer.Option(metavar=WORDS, help=HELP, show_default=DEFAULT, rich_help_panel=usage.VAE)]
+Untiled = Annotated[bool, typer.Option("--untiled", help=UNTILED_HELP, rich_help_panel=usage.VAE)]
 TileSize = Annotated[
     str | None,
     typer.Option(

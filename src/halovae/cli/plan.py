@@ -82,6 +82,8 @@ def plan(
     ranks: _Ranks = "1,2,4,8",
     link: _Link = "pcie",
     dtype: flags.DtypeOption = None,
+    vae_encode_dtype: flags.VaeEncodeDtype = None,
+    vae_decode_dtype: flags.VaeDecodeDtype = None,
     device: flags.Device = None,
     memory: _Memory = None,
     flops: _Flops = None,
@@ -103,7 +105,10 @@ def plan(
         sizes=(num_frames, height, width), ranks=_counts(ranks), link=link, memory=memory, rates=rates, json=json
     )
     started = 2 if link == "measured" and launch.place() is None else None
-    run_options = RunOptions(model=model, ranks=started, dtype=dtype, device=device)
+    run_options = RunOptions(
+        model=model, ranks=started, dtype=dtype, device=device, vae_encode_dtype=vae_encode_dtype,
+        vae_decode_dtype=vae_decode_dtype,
+    )  # fmt: skip
     return run(context, run_options, lambda session: _on_rank(session, job))
 
 
@@ -147,7 +152,7 @@ def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
     given = job.rates and GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1], device=session.device)
     with session.stages.stage("one rank"):
         speed = given or MeasuredSpeed(session.device, session.dtype)
-        survey = Survey(vae, limits, padded, session.dtype, speed, link)
+        survey = Survey(vae, limits, padded, session.dtypes, speed, link)
     typer.echo(_heading(session, name, type(vae).__name__, job, survey, link, room))
     ways = {half: survey.ways(half, job.ranks) for half in HALVES}
     rows_in_order = survey.rows(ways, _processes(session, job))
@@ -216,11 +221,10 @@ _TOO_GOOD = 1.2
 
 def _heading(session: Session, name: str, kind: str, job: _Job, survey: Survey, link: LinkSpeed, room: float) -> str:
     frames, height, width = job.sizes
-    dtype = str(session.dtype).removeprefix("torch.")
     device = "cpu, one thread per rank" if session.device.type == "cpu" else str(session.device)
     device = f"{job.rates[0] / 1e12:g} TFLOP/s, {job.rates[1] / 1e9:g} GB/s" if job.rates else f"{device}, measured"
     return (
-        f"{name} ({kind}), {dtype}, {survey.weights / _GIB:.3g} GiB of weights\n"
+        f"{name} ({kind}), {session.dtype_words}, {survey.weights / _GIB:.3g} GiB of weights\n"
         f"{frames} frame{'s' * (frames != 1)} of {width}x{height}\n"
         f"device {device}, {room / _GIB:.3g} GiB free; link {job.link}, {link}"
     )

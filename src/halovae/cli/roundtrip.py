@@ -38,6 +38,7 @@ def roundtrip(
     ranks: flags.Ranks = None,
     axis: flags.Axis = "auto",
     mode: mode_flags.Mode = None,
+    untiled: mode_flags.Untiled = False,
     tile_size: mode_flags.TileSize = None,
     tile_overlap: mode_flags.TileOverlap = None,
     vae_use_tiling: mode_flags.UseTiling = False,
@@ -46,6 +47,8 @@ def roundtrip(
     height: flags.Height = None,
     width: flags.Width = None,
     dtype: flags.DtypeOption = None,
+    vae_encode_dtype: flags.VaeEncodeDtype = None,
+    vae_decode_dtype: flags.VaeDecodeDtype = None,
     device: flags.Device = None,
     compare: flags.Compare = False,
     lossless: flags.Lossless = False,
@@ -57,9 +60,12 @@ def roundtrip(
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES, FrameRange, check_still, inspect
 
-    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size)
+    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size, untiled)
     cut = parse_axis(axis, work.mode)
-    run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
+    run_options = RunOptions(
+        model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work, vae_encode_dtype=vae_encode_dtype,
+        vae_decode_dtype=vae_decode_dtype,
+    )  # fmt: skip
     frame_range = None if frames is None else FrameRange.parse(frames)
     check_files(source, output, SUFFIXES, json, report)
     if inspect(source).is_image:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halovae.base.errors import Faults
-from halovae.base.options import Axis
+from halovae.base.options import Axis, Half, Mode
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TASKS = ("image-to-video", "text-to-video", "image-to-image")
 
@@ -19,8 +22,14 @@ class Setup:
     """Of all parts but the VAE."""
     vae_dtype: str | None = None
     """Of the VAE; None: as `dtype`."""
-    vae_mode: str | None = None
+    vae_encode_dtype: str | None = None
+    """Of the VAE's encode; None: as `vae_dtype`."""
+    vae_decode_dtype: str | None = None
+    """Of the VAE's decode; None: as `vae_dtype`."""
+    vae_mode: Mode | None = None
     """As `mode` of `halovae.parallelize`."""
+    vae_untiled: bool = False
+    """As `untiled` of `halovae.parallelize`."""
     vae_encode: bool = True
     """Whether encode runs on all ranks; if not, every rank encodes the whole for itself."""
     vae_decode: bool = True
@@ -57,11 +66,19 @@ class Setup:
             faults.add("--enable-layerwise-offload and --enable-cpu-offload exclude each other: choose one")
         if self.vae_mode == "tile" and self.vae_axis != "auto":
             faults.add("--axis can't be honoured with --vae-mode tile, which cuts no axis: leave one of them out")
+        if self.vae_untiled and self.vae_mode not in (None, "exact"):
+            faults.add(f"--vae-untiled is for exact mode, but --vae-mode is {self.vae_mode}: leave one of them out")
         if self.boundary_ratio is not None and not 0 <= self.boundary_ratio <= 1:
             faults.add(f"--boundary-ratio {self.boundary_ratio}: give a number from 0 to 1")
         if self.flow_shift is not None and not self.flow_shift > 0:
             faults.add(f"--flow-shift {self.flow_shift}: give a number above 0")
         faults.check()
+
+    @property
+    def vae_dtypes(self) -> dict[Half, str]:
+        """Of each half of the VAE."""
+        own = self.vae_dtype or self.dtype
+        return {"encode": self.vae_encode_dtype or own, "decode": self.vae_decode_dtype or own}
 
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks.
@@ -89,10 +106,10 @@ class Generation:
 
     prompt: str | None = None
     negative_prompt: str | None = None
-    image: Any = None
-    """A PIL image: the first frame, or the picture to edit."""
-    last_image: Any = None
-    """A PIL image: the last frame."""
+    image: Image.Image | None = None
+    """The first frame, or the picture to edit."""
+    last_image: Image.Image | None = None
+    """The last frame."""
     height: int | None = None
     """In pixels."""
     width: int | None = None

@@ -18,7 +18,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from halovae.base.errors import InputError
 from halovae.base.files import check_model, first_line
+from halovae.base.options import Half
 from halovae.base.quiet import all_quiet
+from halovae.calls.dtypes import HalfDtypes
 from halovae.pipelines.generation_settings import Setup
 from halovae.pipelines.signature import does
 
@@ -83,16 +85,26 @@ def load_pipeline(source: PipelineSource, setup: Setup) -> Any:
     Raises:
         InputError: a part is missing or damaged.
     """
-    dtypes = {"default": getattr(torch, setup.dtype), "vae": getattr(torch, setup.vae_dtype or setup.dtype)}
+    halves = torch_dtypes(setup)
+    vae_dtype = torch.promote_types(halves["encode"], halves["decode"])
     try:
         with all_quiet():
-            pipeline = source.cls.from_pretrained(source.location, torch_dtype=dtypes)
+            pipeline = source.cls.from_pretrained(
+                source.location, torch_dtype={"default": getattr(torch, setup.dtype), "vae": vae_dtype}
+            )
     except Exception as error:  # diffusers, transformers, the hub and safetensors each have their own families.
         raise InputError(f"can't load {source.model}: {first_line(error)}") from error
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
+    if len(set(halves.values())) > 1:
+        HalfDtypes(pipeline.vae, halves).cast()
     return pipeline
+
+
+def torch_dtypes(setup: Setup) -> dict[Half, torch.dtype]:
+    """The number format of each half of the VAE."""
+    return {half: getattr(torch, name) for half, name in setup.vae_dtypes.items()}
 
 
 def _read_index(model: str, folder: Path) -> dict[str, Any]:

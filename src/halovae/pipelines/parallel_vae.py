@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from halovae.api.parallelize import Handle, parallelize
 from halovae.base.errors import InputError
-from halovae.base.options import CallReport
+from halovae.base.options import HALVES, CallReport, Gather, Half, Mode
 from halovae.base.trees import map_tensors, tensors_in
+from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.target import Target
 from halovae.comm import Comm
 from halovae.pipelines.generation_settings import Setup
+from halovae.pipelines.load import torch_dtypes
 from halovae.pipelines.stages import replaced
-
-LOG = logging.getLogger("halovae")
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def parallel_vae(
     writes it, the first, alone: the others go on with a blank picture of that size, which takes no memory.
 
     Args:
-        vae: of the pipeline, with its weights in place.
+        vae: of the pipeline, with its weights in place, and in the formats that `setup` asks for.
         setup: what was asked for.
         comm: the world.
         on_call: gets "encode" or "decode" and the report of each parallel call.
@@ -42,10 +41,12 @@ def parallel_vae(
         InputError: the VAE can't be run so.
     """
     _switch(vae, setup)
-    halves = [half for half, wanted in (("encode", setup.vae_encode), ("decode", setup.vae_decode)) if wanted]
+    wanted = {"encode": setup.vae_encode, "decode": setup.vae_decode}
+    halves: list[Half] = [half for half in HALVES if wanted[half]]
+    dtypes = torch_dtypes(setup)
     with ExitStack() as stack:
         if comm.size > 1 and setup.vae_size != 1 and halves:
-            gather = {"encode": "all", "decode": "first"}
+            gather: Gather = {"encode": "all", "decode": "first"}
             handle = stack.enter_context(
                 parallelize(
                     vae, mode=setup.vae_mode, axis=setup.vae_axis, size=setup.vae_size, gather=gather, halves=halves
@@ -55,11 +56,32 @@ def parallel_vae(
                 stack.enter_context(_reported(vae, half, handle, on_call))
             if setup.vae_decode:
                 stack.enter_context(_blank_but_first(vae, comm))
+        if len(set(dtypes.values())) > 1:
+            # Pipelines cast what a half gets to the one `dtype` of the VAE.
+            for half in HALVES:
+                stack.enter_context(_cast(vae, half, HalfDtypes(vae, dtypes)))
         yield
+
+
+def mode_of(vae: Any, setup: Setup) -> Mode:
+    """The mode that a VAE runs in.
+
+    Raises:
+        InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
+    """
+    if setup.vae_untiled or setup.vae_mode in ("tile", "auto") or not Target(vae).comes_tiled:
+        return setup.vae_mode or "exact"
+    if setup.vae_mode == "exact":
+        raise InputError(
+            f"--vae-mode exact: {type(vae).__name__} comes tiled, and the un-tiled result differs from its own; leave "
+            "--vae-mode out for its own, or add --vae-untiled"
+        )
+    return "tile"
 
 
 def _switch(vae: Any, setup: Setup) -> None:
     """The VAE's own switches, which hold with and without ranks. What one rank alone runs is in the same mode."""
+    mode_of(vae, setup)  # checks it
     for wanted, name, flag in (
         (setup.vae_mode == "tile", "enable_tiling", f"--vae-mode {setup.vae_mode}"),
         (setup.vae_slicing, "enable_slicing", "--vae-use-slicing"),
@@ -70,11 +92,21 @@ def _switch(vae: Any, setup: Setup) -> None:
             getattr(vae, name)()
         except (AttributeError, NotImplementedError) as error:
             raise InputError(f"{flag} can't be honoured: {type(vae).__name__} has no {name}(); leave it out") from error
-    if setup.vae_mode == "exact" and getattr(vae, "use_tiling", False):
-        if Target(vae).comes_tiled:
-            name = type(vae).__name__
-            LOG.warning("%s comes tiled: in --vae-mode exact its result is the un-tiled one, which differs", name)
+    if (setup.vae_untiled or setup.vae_mode == "exact") and getattr(vae, "use_tiling", False):
         vae.use_tiling = False
+
+
+@contextmanager
+def _cast(vae: Any, half: str, dtypes: HalfDtypes) -> Iterator[None]:
+    original = getattr(vae, half)
+
+    @functools.wraps(original)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = dtypes.given(half, args, kwargs)
+        return original(*args, **kwargs)
+
+    with replaced(vae, half, cast):
+        yield
 
 
 @contextmanager
