@@ -36,8 +36,8 @@ from halovae.calls.merge_steps import Merger, merged
 from halovae.calls.replay import Graphs
 from halovae.calls.target import Target
 from halovae.comm import SoloComm, Traffic
-from halovae.exact.run import Runner, on_shards, run_on_group
-from halovae.exact.shard_plan import ShardPlan, plan_shards
+from halovae.exact.mesh import ShardPlan, plan_shards
+from halovae.exact.run import GroupRun, Runner, on_shards
 
 WAN_2_2 = {
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12,
@@ -58,9 +58,7 @@ class LonelyComm(SoloComm):
         super().__init__()
         self.rank, self.size = rank, size
 
-    def post(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], bulk: bool = False
-    ) -> Any:
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Any:
         self.traffic.messages += len(sends)
         self.traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
         for _, buffer in receives:
@@ -155,7 +153,13 @@ def row(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict
 
 def shard_seconds(comm: LonelyComm, plan: ShardPlan, network: tuple[Any, ...], runner: Runner, repeats: int) -> float:
     """One rank's part without putting the parts together."""
-    run = partial(run_on_group, comm, plan.shape, *network, plan.bounds, "shard", runner)
+    call, *given = network
+
+    def run() -> None:
+        work = GroupRun(comm, plan, *given, "shard")
+        work.run(call, runner)
+        work.gather()
+
     for _ in range(3):  # The second is recorded, and sends nothing more than the first.
         comm.traffic = Traffic()
         run()

@@ -14,7 +14,7 @@ from torch import Tensor
 from halovae.base.trees import map_tensors
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
-from halovae.exact.partition import Bounds, gather, scatter
+from halovae.exact.run import Bounds, gather, scatter
 from halovae.exact.shard_mode import ShardMode
 from halovae.kernels.fast_mode import FastMode, finished
 

@@ -102,7 +102,6 @@ def test_tiles_on_two_ranks_and_their_seams(tiny: str, two_ranks: Ranks) -> None
     assert "note: --vae-use-tiling: this is --mode tile" in errors
     assert "tiles of 32 x 32 that overlap by 8 x 8" in output
     assert "tiles on 2 ranks against the VAE's own tiles on one rank: same bits" in output
-    assert "within 8 px of tile borders" in output
     assert "✓ Passed" in (page := Path("r/index.html").read_text())
     assert "Tiles on 2 ranks against the VAE's own tiles on one rank: same bits." in html.unescape(page)
     assert "2 ranks in tiles against one rank" in page
@@ -111,10 +110,9 @@ def test_tiles_on_two_ranks_and_their_seams(tiny: str, two_ranks: Ranks) -> None
     assert [half["decode"]["mode"] for half in document["per_rank"]] == ["tile"] * 2
     assert document["per_rank"][0]["decode"]["tiles"] > 2
     assert document["same_bits"] is True
-    assert 0 < document["near_borders"]["share"] < 1
     ways = {name: way["to_untiled"] for name, way in document["ways"].items()}
     assert ways["tile"] == ways["own_tiles"]
-    assert ways["tile"]["largest"] >= ways["tile"]["border_largest"] > 100 * ways["exact"]["largest"]
+    assert ways["tile"]["largest"] > 100 * ways["exact"]["largest"]
     assert ways["untiled"]["largest"] == 0
     several = read(Path("o.mp4")).frames
     assert main([*RUN, "--model", tiny, "--mode", "tile", *TILES]) == 0
@@ -124,8 +122,7 @@ def test_tiles_on_two_ranks_and_their_seams(tiny: str, two_ranks: Ranks) -> None
 def test_auto_says_what_it_chose(tiny: str, two_ranks: Ranks) -> None:
     code, output, errors = on_ranks(two_ranks, *RUN, "--model", tiny, "--mode", "auto")
     assert code == 0, errors
-    assert "\nauto: " in output
-    assert "link " in output
+    assert "\nauto: exact: it gives the un-tiled result" in output
 
 
 def test_a_number_format_for_each_half(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from shards import check, draw, picture_bounds
 from torch import Tensor
 
 from halovae.base.errors import NotExactError
-from halovae.exact.partition import Bounds
+from halovae.exact.run import Bounds
 
 TOLERANCE = 1e-9
 """Relative; six operators in a row, some of which divide by small numbers, amplify rounding."""

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from halovae.base.errors import InputError
 from halovae.base.geometry import (
     Cut,
-    aligned,
     coarsen,
     covering,
     cut_at,
@@ -71,15 +70,6 @@ def test_refining_repeats_every_position_and_coarsening_undoes_it(cut: Cut, fact
 @given(cuts_with_halo(), st.integers(1, 5))
 def test_divides_says_whether_coarsening_loses_positions(cut: Cut, factor: int) -> None:
     assert divides(cut, factor) == (refine(coarsen(cut, factor), factor) == cut)
-
-
-@given(cuts(least=3), st.integers(1, 3))
-def test_aligned_moves_inner_bounds_to_the_nearest_multiples(cut: Cut, factor: int) -> None:
-    found = aligned(cut, factor)
-    assert found.size == cut.size
-    for before, after in zip(cut.bounds[1:-1], found.bounds[1:-1], strict=True):
-        assert after % factor == 0
-        assert abs(after - before) <= factor / 2
 
 
 def reads(position: int, kernel: int, stride: int, padding: int, dilation: int) -> set[int]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from halovae.base.errors import InputError
 from halovae.base.geometry import MIN_ROWS
-from halovae.exact.shard_plan import ShardPlan, plan_shards
+from halovae.exact.mesh import ShardPlan, plan_shards
 
 sizes = st.integers(1, 40)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from halovae.base.errors import TilingError
 from halovae.calls.record import Recorder, Recording, answering
-from halovae.tiles.schedule import find_chains
+from halovae.tiles.tile_plan import find_chains
 
 
 def recorded(name: str, half: str) -> tuple[Any, Recording]:

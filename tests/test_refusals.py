@@ -18,8 +18,9 @@ from shards import GRID, assert_same, check, draw, image, on_shards, picture_bou
 from torch import Tensor, nn
 
 from halovae.base.errors import NotExactError
-from halovae.exact.partition import Bounds
-from halovae.exact.registry import RULES, named, rule, writes
+from halovae.base.functions import named, writes
+from halovae.exact.run import Bounds
+from halovae.exact.shard_mode import RULES, rule
 
 
 def frame_mask_by_rows(frames: int, size: int, like: Tensor) -> Tensor:

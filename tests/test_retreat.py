@@ -13,7 +13,6 @@ import torch
 from families import FAMILIES, run_decode
 from pictures import raises
 from ranks import Ranks
-from speeds import given_speeds
 from tiles import CUTS, run_alone, strides
 from torch import Tensor
 
@@ -27,8 +26,6 @@ from halovae.tiles.tile_settings import applied
 
 CUT = CUTS["wan21"]
 """A picture of 96 x 96 in tiles of 64 x 64."""
-QUICK = 1e-9
-"""Seconds: a link on which exact mode is chosen."""
 
 
 def allocate_too_much() -> None:
@@ -78,7 +75,7 @@ def to_tiles(rank: int) -> list[str]:
     vae.use_tiling = False
     # A tile of 64 x 64 is less than half of the picture, which a shard has.
     limit = 0.47 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) if rank == 1 else inf
-    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", axis="height", verify=False) as handle:
+    with halovae.parallelize(vae, mode="auto", axis="height", verify=False) as handle:
         with limited(vae, limit):
             first = run_decode(CUT.family, vae, latent)
         told = [last(handle).mode, last(handle).choice]
@@ -101,7 +98,7 @@ def to_smaller_tiles(rank: int) -> list[Any]:
     vars(vae).update(strides(96, 72))
     failures = iter([allocate_too_much] * 2 if rank == 0 else [])
     too_large = limited(vae, 0, lambda: next(failures, int)())
-    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", verify=False) as handle, too_large:
+    with halovae.parallelize(vae, mode="auto", verify=False) as handle, too_large:
         found = run_decode(CUT.family, vae, latent)
     size = int(last(handle).tile_sizes.split()[2])
     with applied(vae, strides(size, size - 24)):
@@ -120,7 +117,7 @@ def to_idle_ranks(rank: int) -> list[Any]:
     vae, latent = family.build(), family.latent()
     expected = run_decode(family, vae, latent)
     limit = 0.75 * largest(vae, lambda: run_decode(family, vae, latent))
-    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", axis="height", size=1, verify=False) as handle:
+    with halovae.parallelize(vae, mode="auto", axis="height", size=1, verify=False) as handle:
         with limited(vae, limit):
             assert torch.allclose(run_decode(family, vae, latent), expected, atol=1e-4)
         return [last(handle).shape, last(handle).choice]
@@ -138,10 +135,7 @@ def to_single_steps(rank: int) -> list[Any]:
     expected = run_decode(CUT.family, vae, latent)
     # Of the whole picture and one frame: a shard has half of that, and three times as much in merged steps.
     limit = 1.2 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) if rank else inf
-    with (
-        given_speeds(QUICK),
-        halovae.parallelize(vae, mode="auto", options=halovae.Options(frames_per_call=3), verify=False) as handle,
-    ):
+    with halovae.parallelize(vae, mode="auto", options=halovae.Options(frames_per_call=3), verify=False) as handle:
         run_decode(CUT.family, vae, latent)
         told = [last(handle).steps]
         with limited(vae, limit):
@@ -160,7 +154,7 @@ def test_several_steps_give_way_to_single_ones(two_ranks: Ranks) -> None:
 def to_the_end(rank: int, spoiler: int) -> None:
     """Every way is too large for rank 1; `spoiler` fails otherwise. The next call is right."""
     vae, latent = CUT.build(), CUT.picture("decode")
-    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", verify=False) as handle:
+    with halovae.parallelize(vae, mode="auto", verify=False) as handle:
         limit = 0 if rank in (1, spoiler) else inf
         action = fail_otherwise if rank == spoiler else allocate_too_much
         kind, text = (RankFailedError, "rank .* failed: .*(can't allocate memory|the weather)")
@@ -199,7 +193,7 @@ def interrupted(rank: int, moment: str) -> None:
         "early in a retreat": patch.object(auto.AutoEngine, "_leaner", side_effect=KeyboardInterrupt),
         "late in a retreat": patch.object(auto, "one_call", then_interrupted),
     }[moment]
-    with given_speeds(QUICK), halovae.parallelize(vae, mode="auto", axis="height", verify=False):
+    with halovae.parallelize(vae, mode="auto", axis="height", verify=False):
         if moment != "in a choice":
             run_decode(CUT.family, vae, latent)
         failures = iter([allocate_too_much] if rank == 0 else [])

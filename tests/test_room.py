@@ -16,7 +16,7 @@ import halovae
 from halovae.base.errors import RankFailedError, TooLittleMemoryError
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
-from halovae.exact.shard_plan import plan_shards
+from halovae.exact.mesh import plan_shards
 from halovae.predict import memory_check
 from halovae.predict.memory_check import Room
 from halovae.predict.predictor import Predictor

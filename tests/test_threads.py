@@ -16,7 +16,7 @@ from tiles import CUTS, run_alone
 from torch import Tensor
 
 import halovae
-from halovae.base.threads import set_here
+from halovae.base.replaced import replaced
 
 
 def in_another_thread(function: Callable[[], Any]) -> Any:
@@ -51,18 +51,28 @@ def test_a_setting_of_one_thread() -> None:
 
     owner = Owner()
     owner.on = True
-    with set_here(owner, "on", False), set_here(owner, "method", lambda: "here"):
+    with replaced(owner, "on", False, here=True), replaced(owner, "method", lambda: "here", here=True):
         assert not owner.on
         assert (owner.on, repr(owner.on), owner.method()) == (False, "False", "here")
         assert in_another_thread(lambda: (bool(owner.on), owner.on == True, owner.method())) == (True, True, "own")  # noqa: E712
-        with set_here(owner, "on", True):
+        with replaced(owner, "on", True, here=True):
             assert owner.on
         assert not owner.on
         assert copy.deepcopy(owner).on is True
     assert vars(owner) == {"on": True}
-    with set_here(owner, "on", False):
+    with replaced(owner, "on", False, here=True):
         owner.on = 3
     assert owner.on == 3
+    # For all threads, beneath one for this thread; and what began first ends first.
+    for here in (False, True):
+        first, second = replaced(owner, "method", lambda: "first"), replaced(owner, "method", lambda: "2nd", here=here)
+        first.__enter__()
+        second.__enter__()
+        assert (owner.method(), in_another_thread(owner.method)) == ("2nd", "first" if here else "2nd")
+        first.__exit__(None, None, None)
+        assert (owner.method(), in_another_thread(owner.method)) == ("2nd", "own" if here else "2nd")
+        second.__exit__(None, None, None)
+        assert vars(owner) == {"on": 3}
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from halovae.tiles.schedule import Chain, assign
+from halovae.tiles.tile_plan import Chain, assign
 
 
 def chains(*costs: int) -> list[Chain]:

@@ -15,7 +15,6 @@ import torch
 from families import EXACT, FAMILIES
 from pictures import error, kl, latents, pixels, raises
 from ranks import Ranks
-from speeds import given_speeds
 from tiles import CUTS
 from torch import Tensor, nn
 
@@ -54,7 +53,7 @@ class Methods(Small):
 
 def wrong_rule(rank: int) -> None:
     from halovae.exact.layout import layout_of, mark
-    from halovae.exact.registry import RULES, rule
+    from halovae.exact.shard_mode import RULES, rule
 
     vae = Methods(nn.Sequential(nn.Identity(), Sharpen()))
     text = (
@@ -296,12 +295,12 @@ def wrapped(rank: int, folder: str) -> None:
 
     vae, z = kl(), latents()
     expected = vae.decode(z).sample
-    with given_speeds(1e-9), torch.device("meta"), halovae.parallelize(vae, mode="auto"):
+    with torch.device("meta"), halovae.parallelize(vae, mode="auto"):
         assert error(vae.decode(z).sample, expected) <= EXACT
     for number, offload in enumerate((cpu_offload, lambda vae, **more: disk_offload(vae, f"{folder}/{rank}", **more))):
         vae = kl()
         offload(vae, execution_device=torch.device("cpu"), offload_buffers=True)
-        with given_speeds(1e-9), halovae.parallelize(vae, mode=("auto", "exact")[number]):
+        with halovae.parallelize(vae, mode=("auto", "exact")[number]):
             assert error(vae.decode(z).sample, expected) <= EXACT
         assert all(parameter.is_meta for parameter in vae.parameters())
     vae = kl()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halovae.base.errors import NotExactError
 from halovae.exact.mesh import Mesh
-from halovae.exact.partition import Bounds, scatter
+from halovae.exact.run import Bounds, scatter
 from halovae.exact.shard_mode import ShardMode
 
 few = settings(max_examples=12, deadline=None)

@@ -53,7 +53,7 @@ class ThreadComm:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.post(sends, receives).wait()
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> ThreadPending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> ThreadPending:
         for peer, tensor in sends:
             assert tensor.is_contiguous()
             self._queues[self.rank, peer].put(tensor.clone())

@@ -45,7 +45,7 @@ def advised(
         Planner(target, half, Blends(target.vae), ranks).plan(args, kwargs)
     except Exception:  # Whatever a model's own tiled method raises: then tiles are no remedy.
         return error
-    return NotExactError(f"{error}. Use mode='tile' for this VAE")
+    return NotExactError(f"{str(error).rstrip('.')}. Use mode='tile' for this VAE")
 
 
 def _takes(

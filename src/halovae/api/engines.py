@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from halovae.base import timeline
 from halovae.base.memory import PeakMemory
-from halovae.base.options import AllOptions, gather_of
+from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.calls.device_graphs import can_record
-from halovae.calls.merge_steps import Merger, Steps, merged
+from halovae.calls.exact_call import ExactCall
+from halovae.calls.merge_steps import Merger
 from halovae.calls.replay import Graphs
 from halovae.calls.state import settle
 from halovae.calls.target import Target
 from halovae.calls.verify import compression, make_probe, run_alone, scales_of, verify
 from halovae.comm import Comm, Traffic
 from halovae.comm.agreement import together
-from halovae.exact.mesh import Mesh
-from halovae.exact.run import Runner, on_shards, run_on_group
-from halovae.exact.shard_plan import ShardPlan, plan_shards
+from halovae.exact.mesh import Mesh, ShardPlan
+from halovae.exact.run import Runner, on_shards
 from halovae.kernels import autocast, trials
 from halovae.kernels.kept import apart
 from halovae.kernels.precision import working_dtype
@@ -34,12 +36,11 @@ from halovae.tiles.tile_runner import TileRunner
 
 @dataclass(frozen=True)
 class Ran:
-    """A result, and what the engine has to report of it: fields of `CallReport`."""
+    """A result, and what the engine has to report of it."""
 
     result: Any
-    mode: str
-    report: dict[str, Any]
-    phases: dict[str, float]
+    report: CallReport
+    """But for what only the whole call tells: its time, messages and memory."""
     recorded: int = 0
     """Bytes of a recording that was replayed: the device does not count them as in use."""
 
@@ -50,7 +51,7 @@ class Engine(Protocol):
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran: ...
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
-        """After a call has failed on all ranks: whether all are to make it again, in a way that takes less memory."""
+        """After a call has failed on all ranks: whether all are to make it again, in another way."""
         return False
 
     def settled(self) -> int:
@@ -64,16 +65,6 @@ class Engine(Protocol):
     def free(self) -> None:
         """Give back the memory that is kept between calls."""
         return
-
-
-def make_engine(comm: Comm, target: Target, options: AllOptions) -> Engine:
-    if options.mode == "tile":
-        return TileEngine(comm, target, options)
-    if options.mode == "auto":
-        from halovae.api.auto import AutoEngine
-
-        return AutoEngine(comm, target, options)
-    return ExactEngine(comm, target, options)
 
 
 def _note(network_seconds: float, gather_seconds: float) -> None:
@@ -102,9 +93,12 @@ class TileEngine(Engine):
             self._room.check_tiles(half, settings, self._ranks, ratio, keep, picture, args, kwargs)
         outcome = self._runner.run(half, args, kwargs)
         _note(outcome.network_seconds, outcome.gather_seconds)
-        report = {"tiles": outcome.tiles, "spread": outcome.spread, "tile_sizes": outcome.cut}
         phases = {"network": outcome.network_seconds, "gather": outcome.gather_seconds}
-        return Ran(outcome.result, "tile", report, phases)
+        report = CallReport(
+            half=cast("Half", half), mode="tile", reference="tiles", seconds=sum(phases.values()), phases=phases,
+            tiles=outcome.tiles, spread=outcome.spread, tile_sizes=outcome.cut,
+        )  # fmt: skip
+        return Ran(outcome.result, report)
 
     def settled(self) -> int:
         return len(self._runner.plans)
@@ -122,125 +116,158 @@ class TileEngine(Engine):
 
 
 class ExactEngine(Engine):
-    """Spatial shards with halo exchange; plans, probes once, runs."""
+    """Spatial shards with halo exchange.
+
+    Attributes:
+        verified: halves and grids whose probe has gone well.
+        tried: kinds of calls for which all ranks take the same kernels.
+        room: what is known of memory.
+        merger: what is known of steps in time.
+        graphs: the recordings.
+    """
 
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
-        self._comm, self._target, self._options = comm, target, options
-        self._verified: set[tuple[str, tuple[int, int]]] = set()
-        self._tried: set[Any] = set()
+        self.comm, self.target, self.options = comm, target, options
+        self.verified: set[tuple[str, tuple[int, int]]] = set()
+        self.tried: set[Any] = set()
+        self.room = Room(target)
+        self.merger = Merger(comm, target, options.frames_per_call)
+        self.graphs = Graphs(comm, target, always=options.graphs is True)
         self._ratio: int | None = None
-        self._room = Room(target)
-        self._merger = Merger(comm, target, options.frames_per_call)
-        self._graphs = Graphs(comm, target, always=options.graphs is True)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
-        started = time.perf_counter()
-        plan = self.plan(half, picture)
-        keep = gather_of(self._options.gather, half)
-        if self._comm.rank < prod(plan.shape):
-            self._room.check(half, plan, self.ratio(half, picture), keep, picture, args, kwargs)
-        kind = half, plan, tuple(picture.shape), picture.dtype, autocast.state()
-        is_new = self._comm.size > 1 and kind not in self._tried
-        if is_new:
-            if picture.device.type == "cpu":
-                for dtype in (picture.dtype, *filter(None, [autocast.dtype_of(picture.device)])):
-                    working_dtype(dtype)  # What is sent depends on it.
-            self._share_trials()
-        self._verify_once(half, plan, args, kwargs)
-        steps = self._merger.steps(half, plan, lambda: self._compression(half, picture), args, kwargs)
-        probed = time.perf_counter()
-        self._comm.traffic = Traffic()  # the probe's messages are not the call's
-        memory = PeakMemory(picture.device)
-        call = merged(self._target, half, steps)
-        run = self._runner(half, plan, steps, picture, args, kwargs)
-        outcome = run_on_group(self._comm, plan.shape, call, args, kwargs, plan.bounds, keep, run)
-        settle(self._target.vae)
-        if self._graphs.way == "plain":
-            growth = memory.growth
-            self._room.learn(half, plan, picture, growth)
-            self._graphs.learn(half, growth)
-        _note(outcome.network_seconds, outcome.gather_seconds)
-        timeline.note("probe", started, probed)
-        if is_new:
-            self._share_trials()
-            self._tried.add(kind)
-        report = {
-            "shape": plan.shape, "bounds": plan.bounds, "extents": outcome.extents, "steps": steps,
-            "replayed": self._graphs.way == "replay", "kept_memory": self._graphs.kept,
-        }  # fmt: skip
-        phases = {
-            "probe": probed - started,
-            "network": outcome.network_seconds,
-            "gather": outcome.gather_seconds,
-        }
-        return Ran(outcome.result, "exact", report, phases, self._graphs.growth)
+        return _OnRanks(self, half, args, kwargs).make()
 
     def settled(self) -> int:
-        return len(self._verified) + len(self._tried) + len(self._merger.chosen)
+        return len(self.verified) + len(self.tried) + len(self.merger.chosen)
 
     def forget(self) -> None:
-        self._verified.clear()
-        self._tried.clear()
-        self._merger.chosen.clear()
+        self.verified.clear()
+        self.tried.clear()
+        self.merger.chosen.clear()
 
     def free(self) -> None:
-        self._graphs.clear()
+        self.graphs.clear()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         self.free()
         return False
 
-    def _runner(
-        self, half: str, plan: ShardPlan, steps: Steps, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Runner:  # fmt: skip
-        self._graphs.begin()
-        if not self._options.graphs or prod(plan.shape) < self._comm.size or not can_record(picture.device):
-            return on_shards
-        return functools.partial(self._graphs.run, half, (plan, steps, self._target.kind(half, args, kwargs)))
-
-    def _share_trials(self) -> None:
-        """Which kernels are fastest each rank has tried out by itself; all go on with the same answers."""
-        if trials.adopt(self._comm.all_gather_object(trials.known())):
-            forget()  # Weights in the order of kernels that are not chosen now.
-
-    def ratio(self, half: str, picture: Tensor) -> int:
-        """Rows of the input per latent row; 1 where nothing is cut."""
-        return 1 if self._comm.size == 1 else self._compression(half, picture)
-
-    def _compression(self, half: str, picture: Tensor) -> int:
+    def compression(self, half: str, picture: Tensor) -> int:
+        """Pixels per latent for encode, 1 for decode."""
         if half == "decode":
             return 1
         if self._ratio is None:
-            self._ratio = compression(self._target, picture)
+            self._ratio = compression(self.target, picture)
         return self._ratio
 
-    def may_merge(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether several steps in time go in one call of the network, as far as it is known without trying."""
-        return self._merger.may_merge(half, self.plan(half, picture), args, kwargs)
+    def outlook(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ShardPlan, bool]:
+        """How a call is cut, and whether it joins steps in time, as far as it is known without trying."""
+        call = _OnRanks(self, half, args, kwargs)
+        call.plan()
+        return call.shards, self.merger.may_merge(half, call.shards, args, kwargs)
 
-    def plan(self, half: str, picture: Tensor) -> ShardPlan:
-        """How a picture is cut."""
-        ranks, (height, width) = self._options.size or self._comm.size, picture.shape[-2:]
-        return plan_shards(height, width, self.ratio(half, picture), ranks, self._options.axis)
 
-    def _verify_once(self, half: str, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+class _OnRanks(ExactCall[Ran]):
+    """On the ranks of a group and their devices."""
+
+    def __init__(self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        options = engine.options
+        super().__init__(
+            engine.target, engine.merger, half, args, kwargs, ranks=options.size or engine.comm.size,
+            axis=options.axis, keep=gather_of(options.gather, half),
+        )  # fmt: skip
+        self.comm, self._engine = engine.comm, engine
+        self._started = self._probed = time.perf_counter()
+
+    def compression(self) -> int:
+        return self._engine.compression(self.half, self.picture)
+
+    def ratio(self) -> int:
+        return 1 if self.comm.size == 1 else self.compression()
+
+    @property
+    def _has_shard(self) -> bool:
+        return self.comm.rank < prod(self.shards.shape)
+
+    def memory(self) -> None:
+        if self._has_shard:
+            room, given = self._engine.room, (self.picture, self.args, self.kwargs)
+            room.check(self.half, self.shards, self.ratio(), self._keep, *given)
+
+    def kernels(self) -> None:
+        """Which are fastest each rank has tried out by itself; all go on with the same answers."""
+        kind = self.half, self.shards, tuple(self.picture.shape), self.picture.dtype, autocast.state()
+        self._new_kind = kind if self.comm.size > 1 and kind not in self._engine.tried else None
+        if self._new_kind:
+            if self.picture.device.type == "cpu":
+                for dtype in (self.picture.dtype, *filter(None, [autocast.dtype_of(self.picture.device)])):
+                    working_dtype(dtype)  # What is sent depends on it.
+            self._share_trials()
+
+    def _share_trials(self) -> None:
+        if trials.adopt(self.comm.all_gather_object(trials.known())):
+            forget()  # Weights in the order of kernels that are not chosen now.
+
+    def probe(self) -> None:
         """The first time a half runs on a grid of this shape; every rank learns how it ended."""
-        if not self._options.verify or plan.shape == (1, 1) or (half, plan.shape) in self._verified:
+        half, shape, args, kwargs, comm = self.half, self.shards.shape, self.args, self.kwargs, self.comm
+        if not self._engine.options.verify or shape == (1, 1) or (half, shape) in self._engine.verified:
             return
-        is_in, ratio = self._comm.rank < prod(plan.shape), self._ratio if half == "encode" and self._ratio else 1
-        verdict, alone, probe = None, None, make_probe(plan.shape, ratio, args, kwargs)
+        ratio = self.compression()
+        verdict, alone, probe = None, None, make_probe(shape, ratio, args, kwargs)
         # What fails in there fails the call at once: others may wait for a message of this rank.
-        if is_in:
-            alone = run_alone(self._target, half, probe)
-        scales = self._comm.all_gather_object(None if alone is None or alone.is_finite else scales_of(args, kwargs))
+        if self._has_shard:
+            alone = run_alone(self.target, half, probe)
+        scales = comm.all_gather_object(None if alone is None or alone.is_finite else scales_of(args, kwargs))
         if given := next(filter(None, scales), None):
             # Noise may be too much for the VAE's range, where what the caller has is not.
-            probe = make_probe(plan.shape, ratio, args, kwargs, scales=given)
-            alone = run_alone(self._target, half, probe) if is_in else None
+            probe = make_probe(shape, ratio, args, kwargs, scales=given)
+            alone = run_alone(self.target, half, probe) if self._has_shard else None
         if alone is not None:
             with apart():  # Its small pictures ask for weights in another order.
-                verdict = verify(Mesh(self._comm, plan.shape), self._target, half, probe, alone)
-        with together(self._comm):
+                verdict = verify(Mesh(comm, shape), self.target, half, probe, alone)
+        with together(comm):
             if verdict:
                 raise verdict
-        self._verified.add((half, plan.shape))
+        self._engine.verified.add((half, shape))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        self._probed = time.perf_counter()
+        self.comm.traffic = Traffic()  # the probe's messages are not the call's
+        memory = PeakMemory(self.picture.device)
+        yield
+        settle(self.target.vae)
+        if self._engine.graphs.way == "plain":
+            growth = memory.growth
+            self._engine.room.learn(self.half, self.shards, self.picture, growth)
+            self._engine.graphs.learn(self.half, growth)
+
+    def runner(self) -> Runner:
+        graphs = self._engine.graphs
+        graphs.begin()
+        all_work = prod(self.shards.shape) == self.comm.size
+        if not self._engine.options.graphs or not all_work or not can_record(self.picture.device):
+            return on_shards
+        kind = self.shards, self.steps, self.target.kind(self.half, self.args, self.kwargs)
+        return functools.partial(graphs.run, self.half, kind)
+
+    def report(self) -> Ran:
+        work, graphs = self.work, self._engine.graphs
+        _note(work.network_seconds, work.gather_seconds)
+        timeline.note("probe", self._started, self._probed)
+        if self._new_kind:
+            self._share_trials()
+            self._engine.tried.add(self._new_kind)
+        phases = {
+            "probe": self._probed - self._started,
+            "network": work.network_seconds,
+            "gather": work.gather_seconds,
+        }
+        report = CallReport(
+            half=cast("Half", self.half), mode="exact", reference="un-tiled", phases=phases,
+            seconds=sum(phases.values()), shape=self.shards.shape, bounds=self.shards.bounds, extents=work.extents, steps=self.steps,
+            replayed=graphs.way == "replay", kept_memory=graphs.kept,
+        )  # fmt: skip
+        return Ran(self.result, report, graphs.growth)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from halovae.api.advice import advised
-from halovae.api.engines import Engine, Ran, make_engine
+from halovae.api.auto import make_engine
+from halovae.api.engines import Engine, Ran
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled, never_compiled
 from halovae.base.errors import InputError, NotExactError
@@ -101,8 +102,8 @@ def parallelize(
         group: the ranks to use; default: the world. In a world of one the VAE runs as one shard.
         mode: "exact": spatial shards with halo exchange; the un-tiled result, up to rounding. "tile": diffusers' own
             tiles, spread over the ranks; the result of the VAE's own tiled encode and decode, bit for bit. "auto":
-            exact where the link between the ranks is fast enough for it to be predicted the faster of the two, else
-            tile; `handle.last.choice` and the log of "halovae" say which and why. Where memory runs out, all ranks
+            exact, and tile where exact mode refuses the VAE; `handle.last.choice` and the log of "halovae" say which
+            and why. Where memory runs out, all ranks
             make the call again in a way that takes less: exact with fewer frames per call, then on idle ranks too, then
             tiles, then smaller ones. None: "exact"; "tile" for a VAE whose class switches tiling on as it is made, for
             as long as it is on: its tiles are its own result, and "exact" is refused for it. Where `enable_tiling()`
@@ -484,20 +485,17 @@ class Handle:
         timeline.note("agree", begun, agreed)
 
         def report(ran: Ran) -> Any:
-            self._warn_of_tiles(ran.mode)
+            self._warn_of_tiles(ran.report.mode)
             timeline.note(half, started)
             traffic, peak = self._comm.traffic, memory.read()
-            self.last = CallReport(
-                half=cast("Half", half),
-                mode=cast("Literal['exact', 'tile']", ran.mode),
-                reference="tiles" if ran.mode == "tile" else "un-tiled",
+            self.last = replace(
+                ran.report,
                 seconds=time.perf_counter() - started,
-                phases={"retreat": begun - started, "agree": agreed - begun, **ran.phases},
+                phases={"retreat": begun - started, "agree": agreed - begun, **ran.report.phases},
                 messages=traffic.messages,
                 bytes=traffic.bytes,
                 wait_seconds=traffic.wait_seconds,
                 peak_memory=None if peak is None else peak + ran.recorded,
-                **ran.report,
             )
             return ran.result
 

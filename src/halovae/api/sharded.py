@@ -10,11 +10,9 @@ from halovae.base.errors import InputError
 from halovae.base.options import AllOptions, Axis
 from halovae.base.trees import map_tensors
 from halovae.comm import Group, connect
-from halovae.exact.mesh import Mesh
-from halovae.exact.partition import gather, scatter
-from halovae.exact.run import check_whole
+from halovae.exact.mesh import Mesh, plan_shards
+from halovae.exact.run import check_whole, gather, scatter
 from halovae.exact.shard_mode import ShardMode
-from halovae.exact.shard_plan import plan_shards
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from halovae.base.options import HALVES
 from halovae.base.quiet import quiet
 from halovae.calls.dtypes import set_dtypes
 from halovae.comm.bandwidth import LINKS
-from halovae.exact.shard_plan import ShardPlan, plan_shards
+from halovae.exact.mesh import ShardPlan, plan_shards
 from halovae.media.vae_limits import limits_of
 from halovae.pipelines.grid_sizes import Grid
 from halovae.pipelines.load import find_pipeline, torch_dtypes

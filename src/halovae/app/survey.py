@@ -19,7 +19,7 @@ from halovae.base.trees import on_meta
 from halovae.calls.dtypes import set_dtypes
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
-from halovae.exact.shard_plan import ShardPlan, plan_shards
+from halovae.exact.mesh import ShardPlan, plan_shards
 from halovae.media.codec import decode_calls
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of
 from halovae.predict.predictor import Prediction, Predictor

@@ -1,9 +1,9 @@
-"""`--compare` in tile mode: how far tiles are from the un-tiled result, next to exact mode, and where."""
+"""`--compare` in tile mode: how far tiles are from the un-tiled result, next to exact mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,11 @@ from halovae.app.clip_files import lossy_words
 from halovae.app.comparison import GATHER, Result, Told, run_through
 from halovae.app.session import Loaded, Session
 from halovae.app.tables import Row, counted, mebibytes, table
-from halovae.base.errors import HalovaeError, NotExactError
+from halovae.base.errors import NotExactError
+from halovae.base.replaced import replaced
 from halovae.evaluation.numbers import decibel, finite
 from halovae.evaluation.scores import psnr
-from halovae.media import codec
-from halovae.media.vae_limits import Fit, decode_arguments
-
-NEAR = 8
-"""Pixels."""
+from halovae.media.vae_limits import Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +30,6 @@ class Gap:
     psnr: float
     largest: float
     """Difference of pixels of -1 to 1."""
-    border_psnr: float
-    """Of the pixels near tile borders alone, as the next one."""
-    border_largest: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +43,6 @@ class Ways:
     exact: Result | None
     whole: Result | None
     """Without tiles, on one rank."""
-    near: NDArray[np.bool_]
-    """(height, width): which pixels are near a tile border."""
 
     @property
     def same_bits(self) -> bool:
@@ -60,14 +52,8 @@ class Ways:
     def gap(self, result: Result) -> Gap | None:
         if self.whole is None:
             return None
-        far = (result.sample.float() - self.whole.sample.float()).abs().amax((0, 1)).cpu().numpy()
-        one, other = result.frames, self.whole.frames
-        return Gap(
-            psnr=psnr(one, other),
-            largest=float(far.max()),
-            border_psnr=psnr(one[:, self.near], other[:, self.near]) if self.near.any() else float("inf"),
-            border_largest=float(far[self.near].max()) if self.near.any() else 0.0,
-        )
+        largest = (result.sample.float() - self.whole.sample.float()).abs().max().item()
+        return Gap(psnr=psnr(result.frames, self.whole.frames), largest=largest)
 
 
 def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> Result | None:
@@ -85,14 +71,13 @@ def run_rest(
     """Run the rest of the ways, on this rank alone."""
     with _tiling(loaded.vae, True):
         own = run_through(session, loaded, fit, clip, None, " own tiles")
-        near = _near_borders(loaded, fit, clip, tiles.latents)
     whole = None
     try:
         with _tiling(loaded.vae, False):
             whole = run_through(session, loaded, fit, clip, None, " un-tiled")
     except NotImplementedError as error:
         session.stages.note(f"there is no un-tiled result to compare with: {error}")
-    return Ways(tiles=tiles, own=own, exact=exact, whole=whole, near=near)
+    return Ways(tiles=tiles, own=own, exact=exact, whole=whole)
 
 
 def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | None, lost: str) -> Told:
@@ -122,33 +107,8 @@ def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | No
 
 @contextmanager
 def _tiling(vae: Any, on: bool) -> Iterator[None]:
-    before = vae.__dict__.get("use_tiling")
-    if before is not None:
-        vae.use_tiling = on
-    try:
+    with replaced(vae, "use_tiling", on) if "use_tiling" in vars(vae) else nullcontext():
         yield
-    finally:
-        if before is not None:
-            vae.use_tiling = before
-
-
-def _near_borders(loaded: Loaded, fit: Fit, clip: Tensor, latents: Tensor) -> NDArray[np.bool_]:
-    """Near the borders of either half's tiles. Those of the latents are scaled up to pixels."""
-    from halovae.tiles.near_borders import near_borders, tile_supports
-
-    vae, limits = loaded.vae, loaded.limits
-    part = latents[: len(latents) // codec.decode_calls(vae, limits, latents)]
-    near = torch.zeros(fit.padded_height, fit.padded_width, dtype=torch.bool)
-    calls = {"encode": (codec.encode_inputs(limits, clip)[0], {}), "decode": (part, decode_arguments(vae, part))}
-    for half, (picture, kwargs) in calls.items():
-        try:
-            supports = tile_supports(vae, half, (picture,), kwargs)
-        except HalovaeError:  # This half has no tiles that can be told apart: it has no borders to look at.
-            continue
-        for dim, size in ((1, fit.padded_height), (2, fit.padded_width)):
-            supports = supports.repeat_interleave(size // supports.shape[dim], dim)
-        near |= near_borders(supports, NEAR)
-    return near[: fit.height, : fit.width].numpy()
 
 
 def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None) -> list[Row]:
@@ -158,7 +118,6 @@ def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None)
     gaps = [ways.gap(result) for result in found.values()]
     peaks = [max((half.peak_memory or 0 for half in result.halves.values()), default=0) for result in found.values()]
     peaks[0] = peak or 0
-    share = f"within {NEAR} px of tile borders ({100 * ways.near.mean():.0f} % of the picture)"
     rows: list[Row] = [
         ("", *found),
         ("encode", *(f"{result.encode.seconds:.2f} s" for result in found.values())),
@@ -171,9 +130,6 @@ def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None)
         rows += [
             ("PSNR to un-tiled", *(decibel(gap.psnr) for gap in known)),
             ("largest difference", *(f"{gap.largest:.1e}" for gap in known)),
-            (share, *("" for _ in known)),
-            ("  PSNR to un-tiled", *(decibel(gap.border_psnr) for gap in known)),
-            ("  largest difference", *(f"{gap.border_largest:.1e}" for gap in known)),
         ]
     return rows
 
@@ -186,7 +142,6 @@ def _as_document(source: NDArray[np.uint8], ways: Ways) -> dict[str, Any]:
     results = {"tile": ways.tiles, "own_tiles": ways.own, "exact": ways.exact, "untiled": ways.whole}
     return {
         "same_bits": ways.same_bits,
-        "near_borders": {"pixels": NEAR, "share": float(ways.near.mean())},
         "ways": {name: _way(source, ways, result) for name, result in results.items() if result is not None},
     }
 

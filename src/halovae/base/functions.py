@@ -70,6 +70,11 @@ def outside_modes(function: Callable[..., Result]) -> Callable[..., Result]:
     return wrapped
 
 
+SIZE_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "nbytes")),
+    Tensor.size, Tensor.__len__, Tensor.numel, Tensor.nelement, torch.numel, Tensor.stride,
+}  # fmt: skip
+"""Questions about the sizes of a tensor."""
 QUESTIONS = {
     getattr(Tensor, name).__get__
     for name in ("dtype", "device", "ndim", "requires_grad", "layout", "grad", "grad_fn", "is_leaf",

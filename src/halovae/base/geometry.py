@@ -87,13 +87,6 @@ def divides(cut: Cut, factor: int) -> bool:
     return all(b % factor == 0 for b in cut.bounds) and all(e % factor == 0 for pair in cut.extents for e in pair)
 
 
-@lru_cache(maxsize=4096)
-def aligned(cut: Cut, factor: int) -> Cut:
-    """The nearest cut without halo whose inner bounds are multiples of `factor`."""
-    inner = tuple(round(b / factor) * factor for b in cut.bounds[1:-1])
-    return cut_at((0, *inner, cut.size))
-
-
 @dataclass(frozen=True)
 class Window:
     """What a sliding-window operator does to a cut axis: the cut of its output, and the input each part needs.

@@ -154,7 +154,7 @@ class CallReport:
     """What the result is that of: the "un-tiled" VAE, or the VAE's own "tiles"."""
     seconds: float
     phases: dict[str, float] = field(default_factory=dict[str, float])
-    """Seconds of attempts that ran out of memory (auto mode), agreement, choice (auto mode), probe (exact mode, first
+    """Seconds of attempts that ran out of memory or were refused (auto mode), agreement, probe (exact mode, first
     call only), network and gather."""
     messages: int = 0
     """Messages this rank sent."""

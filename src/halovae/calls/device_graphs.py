@@ -123,12 +123,12 @@ class Tape(SoloComm):
         self._between(functools.partial(self._comm.exchange, _places(sends), _places(receives)))
 
     @outside_modes
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         outgoing, incoming, number = _places(sends), _places(receives), len(self._recorded)
         comm, under_way = self._comm, self._under_way
 
         def again() -> None:
-            under_way[number] = comm.post(outgoing, incoming, bulk)
+            under_way[number] = comm.post(outgoing, incoming)
 
         self._between(again)
         self._recorded.append(_Recorded(self, number, [*sends, *receives]))

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from halovae.base.memory import is_shortage
-from halovae.base.trees import tensors_in
+from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.dataflow import Spec
+from halovae.calls.randomness import frozen_generators
 from halovae.calls.record import NETWORKS, NetworkCall, Recorder, answering
+from halovae.calls.state import fetches_weights
 from halovae.calls.target import Call, Target
 from halovae.calls.verify import is_rounding, make_probe, scales_of, tried
 from halovae.comm import Comm, SoloComm
 from halovae.comm.agreement import together
 from halovae.exact.layout import layout_of, mark
-from halovae.exact.mesh import Mesh
-from halovae.exact.partition import first_tensor
-from halovae.exact.run import run_sharded
-from halovae.exact.shard_plan import ShardPlan
+from halovae.exact.mesh import Mesh, ShardPlan
+from halovae.exact.run import first_tensor, run_sharded
 from halovae.kernels.lazy.promise import promised
 
 LOG = logging.getLogger("halovae")
@@ -156,6 +156,42 @@ class Merger:
             LOG.debug("%s of %s takes one step at a time: %s", half, self._target.name, error)
             return False
         return is_rounding(*results)
+
+
+class Rehearsal:
+    """Tries what `Merger` tries, where the weights are: a VAE without any gets random ones on the device.
+
+    Whether a network takes several steps at once is a matter of its architecture.
+
+    Args:
+        target: the VAE.
+        device: that calls would run on.
+        frames: latent frames in one call, as for `Merger`.
+    """
+
+    def __init__(self, target: Target, device: torch.device, frames: int | str) -> None:
+        self._target, self._device, self._frames = target, device, frames
+        self._merger: Merger | None = None
+
+    def steps(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
+        """As `Merger.steps`, of arguments that count by shape only."""
+        if self._frames == 1 or (self._frames == "auto" and self._device.type == "cpu"):
+            return ()
+        if self._merger is None:
+            self._merger = Merger(SoloComm(), self._able_to_run(), self._frames)
+        args, kwargs = (map_tensors(lambda t: Spec(t).zeros(self._device), value) for value in (args, kwargs))
+        return self._merger.steps(half, plan, ratio, args, kwargs)
+
+    def _able_to_run(self) -> Target:
+        vae: Any = self._target.vae
+        fetched = any(map(fetches_weights, vae.modules()))
+        if fetched or not any(parameter.is_meta for parameter in vae.parameters()):
+            return self._target
+        from halovae.base.quiet import quiet  # needs diffusers, as such a VAE does
+
+        with quiet(), frozen_generators(self._device), torch.device(self._device):
+            copy = type(vae).from_config(vae.config).to(self._device, vae.dtype)
+        return Target(copy.eval().requires_grad_(False))
 
 
 def _uneven(value: Any) -> Any:

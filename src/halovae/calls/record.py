@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from halovae.base.compiled import as_written
 from halovae.base.errors import TilingError
 from halovae.base.functions import outside_modes
+from halovae.base.replaced import replaced
 from halovae.base.trees import on_meta, tensors_in
 from halovae.calls.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.calls.state import ModuleState, kept_tensors, refill, unchanged, without_fetching
@@ -150,20 +151,8 @@ def _others(tensors: Iterable[Tensor], known: Iterable[Tensor]) -> list[Tensor]:
 def answering(vae: nn.Module, half: str, answer: Function) -> Iterator[None]:
     """Within it, the VAE's calls of its network go to `answer`; its attributes stay reachable."""
     name = NETWORKS[half]
-    stand_in = vae.__dict__[name] = _StandIn(getattr(vae, name), answer)
-    try:
+    with replaced(vae, name, _StandIn(getattr(vae, name), answer)):
         yield
-    finally:
-        above, below = vae.__dict__.get(name), vars(stand_in)["_network"]
-        if above is not stand_in:  # Another one has come in between and is still there.
-            while isinstance(above, _StandIn) and vars(above)["_network"] is not stand_in:
-                above = vars(above)["_network"]
-            if isinstance(above, _StandIn):
-                vars(above)["_network"] = below
-        elif vars(vae)["_modules"].get(name) is below:
-            del vae.__dict__[name]
-        else:
-            vae.__dict__[name] = below
 
 
 class _StandIn:

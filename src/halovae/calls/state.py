@@ -6,12 +6,13 @@ import copy
 import operator
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from halovae.base.replaced import replaced
 from halovae.kernels.lazy.deferred import Deferred, any_pending
 
 Place = tuple[int, str]
@@ -360,14 +361,12 @@ def has_hooks(network: nn.Module) -> bool:
 @contextmanager
 def without_hooks(network: nn.Module) -> Iterator[None]:
     """Within it, modules run without their forward hooks."""
-    before = [(vars(module), {name: vars(module)[name] for name in _HOOKS}) for module in network.modules()]
-    for attributes, _ in before:
-        attributes.update({name: OrderedDict() for name in _HOOKS})
-    try:
+    with ExitStack() as stack:
+        for module in network.modules():
+            for name in _HOOKS:
+                if vars(module)[name]:
+                    stack.enter_context(replaced(module, name, OrderedDict()))
         yield
-    finally:
-        for attributes, hooks in before:
-            attributes.update(hooks)
 
 
 @contextmanager
@@ -376,15 +375,10 @@ def without_fetching(network: nn.Module) -> Iterator[None]:
 
     They would put into the module what is only a shape, and leave it there.
     """
-    offloaded = [vars(module) for module in network.modules() if fetches_weights(module)]
-    forwards = [attributes["forward"] for attributes in offloaded]
-    for attributes in offloaded:
-        attributes["forward"] = attributes["_old_forward"]
-    try:
+    with ExitStack() as stack:
+        for module in filter(fetches_weights, network.modules()):
+            stack.enter_context(replaced(module, "forward", vars(module)["_old_forward"]))
         yield
-    finally:
-        for attributes, forward in zip(offloaded, forwards, strict=True):
-            attributes["forward"] = forward
 
 
 def fetches_weights(module: nn.Module) -> bool:

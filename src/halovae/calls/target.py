@@ -18,7 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.functions import outside_modes
 from halovae.base.options import HALVES
-from halovae.base.threads import here, set_here
+from halovae.base.replaced import replaced, value_here
 from halovae.base.trees import tensors_in
 from halovae.comm import keeper_of_parts
 from halovae.kernels import autocast
@@ -248,7 +248,7 @@ class Target:
     @contextmanager
     def _tiled(self, on: bool) -> Iterator[None]:
         """Within it, the VAE tiles in space or does not, in this thread; what it does in time stays as configured."""
-        with set_here(self.vae, "use_tiling", on) if hasattr(self.vae, "use_tiling") else nullcontext():
+        with replaced(self.vae, "use_tiling", on, here=True) if hasattr(self.vae, "use_tiling") else nullcontext():
             yield
 
     def needs_tiles(self, half: str, *args: Any, **kwargs: Any) -> bool:
@@ -258,17 +258,16 @@ class Target:
     @outside_modes
     def _refuses(self, tiled: bool, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the VAE says that it is not implemented, before it has called its network."""
-        network, attributes = dict(self.vae.named_children()).get(_MODULES[half]), vars(self.vae)
-        if network is None or "use_tiling" not in attributes:
+        network = dict(self.vae.named_children()).get(_MODULES[half])
+        if network is None or "use_tiling" not in vars(self.vae):
             return False
 
         def stop(module: nn.Module, args: Any) -> None:
             raise _Called
 
         hook = network.register_forward_pre_hook(stop)
-        others = {name: attributes.pop(name) for name in (_MODULES[half],) if name in attributes}  # Stand-ins for it.
         try:
-            with self._tiled(tiled):
+            with self._tiled(tiled), replaced(self.vae, _MODULES[half], network):  # Past what stands in for it.
                 self.originals[half](*args, **kwargs)
         except NotImplementedError:
             return True
@@ -276,12 +275,11 @@ class Target:
             return False
         finally:
             hook.remove()
-            attributes.update(others)
         return False
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """The plain attributes of the VAE: what it does in a call may depend on them."""
-        plain = ((name, here(value)) for name, value in vars(self.vae).items() if isinstance(value, PLAIN))
+        plain = ((name, value_here(value)) for name, value in vars(self.vae).items() if isinstance(value, PLAIN))
         return tuple(sorted(plain))
 
     def kind(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -22,10 +22,8 @@ from halovae.base.trees import is_picture, map_tensors, pictures_in
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.state import has_hooks, kept_tensors, unchanged, without_hooks
 from halovae.calls.target import Call, Target
-from halovae.exact.mesh import Mesh
-from halovae.exact.partition import Bounds, first_tensor, gather
-from halovae.exact.run import run_sharded
-from halovae.exact.shard_plan import plan_shards
+from halovae.exact.mesh import Mesh, plan_shards
+from halovae.exact.run import Bounds, first_tensor, gather, run_sharded
 from halovae.kernels import autocast
 
 LOG = logging.getLogger("halovae")

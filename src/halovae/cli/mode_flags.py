@@ -11,7 +11,7 @@ from halovae.cli import usage
 WORDS = "exact|tile|auto"
 HELP = (
     "exact cuts the picture into shards that exchange borders: the un-tiled result. tile spreads the VAE's own tiles "
-    "over the ranks. auto takes what is predicted to be faster on this link."
+    "over the ranks. auto is exact, and tiles where that is refused or memory is short."
 )
 UNTILED_HELP = "Give the un-tiled result (exact mode) of a VAE that comes tiled, too."
 DEFAULT = "exact; tile for a VAE that comes tiled"

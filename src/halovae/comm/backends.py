@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -17,15 +16,12 @@ import torch.distributed as dist
 
 from halovae.comm.control import ABSENCE, Link
 from halovae.comm.protocol import Message
-from halovae.comm.shared_memory import SMALL, Arrival, SharedLane
 
 _TIMEOUT = timedelta(seconds=ABSENCE)
 # What makes a backend of its own is not public.
 _C10D: Any = dist.distributed_c10d
 _NEVER_SENT = 1
 """A tag that no message has."""
-Work = dist.Work | Arrival
-"""What is waited for."""
 
 
 class Notes(dist.Store):
@@ -66,8 +62,8 @@ def store_of(group: dist.ProcessGroup) -> dist.Store:
     return _C10D._get_process_group_store(group)
 
 
-class GlooLane:
-    """Moves what is in host memory. Made by all ranks together."""
+class HostLane:
+    """Moves what is in host memory, by gloo. Made by all ranks together."""
 
     def __init__(self, link: Link, rank: int, size: int) -> None:
         self._group: Any = dist.ProcessGroupGloo(Notes(link, "gloo/"), rank, size, _TIMEOUT)
@@ -83,36 +79,6 @@ class GlooLane:
         for peer in self._peers:
             with suppress(RuntimeError):
                 self._group.recv([torch.empty(1, device="cpu")], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
-
-
-class HostLane:
-    """Moves what is in host memory: small messages within a host through shared memory, bulk and all others by gloo.
-
-    Args:
-        link: of the group.
-        rank: of this process.
-        size: of the group.
-        neighbours: the other ranks with which this one can share memory.
-    """
-
-    def __init__(self, link: Link, rank: int, size: int, neighbours: Sequence[int]) -> None:
-        self._gloo, self._shared = GlooLane(link, rank, size), SharedLane(link, rank, neighbours)
-        self._neighbours = set(neighbours)
-
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool) -> list[Work]:
-        if bulk:
-            return [*self._gloo.post(sends, receives)]
-        near = [list(filter(self._is_near, messages)) for messages in (sends, receives)]
-        far = [list(filterfalse(self._is_near, messages)) for messages in (sends, receives)]
-        return [*self._gloo.post(*far), *self._shared.post(*near)]
-
-    def _is_near(self, message: Message) -> bool:
-        """The same for who sends and who receives."""
-        return message[0] in self._neighbours and message[1].nbytes <= SMALL
-
-    def abort(self) -> None:
-        self._gloo.abort()
-        self._shared.abort()
 
 
 class DeviceLane:
@@ -136,7 +102,7 @@ class DeviceLane:
             # Else the first messages would connect, and wait for ranks that have none.
             self._backend.eager_connect_single_device(device)
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool) -> list[dist.Work]:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
         self._group._start_coalescing(self._device)
         for peer, buffer in receives:
             self._group.recv([buffer], peer, 0)

@@ -18,12 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from halovae.base.errors import InputError, RankFailedError
 from halovae.base.forks import owned_here
 from halovae.base.functions import outside_modes
-from halovae.comm.backends import DeviceLane, HostLane, Work, store_of
+from halovae.comm.backends import DeviceLane, HostLane, store_of
 from halovae.comm.control import Link
 from halovae.comm.environment import default_device, launched_ranks
-from halovae.comm.handshake import host
 from halovae.comm.protocol import Comm, Message, Nothing, Pending, SoloComm, Traffic
-from halovae.comm.shared_memory import can_share
 
 Group = dist.ProcessGroup | DeviceMesh
 """What callers name their ranks by; a mesh of one dimension."""
@@ -39,7 +37,7 @@ class _Posted:
     """Messages that a process group is moving; holds on to their memory."""
 
     comm: GroupComm
-    works: Sequence[Work]
+    works: Sequence[dist.Work]
     receives: Sequence[Message]
     landing: Sequence[Message]
     staged: Sequence[Message]
@@ -95,9 +93,7 @@ class GroupComm:
             dist.all_gather_object(values, value, group=group)
             return values
 
-        names, hosts = zip(*share((secrets.token_hex(8), host() if can_share() else None)), strict=True)
-        self._name = names[0]
-        self._neighbours = [r for r, h in enumerate(hosts) if r != self.rank and h and h == hosts[self.rank]]
+        self._name = share(secrets.token_hex(8))[0]
         # Weak, and closed at the end: the thread of the link must not outlive what nobody uses any more.
         abort = weakref.WeakMethod(self._abort)
         self._link = Link(self.rank, self.size, share, lambda: (found := abort()) and found())
@@ -123,7 +119,7 @@ class GroupComm:
         self.post(sends, receives).wait()
 
     @outside_modes
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         self._link.check()
         if not sends and not receives:
             return Nothing()
@@ -132,7 +128,7 @@ class GroupComm:
         staged = [(peer, self._staged(tensor)) for peer, tensor in sends]
         lane = self._lanes[(landing or staged)[0][1].device.type]
         try:
-            works = lane.post([(p, _raw(t)) for p, t in staged], [(p, _raw(t)) for p, t in landing], bulk)
+            works = lane.post([(p, _raw(t)) for p, t in staged], [(p, _raw(t)) for p, t in landing])
         except RuntimeError as error:
             raise self.blamed(error) from error
         self.traffic.messages += len(sends)
@@ -199,9 +195,7 @@ class GroupComm:
         """New lanes for this era."""
         self._lanes, self._era = {}, self._link.era
         try:
-            lanes: dict[str, HostLane | DeviceLane] = {
-                "cpu": HostLane(self._link, self.rank, self.size, self._neighbours)
-            }
+            lanes: dict[str, HostLane | DeviceLane] = {"cpu": HostLane(self._link, self.rank, self.size)}
             kind, device = _device_backend(self._group)
             if kind != "gloo":
                 prefix = f"halovae/{self._name}/{self._era}"

@@ -48,7 +48,7 @@ def star(rank: int, size: int, share: Share) -> dict[int, Connection]:
     with socket.create_server(("127.0.0.1" if on_one_host else "", 0), backlog=size) as listener:
         share((["127.0.0.1"] if on_one_host else _addresses(), listener.getsockname()[1], token))
         try:
-            peers = accept(listener, set(range(1, size)), token)
+            peers = _accept(listener, set(range(1, size)), token)
         except InputError as error:
             raise InputError(f"{error}: is a firewall between?") from None
         return {rank: _connection(peer) for rank, peer in peers.items()}
@@ -58,11 +58,6 @@ def limit_sending(peer: Connection, seconds: float) -> None:
     """Let `peer.send_bytes` raise BlockingIOError where the other end has taken nothing for so long."""
     with _socket(peer) as twin:
         twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
-
-
-def limit_waiting(peer: socket.socket, seconds: float) -> None:
-    """Let `peer.recv` raise BlockingIOError where nothing has come for so long."""
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
 
 def _timeval(seconds: float) -> bytes:
@@ -100,31 +95,22 @@ def _addresses() -> list[str]:
     return [address for address in dict.fromkeys(found) if not address.startswith("127.")]
 
 
-def accept(
-    listener: socket.socket,
-    ranks: set[int],
-    token: bytes,
-    seconds: float = CONNECT_SECONDS,
-    check: Callable[[], None] = lambda: None,
-) -> dict[int, socket.socket]:
-    """A socket to each of `ranks`, which `greet` with the token.
+def _accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int, socket.socket]:
+    """A socket to each of `ranks`, which `_greet` with the token.
 
     Args:
         listener: where they come to.
         ranks: who is to come.
         token: that they have to know.
-        seconds: for all of them together.
-        check: called now and then; raises where it is no use to wait.
 
     Raises:
         InputError: some did not come.
     """
     found: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + CONNECT_SECONDS
     listener.settimeout(_LOOK_SECONDS)
     while missing := ranks - set(found):
         try:
-            check()
             if time.monotonic() > deadline:
                 raise InputError(f"rank {', '.join(map(str, sorted(missing)))} did not connect in time")
             peer, _ = listener.accept()
@@ -148,7 +134,7 @@ def accept(
     return found
 
 
-def greet(peer: socket.socket, rank: int, token: bytes) -> None:
+def _greet(peer: socket.socket, rank: int, token: bytes) -> None:
     """Say who this is to a rank that accepts, and be sure of it.
 
     Raises:
@@ -165,7 +151,7 @@ def _connect(rank: int, addresses: list[str], port: int, token: bytes) -> Connec
     for address in addresses:
         try:
             peer = socket.create_connection((address, port), timeout=_TRY_SECONDS)
-            greet(peer, rank, token)
+            _greet(peer, rank, token)
         except OSError as error:
             reasons.append(f"{address}:{port}: {error}")
         else:

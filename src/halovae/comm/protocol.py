@@ -76,7 +76,7 @@ class Comm(Protocol):
         """
         ...
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Begin an exchange and return at once.
 
         Exchanges between ranks pair up in the order they are posted, so all ranks post theirs in the same order.
@@ -84,8 +84,6 @@ class Comm(Protocol):
         Args:
             sends: as for `exchange`.
             receives: likewise.
-            bulk: whether many such exchanges may be under way at once; the same on every rank. Else the next ones are
-                posted when this rank and its peers have waited for this one.
         """
         ...
 
@@ -156,7 +154,7 @@ class SoloComm:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.post(sends, receives).wait()
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if sends or receives:
             raise RuntimeError("a group of one has no peers")
         return Nothing()

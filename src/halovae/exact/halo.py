@@ -15,8 +15,7 @@ from halovae.base.errors import NotExactError
 from halovae.base.geometry import Cut, Extent, covering, cut_at, overlap
 from halovae.exact.halo_later import extend_later
 from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
-from halovae.exact.mesh import Mesh
-from halovae.exact.transfers import transfers
+from halovae.exact.mesh import Mesh, transfers
 from halovae.kernels.fill import Fill, fill_outside, region_of
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.memory_format import is_channels_last, memory_format

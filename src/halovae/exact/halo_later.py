@@ -15,8 +15,7 @@ from torch import Tensor
 from halovae.base.functions import outside_modes
 from halovae.base.geometry import Extent, overlap
 from halovae.exact.layout import Layout, require_axis
-from halovae.exact.mesh import Mesh
-from halovae.exact.transfers import Transfer, transfers
+from halovae.exact.mesh import Mesh, Transfer, transfers
 from halovae.kernels.fast_rules import fits
 from halovae.kernels.fill import Fill
 from halovae.kernels.lazy.deferred import Deferred

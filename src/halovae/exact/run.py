@@ -12,15 +12,111 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.base.errors import InputError, NotExactError
-from halovae.base.geometry import Extent
+from halovae.base.errors import HalovaeError, InputError, NotExactError
+from halovae.base.functions import outside_modes
+from halovae.base.geometry import Extent, cut_at
 from halovae.base.trees import contents, hidden_tensors, is_picture, map_tensors, pictures_in, tensors_in, walk
 from halovae.comm import Comm
-from halovae.exact.layout import layout_of, mark
-from halovae.exact.mesh import Mesh
-from halovae.exact.partition import Bounds, extents, first_tensor, gather, own_copy, own_rows, scatter
+from halovae.exact.halo import extend, gather_dim, own
+from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
+from halovae.exact.mesh import Mesh, ShardPlan
+from halovae.exact.rules import attention, elementwise, factories, indexing, norms, views, windows
 from halovae.exact.shard_mode import ShardMode
 from halovae.kernels.fast_mode import FastMode, finished
+
+RULE_MODULES = attention, elementwise, factories, indexing, norms, views, windows
+"""Imported for their rules."""
+
+Bounds = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where rows and where columns are cut: (0, ..., height) and (0, ..., width)."""
+
+
+@outside_modes
+def scatter(mesh: Mesh, tensor: Tensor, bounds: Bounds) -> Tensor:
+    """This rank's shard of a tensor `[..., height, width]` that every rank has whole, in memory of its own."""
+    dims = [plain(size) for size in tensor.shape]
+    for axis, axis_bounds in enumerate(bounds):
+        if mesh.shape[axis] == 1 or tensor.shape[axis - 2] == 1:
+            continue
+        cut, part, dim = cut_at(axis_bounds), mesh.part(axis), axis - 2
+        if (cut.size, cut.parts) != (tensor.shape[dim], mesh.shape[axis]):
+            raise HalovaeError(f"cuts {axis_bounds} of {tensor.shape[dim]} rows for {mesh.shape[axis]} parts")
+        low, high = cut.owned(part)
+        tensor = tensor.narrow(dim, low, high - low)
+        dims[dim] = (AxisFactor(high - low, axis, cut),)
+    return mark(own_copy(tensor), Layout(tuple(dims)))
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy that tells, by its version, whether a network has written into it."""
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+@outside_modes
+def gather(mesh: Mesh, tensor: Tensor, first_only: bool = False) -> Tensor:
+    """The whole tensor on every rank of the mesh, or (`first_only`) on its first rank and the own shard elsewhere."""
+    layout = layout_of(tensor)
+    if layout is None:
+        return tensor
+    if first_only:
+        return _gather_first(mesh, *own(mesh, tensor, layout))
+    for dim in layout.sharded_dims:
+        tensor = gather_dim(mesh, tensor, layout, dim)
+        layout = layout.replace(dim, plain(tensor.shape[dim]))
+    return tensor
+
+
+def _gather_first(mesh: Mesh, shard: Tensor, layout: Layout) -> Tensor:
+    """Along the first axis to the ranks at its beginning, then among those along the second one."""
+    tensor = shard
+    factors = [(require_axis(layout, dim), dim) for dim in layout.sharded_dims]
+    for factor, dim in sorted(factors, key=lambda pair: pair[0].axis):
+        if any(mesh.part(axis) for axis in range(factor.axis)):
+            break
+        needs = [(0, factor.cut.size), *factor.cut.extents[1:]]
+        tensor = extend(mesh, tensor, layout, {dim: tuple(needs)})
+        if mesh.part(factor.axis) == 0:
+            layout = layout.replace(dim, plain(factor.cut.size))
+    return _unmarked(shard if any(mesh.coordinates) else tensor)
+
+
+def own_rows(mesh: Mesh, tensor: Tensor) -> Tensor:
+    """This rank's shard as an ordinary tensor."""
+    layout = layout_of(tensor)
+    return _unmarked(own(mesh, tensor, layout)[0]) if layout else tensor
+
+
+def _unmarked(tensor: Tensor) -> Tensor:
+    """The tensor without a layout; another object, because the network may still hold this one."""
+    return tensor.view(tensor.shape) if layout_of(tensor) else tensor
+
+
+def extents(mesh: Mesh, tensor: Tensor) -> dict[str, Extent]:
+    """Which rows and columns of the whole this rank's shard is, as {"height": (low, high), "width": (low, high)}."""
+    layout = layout_of(tensor)
+    found: dict[str, Extent] = {"height": (0, tensor.shape[-2]), "width": (0, tensor.shape[-1])}
+    if layout is None:
+        return found
+    for factor in (require_axis(layout, dim) for dim in layout.sharded_dims):
+        found[("height", "width")[factor.axis]] = factor.cut.owned(mesh.part(factor.axis))
+    return found
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first picture-like tensor (4-D or 5-D) in a result.
+
+    Raises:
+        NotExactError: there is none.
+    """
+    pictures = pictures_in(value)
+    if not pictures:
+        raise NotExactError(f"the result {type(value).__name__} holds no picture or video tensor")
+    return pictures[0]
+
+
+# ---- a call ---------------------------------------------------------------------------------------------------------
+
 
 Call = Callable[..., Any]
 Runner = Callable[[Mesh, Call, tuple[Any, ...], dict[str, Any]], Any]
@@ -111,52 +207,70 @@ def _scaled(bounds: Bounds, picture: Tensor) -> Bounds:
     return scaled[0], scaled[1]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A result, which part of it this rank computed, and how long network and gather took."""
-
-    result: Any
-    extents: dict[str, Extent]
-    network_seconds: float
-    gather_seconds: float
-
-
-def run_on_group(
-    comm: Comm, shape: tuple[int, int], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: Bounds,
-    keep: str, run: Runner = on_shards,
-) -> Outcome:  # fmt: skip
-    """Run on the first rows * cols ranks; ranks beyond wait and share the result.
+class GroupRun:
+    """One call on the first rows * cols ranks of a group; ranks beyond wait and share the result.
 
     Args:
-        comm: the group; every rank of it calls this.
-        shape: rows and columns of shards.
-        call: the un-parallel half.
-        args: its arguments, whole, the same on every rank.
+        comm: the group; every rank of it makes one.
+        plan: how the first picture is cut.
+        args: of the call, whole, the same on every rank.
         kwargs: likewise.
-        bounds: where the first picture is cut.
         keep: "all", "first" or "shard": who holds the whole result.
-        run: makes the call on shards.
+
+    Attributes:
+        extents: which part of the result this rank computed.
+        network_seconds: how long the network took.
+        gather_seconds: how long it took to put its result together.
     """
-    spares = range(shape[0] * shape[1], comm.size)
-    if comm.rank in spares:
+
+    def __init__(
+        self, comm: Comm, plan: ShardPlan, args: tuple[Any, ...], kwargs: dict[str, Any], keep: str
+    ) -> None:  # fmt: skip
+        self._comm, self._plan, self._args, self._kwargs, self._keep = comm, plan, args, kwargs, keep
+        self._spares = range(plan.shape[0] * plan.shape[1], comm.size)
+        self._mesh = None if comm.rank in self._spares else Mesh(comm, plan.shape)
+        self._given: Given | None = None
+        self._result: Any = None
+        self.extents: dict[str, Extent] = {"height": (0, 0), "width": (0, 0)}
+        self.network_seconds = self.gather_seconds = 0.0
+
+    def run(self, call: Call, run: Runner = on_shards) -> None:
+        """Cut the arguments and run the network.
+
+        Args:
+            call: the un-parallel half.
+            run: makes the call on shards.
+        """
+        if self._mesh is None:
+            return
+        started, args, kwargs = time.perf_counter(), self._args, self._kwargs
+        if self._comm.size > 1:
+            self._given = Given(self._mesh, args, kwargs, self._plan.bounds)
+            args, kwargs = self._given.args, self._given.kwargs
+        self._result = run(self._mesh, call, args, kwargs)
+        self.extents = extents(self._mesh, first_tensor(self._result))
+        self.network_seconds = time.perf_counter() - started
+
+    def gather(self) -> Any:
+        """The result of the network, put together; what it has written into its arguments is written into these."""
         started = time.perf_counter()
-        result = _wait_for_result(comm, keep, args, kwargs)
-        return Outcome(result, {"height": (0, 0), "width": (0, 0)}, 0.0, time.perf_counter() - started)
-    mesh = Mesh(comm, shape)
-    started = time.perf_counter()
-    if comm.size == 1:
-        result = run(mesh, call, args, kwargs)
-        return Outcome(result, extents(mesh, first_tensor(result)), time.perf_counter() - started, 0.0)
-    given = Given(mesh, args, kwargs, bounds)
-    result = run(mesh, call, given.args, given.kwargs)
-    mine = extents(mesh, first_tensor(result))
-    ran = time.perf_counter()
-    result, written = map_tensors(lambda t: _collect(mesh, t, keep), result), given.written()
-    check_whole(result)
-    if spares:
-        _share_result(comm, result, written, spares, keep)
-    _write_back(written, args, kwargs)
-    return Outcome(result, mine, ran - started, time.perf_counter() - ran)
+        result, self._result = self._result, None
+        if self._comm.size > 1:
+            result = self._gathered(result)
+        self.gather_seconds = time.perf_counter() - started
+        return result
+
+    def _gathered(self, result: Any) -> Any:
+        comm, mesh, keep = self._comm, self._mesh, self._keep
+        if mesh is None or self._given is None:
+            result, written = _wait_for_result(comm, keep, self._args, self._kwargs)
+        else:
+            result, written = map_tensors(lambda t: _collect(mesh, t, keep), result), self._given.written()
+            check_whole(result)
+            if self._spares:
+                _share_result(comm, result, written, self._spares, keep)
+        _write_back(written, self._args, self._kwargs)
+        return result
 
 
 def _write_back(written: dict[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -220,7 +334,10 @@ def _slot_of(tensor: Tensor) -> _Slot:
     return _Slot(tuple(tensor.shape), tensor.dtype)
 
 
-def _wait_for_result(comm: Comm, keep: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _wait_for_result(
+    comm: Comm, keep: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[int, Tensor]]:  # fmt: skip
+    """What `_share_result` tells: the result, and what was written into arguments."""
     changes, skeleton = pickle.loads(comm.all_gather_object(None)[0])
     device = pictures_in((args, kwargs))[0].device
     buffers: list[Tensor] = []
@@ -235,5 +352,4 @@ def _wait_for_result(comm: Comm, keep: str, args: tuple[Any, ...], kwargs: dict[
     written = map_tensors(fill_slot, changes, kind=_Slot)
     result = map_tensors(fill_slot if keep == "all" else nothing, skeleton, kind=_Slot)
     comm.exchange([], [(0, buffer) for buffer in buffers])
-    _write_back(written, args, kwargs)
-    return result
+    return result, written

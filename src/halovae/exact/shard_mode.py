@@ -1,51 +1,52 @@
-"""The function mode that runs a network on shards: it sees every torch call and hands it to the operator's rule."""
+"""The function mode that runs a network on shards: it sees every torch call and hands it to the operator's rule.
+
+`exact/run.py` imports the modules that register rules.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from halovae.base.errors import NotExactError
-from halovae.base.functions import QUESTIONS, outside_modes
+from halovae.base.functions import QUESTIONS, outside_modes, registrar
 from halovae.exact.layout import layout_of
 from halovae.exact.mesh import Mesh
-from halovae.exact.registry import RULES
-from halovae.exact.rules import (
-    attention,
-    elementwise,
-    factories,
-    indexing,
-    masks,
-    norms,
-    reductions,
-    resampling,
-    sizes,
-    views,
-    windows,
-)
 from halovae.kernels import autocast
 
-RULE_MODULES = (
-    attention,
-    elementwise,
-    factories,
-    indexing,
-    masks,
-    norms,
-    reductions,
-    resampling,
-    sizes,
-    views,
-    windows,
-)
-"""Imported for their rules."""
+RULES: dict[Any, Callable[..., Any]] = {}
+rule = registrar(RULES)
+"""Registers a rule for torch functions. It takes the mesh, the function and its arguments, and returns what the
+function would return on this rank's shard, with layouts marked. A function without a rule is refused as soon as a shard
+reaches it."""
 
-_LOCAL = QUESTIONS - RULES.keys()
-"""Questions about a tensor that a shard answers as the whole would."""
+
+class StandIn(Protocol):
+    """What is known of a tensor that stands for another one, which is never made."""
+
+    def run(self, mesh: Mesh, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A function that got such a tensor.
+
+        Raises:
+            NotExactError: it can't be run without the tensor itself.
+        """
+        ...
+
+
+_ATTRIBUTE = "_halovae_stands_for"
+
+
+def stand_in_of(value: object) -> StandIn | None:
+    return getattr(value, _ATTRIBUTE, None) if isinstance(value, Tensor) else None
+
+
+def let_stand_for(tensor: Tensor, known: StandIn) -> Tensor:
+    setattr(tensor, _ATTRIBUTE, known)
+    return tensor
 
 
 class ShardMode(TorchFunctionMode):
@@ -67,7 +68,7 @@ class ShardMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LOCAL:
+        if func in QUESTIONS and func not in RULES:  # A shard answers as the whole would.
             return _answer(func, *args, **kwargs)
         self._mesh.comm.check()
         if autocast.is_on():
@@ -84,8 +85,8 @@ class ShardMode(TorchFunctionMode):
             raise _located(error, func) from None
 
     def _run(self, func: Callable[..., Any], tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
-        if any(map(masks.is_block_mask, tensors)):
-            return masks.apply(self._mesh, func, args, kwargs)
+        if stand_in := next(filter(None, map(stand_in_of, tensors)), None):
+            return stand_in.run(self._mesh, func, args, kwargs)
         rule, sharded = RULES.get(func), any(map(layout_of, tensors))
         if sharded and kwargs.get("out") is not None:
             raise NotExactError("it writes into out=")

@@ -13,13 +13,13 @@ from torch import Tensor
 from halovae.api.parallelize import Handle, parallelize
 from halovae.base.errors import InputError
 from halovae.base.options import HALVES, CallReport, Gather, Half, Mode
+from halovae.base.replaced import replaced
 from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.target import Target
 from halovae.comm import Comm
 from halovae.pipelines.generation_settings import Setup
 from halovae.pipelines.load import torch_dtypes
-from halovae.pipelines.stages import replaced
 
 
 @contextmanager

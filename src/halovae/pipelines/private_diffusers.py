@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from diffusers import LTXVideoTransformer3DModel
 
+from halovae.base.replaced import replaced
+
 
 @contextmanager
 def some_device() -> Iterator[None]:
@@ -23,11 +25,8 @@ def some_device() -> Iterator[None]:
     CPU and there is none.
     """
     count = torch.accelerator.device_count
-    torch.accelerator.device_count = lambda: max(1, count())
-    try:
+    with replaced(torch.accelerator, "device_count", lambda: max(1, count())):
         yield
-    finally:
-        torch.accelerator.device_count = count
 
 
 def spread_plan(part: Any) -> dict[str, Any]:

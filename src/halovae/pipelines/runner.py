@@ -123,7 +123,7 @@ class Runner:
     def note(self, half: str, report: CallReport) -> None:
         """Take in the report of one parallel call of the VAE."""
         self._calls.append((half, report))
-        self._timeline.move(f"vae {half}", PROBE, sum(report.phases.get(name, 0.0) for name in ("choose", "probe")))
+        self._timeline.move(f"vae {half}", PROBE, report.phases.get("probe", 0.0))
 
 
 def to_frames(pictures: Any) -> NDArray[np.uint8]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from halovae.base.memory import PeakMemory
+from halovae.base.replaced import replaced
 from halovae.base.timeline import note
 
 TEXT_ENCODE, VAE_ENCODE, DENOISE, VAE_DECODE, OTHER = "text encode", "vae encode", "denoise", "vae decode", "other"
 PROBE = "vae probe"
-"""What only the first call of each half does: exact mode's comparison, and the choice of a mode."""
+"""What only the first call of each half does: exact mode's comparison."""
 LOAD, WRITE = "load", "write"
 """Before and after a pipeline's call."""
 _SPANS = {TEXT_ENCODE: "text", VAE_ENCODE: "encode", DENOISE: "denoise", VAE_DECODE: "decode"}
@@ -89,21 +90,6 @@ def watched(pipeline: Any, timeline: Timeline, on_step: Callable[[int, int | Non
         stack.enter_context(_in_stage(pipeline.vae, "decode", timeline, VAE_DECODE))
         stack.enter_context(replaced(pipeline, "progress_bar", functools.partial(_Bar, timeline, on_step)))
         yield
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within it, the instance's attribute is `value`; afterwards it has what it had."""
-    missing = object()
-    before = owner.__dict__.get(name, missing)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = before
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from halovae.base.memory import Needs, free_bytes
 from halovae.base.trees import tensors_in
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
-from halovae.exact.shard_plan import ShardPlan
+from halovae.exact.mesh import ShardPlan
 from halovae.kernels import autocast
 from halovae.predict.predictor import Predictor
 from halovae.predict.rates import GivenSpeed

@@ -304,7 +304,7 @@ class MeteredComm(SoloComm):
         """Whether no message is under way."""
         return self._free <= self._meter.seconds
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message], bulk: bool = False) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         sent, received = (sum(tensor.nbytes for _, tensor in messages) for messages in (sends, receives))
         self.traffic.messages += len(sends)
         self.traffic.bytes += sent

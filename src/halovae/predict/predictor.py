@@ -18,15 +18,14 @@ from halovae.base.errors import HalovaeError, InputError, TilingError
 from halovae.base.files import first_line
 from halovae.base.options import Axis
 from halovae.base.trees import on_meta, pictures_in, tensors_in
-from halovae.calls.merge_steps import merged
+from halovae.calls.exact_call import ExactCall
+from halovae.calls.merge_steps import Rehearsal
 from halovae.calls.randomness import Generators
 from halovae.calls.record import NETWORKS, NetworkCall
-from halovae.calls.rehearsal import Rehearsal
 from halovae.calls.state import unchanged, without_fetching
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
-from halovae.exact.run import run_on_group
-from halovae.exact.shard_plan import ShardPlan, plan_shards
+from halovae.exact.mesh import ShardPlan
 from halovae.kernels.shapes_only import standing_in
 from halovae.predict.echo import Effects, echoing
 from halovae.predict.meter import Costs, Meter, MeteredComm
@@ -34,9 +33,9 @@ from halovae.predict.rates import Speed
 from halovae.tiles.blend import Blends
 from halovae.tiles.check import Checker
 from halovae.tiles.move import Mover
-from halovae.tiles.schedule import assign, find_chains
+from halovae.tiles.tile_plan import assign, find_chains
+from halovae.tiles.tile_runner import TileCall
 from halovae.tiles.tile_settings import applied
-from halovae.tiles.work import put_together, run_own_tiles
 
 _META = torch.device("meta")
 
@@ -104,16 +103,11 @@ class Predictor:
             NotExactError: exact mode refuses the VAE.
             InputError: the VAE's code needs values where there are only shapes.
         """
+        options = {"ranks": ranks, "axis": axis, "keep": gather}
         running, args, kwargs = self._running(half, args, kwargs), on_meta(args), on_meta(kwargs)
-        height, width = pictures_in((args, kwargs))[0].shape[-2:]
-        plan = plan_shards(height, width, ratio, ranks, axis)
-        meter = Meter(self._costs)
-        comm = MeteredComm(_busiest(plan), ranks, self._link, meter)
+        call = _OnPaper(self._costs, self._link, ratio, self._target, self._rehearsal, half, args, kwargs, **options)
         with running:
-            call = merged(self._target, half, self._rehearsal.steps(half, plan, ratio, args, kwargs))
-            with meter.running(), echoing(self._target.vae, half, meter, comm, {}):
-                outcome = run_on_group(comm, plan.shape, call, args, kwargs, plan.bounds, gather)
-        return _prediction(half, "exact", ranks, f"{plan.shape[0]}x{plan.shape[1]}", meter, comm, args, outcome.result)
+            return call.make()
 
     @torch.inference_mode(False)
     def tile(
@@ -132,7 +126,7 @@ class Predictor:
             TilingError: the half has no tiles, or they give a picture of a wrong size.
             InputError: the VAE's code needs values where there are only shapes.
         """
-        vae, method = self._target.vae, self._target.originals[half]
+        vae = self._target.vae
         if "use_tiling" not in vars(vae) or not hasattr(vae, NETWORKS[half]):
             raise TilingError(f"{self._target.name}.{half} has no tiles")
         running, args, kwargs = self._running(half, args, kwargs), on_meta(args), on_meta(kwargs)
@@ -147,11 +141,11 @@ class Predictor:
             rank = schedule.loads.index(max(schedule.loads))
             comm = MeteredComm(rank, ranks, self._link, meter)
             mover = Mover(comm, calls, schedule, range(ranks if gather == "all" else 1), _META)
+            call = TileCall(self._target, half, calls, mover, blends, _META)
             with meter.running(), echoing(vae, half, meter, comm, self._echoes):
-                mine = schedule.calls_of(rank)
-                run_own_tiles(vae, half, method, args, kwargs, calls, mine, mover, blends, _META)
+                call.run(schedule.calls_of(rank), args, kwargs)
                 mover.finish()
-                result = put_together(vae, half, method, args, kwargs, calls, mover, blends, _META)
+                result = call.gather(args, kwargs)
         cut = f"{len(schedule.chains)} tiles"
         return _prediction(half, "tile", ranks, cut, meter, comm, args, result)
 
@@ -170,6 +164,31 @@ class Predictor:
             raise InputError(f"{name} can't be followed on shapes alone: {first_line(error)}") from error
         finally:
             generators.rewind()
+
+
+class _OnPaper(ExactCall[Prediction]):
+    """On one rank of a group that is not there, the one with the most work."""
+
+    def __init__(self, costs: Costs, link: LinkSpeed, ratio: int, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._link, self._compression = link, ratio
+        self._meter = Meter(costs)
+
+    def compression(self) -> int:
+        return self._compression
+
+    def plan(self) -> None:
+        super().plan()
+        self.comm = self._paper = MeteredComm(_busiest(self.shards), self._ranks, self._link, self._meter)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        with self._meter.running(), echoing(self.target.vae, self.half, self._meter, self._paper, {}):
+            yield
+
+    def report(self) -> Prediction:
+        cut = "x".join(map(str, self.shards.shape))
+        return _prediction(self.half, "exact", self._ranks, cut, self._meter, self._paper, self.args, self.result)
 
 
 def _calls(checker: Checker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[NetworkCall, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halovae.base.threads import set_here
+from halovae.base.replaced import replaced
 
 DIMS = {"blend_t": -3, "blend_v": -2, "blend_h": -1}
 """Names of the methods, and the dimension each one blends along."""
@@ -50,7 +50,7 @@ class Blends:
     def _replaced(self, blends: dict[str, Blend]) -> Iterator[None]:
         with ExitStack() as stack:
             for name, blend in blends.items():
-                stack.enter_context(set_here(self._vae, name, blend))
+                stack.enter_context(replaced(self._vae, name, blend, here=True))
             yield
 
     def _checked(self, name: str, own: Blend) -> Blend:

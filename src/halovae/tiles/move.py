@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halovae.calls.record import NetworkCall
 from halovae.comm import Comm, Message, Pending
-from halovae.tiles.schedule import Chain, Schedule
+from halovae.tiles.tile_plan import Chain, Schedule
 
 
 class Mover:
@@ -52,7 +52,7 @@ class Mover:
                 sends = self._outgoing(chain)
             elif self._comm.rank in self._holders:
                 receives += [(rank, buffer) for buffer in self._incoming(chain)]
-        self._posted.append(self._comm.post(sends, receives, bulk=True))
+        self._posted.append(self._comm.post(sends, receives))
 
     def _outgoing(self, chain: Chain) -> list[Message]:
         others = [rank for rank in self._holders if rank != self._comm.rank]

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from halovae.base.errors import DisagreementError, InputError, TilingError
 from halovae.base.options import HALVES, Gather, gather_of
 from halovae.base.timeline import span
 from halovae.base.trees import contents, map_tensors, pictures_in, walk
+from halovae.calls.dataflow import repeat
 from halovae.calls.randomness import Generators
+from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
 from halovae.calls.state import unchanged
 from halovae.calls.target import Target
 from halovae.comm import Comm
@@ -22,7 +27,6 @@ from halovae.tiles.blend import Blends
 from halovae.tiles.move import Mover
 from halovae.tiles.tile_plan import Planner, TilePlan
 from halovae.tiles.tile_settings import applied, described
-from halovae.tiles.work import Watched, put_together, run_own_tiles
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,11 @@ class TileRunner:
         """
         device = pictures_in((args, kwargs))[0].device
         plan = self.plan(half, args, kwargs)
-        vae, method, calls = self._target.vae, self._target.originals[half], plan.recording.calls
+        vae, calls = self._target.vae, plan.recording.calls
         generators = Generators(device, *args, *kwargs.values())
         holders = range(self._comm.size if gather_of(self._gather, half) == "all" else 1)
         mover = Mover(self._comm, calls, plan.schedule, holders, device)
+        call = TileCall(self._target, half, calls, mover, self._blends, device)
         writes = plan.recording.writes
         if writes and len(holders) < self._comm.size:
             raise TilingError(f"{half} writes into its arguments, which ranks without its result can't do")
@@ -103,7 +108,7 @@ class TileRunner:
             if mine := plan.schedule.calls_of(self._comm.rank):
                 # The VAE's own method runs once more, to put the results together.
                 with Watched(self._comm), unchanged(vae, given, named) as before:
-                    run_own_tiles(vae, half, method, given, named, calls, mine, mover, self._blends, device)
+                    call.run(mine, given, named)
                     if before.written():
                         raise TilingError(
                             f"{self._target.name}.{half} writes into tensors that it keeps: use mode='exact'"
@@ -113,7 +118,7 @@ class TileRunner:
             if self._comm.rank in holders:
                 generators.rewind()
                 with span("blend"):
-                    result = put_together(vae, half, method, args, kwargs, calls, mover, self._blends, device)
+                    result = call.gather(args, kwargs)
             else:
                 result = map_tensors(lambda t: _nothing(t, device), plan.recording.result)
         return TileOutcome(result, plan, worked - started, time.perf_counter() - worked)
@@ -150,3 +155,118 @@ def _signature(value: Any) -> Any:
 
 def _nothing(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty((*tensor.shape[:-2], 0, 0)[: tensor.ndim], dtype=tensor.dtype, device=device)
+
+
+# ---- the two passes through the VAE's own method: run the own tiles, then put all of them together ------------------
+
+
+class _Finished(BaseException):
+    """The network has answered its last call: what the VAE goes on to do is of no use yet."""
+
+
+class Watched(TorchFunctionMode):
+    """Within it, torch functions raise once another rank has failed: a tile can take minutes.
+
+    Args:
+        comm: the group.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        super().__init__()
+        self._comm = comm
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._comm.check()
+        return func(*args, **(kwargs or {}))
+
+
+class _Pass:
+    """Answers the network's calls one after the other."""
+
+    def __init__(self, calls: tuple[NetworkCall, ...], mover: Mover, device: torch.device) -> None:
+        self._calls, self._mover, self._device = calls, mover, device
+        self._next = 0
+
+    def _take(self) -> tuple[int, NetworkCall]:
+        number = self._next
+        self._next += 1
+        if number >= len(self._calls):
+            raise TilingError(f"the VAE called its network more often than the {len(self._calls)} times planned")
+        return number, self._calls[number]
+
+
+class _Worker(_Pass):
+    """Runs the calls of this rank. The VAE gets zeros for all of them: it is only asked what it calls next."""
+
+    def __init__(
+        self, calls: tuple[NetworkCall, ...], mover: Mover, device: torch.device, network: nn.Module, mine: set[int]
+    ) -> None:
+        super().__init__(calls, mover, device)
+        self._network, self._mine = network, mine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        number, call = self._take()
+        real = None
+        if number in self._mine:
+            real = self._network(*args, **kwargs)
+            leaves = pytree.tree_leaves(real)
+            tensors = [(call.leaves[place], leaves[place]) for place in call.used]
+            for spec, tensor in tensors:
+                if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                    raise TilingError(f"the network gave {tuple(tensor.shape)} {tensor.dtype} where {spec} was planned")
+            self._mover.results[number] = [spec.arranged(tensor) for spec, tensor in tensors]
+        else:
+            repeat(call.draws, self._device)
+        if self._mover.is_round(number):
+            self._mover.post()
+        if self._next == len(self._calls):
+            raise _Finished
+        return call.result([spec.zeros(self._device) for spec in call.specs], real, self._device)
+
+
+class _Replay(_Pass):
+    """Hands out the results, which the VAE blends, crops and puts together."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        number, call = self._take()
+        repeat(call.draws, self._device)
+        return call.result(self._mover.results.pop(number), device=self._device)
+
+
+class TileCall:
+    """One half in tiles, as one rank takes part in it, by the VAE's own method.
+
+    Args:
+        target: the VAE, set to use tiles.
+        half: "encode" or "decode".
+        calls: of its network.
+        mover: has the results.
+        blends: its blending.
+        device: of the results.
+    """
+
+    def __init__(
+        self, target: Target, half: str, calls: tuple[NetworkCall, ...], mover: Mover, blends: Blends,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._vae, self._half, self._method = target.vae, half, target.originals[half]
+        self._calls, self._mover, self._blends, self._device = calls, mover, blends, device
+
+    def run(self, mine: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the calls numbered `mine`; each chain's results leave as soon as they are complete."""
+        network = getattr(self._vae, NETWORKS[self._half])
+        worker = _Worker(self._calls, self._mover, self._device, network, mine)
+        try:
+            with answering(self._vae, self._half, worker), self._blends.skipped():
+                self._method(*args, **kwargs)
+        except _Finished:
+            return
+        raise TilingError(f"the VAE called its network less often than the {len(self._calls)} times planned")
+
+    def gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the VAE makes of the results that have arrived."""
+        replay = _Replay(self._calls, self._mover, self._device)
+        with answering(self._vae, self._half, replay), self._blends.fast():
+            return self._method(*args, **kwargs)

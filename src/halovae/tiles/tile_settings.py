@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from halovae.base.threads import set_here
+from halovae.base.replaced import replaced
 from halovae.calls.target import told
 
 _AXES = ("height", "width")
@@ -21,16 +21,10 @@ _AXES = ("height", "width")
 @contextmanager
 def applied(vae: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
     """Within it, the VAE has these settings; switches for this thread alone, sizes for all."""
-    sizes = {name: value for name, value in settings.items() if not isinstance(value, bool)}
-    before = {name: vae.__dict__[name] for name in sizes}
     with ExitStack() as stack:
-        for name in settings.keys() - sizes.keys():
-            stack.enter_context(set_here(vae, name, settings[name]))
-        vae.__dict__.update(sizes)
-        try:
-            yield
-        finally:
-            vae.__dict__.update(before)
+        for name, value in settings.items():
+            stack.enter_context(replaced(vae, name, value, here=isinstance(value, bool)))
+        yield
 
 
 def described(vae: nn.Module) -> str:

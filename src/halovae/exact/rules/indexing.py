@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halovae.base.errors import NotExactError
+from halovae.base.functions import named
 from halovae.exact.layout import (
     Dim,
     GatheredFactor,
@@ -22,8 +23,9 @@ from halovae.exact.layout import (
     shape_of,
     with_shape,
 )
-from halovae.exact.registry import Mesh, named, rule
+from halovae.exact.mesh import Mesh
 from halovae.exact.rules.elementwise import align, fit
+from halovae.exact.shard_mode import rule
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)

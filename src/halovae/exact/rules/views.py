@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halovae.base.errors import NotExactError
+from halovae.base.functions import named
 from halovae.base.geometry import divides
 from halovae.exact.layout import (
     Dim,
@@ -30,9 +31,10 @@ from halovae.exact.layout import (
     shape_of,
     split_factor,
 )
-from halovae.exact.registry import Mesh, named, rule
-from halovae.exact.rules.masks import remember_runs
-from halovae.exact.rules.sizes import cut_as, sizes_of
+from halovae.exact.mesh import Mesh
+from halovae.exact.rules.attention import remember_runs
+from halovae.exact.rules.factories import cut_as, sizes_of
+from halovae.exact.shard_mode import rule
 
 
 @rule(*named("flatten", "squeeze", "unsqueeze", "ravel"))
