@@ -16,7 +16,7 @@ if torch.accelerator.device_count() == 0:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ranks import Ranks
-from servers import Server
+from servers import Server, disk
 
 from halovae.kernels import convolution
 from halovae.kernels.cpu import pieces
@@ -102,9 +102,11 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One on two ranks, for the tests that leave it as it was."""
-    running = Server(demo_model, tmp_path_factory.mktemp("server") / "store", "--ranks", "2").until_ready()
-    yield running
-    code, said = running.stop()
+    """One on two ranks, with its jobs on a small disk, for all tests: they leave no job behind."""
+    store = tmp_path_factory.mktemp("server") / "store"
+    with disk(store):
+        running = Server(demo_model, store, "--ranks", "2").until_ready()
+        yield running
+        code, said = running.stop()
     assert code == 0, said
     assert len(said.splitlines()) < 200, said

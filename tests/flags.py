@@ -31,7 +31,7 @@ FLAGS = {
         """,
         "serve": """
             --api-key-file --attention-backend --axis --boundary-ratio --compile --crf --device --dtype
-            --enable-cpu-offload --enable-layerwise-offload --flow-shift --host --keep --max-frames
+            --enable-cpu-offload --enable-layerwise-offload --flow-shift --host --keep --lossless --max-frames
             --max-pixels --max-queue --max-steps --max-upload --model --no-vae-decode --no-vae-encode --port
             --ranks --ring-degree --served-model-name --store --task --ulysses-degree --vae-decode
             --vae-decode-dtype --vae-dtype --vae-encode --vae-encode-dtype --vae-mode --vae-patch-parallel-size

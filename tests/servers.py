@@ -9,6 +9,8 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,19 @@ def _few_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 
 
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Within it, `folder` is a disk of its own, of 64 MiB, where disks can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 class Server:
     """`halovae serve` on a free port, with 256 descriptors, as some systems give them.
 
@@ -35,25 +50,29 @@ class Server:
     """
 
     def __init__(self, model: Path, store: Path, *options: str) -> None:
-        self.store, self.temporary = store, store.parent / "temporary"
+        self.store, self.temporary, self._log = store, store.parent / "temporary", store.parent / "log"
         self.temporary.mkdir(exist_ok=True)
-        self.process = start(
-            "serve", "--model", str(model), "--port", "0", "--store", str(store), "--served-model-name", "demo",
-            *options,
-            stdout=subprocess.DEVNULL, preexec_fn=_few_files,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)},
-        )  # fmt: skip
-        self.address = self._address()
+        self._words = ("--model", str(model), "--store", str(store), "--served-model-name", "demo", *options)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, for the first time or after it was killed."""
+        with self._log.open("w") as log:
+            self.process = start(
+                "serve", "--port", "0", *self._words, stdout=subprocess.DEVNULL, stderr=log, preexec_fn=_few_files,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)},
+            )  # fmt: skip
+        deadline = time.monotonic() + PATIENCE
+        while (found := re.search(r"on (http://\S+)\n", self.said())) is None:
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+        self.address = found[1]
         self.client = httpx2.Client(base_url=self.address, timeout=PATIENCE)
 
-    def _address(self) -> str:
-        assert self.process.stderr is not None
-        line = self.process.stderr.readline()
-        found = re.search(r"on (http://\S+)", line)
-        if found is None:
-            self.process.kill()
-            raise AssertionError(line + self.process.stderr.read())
-        return found[1]
+    def said(self) -> str:
+        """What it has written to standard error."""
+        return self._log.read_text()
 
     def health(self) -> dict[str, Any]:
         return self.client.get("/health").json()
@@ -66,7 +85,7 @@ class Server:
     def until(self, condition: Any) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert self.process.poll() is None, self.process.communicate()[1]
+            assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.health()
             time.sleep(0.05)
 
@@ -99,15 +118,13 @@ class Server:
         self.client.close()
         self.process.kill()
         self.process.wait()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
 
     def stop(self) -> tuple[int, str]:
         """As Ctrl-C does; the exit code and what was said."""
         self.client.close()
         self.process.send_signal(signal.SIGINT)
         try:
-            _, said = self.process.communicate(timeout=30)
+            self.process.wait(timeout=30)
         finally:
             self.kill()
-        return self.process.returncode, said
+        return self.process.returncode, self.said()

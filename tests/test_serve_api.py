@@ -14,10 +14,9 @@ from servers import SMALL
 from starlette.testclient import TestClient
 
 from halovae.pipelines.grid import Grid
-from halovae.serve.metrics import Metrics
 from halovae.serve.ranks import Ranks
 from halovae.serve.server_settings import Limits, ServeOptions
-from halovae.serve.service import Service
+from halovae.serve.service import Metrics, Service
 from halovae.serve.store import Store
 from halovae.serve.web import make_app
 
@@ -83,6 +82,7 @@ WRONG = [
     ({"seed": ["1", "2"]}, "seed", "'seed' is given 2 times: give it once"),
     ({"flow_shift": "2"}, "flow_shift", "Some has no shift"),
     ({"num_inference_steps": "7"}, "num_inference_steps", "7 steps are too many for it"),
+    ({"lossless": "maybe"}, "lossless", "lossless ('maybe'): Input should be a valid boolean"),
 ]
 
 
@@ -183,6 +183,20 @@ def test_a_full_queue_says_when_to_come_back(opened: Open, image: bytes) -> None
     assert create(client, image).status_code == 200
 
 
+def test_a_job_that_ends_the_ranks_twice_is_given_up(opened: Open, image: bytes) -> None:
+    client = opened()
+    service = client.app.state.service  # type: ignore[attr-defined]
+    job = create(client, image).json()["id"]
+    service.ranks.ready = True
+    for status, attempts in (("queued", 1), ("failed", 2)):
+        client.portal.call(service.on_message, {"event": "alive"})  # type: ignore[union-attr]
+        assert client.get(f"/v1/videos/{job}").json()["status"] == "in_progress"
+        client.portal.call(service.on_end, "rank 1 was killed")  # type: ignore[union-attr]
+        found = client.get(f"/v1/videos/{job}").json()
+        assert (found["status"], found["attempts"]) == (status, attempts)
+    assert found["error"]["message"] == "the ranks ended 2 times while they worked on it: rank 1 was killed"
+
+
 def test_too_much_is_refused(opened: Open, image: bytes) -> None:
     client = opened(limits=Limits(upload_bytes=100_000))
     large, kind = image + bytes(200_000), "multipart/form-data; boundary=x"
@@ -239,3 +253,9 @@ def test_errors_of_every_kind_have_one_shape(opened: Open) -> None:
         answer = client.request(method, path)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    document = client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert {"200", "4XX", "5XX"} <= set(operation["responses"])
+            assert "422" not in operation["responses"]

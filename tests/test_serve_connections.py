@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
@@ -15,7 +16,10 @@ import pytest
 import uvicorn
 from servers import Server
 
-from halovae.serve import connections
+from halovae.serve import front
+from halovae.serve.server_settings import Limits, ServeOptions
+from halovae.serve.service import Metrics
+from halovae.serve.web import Guard
 
 MOST = 8
 Connect = Callable[[], socket.socket]
@@ -36,11 +40,13 @@ def connect() -> Iterator[Connect]:
     """A server with the limits, but in tenths of seconds; a new connection to it."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack, socket.socket() as listener:
         for name in ("HEAD_SECONDS", "BODY_SECONDS", "_LINGER", "_TAKE_SECONDS"):
-            patch.setattr(connections, name, 0.5)
-        patch.setattr(connections, "_SILENT_SECONDS", 0.1)
+            patch.setattr(front, name, 0.5)
+        patch.setattr(front, "_SILENT_SECONDS", 0.1)
         listener.bind(("127.0.0.1", 0))
+        options = ServeOptions(model="demo", task="image-to-video", ranks=1, limits=Limits(requests=MOST))
+        guarded = Guard(app, options, Metrics())
         config = uvicorn.Config(
-            app, http=connections.Connection, ws="none", log_config=None, limit_concurrency=MOST, lifespan="off"
+            guarded, http=front.Connection, ws="none", log_config=None, limit_concurrency=MOST, lifespan="off"
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -71,9 +77,9 @@ def closed(end: socket.socket) -> tuple[float, bytes]:
     "words",
     [
         b"",
-        b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ",
-        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nab",
-        b"POST /refused HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nab",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nab",
+        b"POST /refused HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nab",
     ],
     ids=["nothing", "half of a head", "half of a body", "a refused body"],
 )
@@ -87,7 +93,7 @@ def test_half_a_request_is_not_waited_for(connect: Connect, words: bytes) -> Non
 
 def test_a_byte_now_and_then_is_no_request(connect: Connect) -> None:
     end = connect()
-    end.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n")
+    end.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
     sent = 0
     with suppress(ConnectionError):
         while sent < 100:
@@ -97,9 +103,9 @@ def test_a_byte_now_and_then_is_no_request(connect: Connect) -> None:
 
 
 def test_a_slow_but_whole_body_is_taken(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "BODY_RATE", 1000)
+    monkeypatch.setattr(front, "BODY_RATE", 1000)
     end = connect()
-    end.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3000\r\n\r\n")
+    end.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000\r\n\r\n")
     for _ in range(10):
         end.sendall(bytes(300))
         time.sleep(0.1)
@@ -108,7 +114,7 @@ def test_a_slow_but_whole_body_is_taken(connect: Connect, monkeypatch: pytest.Mo
 
 def test_an_answer_that_nobody_takes_is_given_up(connect: Connect) -> None:
     end = connect()
-    end.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+    end.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
     time.sleep(1.5)
     assert len(closed(end)[1]) < 2**25
 
@@ -117,7 +123,7 @@ def test_whole_requests_come_before_silent_connections(connect: Connect) -> None
     silent = [connect() for _ in range(MOST)]
     time.sleep(0.2)
     end = connect()
-    end.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    end.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     seconds, said = closed(end)
     assert said.startswith(b"HTTP/1.1 200 ")
     assert seconds < 0.25, "before the silent ones had to go"
@@ -127,10 +133,15 @@ def test_whole_requests_come_before_silent_connections(connect: Connect) -> None
 def test_where_all_ask_something_there_are_too_many(connect: Connect) -> None:
     busy = [connect() for _ in range(MOST)]
     for end in busy:
-        end.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nab")
+        end.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nab")
     end = connect()
-    end.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-    assert closed(end)[1].startswith(b"HTTP/1.1 503 ")
+    end.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    head, _, body = closed(end)[1].partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 1" in head.lower()
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("server_error", "too_many_requests")
+    assert error["message"] == "8 requests are being answered, the most at once: try again"
 
 
 def test_messages_that_clients_make_come_once_a_minute() -> None:
@@ -138,7 +149,7 @@ def test_messages_that_clients_make_come_once_a_minute() -> None:
     logger, handler = logging.getLogger("test of connections"), logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
-    seldom = connections.Seldom()
+    seldom = front.Seldom()
     logger.addFilter(seldom)
     logger.propagate = False
     for number in range(100):
@@ -150,6 +161,7 @@ def test_messages_that_clients_make_come_once_a_minute() -> None:
     assert seen[2:] == ["client 100 sent nonsense (and 99 more like it)"]
 
 
+@pytest.mark.xdist_group("server")
 def test_hundreds_of_half_open_connections(server: Server) -> None:
     """More than the server may have files open; on this machine's loopback, for a second or two."""
     host, port = server.address.removeprefix("http://").split(":")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from servers import Server
 
+pytestmark = pytest.mark.xdist_group("server")
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-@pytest.mark.usefixtures("server")
 def test_no_request_breaks_the_server(server: Server, tmp_path: Path) -> None:
     schemathesis = str(Path(sys.executable).with_name("schemathesis"))
     arguments = ["run", f"{server.address}/openapi.json", "--checks", CHECKS, "--max-examples", "12", "--seed", "1"]

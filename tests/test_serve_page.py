@@ -10,7 +10,10 @@ from browser import CHROMIUM, browser
 from pipelines import picture
 from servers import Server
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+    pytest.mark.xdist_group("server"),
+]
 
 
 def test_from_the_keyboard_to_the_playing_video(server: Server, tmp_path: Path) -> None:
@@ -72,20 +75,3 @@ def test_from_the_keyboard_to_the_playing_video(server: Server, tmp_path: Path) 
             tab.wait(f"document.querySelectorAll('#history li').length === {left}")
         complaints = [each for each in tab.troubles if "400" not in each]
         assert not complaints
-
-
-def test_a_wrong_key_is_said(demo_model: Path, tmp_path: Path) -> None:
-    """The page asks for it before the ranks are there."""
-    (tmp_path / "key").write_text("a-key-that-nobody-guesses")
-    server = Server(demo_model, tmp_path / "store", "--api-key-file", str(tmp_path / "key"))
-    try:
-        with browser(tmp_path / "profile") as tab:
-            tab.go(server.address)
-            for key, words in (("some-other-key-of-somebody", ""), ("a-key-that-nobody-guesses", "not the right one")):
-                tab.wait(f"document.getElementById('key-problem').textContent.includes('{words}')")
-                tab.wait("document.getElementById('key-dialog').open && !key.value")
-                tab.type(key)
-                tab.press("Enter")
-            tab.wait("!document.getElementById('key-dialog').open && sessionStorage.key(0)")
-    finally:
-        server.kill()

@@ -43,6 +43,7 @@ def test_keys(tmp_path: Path) -> None:
         (["--ranks", "0"], "--ranks 0: give 1 or more"),
         (["--ulysses-degree", "2"], "--ulysses-degree 2 needs 2 ranks, but there are 1"),
         (["--host", "256.0.0.1"], "--host 256.0.0.1"),
+        (["--crf", "20", "--lossless"], "--lossless loses nothing, so --crf 20 has no meaning: leave one of them out"),
         (["--model", "none"], "--model none: no such folder, and no hub id of the form owner/name"),
     ],
 )
@@ -54,6 +55,18 @@ def test_wrong_flags_are_one_line(
     assert (code, output) == (2, "")
     assert words in errors
     assert errors.count("\n") == 1
+
+
+def test_torchrun_is_told_what_to_run_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["serve", "--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "halovae: error: halovae serve starts its ranks by itself: run `halovae serve --ranks 8 ...` without torchrun, "
+        "once on each machine\n"
+    )
 
 
 def test_a_model_without_parts_ends_the_server(tmp_path: Path) -> None:

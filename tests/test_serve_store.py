@@ -130,4 +130,5 @@ def test_a_write_is_on_the_disk(tmp_path: Path, opened: Open) -> None:
     job = add(store)
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as base:
         assert base.execute("SELECT id FROM jobs").fetchall() == [(job,)]
-    assert store.durability == ("wal", 2)
+    found = [store._base.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert found == ["wal", 2]  # FULL

@@ -267,7 +267,7 @@ class _OnRanks(ExactCall[Ran]):
         }
         report = CallReport(
             half=cast("Half", self.half), mode="exact", reference="un-tiled", phases=phases,
-            seconds=sum(phases.values()), shape=self.shards.shape, bounds=self.shards.bounds, extents=work.extents, steps=self.steps,
-            replayed=graphs.way == "replay", kept_memory=graphs.kept,
+            seconds=sum(phases.values()), shape=self.shards.shape, bounds=self.shards.bounds, extents=work.extents,
+            steps=self.steps, replayed=graphs.way == "replay", kept_memory=graphs.kept,
         )  # fmt: skip
         return Ran(self.result, report, graphs.growth)

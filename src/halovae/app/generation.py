@@ -59,10 +59,6 @@ def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
     from halovae.media import SUFFIXES, check_still
 
     with faults.noted():
-        if given.get("lossless") and given.get("crf") is not None:
-            crf = given["crf"]
-            raise InputError(f"--lossless loses nothing, so --crf {crf} has no meaning: leave one of them out")
-    with faults.noted():
         check_model(given["model"])
     output: Path = given["output"]
     with faults.noted():

@@ -86,6 +86,8 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         generation = Generation(**{name: values[name] for name in names & set(values)})
     with faults.noted():
         setup = Setup(**{field.name: values[field.name] for field in fields(Setup) if field.name in values})
+    if given.get("lossless") and given.get("crf") is not None:
+        faults.add(f"--lossless loses nothing, so --crf {given['crf']} has no meaning: leave one of them out")
     faults.check()
     return Job(
         task=task,

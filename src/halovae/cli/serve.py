@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,6 +98,7 @@ def serve(
     max_frames: _MaxFrames = 257,
     max_steps: _MaxSteps = 100,
     crf: flags.Crf = None,
+    lossless: options.Lossless = False,
     boundary_ratio: flags.BoundaryRatio = None,
     flow_shift: flags.FlowShift = None,
     ranks: options.Ranks = None,
@@ -127,13 +127,18 @@ def serve(
 
 
 def _start(context: typer.Context, given: dict[str, Any]) -> int:
-    """Become the front, or one of the ranks that a front or torchrun has started."""
+    """Become the front, or one of the ranks that a front has started."""
     if given["task"] not in _TASKS:
         raise InputError(f"--task {given['task']}: give {' or '.join(_TASKS)}")
     job = job_of(given["task"], {**given, "output": Path("video.mp4"), "dry_run": False, "json": None, "report": None})
     place, ranks = launch.place(), given["ranks"]
+    if place is not None and not launch.was_launched():
+        raise InputError(
+            "halovae serve starts its ranks by itself: "
+            f"run `halovae serve --ranks {place.local_world_size} ...` without torchrun, once on each machine"
+        )
     count = place.world_size if place else 1 if ranks is None else ranks
-    if place is None and not _has_ranks():
+    if place is None:
         launch.check_ranks(count)
     job.setup.check_ranks(count)
     check_model(job.model)
@@ -145,7 +150,7 @@ def _start(context: typer.Context, given: dict[str, Any]) -> int:
     options = RunOptions(
         model=job.model, ranks=ranks, axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
     )
-    return run(context, options, lambda session: _on_rank(session, job, context.obj, given["max_steps"]))
+    return run(context, options, lambda session: _on_rank(session, job, given["max_steps"]))
 
 
 def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
@@ -179,20 +184,7 @@ def _front(chosen: ServeOptions, arguments: list[str]) -> int:
     return run_front(chosen, arguments)
 
 
-def _has_ranks() -> bool:
-    """Whether torchrun's first rank has started this process as its front."""
-    import os
-
-    from halovae.serve.messages import FRONT_FD
-
-    return FRONT_FD in os.environ
-
-
-def _on_rank(session: Session, job: Job, arguments: list[str], steps: int) -> None:
-    from halovae.serve.messages import RANK_FD, Wire
+def _on_rank(session: Session, job: Job, steps: int) -> None:
     from halovae.serve.worker import serve_ranks
 
-    wire = Wire.inherited(RANK_FD)
-    if wire is None and session.is_first:  # Torchrun's ranks: the front is started by them, and not they by it.
-        wire = Wire.to_new_front([sys.executable, "-m", "halovae", *arguments, "--ranks", str(session.group.size)])
-    serve_ranks(session, job, wire, steps)
+    serve_ranks(session, job, steps)

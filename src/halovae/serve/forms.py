@@ -24,10 +24,9 @@ from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.media.images import open_image, upright_rgb
 from halovae.pipelines.grid import Grid
-from halovae.serve.api_errors import ApiError, described
 from halovae.serve.server_settings import Limits, ServeOptions
-from halovae.serve.service import Service
-from halovae.serve.store import VIDEO, Job, Store
+from halovae.serve.service import ApiError, Service
+from halovae.serve.store import DECODE, ENCODE, VIDEO, Job, Store
 
 _TEXT = 20_000
 """Characters of a prompt."""
@@ -38,6 +37,9 @@ _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 Count = Annotated[int | None, Field(ge=1, le=100_000)]
 Number = Annotated[float | None, Field(ge=0, le=1000, allow_inf_nan=False)]
+Lossless = Annotated[
+    bool | None, Field(description="Whether the mp4 keeps every pixel, as RGB, which few players show.")
+]
 
 
 class VideoFields(BaseModel, extra="forbid"):
@@ -58,20 +60,38 @@ class VideoFields(BaseModel, extra="forbid"):
     boundary_ratio: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     negative_prompt: Annotated[str | None, Field(max_length=_TEXT)] = None
+    lossless: Lossless = None
 
 
-def body_of(file: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The part of an OpenAPI document for a body with the file of that name; with other fields it may be JSON too."""
-    schema = fields or {"type": "object", "properties": {}, "required": [file], "additionalProperties": False}
+class ClipFields(BaseModel, extra="forbid"):
+    """Of a request to encode: the file alone."""
+
+
+class LatentsFields(ClipFields):
+    """Those of a request to decode, besides the file."""
+
+    lossless: Lossless = None
+
+
+FIELDS = {VIDEO: VideoFields, ENCODE: ClipFields, DECODE: LatentsFields}
+FILES = {VIDEO: "input_reference", ENCODE: "clip", DECODE: "latents"}
+"""Fields of a request for a job of a kind, and the one that is its file."""
+
+
+def body_of(kind: str) -> dict[str, Any]:
+    """The part of an OpenAPI document for the body of such a request; one for a video may be JSON too."""
+    schema, file = FIELDS[kind].model_json_schema(), FILES[kind]
+    if kind != VIDEO:
+        schema["required"] = [file]
     address = {"type": "string", "pattern": "^data:", "description": "The image: data:image/png;base64,..."}
-    kinds = {
+    shapes = {
         "multipart/form-data": {"type": "string", "format": "binary"},
         "application/json": {"type": "object", "properties": {"image_url": address}, "required": ["image_url"]},
     }
     content = {
-        kind: {"schema": {**schema, "properties": {**schema["properties"], file: shape}}}
-        for kind, shape in kinds.items()
-        if fields is not None or kind == _FORMS[0]
+        form: {"schema": {**schema, "properties": {**schema["properties"], file: shape}}}
+        for form, shape in shapes.items()
+        if kind == VIDEO or form == _FORMS[0]
     }
     return {"requestBody": {"required": True, "content": content}}
 
@@ -107,7 +127,7 @@ async def accepted(request: Request) -> Job:
     faults = Faults()
     async with _closing(request):
         sent = await _body(request, faults)
-        image = _image_of(sent.pop("input_reference", None), service.options, faults)
+        image = _image_of(sent.pop(FILES[VIDEO], None), service.options, faults)
         settings = _settings_of(sent, service, faults)
         with _new_folder(service.store, VIDEO) as job:
             if image is not None:
@@ -119,27 +139,27 @@ async def accepted(request: Request) -> Job:
             return service.submit(job, VIDEO, {"settings": settings})
 
 
-async def accepted_file(request: Request, kind: str, name: str) -> Job:
-    """Take in a request that is one file, the field `name`.
+async def accepted_file(request: Request, kind: str) -> Job:
+    """Take in a request of another kind, of which a file is all but everything.
 
     Raises:
         ApiError: as above.
     """
     service: Service = request.app.state.service
     service.check_room()
-    faults, limits = Faults(), service.options.limits
+    faults, limits, name = Faults(), service.options.limits, FILES[kind]
     async with _closing(request):
         sent = await _body(request, faults)
         file = sent.pop(name, None)
         if not isinstance(file, UploadFile) or not file.size:
             what = "empty" if isinstance(file, UploadFile) else "missing"
             faults.add(name, f"{name} is {what}: send a file, in a form")
-        for other in sent:
-            faults.add(other, f"{other[:80]!r} is no field here: there is {name}")
+        settings = _fields_of(FIELDS[kind], sent, faults)
         faults.check()
         with _new_folder(service.store, kind) as job:
             await asyncio.to_thread(_save, file.file, service.store.input(job))
-            return service.submit(job, kind, {"settings": {"pixels": limits.pixels, "frames": limits.frames}})
+            settings |= {"pixels": limits.pixels, "frames": limits.frames}
+            return service.submit(job, kind, {"settings": settings})
 
 
 @asynccontextmanager
@@ -171,7 +191,7 @@ async def _body(request: Request, faults: Faults) -> dict[str, Any]:
 
 
 def _image_of(value: Any, options: ServeOptions, faults: Faults) -> IO[bytes] | None:
-    name = "input_reference"
+    name = FILES[VIDEO]
     if value is None:
         if options.takes_image:
             faults.add(name, f"{name} is missing: {options.task} needs an image")
@@ -196,21 +216,25 @@ def _image_of(value: Any, options: ServeOptions, faults: Faults) -> IO[bytes] | 
     return None
 
 
-def _settings_of(sent: dict[str, Any], service: Service, faults: Faults) -> dict[str, Any]:
-    """What the fields ask for, as far as they can be understood."""
+def _fields_of(model: type[BaseModel], sent: Mapping[str, Any], faults: Faults, **spare: Any) -> dict[str, Any]:
+    """What the fields ask for, as far as they can be understood; `spare` stands for what is missing and has to be."""
     for name in sent:
-        if name not in VideoFields.model_fields:
+        if name not in model.model_fields:
             faults.add(name, f"{name[:80]!r} is no field here")
-    known = {name: value for name, value in sent.items() if name in VideoFields.model_fields}
+    known = {name: value for name, value in sent.items() if name in model.model_fields}
     try:
-        fields = VideoFields.model_validate(known)
+        fields = model.model_validate(known)
     except ValidationError as error:
         for each in error.errors():
             name, message = described(each)
             faults.add(name, message)
             known.pop(name, None)
-        fields = VideoFields.model_validate({"prompt": "", **known})
-    given = fields.model_dump(exclude_none=True)
+        fields = model.model_validate({**spare, **known})
+    return fields.model_dump(exclude_none=True)
+
+
+def _settings_of(sent: dict[str, Any], service: Service, faults: Faults) -> dict[str, Any]:
+    given = _fields_of(VideoFields, sent, faults, prompt="")
     facts, limits = service.ranks.facts, service.options.limits
     _check_model(given.pop("model", None), service.options)
     _settle_size(given, given.pop("size", None), faults)
@@ -292,7 +316,7 @@ def _save(upload: IO[bytes], path: Path) -> None:
 
 def _check_image(path: Path, limits: Limits, faults: Faults) -> None:
     """Refuse what is no still image, or not the whole of one."""
-    name = "input_reference"
+    name = FILES[VIDEO]
     try:
         with open_image(path) as image:
             if image is None:
@@ -303,6 +327,13 @@ def _check_image(path: Path, limits: Limits, faults: Faults) -> None:
                 upright_rgb(path, image)
     except InputError as error:
         faults.add(name, str(error).replace(str(path), name))
+
+
+def described(error: Mapping[str, Any]) -> tuple[str, str]:
+    """The field that one of pydantic's errors blames, and what to say of it."""
+    name, value = str((*error["loc"], "request")[0]), error.get("input")
+    shown = f" ({str(value)[:60]!r})" if isinstance(value, (str, int, float)) else ""
+    return name, f"{name}{shown}: {error['msg']}"
 
 
 def video_document(job: Job, progress: int, store: Store, options: ServeOptions) -> dict[str, Any]:

@@ -9,15 +9,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from halovae.app.launch import PROGRAM, Group, Verdict
 from halovae.app.watch import restore_terminal
 from halovae.base.errors import HalovaeError, InputError
 from halovae.pipelines.grid import Grid
-from halovae.serve.messages import RANK_FD, Message
+from halovae.serve.server_settings import RANK_FD
 
+Message = dict[str, Any]
 log = logging.getLogger(__name__)
 SILENT_SECONDS = 10.0
 """An idle group that has not been heard for so long does not answer."""
@@ -29,25 +30,12 @@ _WELL = 60.0
 """Seconds of work after which a group that ends is started again at once."""
 
 
-class Listener(Protocol):
-    """Whoever uses the group."""
-
-    def on_message(self, message: Message) -> None:
-        """The first rank says something."""
-        ...
-
-    def on_end(self, why: str) -> None:
-        """The group has ended; another one is started."""
-        ...
-
-
 class Ranks:
     """Ranks that do one task at a time.
 
     Args:
         arguments: of the command line, which each rank is started with too.
         count: how many.
-        given: the connection to a first rank that is there already; then none are started.
 
     Attributes:
         ready: whether the pipeline is loaded on every rank.
@@ -57,11 +45,11 @@ class Ranks:
         heard: when the ranks gave the last sign of life, on the monotonic clock.
     """
 
-    def __init__(self, arguments: Sequence[str], count: int, given: socket.socket | None = None) -> None:
+    def __init__(self, arguments: Sequence[str], count: int) -> None:
         self.count = count
         self.ready, self.facts = False, dict[str, Any]()
         self.starts, self.trouble, self.heard = 0, "", time.monotonic()
-        self._arguments, self._given = arguments, given
+        self._arguments = arguments
         self._group: Group | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._stopping = False
@@ -71,22 +59,25 @@ class Ranks:
         """What sizes the pipeline takes; None until it has been loaded for the first time."""
         return Grid(**self.facts["grid"]) if self.facts else None
 
-    async def run(self, listener: Listener) -> None:
+    async def run(self, on_message: Callable[[Message], None], on_end: Callable[[str], None]) -> None:
         """Keep a group running until `stop`.
 
+        Args:
+            on_message: called with what the first rank says.
+            on_end: called with the reason when a group has ended.
+
         Raises:
-            HalovaeError: the first group could not load the pipeline, or the given one has ended.
+            HalovaeError: the first group could not load the pipeline.
         """
         pause = 1.0
         while not self._stopping:
             started = time.monotonic()
-            was_ready, verdict = await self._run_once(listener)
+            was_ready, verdict = await self._run_once(on_message)
             if self._stopping:
                 return
             self.trouble = "; ".join(verdict.messages) or "the ranks have ended"
-            # Also where this front ends with its ranks: another front must know that this job was begun.
-            listener.on_end(self.trouble)
-            if self._given is not None or (self.starts == 1 and not was_ready):
+            on_end(self.trouble)
+            if self.starts == 1 and not was_ready:
                 sys.stderr.write(verdict.details)
                 raise (InputError if verdict.exit_code == 2 else HalovaeError)(self.trouble)
             restore_terminal()
@@ -111,25 +102,22 @@ class Ranks:
         if self._writer is not None:
             self._writer.close()
 
-    async def _run_once(self, listener: Listener) -> tuple[bool, Verdict]:
+    async def _run_once(self, on_message: Callable[[Message], None]) -> tuple[bool, Verdict]:
         """One group from start to end."""
         self.starts += 1
-        if self._given is not None:
-            was_ready = await self._listen(self._given, listener)
-            return was_ready, Verdict(1, ("the first rank has ended",))
         ours, theirs = socket.socketpair()
         self._group = group = Group()
         try:
             with theirs:
                 group.start([*PROGRAM, *self._arguments], self.count, {RANK_FD: theirs.fileno()})
             waiting = asyncio.create_task(asyncio.to_thread(group.wait))
-            was_ready = await self._listen(ours, listener)
+            was_ready = await self._listen(ours, on_message)
             await waiting
         finally:
             group.kill()
         return was_ready, group.verdict()
 
-    async def _listen(self, end: socket.socket, listener: Listener) -> bool:
+    async def _listen(self, end: socket.socket, on_message: Callable[[Message], None]) -> bool:
         """Take in messages until the group's end; whether it has been ready."""
         reader, self._writer = await asyncio.open_unix_connection(sock=end, limit=_LONGEST_LINE)
         was_ready = False
@@ -139,7 +127,7 @@ class Ranks:
                 self.heard = time.monotonic()
                 if message["event"] == "ready":
                     self.facts, self.ready, was_ready = message, True, True
-                listener.on_message(message)
+                on_message(message)
         except (ConnectionError, ValueError):
             pass  # It died in the middle of a line.
         finally:

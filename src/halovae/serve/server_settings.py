@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import re
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from halovae.base.errors import InputError
 
+RANK_FD = "HALOVAE_SERVE_RANK_FD"
+"""Environment of the first rank: the number of its end of the connection to the front."""
+_OWN_FILES = 64
+"""Descriptors for all but clients."""
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def most_requests() -> int:
+    """How many there may be at once, of the number of files that this process may open.
+
+    A quarter of that: each request has a connection, and a file or two of its own; connections that are to be turned
+    away, and those that come at the same instant, take a quarter each at most.
+    """
+    spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OWN_FILES
+    return min(max(spare // 4, 1), 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request, and all of them together, may ask for."""
 
     upload_bytes: int = 32 * 2**20
     """Of a whole request."""
@@ -25,6 +40,8 @@ class Limits:
     steps: int = 100
     queue: int = 64
     """Jobs that may wait; the next one is turned away."""
+    requests: int = field(default_factory=most_requests)
+    """At once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""From accepted jobs to results: one job at a time goes to the ranks, the oldest first."""
+"""From accepted jobs to results: one job at a time goes to the ranks, the oldest first. Its counters and errors too."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+
 from halovae.base.files import first_line, reason
-from halovae.serve.api_errors import ApiError
-from halovae.serve.messages import Message
-from halovae.serve.metrics import Metrics
-from halovae.serve.ranks import SILENT_SECONDS, Ranks
+from halovae.serve.ranks import SILENT_SECONDS, Message, Ranks
 from halovae.serve.server_settings import ServeOptions
 from halovae.serve.store import COMPLETED, ERRORS, NO_ROOM, QUEUED, Job, Store
 
@@ -24,8 +24,73 @@ ATTEMPTS = 2
 """How often a job is begun at most, when the ranks end while they work on it: it may be the job that ends them."""
 _TIDY_SECONDS = 60.0
 _RETRY_SECONDS = 2.0
+_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 log = logging.getLogger(__name__)
+
+
+class ApiError(HTTPException):
+    """A request that can't be answered as asked.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong, which value, what is allowed.
+        param: the field to blame, if it is one.
+        code: the same for programs.
+        headers: to send along.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        # What was sent as JSON may hold halves of characters, which no answer can.
+        super().__init__(status, message.encode("utf-8", "backslashreplace").decode(), headers)
+        self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
+        self.code = code
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "halovae_http_requests", "Requests.", ("method", "route", "status"), registry=self._registry
+        )
+        self.jobs = Counter("halovae_jobs", "Jobs that are over.", ("kind", "status"), registry=self._registry)
+        self.restarts = Counter("halovae_group_restarts", "Groups of ranks that ended.", registry=self._registry)
+        self._waited = Histogram(
+            "halovae_job_wait_seconds", "From acceptance to beginning.", buckets=_BUCKETS, registry=self._registry
+        )
+        self._took = Histogram(
+            "halovae_job_seconds", "From beginning to end.", ("kind",), buckets=_BUCKETS, registry=self._registry
+        )
+        self._stages = Counter(
+            "halovae_stage_seconds", "Of the first rank, by stage.", ("stage",), registry=self._registry
+        )
+
+    def gauge(self, name: str, words: str, value: Callable[[], float]) -> None:
+        """Count something that is known when it is asked for."""
+        Gauge(name, words, registry=self._registry).set_function(value)
+
+    def finished(self, job: Job) -> None:
+        """A job is over."""
+        self.jobs.labels(job.kind, job.status).inc()
+        if job.started is not None and job.finished is not None:
+            self._waited.observe(max(0.0, job.started - job.created))
+            self._took.labels(job.kind).observe(max(0.0, job.finished - job.started))
+        for stage, seconds in (job.result or {}).get("timings", {}).items():
+            self._stages.labels(stage).inc(max(0.0, seconds))
+
+    def text(self) -> bytes:
+        """As Prometheus reads it."""
+        return generate_latest(self._registry)
 
 
 @dataclass

@@ -118,12 +118,6 @@ class Store:
         self._base.close()
         self._lock.close()
 
-    @property
-    def durability(self) -> tuple[str, int]:
-        """SQLite's journal mode and synchronous level; 2 is FULL."""
-        mode, level = (self._base.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
-        return mode, level
-
     def check_room(self, free: int = 0) -> None:
         """See whether files can be written.
 

@@ -1,4 +1,4 @@
-"""The routes under /v1/videos."""
+"""The routes under /v1/videos, and those of the VAE alone under /v1/vae."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
+from starlette.background import BackgroundTask
 
-from halovae.serve.api_errors import ApiError
-from halovae.serve.forms import VideoFields, accepted, body_of, video_document
-from halovae.serve.service import Service
-from halovae.serve.store import COMPLETED, FAILED, VIDEO, Job
+from halovae.serve.forms import accepted, accepted_file, body_of, video_document
+from halovae.serve.service import ApiError, Service
+from halovae.serve.store import COMPLETED, DECODE, ENCODE, FAILED, VIDEO, Job
 
 _HEARTBEAT = 10.0
 """Seconds after which a stream of events says that it is still there."""
@@ -20,37 +20,47 @@ _PRESENCE = 0.5
 """Seconds between two looks whether a client that waits is still there."""
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
-VideoId = Annotated[str, Path(max_length=100, pattern=r"^[ -~]*$")]
-_BODY = body_of("input_reference", VideoFields.model_json_schema())
+vae = APIRouter(prefix="/v1/vae", tags=["vae"])
+_BODY = body_of(VIDEO)
 
 
-def service_of(request: Request) -> Service:
-    """The service behind a request."""
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
+Serving = Annotated[Service, Depends(_service)]
+"""The service behind a request."""
+
+
+async def _video(service: Serving, video_id: Annotated[str, Path(max_length=100, pattern=r"^[ -~]*$")]) -> Job:
+    return _known(service, video_id)
+
+
+Video = Annotated[Job, Depends(_video)]
+"""That a path names."""
+
+
 @router.post("", openapi_extra=_BODY)
-async def create(request: Request) -> dict[str, Any]:
+async def create(request: Request, service: Serving) -> dict[str, Any]:
     """Accept a job; it runs when those before it are done."""
-    return _document(service_of(request), await accepted(request))
+    return _document(service, await accepted(request))
 
 
 @router.post("/sync", openapi_extra=_BODY)
-async def create_and_wait(request: Request) -> FileResponse:
+async def create_and_wait(request: Request, service: Serving) -> FileResponse:
     """Make a video and answer with it. A client that hangs up cancels it."""
     job = await accepted(request)
-    return _content(service_of(request), await finished(request, job.id))
+    return _content(service, await _finished(request, service, job.id))
 
 
 @router.get("")
 async def list_videos(
-    request: Request,
+    service: Serving,
     after: Annotated[str | None, Query(max_length=100)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
     """Videos by the time they were asked for."""
-    service = service_of(request)
     start = None if after is None else _known(service, after)
     jobs = service.store.videos(start, limit + 1, newest_first=order == "desc")
     data = [_document(service, job) for job in jobs[:limit]]
@@ -59,56 +69,77 @@ async def list_videos(
 
 
 @router.get("/{video_id}")
-async def retrieve(request: Request, video_id: VideoId) -> dict[str, Any]:
+async def retrieve(service: Serving, video: Video) -> dict[str, Any]:
     """One job: its status, progress in percent, seconds by stage, and its error."""
-    service = service_of(request)
-    return _document(service, _known(service, video_id))
+    return _document(service, video)
 
 
 @router.delete("/{video_id}")
-async def delete(request: Request, video_id: VideoId) -> dict[str, Any]:
+async def delete(service: Serving, video: Video) -> dict[str, Any]:
     """Forget a video; a job that waits or runs is cancelled."""
-    service = service_of(request)
-    service.remove(_known(service, video_id).id)
-    return {"id": video_id, "object": "video.deleted", "deleted": True}
+    service.remove(video.id)
+    return _gone(video.id)
 
 
 @router.get("/{video_id}/content")
 async def content(
-    request: Request,
-    video_id: VideoId,
+    service: Serving,
+    video: Video,
     variant: Annotated[Literal["video", "thumbnail", "input_reference"], Query()] = "video",
 ) -> FileResponse:
     """The mp4; its first frame, small, as a JPEG; or the image that it was made from. Ranges too."""
-    service = service_of(request)
-    return _content(service, _known(service, video_id), variant)
+    return _content(service, video, variant)
 
 
 @router.get("/{video_id}/events")
-async def events(request: Request, video_id: VideoId) -> StreamingResponse:
+async def events(service: Serving, video: Video) -> StreamingResponse:
     """The job now and at each change, as server-sent events, until it is over."""
-    service = service_of(request)
-    _known(service, video_id)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(service, video_id), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(service, video.id), media_type="text/event-stream", headers=headers)
 
 
 async def _events(service: Service, video_id: str) -> AsyncIterator[str]:
     last = ""
     async for job in service.changes(video_id, _HEARTBEAT):
-        gone = {"id": video_id, "object": "video.deleted", "deleted": True}
-        line = json.dumps(gone if job is None else _document(service, job))
+        line = json.dumps(_gone(video_id) if job is None else _document(service, job))
         yield ": still here\n\n" if line == last else f"data: {line}\n\n"
         last = line
 
 
-async def finished(request: Request, job: str) -> Job:
+@vae.post("/encode", openapi_extra=body_of(ENCODE))
+async def encode(request: Request, service: Serving) -> FileResponse:
+    """A clip, a video or an image, to latents: a safetensors file, as `halovae encode` writes."""
+    return await _through(request, service, ENCODE, "application/octet-stream")
+
+
+@vae.post("/decode", openapi_extra=body_of(DECODE))
+async def decode(request: Request, service: Serving) -> FileResponse:
+    """Latents, as encode has answered, to a video: an mp4, as `halovae decode` writes."""
+    return await _through(request, service, DECODE, "video/mp4")
+
+
+async def _through(request: Request, service: Service, kind: str, media_type: str) -> FileResponse:
+    """Answers when the work is done, and keeps nothing of it."""
+    job = (await accepted_file(request, kind)).id
+    try:
+        await _finished(request, service, job)
+    except BaseException:
+        service.remove(job)
+        raise
+
+    async def forget() -> None:
+        service.remove(job)
+
+    path = service.store.output(job)
+    return FileResponse(path, media_type=media_type, filename=path.name, background=BackgroundTask(forget))
+
+
+async def _finished(request: Request, service: Service, job: str) -> Job:
     """Wait for a job's end, as long as the client does.
 
     Raises:
         ApiError: it has failed, or was removed.
     """
-    service = service_of(request)
     async for now in service.changes(job, _PRESENCE):
         if now is None:
             break
@@ -128,6 +159,10 @@ def _known(service: Service, video_id: str) -> Job:
     if job is None or job.kind != VIDEO:
         raise ApiError(404, f"there is no video {video_id!r}", param="video_id", code="not_found")
     return job
+
+
+def _gone(video_id: str) -> dict[str, Any]:
+    return {"id": video_id, "object": "video.deleted", "deleted": True}
 
 
 def _document(service: Service, job: Job) -> dict[str, Any]:

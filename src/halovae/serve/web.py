@@ -1,33 +1,46 @@
-"""The web application: its routes put together."""
+"""The web application: its routes put together, who may use them, and errors of one shape."""
 
 from __future__ import annotations
 
+import hmac
+import ipaddress
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from halovae.serve import api_errors, vae_routes, video_routes
-from halovae.serve.guard import Guard
-from halovae.serve.service import Service
-from halovae.serve.store import QUEUED
-from halovae.serve.video_routes import service_of
+from halovae.serve import video_routes
+from halovae.serve.forms import described
+from halovae.serve.server_settings import ServeOptions
+from halovae.serve.service import ApiError, Metrics, Service
+from halovae.serve.store import ERRORS, QUEUED
+from halovae.serve.video_routes import Serving
 
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+_OPEN = (*_PAGE, "/health")
+"""What everyone may see: nothing in it tells of any job."""
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 """The page needs nothing from anywhere else."""
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -39,26 +52,35 @@ def make_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return _response(_told(service, error))
+
+    kind = {"model": Problem, "description": "Error"}
     app = FastAPI(
         title="halovae",
         version=metadata.version("halovae"),
         lifespan=lifespan,
+        responses={"4XX": kind, "5XX": kind},
         # Both load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
     )
     app.state.service, app.state.started = service, int(time.time())
-    api_errors.install(app, service)
+    for each in (HTTPException, RequestValidationError, ClientDisconnect, *ERRORS, Exception):
+        app.add_exception_handler(each, failed)
     app.include_router(video_routes.router)
-    app.include_router(vae_routes.router)
+    app.include_router(video_routes.vae)
     for path in _PAGE:
         app.add_api_route(path, page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"], responses={503: {"description": "Not yet"}})
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, tags=["server"])
     app.add_api_route("/v1/models", models, methods=["GET"], tags=["server"])
     app.add_middleware(Guard, options=service.options, metrics=service.metrics)
-    app.openapi = _documented(app)  # type: ignore[method-assign]
-    _gauges(service)
+    gauge = service.metrics.gauge
+    gauge("halovae_jobs_queued", "Jobs that wait.", lambda: service.store.count(QUEUED))
+    gauge("halovae_busy", "1 while the ranks work on a job.", lambda: service.health()["busy"])
+    gauge("halovae_ready", "1 when every rank answers.", lambda: service.health()["ready"])
+    gauge("halovae_ranks", "Ranks in the group.", lambda: service.options.ranks)
     return app
 
 
@@ -70,21 +92,20 @@ async def page(request: Request) -> Response:
     return Response(content, media_type=kind, headers=headers)
 
 
-async def health(request: Request) -> JSONResponse:
+async def health(service: Serving) -> JSONResponse:
     """200 when every rank answers, else 503, with what is known."""
-    found = service_of(request).health()
+    found = service.health()
     return JSONResponse(found, 200 if found["ready"] else 503)
 
 
-async def metrics(request: Request) -> PlainTextResponse:
+async def metrics(service: Serving) -> PlainTextResponse:
     """Counters and gauges, as Prometheus reads them."""
-    return PlainTextResponse(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request, service: Serving) -> dict[str, Any]:
     """The one model that is served."""
-    options = service_of(request).options
-    ranks = service_of(request).ranks
+    options, ranks = service.options, service.ranks
     entry = {
         "id": options.model,
         "object": "model",
@@ -99,48 +120,151 @@ async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [entry]}
 
 
-def _gauges(service: Service) -> None:
-    gauge = service.metrics.gauge
-    gauge("halovae_jobs_queued", "Jobs that wait.", lambda: service.store.count(QUEUED))
-    gauge("halovae_busy", "1 while the ranks work on a job.", lambda: service.health()["busy"])
-    gauge("halovae_ready", "1 when every rank answers.", lambda: service.health()["ready"])
-    gauge("halovae_ranks", "Ranks in the group.", lambda: service.options.ranks)
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-_ERROR = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
-}
+class _Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-def _documented(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """The OpenAPI document, with the shape that errors really have."""
-    made = FastAPI.openapi
+class Problem(BaseModel):
+    """An error as clients of OpenAI's API know it."""
 
-    def openapi() -> dict[str, Any]:
-        document = made(app)
-        error = {"description": "Error", "content": {"application/json": {"schema": _ERROR}}}
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-                operation["responses"]["4XX"] = error
-        document["components"]["schemas"] = {
-            name: schema
-            for name, schema in document["components"]["schemas"].items()
-            if name not in ("HTTPValidationError", "ValidationError")
-        }
-        return document
+    error: _Error
 
-    return openapi
+
+def _told(service: Service, error: Exception) -> HTTPException:
+    """What to answer when a request has failed."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, RequestValidationError):
+        faults = [described({**each, "loc": each["loc"][1:]}) for each in error.errors()]
+        message = "; ".join(message for _, message in faults)
+        return ApiError(400, message, param=faults[0][0], code="invalid_value")
+    if isinstance(error, ClientDisconnect):
+        return ApiError(400, "the request did not come to its end")
+    if isinstance(error, ERRORS):
+        return service.no_room(error)
+    # The web server logs it.
+    return ApiError(500, "the server has failed at this request; its log says why")
+
+
+def _response(error: HTTPException) -> JSONResponse:
+    problem = _Error(
+        message=error.detail,
+        type=_TYPES.get(error.status_code, "server_error" if error.status_code >= 500 else "invalid_request_error"),
+        param=getattr(error, "param", None),
+        code=getattr(error, "code", None),
+    )
+    return JSONResponse({"error": problem.model_dump()}, error.status_code, headers=error.headers)
+
+
+# ---- who may ask -----------------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Stands before the application, counts requests and turns some away.
+
+    Who may ask: whoever has the key, where there is one; else only pages of this server, when a browser asks.
+
+    Args:
+        app: the application.
+        options: of the server.
+        metrics: gets the counts.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServeOptions, metrics: Metrics) -> None:
+        self._app, self._options, self._metrics = app, options, metrics
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, ended = 500, False
+        # Routes know GET. The answer to HEAD is the same, without its body.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
+        async def counted(message: Message) -> None:
+            nonlocal status, ended
+            if ended:
+                return
+            await send(message)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if scope["method"] == "HEAD":
+                    # All of the answer, also where there would be no end to its body.
+                    ended = True
+                    await send({"type": "http.response.body"})
+
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._options.limits.upload_bytes:
+                raise self._too_much()
+            return message
+
+        self._under_way += 1
+        try:
+            refusal = self._refusal(scope)
+            await (self._app if refusal is None else _response(refusal))(asked, limited, counted)
+        finally:
+            self._under_way -= 1
+            route = getattr(asked.get("route"), "path", "(none)")
+            self._metrics.requests.labels(scope["method"], route, str(status)).inc()
+
+    def _too_much(self) -> ApiError:
+        return ApiError(413, f"the request is larger than {self._options.limits.upload_bytes} bytes: send less")
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers, most = Headers(scope=scope), self._options.limits.requests
+        if self._under_way > most:
+            busy = f"{most} requests are being answered, the most at once: try again"
+            return ApiError(503, busy, code="too_many_requests", headers={"Retry-After": "1", "Connection": "close"})
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self._options.limits.upload_bytes:
+            return self._too_much()
+        if self._options.key is None:
+            return _foreign_page(headers, self._options.host)
+        if scope["path"] in _OPEN:
+            return None
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        # Compared in constant time: how long a refusal takes must not tell how much of a guess was right.
+        right = hmac.compare_digest(key.strip().encode(), self._options.key.encode())
+        if kind.lower() == "bearer" and right:
+            return None
+        return ApiError(
+            401,
+            "this server wants a key: send it as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+def _foreign_page(headers: Headers, host: str) -> ApiError | None:
+    """Any page that a user visits can make the browser send requests to this machine."""
+    named = headers.get("host", "")
+    if is_loopback(host) and not is_loopback(urlsplit(f"//{named}").hostname or ""):
+        return ApiError(403, f"this server answers to this machine's own names only, not to {named[:80]!r}")
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != named:
+        return ApiError(403, f"pages of {origin[:80]!r} may not use this server: it has no API key")
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return ApiError(403, "pages of other sites may not use this server: it has no API key")
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine is reached by that name."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -31,7 +31,6 @@ from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_sch
 from halovae.pipelines.signature import arguments, parameters
 from halovae.pipelines.stages import WRITE, Timeline
 from halovae.serve.store import THUMBNAIL
-from halovae.serve.votes import NoRoomError
 
 OnStep = Callable[[int, int | None], None]
 """Called by all ranks together, with the number of steps done and of all."""
@@ -46,6 +45,10 @@ FIELDS = {
     **{flag(name): name for name in (*_SETTINGS, *_PER_CALL, "prompt", "seed", "guidance_scale_2")},
 }
 """The command line's flags, as clients know these settings."""
+
+
+class NoRoomError(HalovaeError):
+    """The result could not be written for want of room: the task can be done again when there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class Task:
     """One of the kinds in `store`."""
     settings: Mapping[str, Any]
     input: Path | None
-    """This rank's copy of what the client has sent."""
+    """What the client has sent."""
     output: Path
     """Of the first rank."""
 
@@ -118,6 +121,7 @@ def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> d
     """
     given = dict(task.settings)
     fps = int(given.pop("fps"))
+    lossless = given.pop("lossless", model.job.lossless)
     per_call = {name: given.pop(name) for name in _PER_CALL if name in given}
     seconds = given.pop("seconds", None)
     if seconds is not None:
@@ -134,7 +138,7 @@ def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> d
         first = Image.fromarray(result.frames[0])
         first.thumbnail(_THUMBNAIL)
         first.save(task.output.with_name(THUMBNAIL))
-        media.write(task.output, result.frames, Fraction(fps), crf=model.job.crf)
+        media.write(task.output, result.frames, Fraction(fps), crf=model.job.crf, lossless=lossless)
     frames, height, width = result.frames.shape[:3]
     sizes = {"num_frames": frames, "height": height, "width": width, "fps": fps}
     peak = max(result.peak_memory.values(), default=0)
@@ -177,8 +181,10 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
         InputError: no latents, or those of another VAE.
     """
     assert task.input is not None
+    given = dict(task.settings)
+    lossless = given.pop("lossless", model.job.lossless)
     encoded, info = latents_file.load(task.input)
-    _check_size(info.frames, info.height, info.width, **task.settings)
+    _check_size(info.frames, info.height, info.width, **given)
     vae = model.runner.pipeline.vae
     latents_file.check_shape(encoded, info, model.limits, type(vae).__name__)
     encoded = encoded.to(session.device, vae.dtype)
@@ -189,7 +195,7 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
         return {}
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
     with _writing():
-        media.write(task.output, codec.Frames(fit.crop(sample)), info.fps, times=info.times)
+        media.write(task.output, codec.Frames(fit.crop(sample)), info.fps, times=info.times, lossless=lossless)
     return {"num_frames": info.frames, "height": info.height, "width": info.width}
 
 

@@ -1,35 +1,41 @@
 """One rank of a server: the pipeline is loaded once, then tasks come, one after another, until the front has gone.
 
-The first rank gets them over its wire and hands each to the others. Where ranks are on other machines, which have no
-files of the front, what the client has sent comes with it.
+The first rank gets them from the front, as lines of JSON, and hands each to the others.
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import os
 import re
+import select
+import socket
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from halovae.app import launch
 from halovae.app.generation import found, loaded
 from halovae.app.job import Job
 from halovae.app.session import Session
-from halovae.base.errors import HalovaeError
+from halovae.app.watch import Failure, failure_of, report
+from halovae.base.errors import HalovaeError, RankFailedError
+from halovae.base.files import first_line
+from halovae.comm import Comm
+from halovae.comm.agreement import together
 from halovae.media.vae_limits import limits_of
 from halovae.pipelines.grid_sizes import grid_of
 from halovae.pipelines.runner import Runner
-from halovae.serve.messages import Message, Wire
-from halovae.serve.store import DECODE, ENCODE, VIDEO
-from halovae.serve.votes import Outcome, Votes
+from halovae.serve.server_settings import RANK_FD
+from halovae.serve.store import DECODE, ENCODE, NO_ROOM, VIDEO
 from halovae.serve.work import (
     FIELDS,
     Model,
+    NoRoomError,
     OnStep,
     Task,
     decode_latents,
@@ -41,31 +47,25 @@ from halovae.serve.work import (
 
 TICK = 2.0
 """Seconds between two signs of life of an idle group."""
+STUCK_SECONDS = 120.0
+"""How long a rank that has failed waits for the others to learn of it. They may be in an exchange that it will never
+join; then only the end of its process frees them."""
 _WORK = {VIDEO: make_video, ENCODE: encode_clip, DECODE: decode_latents}
 
 
-@dataclass(frozen=True)
-class Order:
-    """What the first rank hands to all."""
-
-    message: Message
-    content: bytes | None = None
-    """What the client has sent, for ranks that can't read it where the front keeps it."""
-
-
-def serve_ranks(session: Session, job: Job, wire: Wire | None, steps: int) -> None:
+def serve_ranks(session: Session, job: Job, steps: int) -> None:
     """Load the pipeline, then work for the front. Called on every rank; does not return.
 
     Args:
         session: of this rank.
         job: what the server was started with.
-        wire: to the front, on the first rank.
         steps: the most that a client may ask for.
 
     Raises:
         HalovaeError: the model can't be loaded, a rank has died, or the front has gone.
     """
     model = _opened(session, job)
+    wire = Wire(socket.socket(fileno=int(os.environ[RANK_FD]))) if session.is_first else None
     if wire is not None:
         wire.send(
             {
@@ -79,11 +79,11 @@ def serve_ranks(session: Session, job: Job, wire: Wire | None, steps: int) -> No
         )
     with model.runner:
         while True:
-            order = session.group.all_gather_object(_next_order(wire))[0]
-            if order is not None:
-                _Turn(session, model, wire, order).run()
+            message = session.group.all_gather_object(None if wire is None else wire.receive(TICK))[0]
+            if message is not None and "kind" in message:  # Else a late word on a task that is over.
+                _Turn(session, model, wire, message).run()
             elif wire is not None:
-                _tell(wire, {"event": "alive"})
+                wire.send({"event": "alive"})
 
 
 def _opened(session: Session, job: Job) -> Model:
@@ -95,107 +95,191 @@ def _opened(session: Session, job: Job) -> Model:
     return Model(source=source, job=replace(job, setup=setup), runner=runner, grid=grid, limits=limits)
 
 
-def _next_order(wire: Wire | None) -> Order | None:
-    """On the first rank: the next task, or None after a while without one."""
-    if wire is None:
-        return None
-    message = _heard(wire, TICK)
-    if message is None or "kind" not in message:  # Nothing, or a late word on a task that is over.
-        return None
-    place, path = launch.place(), message["input"]
-    if path is None or place is None or place.local_world_size == place.world_size:
-        return Order(message)
-    return Order(message, Path(path).read_bytes())
-
-
-@contextmanager
-def received(order: Order) -> Iterator[Path | None]:
-    """What the client has sent, as a file of this machine."""
-    if order.content is None:
-        path = order.message["input"]
-        yield None if path is None else Path(path)
-        return
-    # It has no name: nothing of it is left when this process is killed.
-    with tempfile.TemporaryFile() as file:
-        file.write(order.content)
-        file.flush()
-        yield Path(f"/dev/fd/{file.fileno()}")
-
-
 def in_fields(message: str) -> str:
     """A message that speaks of flags of the command line, as clients know these settings."""
     return re.sub(r"--[a-z0-9-]+", lambda found: FIELDS.get(found[0], found[0]), message)
 
 
-def _tell(wire: Wire, message: Mapping[str, Any]) -> None:
-    try:
-        wire.send(message)
-    except OSError as error:
-        raise HalovaeError("the front of the server has ended") from error
+class Wire:
+    """The first rank's end of the connection to the front.
+
+    Args:
+        end: a connected socket.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._words = b""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one message.
+
+        Raises:
+            HalovaeError: the front has gone.
+        """
+        try:
+            self._end.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as error:
+            raise _alone() from error
+
+    def receive(self, seconds: float) -> dict[str, Any] | None:
+        """The next message, or None when none comes within so many seconds.
+
+        Raises:
+            HalovaeError: the front has gone.
+        """
+        while b"\n" not in self._words:
+            if not select.select([self._end], [], [], seconds)[0]:
+                return None
+            try:
+                words = self._end.recv(65536)
+            except ConnectionError as error:
+                raise _alone() from error
+            if not words:
+                raise _alone()
+            self._words += words
+        line, _, self._words = self._words.partition(b"\n")
+        return json.loads(line)
 
 
-def _heard(wire: Wire, seconds: float) -> Message | None:
+def _alone() -> HalovaeError:
+    return HalovaeError("the front of the server has ended")
+
+
+# ---- one task --------------------------------------------------------------------------------------------------------
+
+
+class CancelledError(Exception):
+    """The client does not want the result any more."""
+
+
+class Attempt:
+    """One rank's part in one task, which all ranks leave together, whichever of them has a reason to.
+
+    A rank that left it by itself would leave the others waiting for it, for good.
+
+    Args:
+        comm: of all ranks.
+        cancelled: asked at each step, on the first rank.
+    """
+
+    def __init__(self, comm: Comm, cancelled: Callable[[], bool]) -> None:
+        self._comm, self._cancelled, self._leaving = comm, cancelled, False
+
+    def step(self) -> None:
+        """Called by all ranks at the same places of a task, at least before what they do together begins.
+
+        Raises:
+            Exception: all ranks leave the task.
+        """
+        self._leaving = True
+        with together(self._comm):
+            if self._comm.rank == 0 and self._cancelled():
+                raise CancelledError
+        self._leaving = False
+
+    def run(self, task: Callable[[], None]) -> Exception | None:
+        """Do this rank's part; returns, on all ranks, what ended the task before it was done.
+
+        Raises:
+            RankFailedError: a rank has died: there is no group any more.
+        """
+        problem: Exception | None = None
+        try:
+            task()
+        except Exception as error:
+            problem = error
+        try:
+            if not self._leaving:
+                with _ends_when_stuck(problem), together(self._comm):
+                    if problem is not None:
+                        raise problem
+        except Exception as error:
+            problem = error
+        if problem is not None:
+            self._comm.all_gather_object(None)
+        return problem
+
+
+@contextmanager
+def _ends_when_stuck(problem: Exception | None) -> Iterator[None]:
+    if problem is None:
+        yield
+        return
+    message = failure_of(problem).message
+    why = HalovaeError(f"{message} (and the other ranks did not learn of it in {STUCK_SECONDS:g} s)")
+    timer = threading.Timer(STUCK_SECONDS, _end_process, [failure_of(why)])
+    timer.daemon = True
+    timer.start()
     try:
-        return wire.receive(seconds)
-    except EOFError as error:
-        raise HalovaeError(str(error)) from error
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_process(failure: Failure) -> None:
+    report(failure)
+    os._exit(failure.exit_code)
 
 
 class _Turn:
     """One task on this rank."""
 
-    def __init__(self, session: Session, model: Model, wire: Wire | None, order: Order) -> None:
-        self._session, self._model, self._wire, self._order = session, model, wire, order
-        self._id, self._input = order.message["id"], ""
-        self._votes = Votes(session.group, self._is_cancelled)
+    def __init__(self, session: Session, model: Model, wire: Wire | None, message: Mapping[str, Any]) -> None:
+        self._session, self._model, self._wire = session, model, wire
+        self._attempt = Attempt(session.group, self._is_cancelled)
         self._result: dict[str, Any] = {}
+        path = message["input"]
+        self._task = Task(
+            id=message["id"],
+            kind=message["kind"],
+            settings=message["settings"],
+            input=None if path is None else Path(path),
+            output=Path(message["output"]),
+        )
 
     def run(self) -> None:
-        outcome = self._votes.outcome(self._work)
-        self._say(outcome)
-        if outcome.details:
+        problem = self._attempt.run(self._work)
+        if self._wire is not None:
+            self._wire.send({"id": self._task.id, **self._told(problem)})
+        if problem is not None:
             # A traceback holds on to tensors until it is collected; and an accelerator that has failed for good says
             # so here, which ends this process and brings a fresh one.
+            problem = None
             gc.collect()
             self._session.synchronize()
 
     def _work(self) -> None:
-        message = self._order.message
-        with received(self._order) as path:
-            self._input = str(path)
-            task = Task(
-                id=self._id,
-                kind=message["kind"],
-                settings=message["settings"],
-                input=path,
-                output=Path(message["output"]),
-            )
-            self._result = _WORK[task.kind](self._session, self._model, task, self._on_step())
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step())
 
     def _on_step(self) -> OnStep:
         def on_step(done: int, total: int | None) -> None:
-            self._votes.step()
+            self._attempt.step()
             if self._wire is not None:
-                _tell(self._wire, {"event": "progress", "id": self._id, "done": done, "total": total})
+                self._wire.send({"event": "progress", "id": self._task.id, "done": done, "total": total})
 
         return on_step
 
     def _is_cancelled(self) -> bool:
         assert self._wire is not None
-        while (message := _heard(self._wire, 0)) is not None:
-            if message.get("cancel") == self._id:
+        while (message := self._wire.receive(0)) is not None:
+            if message.get("cancel") == self._task.id:
                 return True
         return False
 
-    def _say(self, outcome: Outcome) -> None:
-        if self._wire is None:
-            return
-        if outcome.cancelled:
-            _tell(self._wire, {"event": "cancelled", "id": self._id})
-        elif outcome.code is None:
-            _tell(self._wire, {"event": "done", "id": self._id, "result": self._result})
-        else:
-            sys.stderr.write(outcome.details)
-            # The path is this machine's own affair.
-            message = in_fields(outcome.message.replace(self._input, "the file"))
-            _tell(self._wire, {"event": "failed", "id": self._id, "code": outcome.code, "message": message})
+    def _told(self, problem: Exception | None) -> dict[str, Any]:
+        """What the front hears of the end."""
+        if problem is None:
+            return {"event": "done", "result": self._result}
+        if isinstance(problem, CancelledError):
+            return {"event": "cancelled"}
+        failure = failure_of(problem)
+        words = str(problem) if failure.exit_code == 2 else first_line(problem)
+        if not failure.expected or failure.consequence:
+            sys.stderr.write(problem.details if isinstance(problem, RankFailedError) else failure.details)
+        refusal = "invalid_request" if failure.exit_code == 2 else "server_error"
+        code = NO_ROOM if isinstance(problem, NoRoomError) else refusal
+        # The path is this machine's own affair.
+        words = in_fields(" ".join(words.replace(str(self._task.input), "the file").split()))
+        named = words if failure.expected else f"{type(problem).__name__}: {words}"
+        return {"event": "failed", "code": code, "message": named}

@@ -233,9 +233,19 @@ function clear() {
 
 // ---- the history ---------------------------------------------------------------------------------------------------
 
+const PAGE = 50; // Jobs that one answer lists.
+let wanted = PAGE; // How many the history shows, if there are so many.
+
 async function list() {
-  const jobs = (await (await ask("v1/videos?limit=50")).json()).data;
+  const jobs = [];
+  let found;
+  do {
+    const after = jobs.length ? `&after=${jobs.at(-1).id}` : "";
+    found = await (await ask(`v1/videos?limit=${PAGE}${after}`)).json();
+    jobs.push(...found.data);
+  } while (found.has_more && jobs.length < wanted);
   at("history-title").hidden = !jobs.length;
+  at("older").hidden = !found.has_more;
   at("history").replaceChildren(...jobs.map(entry));
 }
 
@@ -293,6 +303,10 @@ async function remove(job) {
 at("form").addEventListener("submit", submit);
 at("image").addEventListener("change", preview);
 at("again").addEventListener("click", () => useAgain().catch((error) => { say(error.message); }));
+at("older").addEventListener("click", () => { wanted += PAGE; list().catch((error) => { say(error.message); }); });
+at("video").addEventListener("error", () => {
+  if (!at("video").hidden && at("video").getAttribute("src")) say("This browser can't show the video: download it.");
+});
 at("cancel").addEventListener("click", async () => remove(await (await ask(`v1/videos/${shown}`)).json()));
 window.addEventListener("hashchange", openAddress);
 for (const name of ["dragenter", "dragover"]) {

@@ -1,0 +1,60 @@
+"""Ranks leave a task together, whichever of them has a reason to."""
+
+from __future__ import annotations
+
+from ranks import Ranks
+
+from halovae import comm
+from halovae.base.errors import InputError, RankFailedError
+from halovae.serve.worker import Attempt, CancelledError
+
+STEPS = 4
+
+
+def play(rank: int, failing: list[int], at: int, cancel_at: int | None = None) -> list[object]:
+    """A task of some steps in which ranks fail, or the client has enough; and after it one that does not fail."""
+    group, asked = comm.world(), 0
+
+    def cancelled() -> bool:
+        nonlocal asked
+        asked += 1
+        return cancel_at is not None and asked > cancel_at
+
+    attempt, done = Attempt(group, cancelled), 0
+
+    def task() -> None:
+        nonlocal done
+        for step in range(STEPS):
+            attempt.step()
+            done += 1
+            if step == at and rank in failing:
+                raise InputError(f"bad on {rank}")
+
+    problem = attempt.run(task)
+    details = problem.details if isinstance(problem, RankFailedError) else ""
+    return [type(problem), str(problem), "in task" in details, done, Attempt(group, lambda: False).run(lambda: None)]
+
+
+def everything(rank: int) -> dict[str, list[object]]:
+    return {
+        "well": play(rank, [], 0),
+        "both": play(rank, [0, 1], 1),
+        "cancelled": play(rank, [], 0, 2),
+        **{f"rank {each} at {at}": play(rank, [each], at) for each in (0, 1) for at in (0, STEPS - 1)},
+    }
+
+
+def test_ranks_leave_a_task_together(two_ranks: Ranks) -> None:
+    both = two_ranks.run(everything)
+    for rank, found in enumerate(both):
+        assert found["well"] == [type(None), "None", False, STEPS, None]
+        assert found["both"] == [InputError, f"bad on {rank}", False, 2, None]
+        for each in (0, 1):
+            for at in (0, STEPS - 1):
+                own = [InputError, f"bad on {each}", False, at + 1, None]
+                told = [RankFailedError, f"rank {each} failed: bad on {each}", True, at + 1, None]
+                assert found[f"rank {each} at {at}"] == (own if rank == each else told)
+    first, second = (found["cancelled"] for found in both)
+    assert first == [CancelledError, "", False, 2, None]
+    assert second[0] is RankFailedError
+    assert second[3:] == [2, None]
