@@ -15,6 +15,9 @@ if torch.accelerator.device_count() == 0:
     # Without an accelerator Triton's interpreter runs the kernels. Read when Triton is imported, as others do too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests neither read nor fill a user's cache, and none knows what another one has found out.
+os.environ["HALOVAE_CACHE"] = "off"
+
 from ranks import Ranks
 from servers import Server, disk
 

@@ -57,6 +57,7 @@ FLAGS = {
             --bandwidth --device --dtype --flops --height --json --link --memory --model --num-frames
             --ranks --vae-decode-dtype --vae-encode-dtype --width
         """,
-        "doctor": "--device --ranks",
+        "warm-up": "--axis --device --dtype --height --model --num-frames --ranks --width",
+        "doctor": "--clear-cache --device --ranks",
     }.items()
 }

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halovae.base import verdicts
 from halovae.base.memory import is_shortage
 from halovae.base.trees import map_tensors, tensors_in
+from halovae.calls.blueprint import words_of
 from halovae.calls.dataflow import Spec
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.record import NETWORKS, NetworkCall, Recorder, answering
 from halovae.calls.state import fetches_weights
 from halovae.calls.target import Call, Target
-from halovae.calls.verify import is_rounding, make_probe, scales_of, tried
+from halovae.calls.verify import Probe, is_rounding, make_probe, scales_of, tried
 from halovae.comm import Comm, SoloComm
 from halovae.comm.agreement import together
 from halovae.exact.layout import layout_of, mark
@@ -143,6 +145,17 @@ class Merger:
         steps = sizes(self._calls(half, probe.args, probe.kwargs), _PROBED)
         if max(steps, default=1) == 1:
             return None
+        # The scale of the noise is left out, as it is where a handle remembers what it has tried.
+        words = words_of(self._target, half, probe.args, probe.kwargs)
+        name = words and verdicts.name_of(probe.device, "steps", _PROBED, words)
+        able = verdicts.read(name)
+        if not isinstance(able, bool):
+            able = self._takes(half, steps, probe)
+            verdicts.write(name, able)
+        return able
+
+    def _takes(self, half: str, steps: Steps, probe: Probe) -> bool:
+        """Whether the network gives the same for the probe in merged calls."""
         given, alone = tuple(map(_uneven, probe.fresh_args())), Mesh(SoloComm(), (1, 1))
         results: list[Tensor] = []
         try:
@@ -190,6 +203,7 @@ class Rehearsal:
         from halovae.base.quiet import quiet  # needs diffusers, as such a VAE does
 
         with quiet(), frozen_generators(self._device), torch.device(self._device):
+            torch.manual_seed(0)  # What is found out with these weights is kept for other processes, by the weights.
             copy = type(vae).from_config(vae.config).to(self._device, vae.dtype)
         return Target(copy.eval().requires_grad_(False))
 

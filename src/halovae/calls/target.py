@@ -171,6 +171,7 @@ class Target:
             wanted = ", ".join([*halves, *(_MODULES[half] for half in halves)])
             raise InputError(f"{self.name} has none of {wanted}: it is not a VAE that can be run so")
         self._standing: dict[str, Substitute] = {}
+        self._digest: tuple[Any, str] | None = None
         self.originals: dict[str, Call] = {}
         for half, (owner, name) in self._places.items():
             call = getattr(owner, name)
@@ -289,10 +290,21 @@ class Target:
         return half, *tensors, *others, self.settings(), autocast.state()
 
     def digest(self) -> str:
-        """A fingerprint of architecture and weights; equal weights give equal digests on every device."""
+        """A fingerprint of architecture and weights; equal weights give equal digests on every device.
+
+        All weights are read for it, unless torch knows that none has been written into since the last time.
+        """
+        weights: dict[str, Tensor] = self.vae.state_dict(keep_vars=True)
+        marks = [(name, t.data_ptr(), t.device, _changes(t)) for name, t in weights.items()]
+        counted = all(changes is not None for *_, changes in marks)
+        if self._digest is None or self._digest[0] != marks or not counted:
+            self._digest = marks, self._digest_of(weights)
+        return self._digest[1]
+
+    def _digest_of(self, weights: Mapping[str, Tensor]) -> str:
         sums: list[Tensor] = []
         names: list[str] = []
-        for name, tensor in self.vae.state_dict().items():
+        for name, tensor in weights.items():
             names.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
             if not tensor.is_meta:
                 sums.append(_bit_sum(tensor))
@@ -341,6 +353,11 @@ def _bit_sum(tensor: Tensor) -> Tensor:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
     return bits.sum(dtype=torch.int64)
+
+
+def _changes(tensor: Tensor) -> int | None:
+    """How often a tensor was written into; None where it does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:

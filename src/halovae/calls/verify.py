@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halovae.base import verdicts
+from halovae.base.compiled import as_written
 from halovae.base.errors import NotExactError, VerificationError
 from halovae.base.memory import is_shortage
 from halovae.base.trees import is_picture, map_tensors, pictures_in
+from halovae.calls.blueprint import code_words
+from halovae.calls.dataflow import Remembered
 from halovae.calls.randomness import frozen_generators
-from halovae.calls.state import has_hooks, kept_tensors, unchanged, without_hooks
+from halovae.calls.state import has_hooks, kept_tensors, unchanged, without_fetching, without_hooks
 from halovae.calls.target import Call, Target
 from halovae.exact.mesh import Mesh, plan_shards
 from halovae.exact.run import Bounds, first_tensor, gather, run_sharded
@@ -45,7 +49,7 @@ def _short(frames: int) -> int:
 
 
 def compression(target: Target, picture: Tensor) -> int:
-    """Pixels per latent along height and width, measured by encoding zeros.
+    """Pixels per latent along height and width, measured by encoding zeros: on shapes alone where the code allows it.
 
     Args:
         target: the VAE.
@@ -54,14 +58,24 @@ def compression(target: Target, picture: Tensor) -> int:
     Raises:
         VerificationError: the VAE encodes no small square picture.
     """
-    failure: Exception | None = None
     frames = {_short(picture.shape[2]), picture.shape[2]} if picture.ndim == 5 else {0}
+    code = code_words(target.vae)
+    asked = picture.shape[1], min(frames), picture.dtype, autocast.state()
+    name = code and verdicts.name_of(picture.device, "ratio", *asked, code)
+    ratio = verdicts.read(name)
+    if not isinstance(ratio, int):
+        ratio = _tried_compression(target, picture, sorted(frames))
+        verdicts.write(name, ratio)
+    return ratio
+
+
+def _tried_compression(target: Target, picture: Tensor, frames: Sequence[int]) -> int:
+    failure: Exception | None = None
     for size in _RATIO_SIZES:
-        for count in sorted(frames):
+        for count in frames:
             zeros = picture.new_zeros((1, picture.shape[1], *([count] if count else []), size, size))
             try:
-                latent, _ = tried(target.vae, picture.device, functools.partial(target.run_untiled, "encode", zeros))
-                return max(1, round(size / first_tensor(latent).shape[-1]))
+                return max(1, round(size / _encoded_width(target, zeros)))
             except NotExactError:
                 raise
             except Exception as error:  # Of the first size too: a failure of another kind is seen there.
@@ -70,6 +84,16 @@ def compression(target: Target, picture: Tensor) -> int:
                 failure = failure or error
     left = _left_in(target.vae)
     raise VerificationError(f"{target.name} encodes no picture of {_RATIO_SIZES} pixels: {failure}{left}") from failure
+
+
+def _encoded_width(target: Target, picture: Tensor) -> int:
+    encode = functools.partial(target.run_untiled, "encode")
+    try:
+        with torch.inference_mode(False), as_written(), without_fetching(target.vae), Remembered():
+            latent, _ = tried(target.vae, picture.device, lambda: encode(picture.to("meta")), hooks=False)
+    except Exception:  # Whatever a model's code raises where a value should be.
+        latent, _ = tried(target.vae, picture.device, lambda: encode(picture))
+    return first_tensor(latent).shape[-1]
 
 
 def tried(vae: nn.Module, device: torch.device, run: Callable[[], Any], hooks: bool | None = None) -> tuple[Any, bool]:

@@ -11,7 +11,7 @@ import typer
 
 from halovae.app import launch
 from halovae.app.run_options import RunOptions
-from halovae.base.errors import VerificationError
+from halovae.base.errors import InputError, VerificationError
 from halovae.cli import flags
 
 if TYPE_CHECKING:
@@ -29,10 +29,19 @@ _Ranks = Annotated[
 ]
 
 
-def doctor(context: typer.Context, ranks: _Ranks = None, device: flags.Device = None) -> int:
+_ClearCache = Annotated[
+    bool, typer.Option("--clear-cache", help="Forget what trials have found out on this machine, and stop.")
+]
+
+
+def doctor(
+    context: typer.Context, ranks: _Ranks = None, device: flags.Device = None, clear_cache: _ClearCache = False
+) -> int:
     """Print versions and devices, measure the link between ranks, and prove that they compute exactly."""
     from halovae.app.run_ranks import run
 
+    if clear_cache:
+        return _clear_cache()
     here = launch.place()
     if here is None:
         launch.check_ranks(2 if ranks is None else ranks)
@@ -55,7 +64,30 @@ def _versions() -> str:
             rows.append((name, version(name)))
         except PackageNotFoundError:
             rows.append((name, "not installed"))
-    return columns(rows)
+    return columns([*rows, ("cache", kept_verdicts())])
+
+
+def kept_verdicts() -> str:
+    """What trials have left on this machine's disk, and where, in words."""
+    from halovae.base import verdicts
+
+    folder, (count, size) = verdicts.folder(), verdicts.usage()
+    if folder is None:
+        return f"off: {verdicts.SWITCH} says so, or this user has no home"
+    return f"{count} verdict{'s' * (count != 1)}, {size / 1024:.1f} KiB in {folder}"
+
+
+def _clear_cache() -> int:
+    from halovae.base import verdicts
+    from halovae.base.files import reason
+
+    before = kept_verdicts()
+    try:
+        verdicts.clear()
+    except OSError as error:
+        raise InputError(f"can't empty {verdicts.folder()}: {reason(error)}") from error
+    typer.echo(f"forgotten: {before}")
+    return 0
 
 
 def _too_few_devices(ranks: int) -> bool:

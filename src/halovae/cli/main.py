@@ -24,6 +24,7 @@ from halovae.cli.roundtrip import roundtrip
 from halovae.cli.serve import serve
 from halovae.cli.text_to_video import text_to_video
 from halovae.cli.usage import Command, Group
+from halovae.cli.warm_up import warm_up
 
 # Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -78,6 +79,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     (_ALONE, roundtrip, "halovae roundtrip clip.mp4 -o out.mp4 --ranks 2 --compare"),
     (_ALONE, encode, "halovae encode clip.mp4 -o latents.safetensors --frames 0:17 --ranks 2"),
     (_ALONE, decode, "halovae decode latents.safetensors -o out.mp4 --ranks 2"),
+    (_ALONE, warm_up, "halovae warm-up --height 480 --width 832 --num-frames 81 --ranks 2"),
     (_LOOK, compare, "halovae compare clip.mp4 out.mp4 --min-ssim 0.7 --report report"),
     (_LOOK, plan, "halovae plan --height 480 --width 832 --num-frames 81 --ranks 1,2,4,8 --link nvlink"),
     (_LOOK, doctor, "halovae doctor --ranks 2"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halovae.base import verdicts
 from halovae.base.errors import DisagreementError, RankFailedError
 from halovae.comm import Comm
 
@@ -125,3 +126,14 @@ def _compare(everyone: list[dict[str, Message]]) -> None:
                     f"ranks disagree on {name}: rank 0 has {first}, rank {rank} has {value}; "
                     "call with the same on all ranks"
                 )
+
+
+def verdict_of_all(comm: Comm, name: str | None) -> Any:
+    """The same kept verdict on all ranks, or None on all: of the first that has it, if all ask for the same.
+
+    Ranks of other devices, versions or weights have other names: what one has found is none of the others' business.
+    """
+    everyone = comm.all_gather_object((name, verdicts.read(name)))
+    if name is None or any(other != name for other, _ in everyone):
+        return None
+    return next((answer for _, answer in everyone if answer is not None), None)

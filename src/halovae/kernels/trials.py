@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
+from halovae.base import verdicts
 from halovae.base.forks import free_in_children
 from halovae.kernels.autocast import off
 from halovae.kernels.kept import kept
@@ -34,7 +35,8 @@ _one_at_a_time = free_in_children(threading.Lock())
 def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
     """How many times as fast the second of two ways is as the first.
 
-    Timed once in a process, for some ten milliseconds, or taken over from others (`adopt`). Kept for each handle.
+    Timed once on a machine, for some ten milliseconds, or taken over from others (`adopt`). Kept for each handle, and
+    on disk.
 
     Args:
         question: which ways these are.
@@ -44,11 +46,26 @@ def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
     if question not in gains:
         with _one_at_a_time:
             if question not in _timed_here:
-                with _undisturbed():
-                    first, second = _seconds(ways())
-                _timed_here[question] = first / second
+                _timed_here[question] = _known_before(question) or _timed_now(question, ways)
         gains[question] = _timed_here[question]
     return gains[question]
+
+
+def _known_before(question: Hashable) -> float | None:
+    """What a process before this one has found out on such a machine."""
+    found = verdicts.read(_name(question))
+    return found if isinstance(found, float) and found > 0 else None
+
+
+def _timed_now(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
+    with _undisturbed():
+        first, second = _seconds(ways())
+    verdicts.write(_name(question), first / second)
+    return first / second
+
+
+def _name(question: Hashable) -> str | None:
+    return verdicts.name_of(torch.device("cpu"), "gain", question)
 
 
 def known() -> Gains:
@@ -65,8 +82,11 @@ def adopt(everyone: Sequence[Gains]) -> bool:
     before, answers = known(), kept().gains
     for question in {question for gains in everyone for question in gains}:
         found = [gains[question] for gains in everyone if question in gains]
+        answers[question] = found[0]
         # A mean of equal numbers may be another one by a rounding.
-        answers[question] = statistics.geometric_mean(found) if len(set(found)) > 1 else found[0]
+        if len(set(found)) > 1:
+            answers[question] = statistics.geometric_mean(found)
+            verdicts.write(_name(question), answers[question])  # The next processes choose as these ranks do.
     return known() != before
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from halovae.base import verdicts
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
+from halovae.calls.blueprint import code_words
 from halovae.calls.dataflow import Remembered
 from halovae.media.models import skeleton
 from halovae.media.pixels import Pixels, pixels_of
@@ -140,24 +142,35 @@ def limits_of(vae: nn.Module) -> Limits:
         InputError: it takes no RGB images or clips, or doesn't keep their size.
     """
     trial = _Trial(vae)
-    latent = trial.first()
-    rows, columns = trial.height / latent.shape[-2], trial.width / latent.shape[-1]
-    if rows != columns or rows != int(rows):
-        sizes = f"latents of {tuple(latent.shape)} from {trial.width}x{trial.height} pixels"
-        raise InputError(f"{trial.name} makes {sizes}: not to scale")
-    per_frame = not trial.has_frame_dim or trial.is_for_images()
+    known = trial.kept("limits", lambda: _facts(trial))
+    ratio, latent_channels, per_frame = known.pop("ratio"), known.pop("latent_channels"), known.pop("per_frame")
+    vars(trial).update(known)
     return Limits(
         name=trial.name,
         has_frame_dim=trial.has_frame_dim,
         per_frame=per_frame,
         channels=trial.channels,
-        latent_channels=latent.shape[1],
-        ratio=int(rows),
+        latent_channels=latent_channels,
+        ratio=ratio,
         lead=trial.lead,
         only_size=None if (trial.height, trial.width) == _SIZE else (trial.height, trial.width),
         pixels=pixels_of(vae),
         padded_count=(lambda frames: frames) if per_frame else trial.padded_count,
     )
+
+
+def _facts(trial: _Trial) -> dict[str, Any]:
+    """What is found out by running the VAE's code, besides frame counts."""
+    latent = trial.first()
+    rows, columns = trial.height / latent.shape[-2], trial.width / latent.shape[-1]
+    if rows != columns or rows != int(rows):
+        sizes = f"latents of {tuple(latent.shape)} from {trial.width}x{trial.height} pixels"
+        raise InputError(f"{trial.name} makes {sizes}: not to scale")
+    return {
+        "ratio": int(rows), "latent_channels": latent.shape[1],
+        "per_frame": not trial.has_frame_dim or trial.is_for_images(),
+        **{name: getattr(trial, name) for name in ("channels", "has_frame_dim", "height", "width", "lead")},
+    }  # fmt: skip
 
 
 class _Trial:
@@ -170,9 +183,21 @@ class _Trial:
         self.channels = 0
         self.has_frame_dim = False
         self.lead = 0
-        self.padded_count = cache(self._padded_count)
+        self._code = code_words(vae)
+        self.padded_count = cache(
+            lambda frames: int(self.kept(f"frames from {frames}", partial(self._padded_count, frames)))
+        )
         self._period = cache(self._period)
         self._returned = cache(self._returned)
+
+    def kept(self, question: str, answer: Callable[[], Any]) -> Any:
+        """The answer that another process has found for a VAE of this code and config, or this one now."""
+        name = self._code and verdicts.name_of(torch.device("meta"), question, self._code)
+        found = verdicts.read(name)
+        if found is None:
+            found = answer()
+            verdicts.write(name, found)
+        return found
 
     def first(self) -> Tensor:
         """A latent (on meta) of a picture that is kept. Finds out all but frame counts."""

@@ -8,7 +8,6 @@ import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 _PACKAGES = ("halovae", "torch", "diffusers", "av")
 
@@ -17,11 +16,13 @@ def machine() -> dict[str, str]:
     """Names and values, for people."""
     import torch
 
+    from halovae.base.verdicts import processor
+
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     facts = {
         "Date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         "System": platform.platform(),
-        "Processor": f"{_processor()}, {os.cpu_count()} cores",
+        "Processor": f"{processor()}, {os.cpu_count()} cores",
         "Accelerator": "none" if accelerator is None else f"{torch.accelerator.device_count()} {accelerator.type}",
         "Python": platform.python_version(),
     }
@@ -31,13 +32,6 @@ def machine() -> dict[str, str]:
 def command() -> str:
     """How this process was started, as it can be typed again."""
     return shlex.join(["halovae", *sys.argv[1:]])
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:
