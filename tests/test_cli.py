@@ -253,6 +253,17 @@ class TestAlone:
         assert len(read(Path("o.mp4")).frames) == 3
         assert names(in_folder) == {"small.mp4", "o.mp4"}
 
+    def test_a_comparison_that_fails_has_code_1(
+        self, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("halovae.app.comparison.TOLERANCE", {"any": -1.0})
+        arguments = ["roundtrip", CLIP, "-o", "o.mp4", "--frames", "0:1", "--height", "32", "--model", tiny]
+        assert main([*arguments, "--compare", "--json", "o.json"]) == 1
+        assert json.loads(Path("o.json").read_text())["passed"] is False
+        shown = capsys.readouterr()
+        assert "FAILED: not the same" in shown.out
+        assert shown.err.count("halovae: error: 1 rank and one rank do not give the same result") == 1
+
     def test_a_bug_has_a_traceback_and_code_1(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -33,7 +33,7 @@ from halovae.pipelines.stages import DENOISE, OTHER, VAE_DECODE, Timeline, watch
 from halovae.pipelines.transformers import check_degrees, patch, shared_sequences
 
 WAN = diffusers.WanImageToVideoPipeline
-GRID = Grid(ratio=8, period=4, patch_frames=1, patch_side=2)
+GRID = Grid(ratio=8, period=4, step=4, patch_frames=1, patch_side=2)
 
 
 # ---- signatures -----------------------------------------------------------------------------------------------------
@@ -87,12 +87,28 @@ def test_what_is_set_is_passed_and_nothing_else() -> None:
     ("name", "expected"),
     [
         ("two experts", GRID),
-        ("one frame", Grid(ratio=16, period=4, patch_frames=1, patch_side=2)),
-        ("edit", Grid(ratio=2, period=0, patch_frames=1, patch_side=2)),
+        ("one frame", Grid(ratio=16, period=4, step=4, patch_frames=1, patch_side=2)),
+        ("edit", Grid(ratio=2, period=0, step=0, patch_frames=1, patch_side=2)),
     ],
 )
 def test_the_grid_is_learnt_from_the_parts(name: str, expected: Grid) -> None:
     assert grid_of(pipelines.build(name).components) == expected
+
+
+def test_counts_of_frames_are_judged_by_the_vae() -> None:
+    """Also where no rule of multiples tells them, and in a grid that has travelled by the rule as far as it goes."""
+    for name, count, nearest, tokens in (("kvae_video", 37, "33 or 41", 9), ("cogvideox", 5, "1 or 9", 13)):
+        vae = FAMILIES[name].build()
+        grid = grid_of({"vae": vae})
+        with raises(InputError, f"num_frames {count}: the VAE would change it, use {nearest}"):
+            grid.check_count("num_frames", count)
+        grid.check_count("num_frames", 49)
+        Grid(**grid.numbers()).check_count("num_frames", 49)
+        assert grid.latent_frames(4 * tokens - 3) == tokens
+        assert grid.nearest_count(40.2 if name == "kvae_video" else 8) == (41 if name == "kvae_video" else 9)
+    uneven = grid_of({"vae": FAMILIES["minimax_h3"].build()})
+    uneven.check_count("num_frames", 39)
+    Grid(**uneven.numbers()).check_count("num_frames", 39)
 
 
 def test_latents_packed_into_channels_make_larger_patches() -> None:

@@ -34,7 +34,9 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         chosen = ServeOptions(model="demo", task="image-to-video", ranks=2, store=tmp_path / "store", **options)
         ranks = Ranks([], 2)
         ranks.facts = {
-            "grid": vars(Grid(ratio=8, period=4, patch_frames=1, patch_side=2)),
+            "grid": Grid(ratio=8, period=4, step=4, patch_frames=1, patch_side=2).numbers(),
+            "parts": 2,
+            "frames": 81,
             "refused": {"flow_shift": "flow_shift can't be honoured: Some has no shift; leave it out"},
             "refused_steps": {"7": "7 steps are too many for it"},
         }
@@ -67,7 +69,8 @@ WRONG = [
     ({"size": "64x64", "width": "80"}, "width", "contradict each other"),
     ({"size": None, "width": "64"}, "width", "width and height go together"),
     ({"size": "99999x99999"}, "size", "more than 2088960 pixels"),
-    ({"num_frames": "6"}, "num_frames", "6 is not a multiple of 4 plus 1: use 5 or 9"),
+    ({"num_frames": "6"}, "num_frames", "num_frames 6: the VAE would change it, use 5 or 9"),
+    ({"size": "80x80", "num_frames": "1"}, "size", "make 25 tokens, which 2 ranks can't share evenly: use height"),
     ({"num_frames": "1001"}, "num_frames", "more than 257"),
     ({"num_frames": None, "seconds": "1000"}, "num_frames", "16000 frames are more than 257"),
     ({"seconds": "1"}, "seconds", "exclude each other"),

@@ -12,7 +12,6 @@ import pytest
 import torch
 from command import enter, saved
 from families import FAMILIES
-from halovae.exact.shard_mode import RULES
 from pictures import kl, latents, pixels
 from ranks import Ranks
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from halovae.calls import blueprint
 from halovae.calls.target import Target
 from halovae.calls.verify import compression
 from halovae.cli.main import main
+from halovae.exact.shard_mode import RULES
 from halovae.kernels import trials
 from halovae.kernels.kept import Kept
 from halovae.media import vae_limits

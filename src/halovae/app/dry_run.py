@@ -16,7 +16,7 @@ from halovae.app.job import Job
 from halovae.app.run_options import dtype_on
 from halovae.app.session import device_kind
 from halovae.app.settled import planned
-from halovae.app.survey import Row, Survey
+from halovae.app.survey import Survey, Way, processes
 from halovae.app.tables import table
 from halovae.base.errors import HalovaeError
 from halovae.base.files import write_json
@@ -25,7 +25,7 @@ from halovae.base.quiet import quiet
 from halovae.calls.dtypes import set_dtypes
 from halovae.comm.bandwidth import LINKS
 from halovae.exact.mesh import ShardPlan, plan_shards
-from halovae.media.vae_limits import limits_of
+from halovae.media.vae_limits import Limits
 from halovae.pipelines.grid_sizes import Grid
 from halovae.pipelines.load import find_pipeline, torch_dtypes
 from halovae.pipelines.outline import outline
@@ -56,7 +56,7 @@ def dry_run(job: Job, ranks: int, dtype: str | None, device: str | None) -> int:
     for note in (*job.notes, *source.notes):
         sys.stderr.write(f"halovae: note: {note}\n")
     components = outline(source)
-    grid, generation = planned(source, components, job)
+    limits, grid, generation = planned(source, components, job)
     sizes = _sizes(source.cls, grid, generation)
     found: dict[str, Any] = {
         "task": job.task,
@@ -67,7 +67,7 @@ def dry_run(job: Job, ranks: int, dtype: str | None, device: str | None) -> int:
         "vae": _vae(components["vae"], grid, generation, job.setup, ranks),
         "dtype": job.setup.dtype,
         "device": kind,
-        "vae_halves": _halves(components["vae"], sizes, job.setup, ranks, kind),
+        "vae_halves": _halves(components["vae"], limits, sizes, job.setup, ranks, kind),
         "ranks_per_sequence": degree(job.setup),
         "parts": _parts(components, job.setup),
     }
@@ -105,7 +105,7 @@ def _vae(vae: nn.Module, grid: Grid, generation: Generation, setup: Setup, ranks
 
 
 def _halves(
-    vae: nn.Module, sizes: dict[str, Any], setup: Setup, ranks: int, device: str
+    vae: nn.Module, limits: Limits, sizes: dict[str, Any], setup: Setup, ranks: int, device: str
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Seconds of each half, and bytes on a rank, weights included, alone and in each mode; nothing for unknown sizes.
 
@@ -114,7 +114,6 @@ def _halves(
     """
     if "tokens" not in sizes:
         return []
-    limits = limits_of(vae)
     fit = limits.fit(sizes["frames"], sizes["height"], sizes["width"])
     workers, dtypes = setup.vae_size or ranks, torch_dtypes(setup)
     torch.set_num_threads(max(1, launch.cores() // ranks))
@@ -126,11 +125,10 @@ def _halves(
             {"half": half, "mode": "exact", "ranks": workers, "seconds": None, "bytes": None, "refusal": str(error)}
             for half in HALVES
         ]
-    rows: list[Row] = []
-    for half in HALVES:
-        rows.append(survey.exact(half, 1))
-        if workers > 1:
-            rows += [survey.exact(half, workers, setup.vae_axis), survey.tile(half, workers)]
+    ways = [Way(mode="exact", ranks=1)]
+    if workers > 1:
+        ways += [Way(mode="exact", ranks=workers, axis=setup.vae_axis), Way(mode="tile", ranks=workers)]
+    rows = survey.rows(dict.fromkeys(HALVES, ways), processes(torch.device(device)))
     return [
         {
             "half": row.half, "mode": row.mode, "ranks": row.ranks,

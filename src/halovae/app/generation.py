@@ -125,7 +125,7 @@ def make(session: Session, job: Job) -> Made:
     with loading.stage(LOAD):
         source = found(session, job)
         # Before weights are loaded, which takes minutes for a large model.
-        _, generation = session.together(
+        *_, generation = session.together(
             "check", lambda advance: planned(source, outline(source, with_encoders=False), job)
         )
         setup, pipeline = loaded(session, job, source)

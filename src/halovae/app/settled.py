@@ -11,6 +11,7 @@ from PIL import Image
 
 from halovae import media
 from halovae.base.errors import Faults
+from halovae.media.vae_limits import Limits, limits_of
 from halovae.pipelines.generation_settings import Generation
 from halovae.pipelines.grid_sizes import Grid, check_sizes, fill_in, grid_of
 from halovae.pipelines.load import PipelineSource
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from halovae.app.job import Job
 
 
-def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> tuple[Grid, Generation]:
+def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> tuple[Limits, Grid, Generation]:
     """Check all that configs can tell of a run.
 
     Args:
@@ -31,12 +32,13 @@ def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> 
         job: what was asked for.
 
     Returns:
-        How pixels become tokens, and the job's settings as by `settled`.
+        What the VAE takes, how pixels become tokens, and the job's settings as by `settled`.
 
     Raises:
         InputError: what the run itself would refuse too.
     """
-    grid, faults, generation = grid_of(components), Faults(), job.generation
+    limits, faults, generation = limits_of(components["vae"]), Faults(), job.generation
+    grid = grid_of(components, limits)
     with faults.noted():
         check_degrees(components, job.setup)
     with faults.noted():
@@ -50,7 +52,7 @@ def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> 
         with faults.noted():
             check_steps(source.cls, scheduler if shift is None else shifted(scheduler, shift), generation)
     faults.check()
-    return grid, generation
+    return limits, grid, generation
 
 
 def settled(cls: Any, components: Mapping[str, Any], grid: Grid, job: Job) -> Generation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halovae.app import launch
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.options import HALVES, MOST_RANKS, Axis, Half
 from halovae.base.quiet import quiet
@@ -24,6 +26,9 @@ from halovae.media.codec import decode_calls
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of
 from halovae.predict.predictor import Prediction, Predictor
 from halovae.predict.rates import Speed
+
+_MOST_PROCESSES = 8
+"""More have no more to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,8 @@ class Survey:
         Args:
             ways: by half.
             processes: that share the work. More than one only where a given speed tells the times, so that nothing
-                that they try out disturbs them, and on a CPU, since who has touched an accelerator can't be forked.
+                that they try out disturbs them, and on a CPU of one thread, since neither an accelerator nor a pool of
+                threads survives a fork.
         """
         if processes == 1:
             for half, all_of_it in ways.items():
@@ -220,3 +226,9 @@ def _cuts(ranks: int) -> tuple[Axis, ...]:
 
 
 __all__ = ["HALVES", "Row", "Survey", "Way"]
+
+
+def processes(device: torch.device) -> int:
+    """How many may share the work of a survey without trials."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1 and hasattr(os, "fork")
+    return min(launch.cores(), _MOST_PROCESSES) if alone else 1

@@ -60,7 +60,10 @@ def has_meta(value: Any) -> bool:
         return value.is_meta
     if isinstance(value, dict):
         value = list(cast("dict[str, Any]", value).values())
-    return isinstance(value, (list, tuple)) and any(map(has_meta, cast("list[Any]", value)))
+    if not isinstance(value, (list, tuple)):
+        return False
+    # Nearly all are tensors and numbers: told apart here, they cost least.
+    return any([type(item) not in _NUMBERS and has_meta(item) for item in cast("list[Any]", value)])  # noqa: C419
 
 
 class Remembered(TorchDispatchMode):
@@ -151,10 +154,15 @@ def key_of(value: Any) -> Any:
     """What tells calls of an operator apart: shapes, not values of tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
+    if type(value) in _NUMBERS:
+        return type(value), value
     if isinstance(value, (list, tuple)):
-        return tuple([key_of(item) for item in cast("list[Any]", value)])
+        items = cast("list[Any]", value)
+        if items and all([type(item) is int for item in items]):  # noqa: C419  sizes
+            return int, *items
+        return tuple([key_of(item) for item in items])
     if isinstance(value, dict):
-        return tuple((name, key_of(item)) for name, item in cast("dict[str, Any]", value).items())
+        return tuple([(name, key_of(item)) for name, item in cast("dict[str, Any]", value).items()])
     return type(value), value
 
 

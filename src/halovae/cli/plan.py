@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +154,7 @@ def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
         survey = Survey(vae, limits, padded, session.dtypes, speed, link)
     typer.echo(_heading(session, name, type(vae).__name__, job, survey, link, room))
     ways = {half: survey.ways(half, job.ranks) for half in HALVES}
-    rows_in_order = survey.rows(ways, _processes(session, job))
+    rows_in_order = survey.rows(ways, processes(session.device) if job.rates else 1)
     found = {half: _rows(session, rows_in_order, half, ways[half], room) for half in HALVES}
     rows = [row.to_dict() | {"fits": row.memory <= room} for half in HALVES for row in found[half]]
     unsteady = speed.unsteady if isinstance(speed, MeasuredSpeed) else 0.0
@@ -165,16 +164,6 @@ def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
     for note in _doubts(found, unsteady):
         session.stages.note(note)
     _check_room(survey, found, room)
-
-
-def _processes(session: Session, job: _Job) -> int:
-    """How many work on a plan. Trials of operators would disturb each other."""
-    alone = session.device.type == "cpu" and job.rates is not None and hasattr(os, "fork")
-    return min(launch.cores(), _MOST_PROCESSES) if alone else 1
-
-
-_MOST_PROCESSES = 8
-"""More have no more to do."""
 
 
 def _rows(session: Session, rows: Iterator[Row], half: str, ways: list[Way], room: float) -> list[Row]:

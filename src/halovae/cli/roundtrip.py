@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from halovae.app.run_options import RunOptions, parse_axis, parse_work
+from halovae.base.errors import HalovaeError
 from halovae.cli import flags, mode_flags
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def roundtrip(
     json: flags.Json = None,
     report: flags.ReportFolder = None,
 ) -> int:
-    """Encode a video or an image, decode it again, and write what came out."""
+    """Encode a video or an image, decode it again, and write what came out; exit code 1 if --compare fails."""
     from halovae.app.checks import check_files
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES, FrameRange, check_still, inspect
@@ -120,3 +121,5 @@ def _on_rank(session: Session, job: _Job) -> None:
         )  # fmt: skip
         page = pages.roundtrip_report(session, loaded, fit, run)
         typer.echo(f"report: {write_report(job.report, page)}")
+    if told.passed is False:
+        raise HalovaeError(told.verdict)

@@ -92,6 +92,8 @@ class Limits:
     latent_channels: int
     ratio: int
     """Pixels per latent, along height and width."""
+    period: int = 0
+    """Frames per latent frame, after the first; 0 where each frame goes by itself, or there is no such rule."""
     lead: int = 0
     """Copies of the first frame that encode gets before it, and that decode leaves out."""
     only_size: tuple[int, int] | None = None
@@ -152,6 +154,7 @@ def limits_of(vae: nn.Module) -> Limits:
         channels=trial.channels,
         latent_channels=latent_channels,
         ratio=ratio,
+        period=0 if per_frame else trial.period() or 0,
         lead=trial.lead,
         only_size=None if (trial.height, trial.width) == _SIZE else (trial.height, trial.width),
         pixels=pixels_of(vae),
@@ -187,7 +190,7 @@ class _Trial:
         self.padded_count = cache(
             lambda frames: int(self.kept(f"frames from {frames}", partial(self._padded_count, frames)))
         )
-        self._period = cache(self._period)
+        self.period = cache(lambda: self.kept("period", self._period))
         self._returned = cache(self._returned)
 
     def kept(self, question: str, answer: Callable[[], Any]) -> Any:
@@ -237,7 +240,7 @@ class _Trial:
 
     def is_for_images(self) -> bool:
         """Whether it keeps one frame, and no other count that a clip might have."""
-        return self._keeps(1) and self._period() is None and not any(map(self._keeps, range(2, _SEARCH)))
+        return self._keeps(1) and self.period() is None and not any(map(self._keeps, range(2, _SEARCH)))
 
     def _lead(self) -> int:
         """See `Limits.lead`. A causal network can leave out nothing but the beginning."""
@@ -249,7 +252,9 @@ class _Trial:
 
     def _padded_count(self, frames: int) -> int:
         """See `Limits.padded_count`."""
-        period, last = self._period(), frames + _SEARCH - 1
+        period, last = self.period(), frames + _SEARCH - 1
+        if not period and self._keeps(frames):
+            return frames
         for count in range(frames, last + 1):
             if period and (count - 1) % period == 0 and self._keeps(count):
                 return count

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from halovae.base.errors import InputError
 
@@ -16,9 +18,18 @@ class Grid:
     """Pixels per latent, along height and width."""
     period: int
     """Frames per latent frame, after the first; 0 for a VAE of images."""
+    step: int
+    """Small counts of frames that the VAE keeps are 1 and multiples of this more; 0 where they follow no such rule."""
     patch_frames: int
     patch_side: int
     """Latents per token, along height and width."""
+    padded_count: Callable[[int], int] | None = field(default=None, compare=False, repr=False)
+    """The VAE's own answer: the smallest count from the given one on that it keeps. None where there is no VAE to ask,
+    and `step` stands for it."""
+
+    def numbers(self) -> dict[str, int]:
+        """What of it can travel; a grid of them tells less of counts."""
+        return {name: value for name, value in vars(self).items() if name != "padded_count"}
 
     @property
     def multiple(self) -> int:
@@ -42,16 +53,27 @@ class Grid:
         Raises:
             InputError: as above.
         """
-        if self.period and (frames - 1) % self.period:
-            lower = (frames - 1) // self.period * self.period + 1
-            raise InputError(
-                f"{name} {frames} is not a multiple of {self.period} plus 1: use {lower} or {lower + self.period}"
-            )
+        nearest = self._nearest_counts(frames)
+        if frames not in nearest:
+            raise InputError(f"{name} {frames}: the VAE would change it, use {' or '.join(map(str, nearest))}")
 
     def nearest_count(self, frames: float) -> int:
         """The count of frames that the VAE takes and that is nearest."""
-        period = self.period or 1
-        return max(0, round((frames - 1) / period)) * period + 1
+        return min(self._nearest_counts(max(1, round(frames))), key=lambda count: abs(count - frames))
+
+    def _nearest_counts(self, frames: int) -> list[int]:
+        """This count if the VAE keeps it, else the next smaller (if any) and the next larger one that it does."""
+        above = self._next_count(frames)
+        if above == frames:
+            return [above]
+        counts = map(self._next_count, range(frames - 1, max(0, frames - _SEARCH), -1))
+        below = next((count for count in counts if count < frames), None)
+        return [above] if below is None else [below, above]
+
+    def _next_count(self, frames: int) -> int:
+        if self.padded_count is not None:
+            return self.padded_count(frames)
+        return frames + (1 - frames) % (self.step or 1)
 
     def latent_frames(self, frames: int) -> int:
         return frames if not self.period else (frames - 1) // self.period + 1
@@ -60,3 +82,38 @@ class Grid:
         """Of the picture that is made. Text, and pictures that are given as tokens too, come on top."""
         rows, columns = height // self.multiple, width // self.multiple
         return math.ceil(self.latent_frames(frames) / self.patch_frames) * rows * columns
+
+    def check_tokens(self, height: int, width: int, frames: int, parts: int, mark: str = "--") -> None:
+        """Refuse a picture whose tokens can't be shared.
+
+        Args:
+            height: in pixels, as the grid takes it.
+            width: likewise.
+            frames: likewise.
+            parts: ranks that share them.
+            mark: before the names of height and width in the message.
+
+        Raises:
+            InputError: tells the nearest heights and widths that can.
+        """
+        if self.tokens(height, width, frames) % parts == 0:
+            return
+        heights = self._nearest_sides(height, lambda n: self.tokens(n, width, frames) % parts == 0)
+        widths = self._nearest_sides(width, lambda n: self.tokens(height, n, frames) % parts == 0)
+        found = {"height": heights, "width": widths}
+        ways = [f"{mark}{name} {' or '.join(map(str, sizes))}" for name, sizes in found.items()]
+        raise InputError(
+            f"{width}x{height} and {frames} frames make {self.tokens(height, width, frames)} tokens, which {parts} "
+            f"ranks can't share evenly: use {', or '.join(ways)}"
+        )
+
+    def _nearest_sides(self, size: int, fits: Callable[[int], bool]) -> list[int]:
+        """The next smaller and the next larger that fit; there is always a larger one."""
+        step = self.multiple
+        smaller = next((n for n in range(size - step, 0, -step) if fits(n)), None)
+        larger = next(n for n in itertools.count(size + step, step) if fits(n))
+        return [larger] if smaller is None else [smaller, larger]
+
+
+_SEARCH = 32
+"""How far below a count a smaller one is looked for."""

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from halovae.base.errors import Faults, InputError
-from halovae.media.vae_limits import limits_of
+from halovae.base.errors import Faults
+from halovae.media.vae_limits import Limits, limits_of
 from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.grid import Grid
 from halovae.pipelines.signature import default, parameters
 from halovae.pipelines.transformers import degree, patch
 
 
-def grid_of(components: Mapping[str, Any]) -> Grid:
+def grid_of(components: Mapping[str, Any], limits: Limits | None = None) -> Grid:
     """Learn it from the VAE's own code and the denoiser's config. Weights are not touched.
 
     Args:
         components: of a pipeline, by name.
+        limits: of the VAE; None: not known yet.
 
     Raises:
         InputError: the VAE takes no RGB images or clips.
     """
-    limits = limits_of(components["vae"])
+    limits = limits or limits_of(components["vae"])
     frames, side = patch(components, limits.latent_channels)
-    period = 0 if limits.per_frame else limits.padded_count(2) - 1
-    return Grid(ratio=limits.ratio, period=period, patch_frames=frames, patch_side=side)
+    return Grid(
+        ratio=limits.ratio, period=limits.period, step=_step(limits), patch_frames=frames, patch_side=side,
+        padded_count=None if limits.per_frame else limits.padded_count,
+    )  # fmt: skip
+
+
+def _step(limits: Limits) -> int:
+    """See `Grid.step`."""
+    if limits.per_frame or limits.padded_count(1) != 1:
+        return 0
+    step = limits.padded_count(2) - 1
+    return step if limits.padded_count(2 + step) == 1 + 2 * step else 0
 
 
 def fill_in(cls: Any, grid: Grid, generation: Generation, image_size: tuple[int, int] | None) -> Generation:
@@ -71,28 +81,8 @@ def check_sizes(cls: Any, grid: Grid, generation: Generation, setup: Setup) -> N
         with faults.noted():
             grid.check_count("--num-frames", frames)
     faults.check()
-    _check_tokens(grid, generation, frames, degree(setup))
-
-
-def _check_tokens(grid: Grid, generation: Generation, frames: int, parts: int) -> None:
-    height, width = generation.height, generation.width
-    if parts == 1 or height is None or width is None or grid.tokens(height, width, frames) % parts == 0:
-        return
-    tokens = grid.tokens(height, width, frames)
-    heights = _nearest_that(height, grid.multiple, lambda n: grid.tokens(n, width, frames) % parts == 0)
-    widths = _nearest_that(width, grid.multiple, lambda n: grid.tokens(height, n, frames) % parts == 0)
-    ways = [f"--{name} {' or '.join(map(str, found))}" for name, found in (("height", heights), ("width", widths))]
-    raise InputError(
-        f"{width}x{height} and {frames} frames make {tokens} tokens, which {parts} ranks can't share evenly: "
-        f"use {', or '.join(ways)}"
-    )
-
-
-def _nearest_that(size: int, step: int, fits: Callable[[int], bool]) -> list[int]:
-    """The next smaller and the next larger multiple of `step` that fit; there is always a larger one."""
-    smaller = next((n for n in range(size - step, 0, -step) if fits(n)), None)
-    larger = next(n for n in itertools.count(size + step, step) if fits(n))
-    return [larger] if smaller is None else [smaller, larger]
+    if generation.height is not None and generation.width is not None:
+        grid.check_tokens(generation.height, generation.width, frames, degree(setup))
 
 
 def _nearest(size: float, multiple: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,6 @@ from halovae.kernels.lazy.deferred import Deferred, computed
 from halovae.kernels.shapes_only import standing_in
 from halovae.predict.rates import Job, Speed
 
-_WRITTEN = object()
-"""Stands for the first argument."""
 Cost = tuple[float, int, int]
 """Seconds, floating-point operations, and bytes beside arguments and result."""
 
@@ -62,14 +61,16 @@ class Costs:
         if known is None:
             result = self._shapes.run(func, args, kwargs)
             cost = self._of(Job(func, args, kwargs, result, makes))
-            # What writes into its first argument is not run again, unless that has another shape then.
-            again = _WRITTEN if args and result is args[0] and key_of(args) == key[1] else None
-            self._known[key] = (result if makes else again), cost
+            # What writes into an argument is not run again, unless that has another shape then.
+            same = (key_of(args), key_of(kwargs) if kwargs else ()) == key[1:]
+            self._known[key] = (result if makes else _place_of(result, args, kwargs) if same else None), cost
             return (fresh(result) if makes else result), cost
-        result, cost = known
-        if result is _WRITTEN:
-            return args[0], cost
-        return (fresh(result) if makes else self._shapes.run(func, args, kwargs)), cost
+        found, cost = known
+        if makes:
+            return fresh(found), cost
+        if found is None:
+            return self._shapes.run(func, args, kwargs), cost
+        return (args if isinstance(found, int) else kwargs)[found], cost
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
         """Views of one kind all cost the same: the call."""
@@ -80,6 +81,11 @@ class Costs:
 
     def _of(self, job: Job) -> Cost:
         return self._speed.seconds(job), job.flops, self._speed.workspace(job)
+
+
+def _place_of(result: Any, args: Any, kwargs: Any) -> int | str | None:
+    """Which argument an operator returns."""
+    return next((place for place, value in (*enumerate(args), *kwargs.items()) if value is result), None)
 
 
 @dataclass
@@ -147,7 +153,7 @@ class Meter(TorchDispatchMode):
 
     def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on shapes, and count it."""
-        if not has_meta(args) and _is_constant(func, self._costs.shape_of(func, args, kwargs)):
+        if not has_meta(args) and _has_values(func) and _is_constant(self._costs.shape_of(func, args, kwargs)):
             # Real, wherever it was asked for: code may look at the values of what doesn't depend on the picture.
             return func(*args, **{**kwargs, "device": "cpu"})
         result, (seconds, flops, workspace) = self._costs.run(func, args, kwargs)
@@ -247,14 +253,16 @@ _CONSTANT = 2**16
 """Elements of a constant at the most; larger ones are work."""
 
 
-def _is_constant(func: Any, result: Any) -> bool:
+def _is_constant(result: Any) -> bool:
     """Whether a small tensor of known values is made, or moved to the device: a table of positions, a mask."""
-    return (
-        isinstance(result, Tensor)
-        and result.numel() <= _CONSTANT
-        and not str(func.overloadpacket).startswith("aten.empty")
-        and torch.Tag.nondeterministic_seeded not in func.tags
-    )
+    return isinstance(result, Tensor) and result.numel() <= _CONSTANT
+
+
+@functools.cache
+def _has_values(func: Any) -> bool:
+    """Whether an operator's result depends on its arguments alone: no memory as it is, no chance."""
+    empty = str(func.overloadpacket).startswith("aten.empty")
+    return not empty and torch.Tag.nondeterministic_seeded not in func.tags
 
 
 class _OnShapes(TorchFunctionMode):

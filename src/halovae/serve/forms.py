@@ -241,7 +241,7 @@ def _settings_of(sent: dict[str, Any], service: Service, faults: Faults) -> dict
     if "seconds" in given and "num_frames" in given:
         faults.add("seconds", "seconds and num_frames exclude each other: give one")
     _check_limits(given, limits, faults)
-    _check_grid(given, service.ranks.grid, faults)
+    _check_grid(given, service.ranks.grid, facts, faults)
     for name, why in facts.get("refused", {}).items():
         if name in given:
             faults.add(name, why)
@@ -282,16 +282,27 @@ def _check_limits(given: Mapping[str, Any], limits: Limits, faults: Faults) -> N
         faults.add("size", f"{width}x{height} is more than {limits.pixels} pixels: ask for a smaller size")
 
 
-def _check_grid(given: Mapping[str, Any], grid: Grid | None, faults: Faults) -> None:
+def _check_grid(given: Mapping[str, Any], grid: Grid | None, facts: Mapping[str, Any], faults: Faults) -> None:
     """As the ranks would: a client hears it at once, and not when its turn has come."""
     if grid is None:
         return
+    before = len(faults.found)
     for name, check in (("width", grid.check_side), ("height", grid.check_side), ("num_frames", grid.check_count)):
-        try:
+        with _noted(faults, name):
             if name in given:
                 check(name, given[name])
-        except InputError as error:
-            faults.add(name, str(error))
+    if len(faults.found) == before and "width" in given and "height" in given and "seconds" not in given:
+        frames = given.get("num_frames", facts.get("frames", 1))
+        with _noted(faults, "size"):
+            grid.check_tokens(given["height"], given["width"], frames, facts.get("parts", 1), mark="")
+
+
+@contextmanager
+def _noted(faults: Faults, name: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        faults.add(name, str(error))
 
 
 @contextmanager

@@ -114,7 +114,7 @@ async def models(request: Request, service: Serving) -> dict[str, Any]:
         "task": options.task,
         "pipeline": ranks.facts.get("pipeline"),
         "size_multiple": None if ranks.grid is None else ranks.grid.multiple,
-        "frame_period": None if ranks.grid is None else ranks.grid.period,
+        "frame_period": None if ranks.grid is None else ranks.grid.step,
         "limits": vars(options.limits),
     }
     return {"object": "list", "data": [entry]}

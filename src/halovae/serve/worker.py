@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from halovae.comm.agreement import together
 from halovae.media.vae_limits import limits_of
 from halovae.pipelines.grid_sizes import grid_of
 from halovae.pipelines.runner import Runner
+from halovae.pipelines.signature import default, parameters
+from halovae.pipelines.transformers import degree
 from halovae.serve.server_settings import RANK_FD
 from halovae.serve.store import DECODE, ENCODE, NO_ROOM, VIDEO
 from halovae.serve.work import (
@@ -72,7 +74,9 @@ def serve_ranks(session: Session, job: Job, steps: int) -> None:
                 "event": "ready",
                 "ranks": session.group.size,
                 "pipeline": model.source.cls.__name__,
-                "grid": asdict(model.grid),
+                "grid": model.grid.numbers(),
+                "parts": degree(model.job.setup),
+                "frames": default(parameters(model.source.cls), "num_frames") or 1,
                 "refused": {name: in_fields(why) for name, why in refused(model).items()},
                 "refused_steps": {count: in_fields(why) for count, why in refused_steps(model, steps).items()},
             }
@@ -89,8 +93,8 @@ def serve_ranks(session: Session, job: Job, steps: int) -> None:
 def _opened(session: Session, job: Job) -> Model:
     source = found(session, job)
     setup, pipeline = loaded(session, job, source)
-    grid = session.together("sizes", lambda advance: grid_of(pipeline.components))
     limits = session.together("limits", lambda advance: limits_of(pipeline.vae))
+    grid = session.together("sizes", lambda advance: grid_of(pipeline.components, limits))
     runner = session.together("spread", lambda advance: Runner(pipeline, setup, session.group, session.device))
     return Model(source=source, job=replace(job, setup=setup), runner=runner, grid=grid, limits=limits)
 
