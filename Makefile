@@ -4,8 +4,9 @@ VENV := .venv
 READY := $(VENV)/.ready
 RANKS ?= 2
 MINUTES ?= 3
+VERSIONS ?= lowest
 
-.PHONY: demo test chaos lint docs clean
+.PHONY: demo test chaos compat lint docs clean
 
 demo: $(READY)
 	@mkdir -p out
@@ -14,11 +15,15 @@ demo: $(READY)
 		--ranks $(RANKS) --compare --report out/demo-report
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
 # Random faults in random calls, see docs/internals/reliability.md.
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/chaos.py --minutes $(MINUTES)
+
+# The core of the tests on the lowest or the newest versions of what is asked for, see docs/compat.md.
+compat:
+	$(PYTHON) tests/compat.py $(VERSIONS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

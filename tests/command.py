@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 from families import FAMILIES
+from programs import Program, parts
 from ranks import Ranks, free_port
 
 from halovae import comm
@@ -48,9 +49,9 @@ def saved(family: str, folder: Path) -> str:
 
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """The program in a process of its own."""
+    """The program in a process of its own, which has imported all already."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([sys.executable, "-m", "halovae", *arguments], **options)
+    return (Program if parts() else subprocess.Popen)([sys.executable, "-m", "halovae", *arguments], **options)
 
 
 def end_with_parent() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ if torch.accelerator.device_count() == 0:
 # Tests neither read nor fill a user's cache, and none knows what another one has found out.
 os.environ["HALOVAE_CACHE"] = "off"
 
+from families import SHARED
 from ranks import Ranks
 from servers import Server, disk
 
@@ -52,6 +54,45 @@ def pytest_configure(config: pytest.Config) -> None:
     given = getattr(config, "workerinput", {}).get("hypothesis_seed", config.option.hypothesis_seed)
     config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32) if given is None else given)
     hypothesis.core.global_force_seed = int(config.option.hypothesis_seed)
+    if not hasattr(config, "workerinput"):  # Workers and their children inherit it.
+        folder = tempfile.TemporaryDirectory(prefix="halovae-tests-")
+        os.environ[SHARED] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
+LONG = (
+    "exact_families", "serve", "tile_families", "predict", "agreement", "cli", "generation", "gpu_kernels", "optimize",
+)  # fmt: skip
+"""The groups that take longest, which go first: a worker that finds one at the end lets the others wait."""
+
+
+ONE_SERVER = ("serve", "serve_connections", "serve_fuzz", "serve_page")
+"""Files whose tests share a server, and so a worker."""
+
+
+def _group_of(nodeid: str) -> str:
+    file = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+    return "serve" if file in ONE_SERVER else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    groups = [*LONG, ""]
+    items.sort(key=lambda item: groups.index(group if (group := _group_of(item.nodeid)) in LONG else ""))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What shares a server, or what a file has made, stays in one worker.
+
+    Not by marks: pytest 9.2 keeps the names of tests where xdist 3.8 can't add a group to them, and spreads all tests.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(nodeid)
+
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,14 +9,19 @@ norms, temporal compression); only channels and layer counts are small. Paramete
     video = run_decode(family, vae, family.latent(torch.float64))
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import families_image as image
 import families_video as video
 import torch
+
+SHARED = "HALOVAE_TESTS_SHARED"
+"""Environment: a folder for what the processes of one run of the tests compute for each other."""
 
 EXACT = 1e-12
 """Tolerance relative to the largest value, in float64: only the order of summation may differ."""
@@ -116,6 +121,27 @@ def run_decode(family: Family, vae: Any, latent: torch.Tensor) -> torch.Tensor:
 def run_half(name: str, vae: Any, half: str, tensor: torch.Tensor) -> torch.Tensor:
     """What one half of a family's VAE gives."""
     return run_encode(vae, tensor) if half == "encode" else run_decode(FAMILIES[name], vae, tensor)
+
+
+def run_half_in_float64(name: str, vae: Any, half: str) -> torch.Tensor:
+    """The same, of the family's own noise in double precision."""
+    family = FAMILIES[name]
+    return run_half(name, vae, half, (family.sample if half == "encode" else family.latent)(torch.float64))
+
+
+def plain(name: str, half: str) -> torch.Tensor:
+    """What the VAE of `build` gives un-tiled and un-parallel in float64: computed once by all tests of a run together.
+
+    Those that can run in tiles only have no such result.
+    """
+    kept = Path(os.environ[SHARED]) / f"{name}-{half}.pt"
+    if not kept.exists():
+        vae = FAMILIES[name].build().to(torch.float64)
+        vae.use_tiling = False
+        draft = kept.with_suffix(f".{os.getpid()}")
+        torch.save(run_half_in_float64(name, vae, half), draft)
+        draft.replace(kept)
+    return torch.load(kept)
 
 
 def _draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -249,7 +275,9 @@ _TABLE = (
 )
 # fmt: on
 
-FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
+_THERE = set(dir(diffusers))
+FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE if family.model in _THERE}
+"""By name. Older versions of diffusers lack some of the classes."""
 
 OUT_OF_SCOPE = {
     "AutoencoderRAE": "vision transformers on both sides; resizes any input to one fixed square",

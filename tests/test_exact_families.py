@@ -1,52 +1,51 @@
-"""Every family, encode and decode, on every kind of cut: the sharded result is the un-parallel one in float64."""
+"""Every family, encode and decode, on every kind of cut: the sharded result is the un-parallel one in float64.
+
+With gloo between processes where networks differ in what they ask of it, else on one cut; further cuts on threads.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family, run_decode, run_encode
+from families import FAMILIES, plain, run_half_in_float64
+from halovae.exact.shard_plan import plan_shards
+from pictures import error
 from ranks import Ranks
+from threads import ThreadComm, run_threads
 
 import halovae
+from halovae.calls.target import Target
+from halovae.exact.run import run_on_group
 
 CUTS: list[tuple[Any, int]] = [("height", 2), ("width", 3), ((2, 2), 4)]
 """Axis and ranks at work; the others of the four wait and share the result."""
 
+KINDS = ["kl", "dc_sana", "consistency", "wan21", "hunyuan_video", "ltx091"]
+"""Norms over the picture and attention; sums over it instead; a generator; caches in time; masks; the global generator,
+which threads share."""
+
 HALVES = [(name, half) for name, family in FAMILIES.items() for half in ("encode", "decode") if getattr(family, half)]
+EXACT = [(name, half) for name, half in HALVES if getattr(FAMILIES[name], f"exact_{half}")]
 
 
-def _run(family: Family, half: str, vae: Any) -> torch.Tensor:
-    if half == "encode":
-        return run_encode(vae, family.sample(torch.float64))
-    return run_decode(family, vae, family.latent(torch.float64))
-
-
-def run_cuts(rank: int, name: str, half: str) -> list[tuple[float, str, tuple[int, int]]]:
+def run_cuts(rank: int, name: str, half: str, cuts: list[tuple[Any, int]]) -> list[tuple[float, str, tuple[int, int]]]:
     """Per cut: largest error relative to the largest value (on the first rank), a hash of the result, the grid."""
-    family = FAMILIES[name]
-    vae = family.build().to(torch.float64)
-    outcomes: list[tuple[torch.Tensor, tuple[int, int]]] = []
+    vae = FAMILIES[name].build().to(torch.float64)
+    outcomes: list[tuple[float, str, tuple[int, int]]] = []
     vae.use_tiling = True  # exact mode has to bypass it
-    for axis, size in CUTS:
+    for axis, size in cuts:
         # The probe is for the first cut: it triples the work, and other tests show that it finds mistakes.
         with halovae.parallelize(vae, untiled=True, axis=axis, size=size, verify=axis == "height") as handle:
-            result = _run(family, half, vae)
+            result = run_half_in_float64(name, vae, half)
             assert handle.last is not None
-            outcomes.append((result, handle.last.shape))
-    vae.use_tiling = False
-    expected = _run(family, half, vae) if rank == 0 else None
-    return [(_error(found, expected), _hash(found), shape) for found, shape in outcomes]
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor | None) -> float:
-    if expected is None:
-        return 0.0
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+            far = 0.0 if rank else error(result, plain(name, half))
+            outcomes.append((far, _hash(result), handle.last.shape))
+    return outcomes
 
 
 def _hash(tensor: torch.Tensor) -> str:
@@ -54,15 +53,38 @@ def _hash(tensor: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize(("name", "half"), HALVES)
-def test_every_cut_equals_the_un_parallel_result(four_ranks: Ranks, name: str, half: str) -> None:
-    family = FAMILIES[name]
+def test_equals_the_un_parallel_result(two_ranks: Ranks, four_ranks: Ranks, name: str, half: str) -> None:
+    family, cuts = FAMILIES[name], CUTS if name in KINDS else CUTS[:1]
+    ranks = four_ranks if name in KINDS else two_ranks
     if not getattr(family, f"exact_{half}"):
         with pytest.raises(AssertionError, match="NotExactError"):
-            four_ranks.run(run_cuts, name, half)
+            ranks.run(run_cuts, name, half, cuts)
         return
-    per_rank = four_ranks.run(run_cuts, name, half)
-    for cut, outcomes in enumerate(zip(*per_rank, strict=True)):
-        error, first_hash, shape = outcomes[0]
-        assert shape[0] * shape[1] >= 2, f"{CUTS[cut]} was not cut"
-        assert error <= getattr(family, f"{half}_tolerance"), CUTS[cut]
-        assert all(other == first_hash for _, other, _ in outcomes), f"ranks hold different results on {CUTS[cut]}"
+    per_rank = ranks.run(run_cuts, name, half, cuts)
+    for cut, outcomes in zip(cuts, zip(*per_rank, strict=True), strict=True):
+        far, first_hash, shape = outcomes[0]
+        assert shape[0] * shape[1] >= 2, f"{cut} was not cut"
+        assert far <= getattr(family, f"{half}_tolerance"), cut
+        assert all(other == first_hash for _, other, _ in outcomes), f"ranks hold different results on {cut}"
+
+
+@pytest.mark.parametrize(("name", "half"), [pair for pair in EXACT if pair[0] not in KINDS])
+def test_on_further_cuts(name: str, half: str) -> None:
+    family = FAMILIES[name]
+    expected, vae = plain(name, half), family.build().to(torch.float64)
+    vae.use_tiling = False
+    *_, height, width = family.sample_shape if half == "encode" else family.latent_shape
+    for axis, size in CUTS[1:]:
+        plan = plan_shards(height, width, family.ratio[0] if half == "encode" else 1, size, axis)
+        assert plan.shape[0] * plan.shape[1] == size
+
+        def on_thread(comm: ThreadComm, plan: Any = plan) -> torch.Tensor:
+            own = copy.deepcopy(vae)
+            call = functools.partial(Target(own).run_untiled, half)
+            setattr(own, half, lambda *args, **kwargs: run_on_group(
+                comm, plan.shape, call, args, kwargs, plan.bounds, "all").result)  # fmt: skip
+            return run_half_in_float64(name, own, half)
+
+        first, *others = run_threads(size, on_thread)
+        assert error(first, expected) <= getattr(family, f"{half}_tolerance"), axis
+        assert all(torch.equal(first, other) for other in others), f"ranks hold different results on {axis}"

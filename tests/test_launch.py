@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from programs import Program, parts
 
 from halovae.app import launch
 from halovae.base.errors import InputError
@@ -112,7 +114,8 @@ sys.exit(launch.run_ranks(sys.argv[1:], 2, program=[sys.executable, "-c", {rank!
 def start(folder: Path, behaviour: str) -> subprocess.Popen[str]:
     """A launcher of two ranks, in a process of its own."""
     command = [sys.executable, "-c", LAUNCHER.format(rank=RANK), str(folder), behaviour]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start_by: Any = Program if parts() else subprocess.Popen
+    return start_by(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(folder: Path, behaviour: str) -> tuple[int, str, float]:

@@ -33,7 +33,7 @@ def long_video(name: str, half: str) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
-@pytest.mark.parametrize("name", WALKERS + OTHERS)
+@pytest.mark.parametrize("name", [name for name in WALKERS + OTHERS if name in FAMILIES])
 def test_equals_one_step_at_a_time(name: str, half: str) -> None:
     vae, tensor = long_video(name, half)
     expected = run_half(name, vae, half, tensor)

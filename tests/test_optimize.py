@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, run_decode, run_encode
+from families import FAMILIES, plain, run_decode, run_encode, run_half_in_float64
+from pictures import error
 
 import halovae
 from halovae.base.errors import InputError
@@ -18,26 +19,15 @@ HALVES = [(name, half) for name, family in FAMILIES.items() for half in ("encode
 
 @pytest.mark.parametrize(("name", "half"), HALVES)
 def test_equals_diffusers(name: str, half: str) -> None:
-    family = FAMILIES[name]
-    vae = family.build().to(torch.float64)
+    vae, expected = FAMILIES[name].build().to(torch.float64), plain(name, half)
     vae.use_tiling = False  # One comes tiled, and then runs as it is.
-
-    def run() -> torch.Tensor:
-        if half == "encode":
-            return run_encode(vae, family.sample(torch.float64))
-        return run_decode(family, vae, family.latent(torch.float64))
-
-    expected = run()
     with halovae.optimize(vae) as handle:
-        found = run()
+        found = run_half_in_float64(name, vae, half)
         assert handle.last is not None
         assert handle.last.messages == 0
     assert not isinstance(found, Deferred)
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
     assert found.is_contiguous()
-    error = (found - expected).abs().max() / expected.abs().max()
-    assert error <= getattr(family, f"{half}_tolerance")
+    assert error(found, expected) <= getattr(FAMILIES[name], f"{half}_tolerance")
 
 
 def test_low_precision_is_no_farther_from_the_truth() -> None:

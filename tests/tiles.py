@@ -106,6 +106,7 @@ CUTS = {
         Cut("allegro_tiled", {}, 40),
         Cut("minimax_h3", _H3, 96, tiles=(8, 4)),
     )
+    if cut.name in FAMILIES
 }
 """Every class of diffusers whose tiled path works, at sizes that a test can afford."""
 

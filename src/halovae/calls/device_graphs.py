@@ -20,10 +20,13 @@ from halovae.base.forks import free_in_children
 from halovae.base.functions import outside_modes
 from halovae.comm import Comm, Message, Pending, SoloComm
 
+RECORDERS = ("cuda", "npu")
+"""Kinds of devices whose graphs have the form that is used here."""
+
 
 def can_record(device: torch.device) -> bool:
-    """Whether there are graphs for such a device, of the form that is used here."""
-    return device.type in ("cuda", "npu") and hasattr(torch.get_device_module(device), _graph_of(device))
+    """Whether there are graphs for such a device."""
+    return device.type in RECORDERS and hasattr(torch.get_device_module(device), _graph_of(device))
 
 
 _one_at_a_time = free_in_children(threading.Lock())

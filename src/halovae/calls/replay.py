@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from halovae.base.memory import PeakMemory, free_bytes
 from halovae.base.trees import map_tensors, tensors_in
-from halovae.calls.device_graphs import Tape
+from halovae.calls.device_graphs import Tape, can_record
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.state import Snapshot, unchanged, undone_by_failure
 from halovae.calls.target import PLAIN, Target
@@ -205,7 +205,7 @@ def read_by(vae: nn.Module) -> tuple[Any, ...]:
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call depends on nothing but its tensors on the device, and on what its kind tells."""
     return all(
-        value.device.type != "cpu" if isinstance(value, Tensor) else isinstance(value, (*PLAIN, type(None)))
+        can_record(value.device) if isinstance(value, Tensor) else isinstance(value, (*PLAIN, type(None)))
         for value in (*args, *kwargs.values())
     )
 

@@ -135,7 +135,7 @@ def _on_rank(session: Session, job: _Job) -> None:
 
 
 def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
-    from halovae.app.survey import HALVES, Survey
+    from halovae.app.survey import HALVES, Survey, processes
     from halovae.base.files import write_json
     from halovae.media import models, vae_limits
     from halovae.predict.measured_rates import MeasuredSpeed
