@@ -27,20 +27,24 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3
 
 
 def chains() -> None:
-    numbers = {"count": "i32", "each": "i32", "eps": "fp32"}
-    for shift, other, norm, factor, term in (
-        (0, False, 0, 3, 3),
-        (2, True, 0, 0, 0),
-        (2, False, 1, 2, 1),
-        (0, False, 2, 1, 2),
+    numbers = dict.fromkeys(("count", "each", "frames", "height", "width", "small"), "i32") | {"eps": "fp32"}
+    for shift, other, norm, factor, term, first in (
+        (0, False, 0, 3, 3, None),
+        (2, True, 0, 0, 0, None),
+        (2, False, 1, 2, 1, 0),
+        (0, False, 2, 1, 2, 1),
     ):
         kinds = {"shift": shift, "factor": factor, "term": term}
         types = {name: "fp32" if kind == 1 else WIDE for name, kind in kinds.items() if kind}
         if other:
             types["other"] = PICTURE
-        absent = {name: None for name in ("shift", "other", "factor", "term") if name not in types}
+        if first is not None:
+            types |= {"by": PICTURE, "more": PICTURE}
+        absent = {name: None for name in ("shift", "other", "factor", "term", "by", "more") if name not in types}
         constants = {"C": 96, "PADDED": 128, "ROWS": 32, "NORM": norm, "OTHER": other, "SILU": True}
         constants |= {"SHIFT": shift, "FACTOR": factor, "TERM": term} | absent
+        constants |= {"BY": "by" in types, "MORE": "more" in types, "FIRST": first or 0}
+        constants |= {"TIME": 2, "DOWN": 3, "ACROSS": 3}
         compiled(triton_chain._chain, constants, 4, x=PICTURE, out=PICTURE, **numbers, **types)
 
 

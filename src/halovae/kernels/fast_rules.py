@@ -6,6 +6,8 @@ A rule takes the arguments of the torch function and returns its result, or NotI
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +22,17 @@ from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.chain import Chain, uncut_by
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import Joined, copy_of, parts_in, read
-from halovae.kernels.lazy.upsampled import Upsampled, foldable, is_plain, upsampled_convolution
+from halovae.kernels.lazy.masks import RowPrefixes
+from halovae.kernels.lazy.upsampled import (
+    FramesOf,
+    Repeated,
+    Upsampled,
+    foldable,
+    is_plain,
+    joined_repeats,
+    repeats_of,
+    upsampled_convolution,
+)
 from halovae.kernels.mean_square import MeanSquare
 from halovae.kernels.memory_format import is_channels_last, is_dense_channels_last, memory_format
 from halovae.kernels.precision import LOW
@@ -63,6 +75,10 @@ def convolve(
     if weight.dtype != input.dtype:
         return NotImplemented  # torch says what is wrong
     steps, pads, gaps = (_each(value, n) for value in (stride, padding, dilation))
+    repeated = recipe_of(input)
+    if isinstance(repeated, Repeated) and {*weight.shape[2:], *steps} == {1} and not any(pads):
+        # What looks at one position at a time has no need to see it twice.
+        return Deferred(replace(repeated, base=plain(convolution(repeated.base, weight, bias, steps, pads, gaps))))
     if n == 2 and (recipe := foldable(input, weight, steps, pads, gaps)):
         return upsampled_convolution(recipe, weight, bias)
     return convolution(input, weight, bias, steps, pads, gaps)
@@ -130,24 +146,63 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
 
 @rule(*named("cat", "concat", "concatenate"))
 def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
-    if kwargs or not isinstance(dim, int) or not all(fits(tensor) for tensor in tensors):
+    if kwargs or not isinstance(dim, int) or not all(isinstance(t, Tensor) and t.ndim == 5 for t in tensors):
         return NotImplemented
-    first = tensors[0]
-    alike = all(t.dtype == first.dtype and t.ndim == first.ndim for t in tensors)
-    if not alike or first.ndim != 5 or dim % 5 != 2:
+    # Nothing before a video is what networks without a causal cache join it to; torch's own would transpose it.
+    parts = [t for t in tensors if t.shape[2]]
+    if dim % 5 != 2 or len({t.dtype for t in tensors}) > 1 or not parts or not all(map(fits, parts)):
         return NotImplemented
-    sizes = {(*tensor.shape[:2], *tensor.shape[3:]) for tensor in tensors}
-    return Deferred(Joined(tuple(part for t in tensors for part in parts_in(t)))) if len(sizes) == 1 else NotImplemented
+    if len({(*tensor.shape[:2], *tensor.shape[3:]) for tensor in tensors}) > 1:
+        return NotImplemented
+    if (repeated := joined_repeats([recipe_of(t) for t in parts])) is not None:
+        return Deferred(repeated)
+    return Deferred(Joined(tuple(part for t in parts for part in parts_in(t))))
+
+
+@rule(Tensor.__getitem__)
+def getitem(tensor: Tensor, index: Any) -> Any:
+    """Frames of what is joined, from its parts; one picture as a video of one frame, while it waits to be upsampled."""
+    recipe = recipe_of(tensor)
+    if recipe is None or not isinstance(index, tuple):
+        return NotImplemented
+    places = tuple("whole" if place == slice(None) else place for place in index)
+    if isinstance(recipe, Upsampled) and places == ("whole", "whole", None, "whole", "whole"):
+        video = recipe.as_video()
+        return NotImplemented if video is None else Deferred(video)
+    frames = places[2] if len(places) > 2 else None
+    if not isinstance(frames, slice) or {*places[:2], *places[3:]} != {"whole"}:
+        return NotImplemented
+    if isinstance(recipe, Repeated) and frames.indices(recipe.shape[2]) == (0, recipe.shape[2], 1):
+        return Deferred(recipe)
+    if not isinstance(recipe, Joined):
+        return NotImplemented
+    found = recipe.frames(*frames.indices(recipe.shape[2]))
+    return NotImplemented if found is None else Deferred(found)
+
+
+@rule(*named("clone"))
+def clone(tensor: Tensor, **kwargs: Any) -> Any:
+    """Of a copy that waits, and of positions that are repeated when somebody asks for them."""
+    if kwargs:
+        return NotImplemented
+    recipe = recipe_of(tensor)
+    if isinstance(recipe, Repeated):
+        return Deferred(recipe)
+    source = read(tensor)
+    return NotImplemented if source is tensor or recipe_of(source) else source.clone()
 
 
 @rule(F.interpolate)
 def interpolate(
     input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *others: Any, **more: Any
 ) -> Any:
-    doubled = scale_factor is not None and size is None and _twice(scale_factor)
-    if not fits(input) or input.ndim != 4 or not doubled or mode not in ("nearest", "nearest-exact"):
+    if not fits(input) or mode not in ("nearest", "nearest-exact") or any(others) or any(more.values()):
         return NotImplemented
-    if any(others) or any(more.values()):
+    if input.ndim == 5:
+        base = plain(read(input))
+        found = repeats_of(base, size, scale_factor) if device_type(input.device) != "cpu" else None
+        return NotImplemented if found is None else Deferred(found)
+    if scale_factor is None or size is not None or not _twice(scale_factor):
         return NotImplemented
     recipe = recipe_of(input)
     casts_only = isinstance(recipe, Chain) and not recipe.steps and torch.promote_types(
@@ -172,26 +227,69 @@ def contiguous(tensor: Tensor, **kwargs: Any) -> Any:
 
 @rule(*named("reshape"))
 def reshape(input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
-    """Pixels that are shuffled by hand come out channels last, as the convolutions around work."""
     wanted: Any = sizes[0] if len(sizes) == 1 else sizes
-    if kwargs or input.ndim < 6 or not isinstance(wanted, (tuple, list)) or len(wanted) not in (4, 5):
+    if kwargs or input.ndim < 4 or not isinstance(wanted, (tuple, list)):
         return NotImplemented
-    shape = tuple(map(int, wanted))
-    if -1 in shape or not _has_kernels(input):
+    return _regrouped(input, tuple(map(int, wanted)))
+
+
+@rule(*named("flatten"))
+def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if input.ndim < 5:
         return NotImplemented
+    first, last, shape = start_dim % input.ndim, end_dim % input.ndim, tuple(input.shape)
+    return _regrouped(input, (*shape[:first], prod(shape[first : last + 1]), *shape[last + 1 :]))
+
+
+@rule(*named("unflatten"))
+def unflatten(input: Tensor, dim: Any, sizes: Any) -> Any:
+    if recipe_of(input) is None or dim not in (0, -4) or input.ndim != 4 or len(sizes) != 2:
+        return NotImplemented
+    count, steps = (int(size) for size in sizes)
+    return _regrouped(input, (len(input) // steps if count == -1 else count,
+                              len(input) // count if steps == -1 else steps, *input.shape[1:]))  # fmt: skip
+
+
+@rule(*named("permute"))
+def permute(input: Tensor, *dims: Any) -> Any:
+    """Frames before channels, and back, of what waits frame by frame."""
+    order = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    recipe = recipe_of(input)
+    if order != (0, 2, 1, 3, 4):
+        return NotImplemented
+    if isinstance(recipe, Repeated) and (frames := recipe.as_frames()) is not None:
+        return Deferred(FramesOf(frames, len(recipe.base), turned=True))
+    return Deferred(replace(recipe, turned=not recipe.turned)) if isinstance(recipe, FramesOf) else NotImplemented
+
+
+def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
+    """Frames of videos as pictures, and back. Pixels that are shuffled by hand come out channels last, as the
+    convolutions around work."""
+    recipe = recipe_of(input)
+    if isinstance(recipe, FramesOf):
+        return Deferred(recipe.frames) if recipe.turned and shape == tuple(recipe.frames.shape) else NotImplemented
+    if isinstance(recipe, (Chain, Upsampled)) and input.ndim == 4:
+        by_frames = len(shape) == 5 and shape[0] * shape[1] == len(input) and shape[2:] == tuple(input.shape[1:])
+        on_gpu = by_frames and device_type(input.device) != "cpu"
+        return Deferred(FramesOf(recipe, shape[0], turned=True)) if on_gpu else NotImplemented
     given = tuple(map(int, input.shape))
-    if given[:2] != shape[:2] and (given[0], *given[-2:]) != (shape[0], *shape[-2:]):
+    if len(given) < 6 or -1 in shape or len(shape) < 4 or shape[1] < _FEW_CHANNELS or not _has_kernels(input):
+        return NotImplemented
+    pictures = len(shape) < 6 and (given[0], *given[-2:]) == (shape[0], *shape[-2:])
+    if given[:2] != shape[:2] and not pictures:
         return NotImplemented  # Neither do positions alone become one, nor channels alone.
     source = plain(input)
     if (seen := _view(source, shape)) is not None:
         return seen
-    out = torch.empty(
-        shape, dtype=source.dtype, device=source.device, memory_format=memory_format(len(shape), channels_last=True)
-    )
+    out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=source.dtype, device=source.device).movedim(-1, 1)
     if (apart := _view(out, given)) is None:
         return NotImplemented
     apart.copy_(source)
     return out
+
+
+_FEW_CHANNELS = 4
+"""Fewer are those of a sample, with which no network goes on."""
 
 
 @rule(*named("repeat_interleave"))
@@ -202,6 +300,17 @@ def repeat_interleave(input: Tensor, repeats: Any, dim: int | None = None, **kwa
     if dim not in (1, 1 - input.ndim) or not is_dense_channels_last(source := plain(input)):
         return NotImplemented
     return source.movedim(1, -1).repeat_interleave(repeats, -1).movedim(-1, 1)
+
+
+@rule(Tensor.repeat)
+def repeat(input: Tensor, *sizes: Any) -> Any:
+    """Likewise."""
+    times: tuple[int, ...] = tuple(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes
+    if not fits(input) or len(times) != input.ndim or times[1] == 1 or {times[0], *times[2:]} != {1}:
+        return NotImplemented
+    if not is_dense_channels_last(source := plain(read(input))):
+        return NotImplemented
+    return source.movedim(1, -1).repeat(*[1] * (input.ndim - 1), times[1]).movedim(-1, 1)
 
 
 def _view(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
@@ -297,7 +406,7 @@ def _by_rms(input: Any, root: MeanSquare, power: float) -> Any:
 def movedim(input: Tensor, source: Any, destination: Any) -> Any:
     """Channels of a chain, to the end and back."""
     recipe = recipe_of(input)
-    if not isinstance(recipe, Chain) or {source, destination} not in ({1, -1}, {1, input.ndim - 1}):
+    if not isinstance(recipe, Chain) or recipe.pictures or {source, destination} not in ({1, -1}, {1, input.ndim - 1}):
         return NotImplemented
     return Deferred(recipe.moved(source, destination))
 
@@ -359,7 +468,8 @@ def add(input: Any, other: Any, **kwargs: Any) -> Any:
     if isinstance(recipe, MeanSquare):
         waits = recipe.dim is not None and not recipe.is_root and isinstance(other, (int, float))
         return Deferred(recipe.plus(float(other))) if waits else NotImplemented
-    summed = _sum(input, other)
+    repeated = any(isinstance(recipe_of(each), Repeated) for each in (input, other))
+    summed = None if repeated else _sum(input, other)
     return _with_parameter(input, other, "plus") if summed is None else summed
 
 
@@ -382,6 +492,10 @@ def _with_parameter(one: Any, other: Any, how: str) -> Any:
     if not isinstance(recipe_of(one), Chain):
         one, other = other, one
     chain = recipe_of(one)
+    repeated = recipe_of(other)
+    if isinstance(chain, Chain) and isinstance(repeated, Repeated):
+        fit = (repeated.shape, repeated.dtype, repeated.device) == (chain.shape, chain.dtype, chain.device)
+        return Deferred(chain.with_picture(how, repeated)) if fit else NotImplemented
     if not isinstance(chain, Chain) or isinstance(other, (Deferred, bool)):
         return NotImplemented
     uncut: frozenset[int] = frozenset()
@@ -402,6 +516,35 @@ def _with_parameter(one: Any, other: Any, how: str) -> Any:
 def silu(input: Tensor, inplace: bool = False) -> Any:
     """As the end of a chain; by itself it gains nothing."""
     chain = recipe_of(input)
-    if inplace or not isinstance(chain, Chain):
+    if inplace:
         return NotImplemented
-    return Deferred(chain.activated())
+    if isinstance(chain, FramesOf) and isinstance(chain.frames, Chain):
+        return Deferred(replace(chain, frames=chain.frames.activated()))
+    return Deferred(chain.activated()) if isinstance(chain, Chain) else NotImplemented
+
+
+@rule(torch.full)
+def full(size: Any, fill_value: Any, **kwargs: Any) -> Any:
+    """A square of minus infinities on an accelerator, into whose rows zeros may be written."""
+    shape = tuple(size) if isinstance(size, (tuple, list)) else ()
+    dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
+    if kwargs or dtype not in (torch.float32, *LOW) or device is None or fill_value != float("-inf"):
+        return NotImplemented
+    if len(shape) != 2 or shape[0] != shape[1] or device_type(torch.device(device)) == "cpu":
+        return NotImplemented
+    return Deferred(RowPrefixes((int(shape[0]), int(shape[1])), dtype, torch.device(device)))
+
+
+@rule(Tensor.__setitem__)
+def setitem(tensor: Tensor, index: Any, value: Any) -> Any:
+    """`mask[row, :length] = 0`, of thousands of rows, is written down and done at once."""
+    recipe = recipe_of(tensor)
+    if not isinstance(recipe, RowPrefixes) or not isinstance(index, tuple) or len(index) != 2:
+        return NotImplemented
+    row, columns = index
+    fits_in = isinstance(row, int) and isinstance(columns, slice) and isinstance(value, (int, float)) and value == 0
+    if not fits_in or columns.start is not None or columns.step is not None or not -recipe.size <= row < recipe.size:
+        return NotImplemented
+    length = columns.indices(recipe.size)[1]
+    recipe.lengths[row] = max(recipe.lengths[row], length)
+    return None

@@ -49,8 +49,8 @@ class Kept:
     """Number of the call."""
     gains: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     """What was found out by trying, by question."""
-    frames: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
-    """How many frames were joined before a picture of this shape."""
+    frames: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict[tuple[int, ...], tuple[int, int]])
+    """How many frames were joined before and after a picture of this shape."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ FEW_QUERIES = 1 << 12
 
 FUSED_WIDTH = 256
 """The widest head for which the vendor has fast fused kernels."""
+
+_DEPTH = 16
+"""Input channels that are read at once, at least."""
 
 _MANY = 1 << 16
 """Elements from which a copy takes longer than it takes to ask for it."""
@@ -115,34 +118,35 @@ def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
 
 
 def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised channels-last tensor of the shape of `base`, with room for frames to be joined before it."""
+    """An uninitialised channels-last tensor of the shape of `base`, with room for frames to be joined to it."""
     shape, last = list(base.shape), memory_format(base.ndim, True)
-    frames = kept().frames.get(tuple(shape), 0)
-    if not frames:
+    before, after = kept().frames.get(tuple(shape), (0, 0))
+    if not before and not after:
         return torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
-    shape[2] += frames
+    shape[2] += before + after
     room = torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
-    out = room.narrow(2, frames, base.shape[2])
+    out = room.narrow(2, before, base.shape[2])
     out.room = room  # type: ignore[attr-defined]
     return out
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
-    """Frames of one video joined in time by copying all but the last part, into the room before that one.
+    """Frames of one video joined in time by copying all parts but one into the room around that one.
 
-    To be used at once: joining other frames before the same part overwrites them. None where there is no room.
+    To be used at once: joining other frames to the same part overwrites them. None where there is no room.
     """
-    last = parts[-1]
-    if dim != 2 or len(parts) < 2 or last.ndim != 5 or len(last) != 1:
+    if dim != 2 or len(parts) < 2 or parts[-1].ndim != 5 or len(parts[-1]) != 1:
         return None
-    lengths = [part.shape[2] for part in parts[:-1]]
-    room = getattr(last, "room", None)
-    if room is None or room.shape[2] != sum(lengths) + last.shape[2]:
-        kept().frames[tuple(last.shape)] = sum(lengths)
+    lengths = [part.shape[2] for part in parts]
+    place = 1 if len(parts) == 2 else lengths.index(max(lengths))
+    main, before = parts[place], sum(lengths[:place])
+    room = getattr(main, "room", None)
+    if room is None or room.shape[2] != sum(lengths) or main.storage_offset() != before * room.stride(2):
+        kept().frames[tuple(main.shape)] = before, sum(lengths[place + 1 :])
         return None
-    for part, place in zip(parts, room.split([*lengths, last.shape[2]], 2), strict=True):
-        if part is not last:
-            place.copy_(part)
+    for part, target in zip(parts, room.split(lengths, 2), strict=True):
+        if part is not main:
+            target.copy_(part)
     return room
 
 
@@ -182,9 +186,25 @@ def _positions_of_each(pictures: Tensor) -> Tensor:
     return last.reshape(len(pictures), -1, pictures.shape[1])
 
 
+class Spread(NamedTuple):
+    """How positions of a video stand for those of a larger one."""
+
+    frames: int
+    """Of the larger one, as the next two."""
+    height: int
+    width: int
+    small_frames: int
+    first: bool
+    """Whether the first frame stands for one only."""
+    time: int
+    """The binary logarithm of the repeats in time, and so on."""
+    down: int
+    across: int
+
+
 _SLOTS = (
     ("shift", {"plus"}), ("normalize", {"normalize", "rms"}), ("times", {"times"}), ("plus", {"plus"}),
-    ("silu", {"silu"}),
+    ("by", {"times picture"}), ("more", {"plus picture"}), ("silu", {"silu"}),
 )  # fmt: skip
 """Arguments of `gpu_chain.run` in the order in which it uses them, and the kind of step that each of them is."""
 
@@ -205,6 +225,12 @@ def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str
             form["mean"] = step.kind == "rms"
         elif step.kind == "silu":
             value = True
+        elif step.kind.endswith("picture"):
+            (frames, height, width), (time, down, across) = value.shape[2:], value.shifts
+            spread = Spread(frames, height, width, value.base.shape[2], value.first, time, down, across)
+            if form.setdefault("spread", spread) != spread:
+                return None
+            value = _positions(value.base.contiguous(memory_format=memory_format(base.ndim, True)))
         elif isinstance(value, Tensor):
             value = _by_channel(value, base)
         if name is None or value is None:
@@ -230,11 +256,12 @@ def convolves(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], po
     """Whether the convolution is one that Triton's kernel is faster at than the vendor library, as measured on Hopper.
 
     It is where the library pads input channels to its tiles of 64 (96 of them: 385 TFLOP/s beside 294; where nothing
-    is padded the library has 600 to 800), and with the padding of one side only that strided convolutions have.
+    is padded the library has 600 to 800), of the three channels of a sample over time, for which it has no kernel with
+    tensor cores, and with the padding of one side only that strided convolutions have.
     """
     _, inputs, *taps = weight.shape
     fits = weight.dtype in LOW and stride[-1] == stride[-2] and {*dilation} == {1} and (*stride[:-2], 1)[0] == 1
-    wins = (16 < inputs <= 128 and inputs % 64 > 0) or stride[-1] == 2
+    wins = (16 < inputs <= 128 and inputs % 64 > 0) or stride[-1] == 2 or (inputs < _DEPTH and len(taps) == 3)
     return fits and wins and taps[-1] == taps[-2] == 3 and positions >= FEW_POSITIONS
 
 
@@ -255,13 +282,27 @@ def convolve(
     """
     from halovae.kernels.gpu import triton_convolution
 
-    tile = triton_convolution.tile_for(weight.shape[1], weight.shape[0])
+    inputs = max(weight.shape[1], _DEPTH)
+    tile = triton_convolution.tile_for(inputs, weight.shape[0])
     used = weight.narrow(2, first_tap, weight.shape[2] - first_tap) if first_tap else weight
-    packed = derived(weight, ("gpu", first_tap, tile), lambda: triton_convolution.pack(used, tile))
+    packed = derived(
+        weight, ("gpu", first_tap, tile), lambda: triton_convolution.pack(_with_channels(used, inputs), tile)
+    )  # fmt: skip
+    picture = _with_channels(picture, inputs)
     taps = (1, *used.shape[2:])[-3:]
     length = picture.shape[2] - taps[0] + 1
     shape = (len(picture), len(weight), *((length,) if picture.ndim == 5 else ()), *size)
     return _by_frames(picture, shape, packed, bias, tile, kernel=taps, stride=stride, before=before)
+
+
+def _with_channels(tensor: Tensor, channels: int) -> Tensor:
+    """Channels last, with channels of zeros at the end: whole rows of memory are read at once."""
+    if tensor.shape[1] == channels:
+        return tensor
+    shape, last = [len(tensor), channels, *tensor.shape[2:]], memory_format(tensor.ndim, True)
+    out = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device).contiguous(memory_format=last)
+    out.narrow(1, 0, tensor.shape[1]).copy_(tensor)
+    return out
 
 
 def convolve_upsampled(picture: Tensor, weight: Tensor, bias: Tensor | None, bordered: Collection[int] = ()) -> Tensor:

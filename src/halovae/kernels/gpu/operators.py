@@ -14,7 +14,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("halovae", "DEF")
 _LIBRARY.define(
     "gpu_chain(Tensor positions, Tensor(a!) out, Tensor? shift, Tensor? other, float? normalize, bool mean, "
-    "Tensor? times, Tensor? plus, bool silu) -> ()"
+    "Tensor? times, Tensor? plus, Tensor? by, Tensor? more, int[]? spread, bool silu) -> ()"
 )
 _LIBRARY.define(
     "gpu_convolution(Tensor pictures, Tensor packed, Tensor? bias, int[] kernel, int stride, int[] before, "
@@ -28,11 +28,12 @@ _LIBRARY.define("gpu_affine(Tensor parts, int groups, int channels, Tensor? weig
 
 def chain(
     positions: Tensor, out: Tensor, *, shift: object = None, other: Tensor | None = None,
-    normalize: float | None = None, mean: bool = False, times: object = None, plus: object = None, silu: bool = False,
+    normalize: float | None = None, mean: bool = False, times: object = None, plus: object = None,
+    by: Tensor | None = None, more: Tensor | None = None, spread: Sequence[int] | None = None, silu: bool = False,
 ) -> None:  # fmt: skip
     """As `gpu_chain.run`. Numbers are left out: they take no time."""
     shift, times, plus = (value if isinstance(value, Tensor) else None for value in (shift, times, plus))
-    torch.ops.halovae.gpu_chain(positions, out, shift, other, normalize, mean, times, plus, silu)
+    torch.ops.halovae.gpu_chain(positions, out, shift, other, normalize, mean, times, plus, by, more, spread, silu)
 
 
 def convolve(
@@ -67,13 +68,15 @@ def affine(
 
 def _launch_chain(
     positions: Tensor, out: Tensor, shift: Tensor | None, other: Tensor | None, normalize: float | None,
-    mean: bool, times: Tensor | None, plus: Tensor | None, silu: bool,
+    mean: bool, times: Tensor | None, plus: Tensor | None, by: Tensor | None, more: Tensor | None,
+    spread: list[int] | None, silu: bool,
 ) -> None:  # fmt: skip
     from halovae.kernels.gpu import triton_chain
 
     triton_chain.run(
-        positions, out, shift=shift, other=other, normalize=normalize, mean=mean, times=times, plus=plus, silu=silu
-    )
+        positions, out, shift=shift, other=other, normalize=normalize, mean=mean, times=times, plus=plus, by=by,
+        more=more, spread=spread, silu=silu,
+    )  # fmt: skip
 
 
 def _launch_convolution(

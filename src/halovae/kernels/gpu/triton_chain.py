@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -23,9 +25,14 @@ def run(
     mean: bool = False,
     times: Tensor | float | None = None,
     plus: Tensor | float | None = None,
+    by: Tensor | None = None,
+    more: Tensor | None = None,
+    spread: Sequence[int] | None = None,
     silu: bool = False,
 ) -> None:
-    """Write `activation(normalized(positions + shift + other) * times + plus)`, in float32 and rounded once.
+    """Write `activation((normalized(positions + shift + other) * times + plus) * by + more)`.
+
+    It is calculated in float32 and rounded once.
 
     Args:
         positions: `[P, C]`, dense.
@@ -36,16 +43,21 @@ def run(
         mean: divide by the root of (the mean square + `normalize`) instead.
         times: as `shift`.
         plus: as `shift`.
+        by: `[P', C]`, positions of a smaller video; or None.
+        more: likewise.
+        spread: how their positions stand for those of the video: `gpu.Spread`.
         silu: whether x * sigmoid(x) follows.
     """
     count, channels = positions.shape
     padded = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // padded)
     each = count // max(len(p) if isinstance(p, Tensor) and p.ndim == 2 else 1 for p in (shift, times, plus))
+    frames, height, width, small, first, time, down, across = spread or (1,) * 8
     _chain[(triton.cdiv(count, rows),)](
-        positions, out, shift, other, times, plus, count, each, normalize or 0.0, C=channels, PADDED=padded, ROWS=rows,
-        SHIFT=_kind(shift), OTHER=other is not None, NORM=0 if normalize is None else 1 + mean, FACTOR=_kind(times),
-        TERM=_kind(plus), SILU=silu, num_warps=4,
+        positions, out, shift, other, times, plus, by, more, count, each, normalize or 0.0, frames, height, width,
+        small, C=channels, PADDED=padded, ROWS=rows, SHIFT=_kind(shift), OTHER=other is not None,
+        NORM=0 if normalize is None else 1 + mean, FACTOR=_kind(times), TERM=_kind(plus), BY=by is not None,
+        MORE=more is not None, FIRST=int(first), TIME=time, DOWN=down, ACROSS=across, SILU=silu, num_warps=4,
     )  # fmt: skip
 
 
@@ -56,9 +68,10 @@ def _kind(parameter: Tensor | float | None) -> int:
 
 @triton.jit
 def _chain(
-    x, out, shift, other, factor, term, count, each, eps, C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-    SHIFT: tl.constexpr, OTHER: tl.constexpr, NORM: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr,
-    SILU: tl.constexpr,
+    x, out, shift, other, factor, term, by, more, count, each, eps, frames, height, width, small, C: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, OTHER: tl.constexpr, NORM: tl.constexpr,
+    FACTOR: tl.constexpr, TERM: tl.constexpr, BY: tl.constexpr, MORE: tl.constexpr, FIRST: tl.constexpr,
+    TIME: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip  # pyright: ignore
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, PADDED)
@@ -78,6 +91,16 @@ def _chain(
         value = value * _parameter(factor, row // each, channel, live, C, FACTOR)
     if TERM:
         value = value + _parameter(term, row // each, channel, live, C, TERM)
+    if BY or MORE:
+        line = row // width
+        frame = line // height % frames
+        frame = ((frame - FIRST) >> TIME) + FIRST
+        line = (line // height // frames * small + frame) * (height >> DOWN) + (line % height >> DOWN)
+        spot = (line * (width >> ACROSS) + (row % width >> ACROSS))[:, None] * C + channel[None, :]
+        if BY:
+            value = value * tl.load(by + spot, mask=live, other=0.0).to(tl.float32)
+        if MORE:
+            value = value + tl.load(more + spot, mask=live, other=0.0).to(tl.float32)
     if SILU:
         value = value / (1.0 + tl.exp(-value))
     tl.store(out + place, value.to(out.dtype.element_ty), mask=live)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of, threads
 from halovae.kernels.gpu import dispatch
+from halovae.kernels.lazy.deferred import Recipe
 from halovae.kernels.memory_format import is_channels_last, memory_format
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import device_type, in_turn
@@ -26,9 +27,9 @@ class Step:
     """One function of a chain."""
 
     kind: str
-    """"normalize", "rms", "times", "plus" or "silu"."""
+    """"normalize", "rms", "times", "plus", "times picture", "plus picture" or "silu"."""
     value: Any = None
-    """(dim, least length); (dim, added to the mean square); the factor; the term; nothing."""
+    """(dim, least length); (dim, added to the mean square); the factor; the term; either as a recipe; nothing."""
 
     def run(self, piece: Tensor) -> None:
         """Write the result into the argument."""
@@ -42,6 +43,10 @@ class Step:
             piece.mul_(self.value)
         elif self.kind == "plus":
             piece.add_(self.value)
+        elif self.kind == "times picture":
+            piece.mul_(self.value.compute())
+        elif self.kind == "plus picture":
+            piece.add_(self.value.compute())
         else:
             F.silu(piece, inplace=True)
 
@@ -87,7 +92,13 @@ class Chain:
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
-        return (self.base, *(s.value for s in self.steps if isinstance(s.value, Tensor)))
+        values = (s.value for s in self.steps if isinstance(s.value, Tensor))
+        return (self.base, *values, *(source for picture in self.pictures for source in picture.sources))
+
+    @property
+    def pictures(self) -> tuple[Recipe, ...]:
+        """Factors and terms that differ from position to position."""
+        return tuple(step.value for step in self.steps if step.kind.endswith("picture"))
 
     @property
     def wide(self) -> torch.dtype:
@@ -128,6 +139,10 @@ class Chain:
         if not isinstance(term, Tensor) and term == 0:
             return self
         return self._then(Step("plus", self._widened(term)), uncut)
+
+    def with_picture(self, how: str, picture: Recipe) -> Chain:
+        """Multiply ("times") by, or add ("plus"), another picture of this shape. On accelerators only."""
+        return self._then(Step(f"{how} picture", picture), frozenset(range(self.base.ndim)))
 
     def _then(self, step: Step, uncut: frozenset[int] = frozenset()) -> Chain:
         return Chain(self.base, self.dtype, (*self.steps, step), self.uncut | uncut)

@@ -96,6 +96,18 @@ class Joined:
         both = [[p.get(dim, (0, 0)) for p in (self.pads, pads)] for dim in dims]
         return replace(self, pads={d: (a[0] + b[0], a[1] + b[1]) for d, (a, b) in zip(dims, both, strict=True)})
 
+    def frames(self, start: int, stop: int, step: int) -> Joined | None:
+        """Some of what is joined in time; None where they are not there yet, or more than joined."""
+        if not self.is_bare or self.dim != 2 or step != 1 or start >= stop or len(self.sources) < len(self.parts):
+            return None
+        found: list[Tensor] = []
+        for part in self.parts:
+            low, high = max(start, 0), min(stop, part.shape[2])
+            if low < high:
+                found.append(part if high - low == part.shape[2] else plain(part).narrow(2, low, high - low))
+            start, stop = start - part.shape[2], stop - part.shape[2]
+        return Joined(tuple(found))
+
     def compute(self) -> Tensor:
         if self.is_bare:
             return torch.cat(self.parts, self.dim)

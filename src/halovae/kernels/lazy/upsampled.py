@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from halovae.kernels.cpu.slabs import WINDOW_BYTES, threads
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
-from halovae.kernels.lazy.deferred import plain, recipe_of
+from halovae.kernels.lazy.deferred import Recipe, plain, recipe_of
 from halovae.kernels.lazy.joined import joined_in
 from halovae.kernels.memory_format import is_channels_last, memory_format
 from halovae.kernels.precision import LOW, working_dtype
@@ -32,11 +33,13 @@ class Upsampled:
     dtype: torch.dtype
     """Of the result. The base may have another: repeating and casting commute."""
     mode: str
+    time: Repeated | None = None
+    """Where the pictures are frames of videos that are repeated in time too: those videos."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         batch, channels, height, width = self.base.shape
-        return batch, channels, 2 * height, 2 * width
+        return self.time.shape[0] * self.time.shape[2] if self.time else batch, channels, 2 * height, 2 * width
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +57,138 @@ class Upsampled:
         return replace(self, dtype=dtype)
 
     def compute(self) -> Tensor:
-        return F.interpolate(plain(self.base).to(self.dtype), scale_factor=2.0, mode=self.mode)
+        return self.in_time(F.interpolate(plain(self.base).to(self.dtype), scale_factor=2.0, mode=self.mode))
+
+    def in_time(self, pictures: Tensor) -> Tensor:
+        """What was made of each frame, as often as the frame is repeated in time."""
+        if self.time is None or not self.time.shifts[0]:
+            return pictures
+        video = pictures.unflatten(0, (len(self.time.base), -1)).transpose(1, 2)
+        return (
+            replace(self.time, base=video, shifts=(self.time.shifts[0], 0, 0)).compute().transpose(1, 2).flatten(0, 1)
+        )
+
+    def as_video(self) -> Repeated | None:
+        """Pictures as videos of one frame."""
+        if self.time or self.base.dtype != self.dtype or device_type(self.device) == "cpu":
+            return None
+        return Repeated(self.base.unsqueeze(2), (0, 1, 1))
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """`[B, C, T, H, W]` with every position several times in each direction; a recipe, on accelerators."""
+
+    base: Tensor
+    shifts: tuple[int, int, int]
+    """Two to the power of these times, in time, height and width."""
+    first: bool = False
+    """Whether the first frame stays one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        batch, channels, frames, *sizes = self.base.shape
+        frames = 1 + (frames - 1 << self.shifts[0]) if self.first else frames << self.shifts[0]
+        return batch, channels, frames, sizes[0] << self.shifts[1], sizes[1] << self.shifts[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def channels_last(self) -> bool:
+        return True
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self.base,)
+
+    def as_frames(self) -> Upsampled | None:
+        """The frames of the videos, one after the other, where each is upsampled by two."""
+        if self.shifts[1:] != (1, 1):
+            return None
+        return Upsampled(self.base.transpose(1, 2).flatten(0, 1), self.dtype, "nearest", time=self)
+
+    def compute(self) -> Tensor:
+        base, out = self.base, torch.empty(
+            self.shape, dtype=self.dtype, device=self.device, memory_format=memory_format(5, True)
+        )  # fmt: skip
+        if self.first:
+            _repeat(base[:, :, :1], out[:, :, :1], (0, *self.shifts[1:]))
+            base, rest = base[:, :, 1:], out[:, :, 1:]
+        else:
+            rest = out
+        if base.shape[2]:
+            _repeat(base, rest, self.shifts)
+        return out
+
+
+def _repeat(base: Tensor, out: Tensor, shifts: Sequence[int]) -> None:
+    pairs = [n for size, shift in zip(base.shape[2:], shifts, strict=True) for n in (size, 1 << shift)]
+    single = [n for size in base.shape[2:] for n in (size, 1)]
+    out.view(*base.shape[:2], *pairs).copy_(base.reshape(*base.shape[:2], *single))
+
+
+def repeats_of(base: Tensor, size: Any, scale: Any) -> Repeated | None:
+    """The nearest resampling of videos as `F.interpolate` takes it; None where it is not by powers of two."""
+    each = size if size is not None else scale
+    targets = list(each) if isinstance(each, (tuple, list)) else [each] * 3
+    lengths = base.shape[2:]
+    factors = [target / length if size is not None else target for target, length in zip(targets, lengths, strict=True)]
+    shifts = [next((k for k in range(6) if factor == 1 << k), None) for factor in factors]
+    time, height, width = shifts
+    return None if time is None or height is None or width is None else Repeated(base, (time, height, width))
+
+
+def joined_repeats(recipes: Sequence[Any]) -> Repeated | None:
+    """One frame and others after it, repeated alike in height and width."""
+    if len(recipes) != 2 or not all(isinstance(recipe, Repeated) and not recipe.first for recipe in recipes):
+        return None
+    one, others = recipes
+    if one.shape[2] != 1 or one.shifts[1:] != others.shifts[1:]:
+        return None
+    return Repeated(torch.cat((one.base, others.base), 2), others.shifts, first=True)
+
+
+@dataclass(frozen=True)
+class FramesOf:
+    """Pictures that wait, as frames of videos; a recipe, on accelerators."""
+
+    frames: Recipe
+    """`[B * T, C, H, W]`."""
+    batch: int
+    turned: bool
+    """Whether the shape is `[B, T, C, H, W]`, not `[B, C, T, H, W]`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        count, channels, *sizes = self.frames.shape
+        length = count // self.batch
+        return (self.batch, *((length, channels) if self.turned else (channels, length)), *sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.frames.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.frames.device
+
+    @property
+    def channels_last(self) -> bool:
+        return self.frames.channels_last and not self.turned
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        return self.frames.sources
+
+    def compute(self) -> Tensor:
+        turned = self.frames.compute().unflatten(0, (self.batch, -1))
+        return turned if self.turned else turned.transpose(1, 2)
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -88,6 +222,12 @@ def upsampled_convolution(
         bordered: dimensions (2, 3) in which `base` has one more row before and after, and no padding is due.
     """
     base = plain(recipe.base) if base is None else base
+    return recipe.in_time(_convolved(recipe, weight, bias, base, bordered))
+
+
+def _convolved(
+    recipe: Upsampled, weight: Tensor, bias: Tensor | None, base: Tensor, bordered: Collection[int]
+) -> Tensor:  # fmt: skip
     if device_type(recipe.device) != "cpu" and recipe.dtype in LOW:
         return dispatch.convolve_upsampled(plain(base).to(recipe.dtype), weight, bias, bordered)
     weight, dtype, work = alike(weight, base), recipe.dtype, working_dtype(recipe.dtype)
