@@ -10,19 +10,22 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from halovae.kernels.gpu import triton_attention, triton_chain, triton_norms
+from halovae.kernels.gpu import gluon_patches, triton_attention, triton_chain, triton_norms
 
 PICTURE, WIDE = "*bf16", "*fp32"
 
 
-def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, **types: str) -> Any:
+def compiled(
+    kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, kind: Any = ASTSource, **types: str
+) -> Any:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     missing = signature.keys() - types.keys() - constants.keys()
     assert not missing, f"{kernel.__name__}: {missing}"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    options = {"num_warps": warps, "num_stages": stages}
+    source = kind(fn=kernel, signature=signature, constexprs=places)
+    options = {"num_warps": warps} | ({"num_stages": stages} if kind is ASTSource else {})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -66,7 +69,20 @@ def attention() -> None:
     compiled(triton_attention._softmax, {"BLOCK": 4096}, 8, **types)
 
 
+def patches() -> None:
+    patch, most, rest = gluon_patches.layouts()
+    operands = zip(("wide", "narrow", "most", "rest"), gluon_patches.blocks(), (patch, patch, most, rest), strict=True)
+    types = {name: f"tensordesc<bf16{block},{layout!r}>" for name, block, layout in operands}
+    types |= dict.fromkeys(("length", "rows", "cols", "across"), "i32") | {"bias": PICTURE, "out": PICTURE}
+    constants = {"C": 96, "KT": 3, "TOP": 1, "LEFT": 1, "BIAS": True, "STAGES": 2, "num_warps": 8}
+    for taps, up in ((3, 1), (2, 2)):
+        more = {"KH": taps, "KW": taps, "UP": up}
+        found = compiled(gluon_patches._convolve, constants | more, 8, kind=GluonASTSource, **types)
+        assert "wgmma.mma_async" in found.asm["ptx"]
+
+
 if __name__ == "__main__":
+    patches()
     chains()
     statistics()
     attention()

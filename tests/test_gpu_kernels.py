@@ -13,13 +13,23 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import fast_rules, group_norm
 from halovae.kernels.convolution import Window, on_gpu
 from halovae.kernels.fast_mode import FastMode, finished
-from halovae.kernels.gpu import dispatch, operators, triton_attention, triton_chain, triton_copy, triton_norms
+from halovae.kernels.gpu import (
+    dispatch,
+    operators,
+    triton_attention,
+    triton_chain,
+    triton_convolution,
+    triton_copy,
+    triton_norms,
+)
 from halovae.kernels.gpu.triton_convolution import Tile, convolve, pack, pack_upsampled, tile_for
-from halovae.kernels.lazy import chain
+from halovae.kernels.lazy import chain, upsampled
 from halovae.kernels.lazy.chain import Chain, Step
 from halovae.kernels.lazy.deferred import Deferred, recipe_of
 from halovae.kernels.lazy.joined import Joined
@@ -229,6 +239,17 @@ def test_frames_are_joined_in_the_room_that_a_chain_has_left():
     assert found[:, :, 1:].data_ptr() == second.data_ptr()
 
 
+def test_frames_are_joined_on_both_sides():
+    base, edge = video(1, 4, 3, 3, 5), video(1, 4, 1, 3, 5) + 1
+    made = dispatch.chain(base, torch.float32, torch.float32, [Step("silu")])
+    assert dispatch.joined((edge, made, edge), 2) is None
+    roomy = dispatch.chain(base, torch.float32, torch.float32, [Step("silu")])
+    found = dispatch.joined((edge, roomy, edge), 2)
+    assert found is not None
+    assert torch.equal(found, torch.cat((edge, made, edge), 2))
+    assert dispatch.joined((edge, roomy), 2) is None
+
+
 def test_operators_of_the_kernels_do_what_these_do():
     """Trials run them, so that predictions know how long they take."""
     source, bias = frames(2, 5, 7, 16), frames(20)
@@ -277,7 +298,8 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules take the kernels of an accelerator, which the interpreter runs."""
     monkeypatch.setattr(dispatch, "supports", lambda _: True)
     monkeypatch.setattr(dispatch, "FEW_QUERIES", 1)
-    for module in (chain, dispatch, fast_rules):
+    monkeypatch.setattr(upsampled, "LOW", (torch.float32, torch.bfloat16, torch.float16))
+    for module in (chain, dispatch, fast_rules, upsampled):
         monkeypatch.setattr(module, "device_type", lambda _: "cuda")
 
 
@@ -389,6 +411,144 @@ def test_a_transposed_convolution_whose_kernel_is_its_stride(kernel: tuple[int, 
         found = F.conv_transpose3d(source, weight, bias, stride=kernel, groups=6)
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
     assert error(found, expected) < 1e-6
+
+
+def conditioned(picture: Tensor, small: Tensor, weights: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+    """A norm that is multiplied by, and added to, what a smaller video says; its first frame stands for one."""
+    first, rest = picture[:, :, :1], picture[:, :, 1:]
+    sizes = (first.shape[-3:], rest.shape[-3:])
+    parts = [F.interpolate(z, size=size) for z, size in zip((small[:, :, :1], small[:, :, 1:]), sizes, strict=True)]
+    large = torch.cat(parts, dim=2)
+    by, more = (F.conv3d(large, weight, bias) for weight in weights)
+    large[:, :, 0:].clone()
+    return F.silu(F.group_norm(picture, 4, bias, None, 1e-6) * by + more)
+
+
+def test_what_a_smaller_video_says_is_read_by_the_pass_that_needs_it(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
+    picture, small, bias = video(2, 16, 5, 8, 12), video(2, 4, 3, 2, 3), frames(16)
+    weights = frames(16, 4, 1, 1, 1), frames(16, 4, 1, 1, 1) + 1
+    expected = conditioned(picture.double(), small.double(), (weights[0].double(), weights[1].double()), bias.double())
+    monkeypatch.setattr(upsampled.Repeated, "compute", lambda _: pytest.fail("was made large"))
+    with torch.no_grad(), FastMode():
+        found = conditioned(picture, small, weights, bias)
+        assert error(finished(found).double(), expected) < 1e-5
+
+
+def upsampled_in_time(video: Tensor, weight: Tensor) -> Tensor:
+    first, rest = (F.interpolate(part, scale_factor=2.0) for part in (video[:, :, 0], video[:, :, 1:]))
+    large = torch.cat((first[:, :, None], rest), 2)
+    batch, channels, length, height, width = large.shape
+    pictures = large.permute(0, 2, 1, 3, 4).reshape(batch * length, channels, height, width)
+    pictures = F.conv2d(pictures, weight, padding=1)
+    return pictures.reshape(batch, length, *pictures.shape[1:]).permute(0, 2, 1, 3, 4)
+
+
+def upsampled_by_frames(video: Tensor, weight: Tensor) -> Tensor:
+    batch, channels, length, height, width = video.shape
+    large = F.interpolate(video.permute(0, 2, 1, 3, 4).reshape(-1, channels, height, width), scale_factor=2.0)
+    large = large.reshape(batch, length, channels, *large.shape[2:]).permute(0, 2, 1, 3, 4)
+    pictures = F.conv2d(
+        large.permute(0, 2, 1, 3, 4).reshape(-1, *large.shape[1:2], *large.shape[3:]), weight, padding=1
+    )
+    return pictures.reshape(batch, length, *pictures.shape[1:]).permute(0, 2, 1, 3, 4)
+
+
+@pytest.mark.parametrize("network", [upsampled_in_time, upsampled_by_frames])
+def test_an_upsampled_video_is_folded_into_the_convolution_of_its_frames(network: Any, as_on_gpu: None):
+    source, weight = video(2, 8, 3, 4, 5), frames(6, 8, 3, 3)
+    with torch.no_grad(), FastMode(), counted("upsample_nearest") as calls:
+        found = finished(network(source, weight))
+    assert not calls
+    assert error(found.double(), network(source.double(), weight.double())) < 1e-5
+
+
+def counted(name: str) -> Any:
+    """Within it, calls of operators with this in their name are listed."""
+
+    class Calls(TorchDispatchMode):
+        def __enter__(self) -> list[str]:
+            super().__enter__()
+            return self.found
+
+        found: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if name in str(func):
+                self.found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    return Calls()
+
+
+SHUFFLES = {
+    "to pixels": lambda x: x.reshape(1, 4, 2, 2, 2, 3, 4, 6).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5)
+    .flatten(2, 3),
+    "to channels": lambda x: x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3),
+    "repeated": lambda x: x.repeat(1, 3, 1, 1, 1),
+    "stacked": lambda x: torch.stack((x[:, :16], x[:, 16:]), 3).reshape(1, 16, 6, 4, 6),
+    "joined to nothing": lambda x: torch.cat((x[:, :, :0], x), 2),
+    "frames of a join": lambda x: torch.cat((x[:, :, :1], x, x[:, :, -1:]), 2)[:, :, -3:-1].clone(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES.values(), ids=SHUFFLES)
+def test_what_is_rearranged_by_hand_stays_channels_last(shuffle: Any, as_on_gpu: None):
+    source = video(1, 32, 3, 4, 6)
+    with torch.no_grad(), FastMode():
+        found = shuffle(source)
+    value = found.computed() if isinstance(found, Deferred) else found
+    assert torch.equal(value, shuffle(source))
+    assert value.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def by_rows(length: int, block: int) -> Tensor:
+    mask = torch.full((length, length), float("-inf"), dtype=torch.float32, device=torch.device("cpu"))
+    for i in range(length):
+        mask[i, : (i // block + 1) * block] = 0
+    return mask
+
+
+def test_a_mask_written_row_by_row_is_made_at_once(as_on_gpu: None):
+    with torch.no_grad(), FastMode(), counted("fill_") as calls:
+        found = by_rows(12, 4)
+        later = found.clone()
+        found[2, 3:] = 1.0
+    expected = by_rows(12, 4)
+    assert torch.equal(later, expected)
+    assert len(calls) == 4  # as many as there are frames, and the one that is no beginning
+    expected[2, 3:] = 1.0
+    assert torch.equal(finished(found), expected)
+
+
+def test_three_channels_are_read_with_their_neighbours():
+    source, weight, bias = video(2, 3, 4, 6, 8), frames(20, 3, 3, 3, 3), frames(20)
+    expected = F.conv3d(source, weight[:, :, 1:], bias, padding=(0, 1, 1))
+    found = dispatch.convolve(source, weight, bias, first_tap=1, stride=1, before=(1, 1), size=(6, 8))
+    assert error(found, expected) < TOLERANCE
+    expected = F.conv3d(F.pad(source, (2, 0)), weight, bias)
+    found = dispatch.convolve(source, weight, bias, first_tap=0, stride=1, before=(0, 2), size=(4, 8))
+    assert error(found, expected) < TOLERANCE
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="for Hopper alone"
+)
+@pytest.mark.parametrize(("kernel", "up", "before"), [(3, 1, (1, 1)), (3, 1, (0, 1)), (2, 2, (1, 1)), (2, 2, (0, 1))])
+def test_patches_do_what_the_other_kernel_does(kernel: int, up: int, before: tuple[int, int]):
+    from halovae.kernels.gpu import gluon_patches
+
+    source, bias = (frames(*shape).bfloat16().cuda() for shape in ((4, 37, 45, 64), (96,)))
+    rows = {(3, 1): 37, (3, 0): 35, (2, 1): 37, (2, 0): 35}[kernel, before[0]]
+    times = 2 if kernel == 3 else 1
+    packed = (frames(up * up * times * kernel * kernel * 64, 96) / 30).bfloat16().cuda()
+    packed = packed.view(up * up, -1, 96) if up == 2 else packed
+    out = torch.zeros(4 - times + 1, rows * up, 45 * up, 96, dtype=torch.bfloat16, device="cuda")
+    geometry: Any = {"kernel": (times, kernel, kernel), "before": before, "upsample": up}
+    assert gluon_patches.fits(source, packed, geometry["kernel"], 1, out)
+    gluon_patches.run(source, packed, bias, out=out, **geometry)
+    expected = torch.zeros_like(out)
+    triton_convolution._launch(source, packed, bias, tile_for(64, 96), stride=1, out=expected, **geometry)
+    assert error(out.float(), expected.float()) < 2**-7  # one rounding
 
 
 def test_mirrored_padding_waits_for_the_convolution(as_on_gpu: None):

@@ -159,6 +159,23 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     return Deferred(Joined(tuple(part for t in parts for part in parts_in(t))))
 
 
+@rule(torch.stack)
+def stack(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+    """Videos, frame by frame in turn, stay channels last."""
+    first = tensors[0]
+    if kwargs or dim != 3 or not all(fits(t) and t.ndim == 5 for t in tensors) or device_type(first.device) == "cpu":
+        return NotImplemented
+    parts = [plain(read(tensor)) for tensor in tensors]
+    if not all((t.shape, t.dtype) == (first.shape, first.dtype) and is_channels_last(t) for t in parts):
+        return NotImplemented
+    batch, channels, frames, *sizes = first.shape
+    shape = (batch, frames, len(parts), *sizes, channels)
+    out = torch.empty(shape, dtype=first.dtype, device=first.device).movedim(-1, 1)
+    for place, part in enumerate(parts):
+        out.select(3, place).copy_(part)
+    return out
+
+
 @rule(Tensor.__getitem__)
 def getitem(tensor: Tensor, index: Any) -> Any:
     """Frames of what is joined, from its parts; one picture as a video of one frame, while it waits to be upsampled."""
@@ -166,6 +183,7 @@ def getitem(tensor: Tensor, index: Any) -> Any:
     if recipe is None or not isinstance(index, tuple):
         return NotImplemented
     places = tuple("whole" if place == slice(None) else place for place in index)
+    places += ("whole",) * (tensor.ndim - sum(place is not None for place in places))
     if isinstance(recipe, Upsampled) and places == ("whole", "whole", None, "whole", "whole"):
         video = recipe.as_video()
         return NotImplemented if video is None else Deferred(video)
@@ -230,7 +248,10 @@ def reshape(input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
     wanted: Any = sizes[0] if len(sizes) == 1 else sizes
     if kwargs or input.ndim < 4 or not isinstance(wanted, (tuple, list)):
         return NotImplemented
-    return _regrouped(input, tuple(map(int, wanted)))
+    shape = tuple(map(int, wanted))
+    if shape.count(-1) == 1 and 0 not in shape:
+        shape = tuple(input.numel() // -prod(shape) if size == -1 else size for size in shape)
+    return _regrouped(input, shape) if prod(shape) == input.numel() else NotImplemented
 
 
 @rule(*named("flatten"))
@@ -273,7 +294,7 @@ def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
         on_gpu = by_frames and device_type(input.device) != "cpu"
         return Deferred(FramesOf(recipe, shape[0], turned=True)) if on_gpu else NotImplemented
     given = tuple(map(int, input.shape))
-    if len(given) < 6 or -1 in shape or len(shape) < 4 or shape[1] < _FEW_CHANNELS or not _has_kernels(input):
+    if len(given) < 6 or len(shape) < 4 or shape[1] < _FEW_CHANNELS or not _has_kernels(input):
         return NotImplemented
     pictures = len(shape) < 6 and (given[0], *given[-2:]) == (shape[0], *shape[-2:])
     if given[:2] != shape[:2] and not pictures:

@@ -261,7 +261,7 @@ def convolves(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], po
     """
     _, inputs, *taps = weight.shape
     fits = weight.dtype in LOW and stride[-1] == stride[-2] and {*dilation} == {1} and (*stride[:-2], 1)[0] == 1
-    wins = (16 < inputs <= 128 and inputs % 64 > 0) or stride[-1] == 2 or (inputs < _DEPTH and len(taps) == 3)
+    wins = (16 < inputs <= 128 and inputs % 64 > 0) or stride[-1] == 2 or _is_sample(weight, stride[-1])
     return fits and wins and taps[-1] == taps[-2] == 3 and positions >= FEW_POSITIONS
 
 
@@ -282,26 +282,43 @@ def convolve(
     """
     from halovae.kernels.gpu import triton_convolution
 
-    inputs = max(weight.shape[1], _DEPTH)
-    tile = triton_convolution.tile_for(inputs, weight.shape[0])
     used = weight.narrow(2, first_tap, weight.shape[2] - first_tap) if first_tap else weight
+    few = _is_sample(weight, stride)
+    inputs = _DEPTH if few else weight.shape[1]
+    tile = triton_convolution.tile_for(inputs, weight.shape[0])
     packed = derived(
-        weight, ("gpu", first_tap, tile), lambda: triton_convolution.pack(_with_channels(used, inputs), tile)
-    )  # fmt: skip
-    picture = _with_channels(picture, inputs)
+        weight,
+        ("gpu", first_tap, tile),
+        lambda: triton_convolution.pack(_taps_as_channels(used) if few else used, tile),
+    )
+    if few:
+        picture = _neighbours_as_channels(picture, weight.shape[-1], before[1], size[1])
+        used, before = used[..., :1], (before[0], 0)
     taps = (1, *used.shape[2:])[-3:]
     length = picture.shape[2] - taps[0] + 1
     shape = (len(picture), len(weight), *((length,) if picture.ndim == 5 else ()), *size)
     return _by_frames(picture, shape, packed, bias, tile, kernel=taps, stride=stride, before=before)
 
 
-def _with_channels(tensor: Tensor, channels: int) -> Tensor:
-    """Channels last, with channels of zeros at the end: whole rows of memory are read at once."""
-    if tensor.shape[1] == channels:
-        return tensor
-    shape, last = [len(tensor), channels, *tensor.shape[2:]], memory_format(tensor.ndim, True)
-    out = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device).contiguous(memory_format=last)
-    out.narrow(1, 0, tensor.shape[1]).copy_(tensor)
+def _is_sample(weight: Tensor, stride: int) -> bool:
+    """Whether a convolution over time has so few inputs that all that meets a row of its kernel is read at once."""
+    return weight.ndim == 5 and weight.shape[1] * weight.shape[-1] <= _DEPTH and stride == 1
+
+
+def _taps_as_channels(weight: Tensor) -> Tensor:
+    """`[outputs, C, T, H, W]` as `[outputs, 16, T, H, 1]`, zeros at the end."""
+    rows = weight.movedim(-1, 1).flatten(1, 2)
+    return torch.nn.functional.pad(rows, (0,) * 5 + (_DEPTH - rows.shape[1],)).unsqueeze(-1)
+
+
+def _neighbours_as_channels(video: Tensor, taps: int, left: int, width: int) -> Tensor:
+    """What the taps of a row meet, as channels: `[B, C, T, H, W]` to `[B, 16, T, H, width]`, with zeros around."""
+    batch, channels, *sizes = video.shape
+    out = torch.zeros((batch, *sizes[:2], width, _DEPTH), dtype=video.dtype, device=video.device).movedim(-1, 1)
+    for tap in range(taps):
+        low, high = max(0, left - tap), min(width, sizes[2] + left - tap)
+        target = out.narrow(1, tap * channels, channels).narrow(4, low, high - low)
+        target.copy_(video.narrow(4, low - left + tap, high - low))
     return out
 
 

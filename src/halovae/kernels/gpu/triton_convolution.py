@@ -9,8 +9,11 @@ read, so neither is ever written to memory. Products of bfloat16 or float16 are 
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -105,6 +108,16 @@ def convolve(
         out: the output.
         upsample: 1, or 2 for a nearest upsampling in height and width before the convolution.
     """
+    if frames.is_cuda and (patches := _patches()) and patches.fits(frames, packed, kernel, stride, out):
+        patches.run(frames, packed, bias, kernel=kernel, before=before, out=out, upsample=upsample)
+        return
+    _launch(frames, packed, bias, tile, kernel=kernel, stride=stride, before=before, out=out, upsample=upsample)
+
+
+def _launch(
+    frames: Tensor, packed: Tensor, bias: Tensor | None, tile: Tile, *, kernel: Sequence[int], stride: int,
+    before: tuple[int, int], out: Tensor, upsample: int,
+) -> None:  # fmt: skip
     _, height, width, inputs = frames.shape
     outputs = out.shape[-1]
     grid_size = (out.shape[1] // upsample, out.shape[2] // upsample)
@@ -117,6 +130,15 @@ def convolve(
         BM=tile.positions, BN=tile.channels, BN2=tile.more_channels, BK=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+@functools.cache
+def _patches() -> ModuleType | None:
+    """`gpu_patches`, where Triton has what it is written in."""
+    try:
+        return importlib.import_module("halovae.kernels.gpu.gluon_patches")
+    except (ImportError, AttributeError):
+        return None
 
 
 @triton.jit
