@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from halovae.kernels.gpu import gluon_patches, triton_attention, triton_chain, triton_norms
+from halovae.kernels.gpu import gluon_patches, triton_attention, triton_chain, triton_copy, triton_norms
 
 PICTURE, WIDE = "*bf16", "*fp32"
 
@@ -81,7 +81,16 @@ def patches() -> None:
         assert "wgmma.mma_async" in found.asm["ptx"]
 
 
+def shuffles() -> None:
+    numbers = dict.fromkeys((f"{name}{place}" for name in "nab" for place in range(4)), "i32")
+    sides = {"A": (32, 16, 1 << 20), "B": (4, 2, 1)}
+    constants = {f"{name}{place}": step for name, steps in sides.items() for place, step in enumerate(steps)}
+    constants |= {"P0": 2, "P1": 2, "P2": 2, "INSIDE": 1, "OUTSIDE": 8, "PIXELS": 8, "BLOCK": 128}
+    compiled(triton_copy._shuffle, constants, 4, source=PICTURE, out=PICTURE, channels="i32", **numbers)
+
+
 if __name__ == "__main__":
+    shuffles()
     patches()
     chains()
     statistics()

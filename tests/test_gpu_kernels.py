@@ -128,6 +128,21 @@ def test_rows_are_copied_into_a_larger_buffer(size: tuple[int, ...]):
     assert torch.equal(buffer, expected)
 
 
+@pytest.mark.parametrize("channels", [5, 128])
+@pytest.mark.parametrize("to_pixels", [True, False])
+def test_pixels_and_channels_change_places(channels: int, to_pixels: bool):
+    sizes = (2, channels, 2, 2, 4, 3, 2, 5)  # channels, pixels within a place, places
+    within = frames(2, 3, 2, 5, channels, 2, 2, 4).permute(0, 4, 5, 6, 7, 1, 2, 3)
+    apart = frames(2, 3, 2, 2, 2, 5, 4, channels).permute(0, 7, 2, 4, 6, 1, 3, 5)
+    source, out = (within, torch.zeros_like(apart)) if to_pixels else (apart, torch.zeros_like(within))
+    assert source.shape == out.shape == sizes
+    shuffle = triton_copy.shuffle_of(sizes, source.stride(), out.stride())
+    assert shuffle is not None
+    triton_copy.run_shuffle(source, out, shuffle)
+    assert torch.equal(out, source)
+    assert triton_copy.shuffle_of(sizes, source.stride(), source.contiguous().stride()) is None
+
+
 def test_rows_with_gaps_are_not_copied_as_rows():
     source = frames(2, 3, 5, 7)
     assert not triton_copy.fits(source.transpose(1, 2))

@@ -305,7 +305,7 @@ def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
     out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=source.dtype, device=source.device).movedim(-1, 1)
     if (apart := _view(out, given)) is None:
         return NotImplemented
-    apart.copy_(source)
+    dispatch.shuffle(apart, source)
     return out
 
 

@@ -166,6 +166,19 @@ def copy(target: Tensor, source: Tensor) -> None:
         triton_copy.run(frames, out)
 
 
+def shuffle(target: Tensor, source: Tensor) -> None:
+    """As `target.copy_(source)`, of views whose pixels and channels have changed places."""
+    found = None
+    if supports(target.device) and target.dtype == source.dtype and target.numel() >= _MANY and not target.is_meta:
+        from halovae.kernels.gpu import triton_copy
+
+        found = triton_copy.shuffle_of(target.shape, source.stride(), target.stride())
+        if found is not None:
+            triton_copy.run_shuffle(source, target, found)
+    if found is None:
+        target.copy_(source)
+
+
 def _frames(picture: Tensor) -> Tensor:
     """A batch of pictures, or one video, as `[T, H, W, C]`."""
     return picture.movedim(1, -1) if picture.ndim == 4 else picture[0].movedim(0, -1)

@@ -1,4 +1,4 @@
-"""Copying rows of channels-last pictures into a larger buffer, written in Triton.
+"""Copying rows of channels-last pictures into a larger buffer, and shuffling their pixels, written in Triton.
 
 Such a row is one stretch of memory on both sides. torch's copy of a tensor with gaps goes element by element.
 """
@@ -7,6 +7,10 @@ Such a row is one stretch of memory on both sides. torch's copy of a tensor with
 # pyright: reportMissingParameterType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -30,6 +34,85 @@ def run(frames: Tensor, out: Tensor) -> None:
         frames, out, height, length, frames.stride(0), frames.stride(1), out.stride(0), out.stride(1),
         ELEMENTS=_ELEMENTS, num_warps=4,
     )  # fmt: skip
+
+
+Dim = tuple[int, int, int]
+"""Size, and stride in the source and in the result, in elements."""
+
+_PIXELS, _ROWS = 3, 4
+"""The most dimensions of each kind."""
+
+
+class Shuffle(NamedTuple):
+    """How pixels and channels change places."""
+
+    pixels: tuple[Dim, ...]
+    """Dimensions whose positions become channels, or come from them; where they lie within, the last is the inmost."""
+    channels: Dim
+    rows: tuple[Dim, ...]
+    """The other dimensions."""
+
+
+def shuffle_of(shape: Sequence[int], source: Sequence[int], out: Sequence[int]) -> Shuffle | None:
+    """The shuffle that a copy is, from its shape and both strides; None where it is none.
+
+    Dimension 1 is that of the channels. They are next to each other on one side; on the other, pixels lie within.
+    """
+    dims = list(zip(shape, source, out, strict=True))
+    side = 2 if source[1] == 1 else 1  # where the pixels lie within
+    channels, others = dims[1], [dim for place, dim in enumerate(dims) if place != 1 and dim[0] > 1]
+    pixels = sorted((dim for dim in others if dim[side] < channels[side]), key=lambda dim: -dim[side])
+    rows = [dim for dim in others if dim not in pixels]
+    small = prod(size for size, *_ in pixels)
+    close = channels[3 - side] == 1 and channels[side] == small and _is_run(pixels, side)
+    powers = all(size & (size - 1) == 0 for size, *_ in pixels)
+    fits_in = 1 <= len(pixels) <= _PIXELS and len(rows) <= _ROWS and powers and small <= 64
+    return Shuffle(tuple(pixels), channels, tuple(rows)) if close and fits_in else None
+
+
+def _is_run(pixels: Sequence[Dim], side: int) -> bool:
+    """Whether they are next to each other in memory."""
+    step = 1
+    for dim in reversed(pixels):
+        if dim[side] != step:
+            return False
+        step *= dim[0]
+    return True
+
+
+def run_shuffle(source: Tensor, out: Tensor, shuffle: Shuffle) -> None:
+    """`out.copy_(source)`."""
+    one = (1, 0, 0)
+    pixels = (*(one,) * (_PIXELS - len(shuffle.pixels)), *shuffle.pixels)
+    rows = (*(one,) * (_ROWS - len(shuffle.rows)), *shuffle.rows)
+    small, (channels, inside, outside) = prod(size for size, *_ in pixels), shuffle.channels
+    block = min(triton.next_power_of_2(channels), max(16, _ELEMENTS // small))
+    _shuffle[(prod(size for size, *_ in rows), triton.cdiv(channels, block))](
+        source, out, *(number for row in rows for number in row), channels, INSIDE=inside, OUTSIDE=outside,
+        **{f"{name}{place}": pixel[i] for place, pixel in enumerate(pixels) for i, name in enumerate("PAB")},
+        PIXELS=small, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shuffle(
+    source, out, n0, a0, b0, n1, a1, b1, n2, a2, b2, n3, a3, b3, channels, INSIDE: tl.constexpr, OUTSIDE: tl.constexpr,
+    P0: tl.constexpr, A0: tl.constexpr, B0: tl.constexpr, P1: tl.constexpr, A1: tl.constexpr, B1: tl.constexpr,
+    P2: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip  # pyright: ignore
+    """All pixels of one place, and some channels: read in the order of one side, written in that of the other."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = source + row % n3 * a3 + row // n3 % n2 * a2 + row // (n3 * n2) % n1 * a1 + row // (n3 * n2 * n1) * a0
+    end = out + row % n3 * b3 + row // n3 % n2 * b2 + row // (n3 * n2) % n1 * b1 + row // (n3 * n2 * n1) * b0
+    pixel = tl.arange(0, PIXELS)[:, None]
+    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    z, y, x = pixel // (P2 * P1), pixel // P2 % P1, pixel % P2
+    # The side where pixels are next to each other is said plainly, so that the compiler sees that they are.
+    there = pixel if INSIDE == PIXELS else z * A0 + y * A1 + x * A2
+    here = pixel if OUTSIDE == PIXELS else z * B0 + y * B1 + x * B2
+    live = channel < channels
+    value = tl.load(begin + there + channel * INSIDE, mask=live)
+    tl.store(end + here + channel * OUTSIDE, value, mask=live)
 
 
 @triton.jit
