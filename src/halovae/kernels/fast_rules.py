@@ -19,6 +19,7 @@ from halovae.kernels import group_norm as norms
 from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
+from halovae.kernels.lazy import tokens
 from halovae.kernels.lazy.chain import Chain, uncut_by
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import Joined, copy_of, parts_in, read
@@ -368,6 +369,10 @@ def type_as(tensor: Tensor, other: Tensor) -> Any:
 
 def _cast(tensor: Tensor, dtype: Any) -> Any:
     """Casts between low precision and float32 become part of what stands before or behind them."""
+    if isinstance(tensor, Deferred) and tensor.dtype == dtype:
+        return tensor
+    if isinstance(norm := recipe_of(tensor), tokens.Normed) and dtype in (torch.float32, *LOW):
+        return Deferred(norm.cast(dtype))
     if not fits(tensor) or dtype not in (torch.float32, *LOW):
         return NotImplemented
     recipe = recipe_of(tensor)
@@ -459,6 +464,17 @@ def group_norm(
     return norms.group_norm(input, num_groups, weight, bias, eps)
 
 
+@rule(*named("rms_norm"))
+def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    """Of tokens on an accelerator: it waits for the dtype that is asked for."""
+    if tuple(normalized_shape) != tuple(input.shape[-1:]) or eps is None or not tokens.are_tokens(input):
+        return NotImplemented
+    recipe = recipe_of(input)
+    casts_only = isinstance(recipe, Chain) and not recipe.steps and recipe.base.dtype in LOW
+    found = tokens.normed(input, recipe.base if isinstance(recipe, Chain) and casts_only else input, weight, eps)
+    return NotImplemented if found is None else found
+
+
 @rule(F.scaled_dot_product_attention)
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
@@ -475,6 +491,8 @@ def attention(
 def multiply(input: Any, other: Any, **kwargs: Any) -> Any:
     if kwargs:
         return NotImplemented
+    if (found := tokens.scaled(input, other)) is not None:
+        return found
     for one, root in ((input, recipe_of(other)), (other, recipe_of(input))):
         if isinstance(root, MeanSquare):
             return _by_rms(one, root, -0.5)
@@ -489,6 +507,8 @@ def add(input: Any, other: Any, **kwargs: Any) -> Any:
     if isinstance(recipe, MeanSquare):
         waits = recipe.dim is not None and not recipe.is_root and isinstance(other, (int, float))
         return Deferred(recipe.plus(float(other))) if waits else NotImplemented
+    if (found := tokens.summed(input, other)) is not None:
+        return found
     repeated = any(isinstance(recipe_of(each), Repeated) for each in (input, other))
     summed = None if repeated else _sum(input, other)
     return _with_parameter(input, other, "plus") if summed is None else summed
@@ -541,7 +561,10 @@ def silu(input: Tensor, inplace: bool = False) -> Any:
         return NotImplemented
     if isinstance(chain, FramesOf) and isinstance(chain.frames, Chain):
         return Deferred(replace(chain, frames=chain.frames.activated()))
-    return Deferred(chain.activated()) if isinstance(chain, Chain) else NotImplemented
+    if isinstance(chain, Chain):
+        return Deferred(chain.activated())
+    gates = tokens.activated(input)
+    return NotImplemented if gates is None else gates
 
 
 @rule(torch.full)

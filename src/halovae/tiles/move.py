@@ -35,12 +35,13 @@ class Mover:
         self._rounds = schedule.rounds
         self._posted: list[Pending] = []
 
-    def is_round(self, call: int) -> bool:
-        """Whether this rank has a chain to post once it has run `call`."""
-        mine, number = self._chains[self._comm.rank], len(self._posted)
-        return number < len(mine) and mine[number].calls[-1] == call
+    def post_complete(self) -> None:
+        """Begin the rounds whose chain of this rank has been run."""
+        mine = self._chains[self._comm.rank]
+        while len(self._posted) < len(mine) and mine[len(self._posted)].calls[-1] in self.results:
+            self._post()
 
-    def post(self) -> None:
+    def _post(self) -> None:
         """Begin the next round."""
         sends: list[Message] = []
         receives: list[Message] = []
@@ -75,6 +76,6 @@ class Mover:
     def finish(self) -> None:
         """Post what is left, and wait until everything has arrived."""
         while len(self._posted) < self._rounds:
-            self.post()
+            self._post()
         for pending in self._posted:
             pending.wait()

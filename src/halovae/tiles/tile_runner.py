@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -23,6 +22,7 @@ from halovae.calls.target import Target
 from halovae.comm import Comm
 from halovae.comm.agreement import together
 from halovae.kernels import autocast
+from halovae.tiles.batches import ALONE, Batches, Verdict
 from halovae.tiles.blend import Blends
 from halovae.tiles.move import Mover
 from halovae.tiles.tile_plan import Planner, TilePlan
@@ -39,6 +39,8 @@ class TileOutcome:
     """Seconds in which this rank ran its tiles; earlier tiles were on their way meanwhile."""
     gather_seconds: float
     """Seconds of waiting for the last tiles, and of putting them together."""
+    together: Verdict
+    """How many tiles went in one call of the network on this rank."""
 
     @property
     def tiles(self) -> int:
@@ -65,6 +67,7 @@ class TileRunner:
         ranks: how many of the ranks run tiles; the others wait and share the result.
         gather: "all" or "first": who gets the whole result; or a mapping that says it for each half.
         fit: choose smaller tiles where some ranks would have none to run.
+        same_bits: run tiles one by one, as the VAE itself does, also where several in one call are faster.
 
     Attributes:
         plans: by kind of call; the same on all ranks.
@@ -73,7 +76,10 @@ class TileRunner:
         InputError: `gather` is "shard": tiles overlap, so no rank has a part of its own.
     """
 
-    def __init__(self, comm: Comm, target: Target, *, ranks: int, gather: Gather = "all", fit: bool = False) -> None:
+    def __init__(
+        self, comm: Comm, target: Target, *, ranks: int, gather: Gather = "all", fit: bool = False,
+        same_bits: bool = False,
+    ) -> None:  # fmt: skip
         if "shard" in (gather_of(gather, half) for half in HALVES):
             raise InputError(
                 "gather is 'shard', but tiles overlap and are blended: use 'all' or 'first', or mode='exact'"
@@ -82,10 +88,12 @@ class TileRunner:
         self._gather = gather
         self._blends = Blends(target.vae)
         self._planners: dict[str, Planner] = {}
+        self._verdicts: dict[str, dict[Any, Verdict]] = {half: {} for half in HALVES}
+        self._same_bits = same_bits
         self.plans: dict[tuple[str, ...], TilePlan] = {}
 
     def run(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TileOutcome:
-        """The tiled encode or decode, bit for bit what the VAE alone gives. Called on every rank, with equal arguments.
+        """What the VAE alone gives, bit for bit where tiles run one by one. Called on every rank, with equal arguments.
 
         Raises:
             TilingError: the VAE's tiles can't be used.
@@ -108,7 +116,8 @@ class TileRunner:
             if mine := plan.schedule.calls_of(self._comm.rank):
                 # The VAE's own method runs once more, to put the results together.
                 with Watched(self._comm), unchanged(vae, given, named) as before:
-                    call.run(mine, given, named)
+                    verdicts = None if self._same_bits else self._verdicts[half]
+                    call.run(mine, given, named, verdicts)
                     if before.written():
                         raise TilingError(
                             f"{self._target.name}.{half} writes into tensors that it keeps: use mode='exact'"
@@ -121,7 +130,8 @@ class TileRunner:
                     result = call.gather(args, kwargs)
             else:
                 result = map_tensors(lambda t: _nothing(t, device), plan.recording.result)
-        return TileOutcome(result, plan, worked - started, time.perf_counter() - worked)
+        together = max(self._verdicts[half].values(), key=lambda verdict: verdict.tiles, default=ALONE)
+        return TileOutcome(result, plan, worked - started, time.perf_counter() - worked, together)
 
     def plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
         """Known after the first call with arguments of these shapes. Called on every rank.
@@ -201,29 +211,35 @@ class _Worker(_Pass):
     """Runs the calls of this rank. The VAE gets zeros for all of them: it is only asked what it calls next."""
 
     def __init__(
-        self, calls: tuple[NetworkCall, ...], mover: Mover, device: torch.device, network: nn.Module, mine: set[int]
+        self, calls: tuple[NetworkCall, ...], mover: Mover, device: torch.device, batches: Batches, mine: set[int]
     ) -> None:
         super().__init__(calls, mover, device)
-        self._network, self._mine = network, mine
+        self._batches, self._mine = batches, mine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         number, call = self._take()
         real = None
         if number in self._mine:
-            real = self._network(*args, **kwargs)
-            leaves = pytree.tree_leaves(real)
-            tensors = [(call.leaves[place], leaves[place]) for place in call.used]
-            for spec, tensor in tensors:
-                if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                    raise TilingError(f"the network gave {tuple(tensor.shape)} {tensor.dtype} where {spec} was planned")
-            self._mover.results[number] = [spec.arranged(tensor) for spec, tensor in tensors]
+            found = self._batches.run(number, args, kwargs)
+            real = found.get(number)
+            for one, result in found.items():
+                self._mover.results[one] = _used(self._calls[one], result)
+            self._mover.post_complete()
         else:
             repeat(call.draws, self._device)
-        if self._mover.is_round(number):
-            self._mover.post()
         if self._next == len(self._calls):
             raise _Finished
         return call.result([spec.zeros(self._device) for spec in call.specs], real, self._device)
+
+
+def _used(call: NetworkCall, result: Any) -> list[torch.Tensor]:
+    """What the VAE goes on to use of a result, as it was planned."""
+    leaves = pytree.tree_leaves(result)
+    tensors = [(call.leaves[place], leaves[place]) for place in call.used]
+    for spec, tensor in tensors:
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise TilingError(f"the network gave {tuple(tensor.shape)} {tensor.dtype} where {spec} was planned")
+    return [spec.arranged(tensor) for spec, tensor in tensors]
 
 
 class _Replay(_Pass):
@@ -254,10 +270,22 @@ class TileCall:
         self._vae, self._half, self._method = target.vae, half, target.originals[half]
         self._calls, self._mover, self._blends, self._device = calls, mover, blends, device
 
-    def run(self, mine: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the calls numbered `mine`; each chain's results leave as soon as they are complete."""
+    def run(
+        self, mine: set[int], args: tuple[Any, ...], kwargs: dict[str, Any], verdicts: dict[Any, Verdict] | None = None
+    ) -> None:
+        """Run the calls numbered `mine`; each chain's results leave as soon as they are complete.
+
+        Args:
+            mine: the calls of this rank.
+            args: of the half.
+            kwargs: likewise.
+            verdicts: which kinds of tiles go together, as far as it is known; None: all run by themselves.
+        """
         network = getattr(self._vae, NETWORKS[self._half])
-        worker = _Worker(self._calls, self._mover, self._device, network, mine)
+        batches = Batches(
+            network, self._calls, mine, self._device, {} if verdicts is None else verdicts, verdicts is None
+        )
+        worker = _Worker(self._calls, self._mover, self._device, batches, mine)
         try:
             with answering(self._vae, self._half, worker), self._blends.skipped():
                 self._method(*args, **kwargs)

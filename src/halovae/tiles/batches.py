@@ -1,0 +1,202 @@
+"""Tiles of one shape in one call of the network, where that is faster: one by one they are too little for a device.
+
+What a batch gives differs from single tiles by the rounding of other kernels. Whether a network takes tiles together
+at all, and what it gains, is found out by trying on the first of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from halovae.base.compiled import is_compiled
+from halovae.base.errors import HalovaeError
+from halovae.base.memory import allocated_by, free_bytes, is_shortage
+from halovae.base.trees import map_tensors, tensors_in
+from halovae.calls.record import NetworkCall
+from halovae.calls.state import has_hooks
+from halovae.calls.verify import is_rounding
+from halovae.kernels import autocast
+from halovae.kernels.fast_mode import FastMode, finished
+
+MOST = 16
+"""Tiles in one call. From here on the products of a large decoder get no faster (measured on an H200)."""
+GAIN = 1.1
+"""How many times as fast a batch has to be, to give up the bits of single tiles."""
+SHARE = 0.5
+"""Of the free memory that a batch may take."""
+TRIED = 4
+"""Tiles of the trial."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How tiles of one kind are run."""
+
+    tiles: int
+    """In one call; 1: as the VAE itself calls its network."""
+    same_bits: bool
+    """Whether results are, bit for bit, those of single tiles."""
+
+
+ALONE = Verdict(1, same_bits=True)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A call whose turn has not come."""
+
+    number: int
+    leaves: list[Any]
+    """Of its arguments; tensors in copies, since the VAE may write into its own."""
+    structure: Any
+
+    def run(self, network: nn.Module) -> Any:
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.structure)
+        return network(*args, **kwargs)
+
+
+class Batches:
+    """Runs the calls of one rank, several of a kind in one.
+
+    Calls that go on with what others have left, or that draw random numbers, are run by themselves, as are all on a
+    CPU and those of a network with hooks, which would see other tensors.
+
+    Args:
+        network: the VAE's encoder or decoder.
+        calls: the recorded calls of the whole encode or decode.
+        mine: the numbers of those that this rank runs.
+        device: where.
+        verdicts: what is known already, by kind of call; it grows.
+        same_bits: run all by themselves.
+    """
+
+    def __init__(
+        self, network: nn.Module, calls: tuple[NetworkCall, ...], mine: set[int], device: torch.device,
+        verdicts: dict[Any, Verdict], same_bits: bool = False,
+    ) -> None:  # fmt: skip
+        self._network, self._calls, self._device, self._verdicts = network, calls, device, verdicts
+        needed = {earlier for call in calls for earlier in call.needs}
+        free = {n for n in mine if n not in needed and not calls[n].needs and not calls[n].draws}
+        self._free = set[int]() if same_bits or _by_itself(device) or has_hooks(network) else free
+        self._left = Counter(calls[n].kind for n in self._free)
+        self._waiting: dict[int, list[_Waiting]] = {}
+
+    def run(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
+        """Take a call in. What the network gives for it and for others comes with the last one of its batch.
+
+        Returns:
+            Results by the numbers of their calls.
+        """
+        if number not in self._free:
+            return {number: self._network(*args, **kwargs)}
+        kind = self._calls[number].kind
+        waiting = self._waiting.setdefault(kind, [])
+        waiting.append(_Waiting(number, *pytree.tree_flatten(map_tensors(torch.clone, (args, kwargs)))))
+        self._left[kind] -= 1
+        key = self._key(waiting[0])
+        verdict = self._verdicts.get(key)
+        if len(waiting) < (verdict.tiles if verdict else TRIED) and self._left[kind]:
+            return {}
+        self._waiting[kind] = []
+        if verdict is None:
+            return self._try(waiting, key)
+        if verdict.tiles == 1:
+            return {one.number: one.run(self._network) for one in waiting}
+        try:
+            return self._together(waiting)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+        self._verdicts[key] = ALONE  # Others have taken the memory since.
+        return {one.number: one.run(self._network) for one in waiting}
+
+    def _key(self, one: _Waiting) -> Any:
+        tensors = [(tuple(t.shape), t.dtype) for t in one.leaves if isinstance(t, Tensor)]
+        return (*tensors, autocast.state())
+
+    def _together(self, waiting: list[_Waiting]) -> dict[int, Any]:
+        count, size = len(waiting), len(tensors_in(waiting[0].leaves)[0])
+        leaves = [_joined(size, places) for places in zip(*(one.leaves for one in waiting), strict=True)]
+        args, kwargs = pytree.tree_unflatten(leaves, waiting[0].structure)
+        with nullcontext() if is_compiled(self._network) else FastMode():
+            result = self._network(*args, **kwargs)
+        flat, structure = pytree.tree_flatten(result)
+        parts = [_split(finished(leaf), count, size) if isinstance(leaf, Tensor) else [leaf] * count for leaf in flat]
+        return {
+            one.number: pytree.tree_unflatten(list(leaves), structure)
+            for one, leaves in zip(waiting, zip(*parts, strict=True), strict=True)
+        }
+
+    def _try(self, waiting: list[_Waiting], key: Any) -> dict[int, Any]:
+        """Both ways, on calls that are due anyway; their results are those of single tiles."""
+        first, *others = waiting
+        singly: dict[int, Any] = {}
+        needs = allocated_by(lambda: singly.update({first.number: first.run(self._network)}), self._device)
+        seconds = [self._seconds(lambda: singly.update({o.number: o.run(self._network)})) for o in others]  # noqa: B023
+        if len(waiting) < TRIED:
+            return singly  # too few to tell
+        room = free_bytes(self._device)
+        most = MOST if room is None else min(MOST, int(SHARE * room / max(needs, 1)))
+        self._verdicts[key] = self._judge(waiting[:most], singly, min(seconds), most) if most > 1 else ALONE
+        return singly
+
+    def _judge(self, waiting: list[_Waiting], singly: dict[int, Any], seconds: float, most: int) -> Verdict:
+        try:
+            found = self._together(waiting)  # The first time kernels are made.
+            together = min(self._seconds(lambda: self._together(waiting)) for _ in range(2))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, HalovaeError):
+                raise
+            return ALONE  # What a network does with a batch it may not have been written for.
+        pairs = [
+            (a, b)
+            for one in waiting
+            for a, b in zip(tensors_in(found[one.number]), tensors_in(singly[one.number]), strict=True)
+        ]
+        if seconds * len(waiting) < GAIN * together or not all(is_rounding(a, b) for a, b in pairs):
+            return ALONE
+        return Verdict(most, same_bits=all(torch.equal(a, b) for a, b in pairs))
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        torch.accelerator.synchronize(self._device)
+        started = time.perf_counter()
+        run()
+        torch.accelerator.synchronize(self._device)
+        return time.perf_counter() - started
+
+
+def _by_itself(device: torch.device) -> bool:
+    """Whether one tile is enough for a device."""
+    return device.type in ("cpu", "meta")
+
+
+def _joined(size: int, values: Sequence[Any]) -> Any:
+    """One argument of several calls, as that of a batch.
+
+    Raises:
+        ValueError: it differs, and is no tensor with one part for each picture.
+    """
+    first = values[0]
+    if isinstance(first, Tensor):
+        if first.ndim and len(first) == size:
+            return torch.cat(list(values))
+        if all(torch.equal(first, other) for other in values[1:]):
+            return first
+    elif all(first == other for other in values[1:]):
+        return first
+    raise ValueError("arguments differ from tile to tile")
+
+
+def _split(result: Tensor, count: int, size: int) -> Sequence[Tensor]:
+    if not result.ndim or len(result) != count * size:
+        raise ValueError("the network does not give one result for each picture")
+    return result.split(size)
