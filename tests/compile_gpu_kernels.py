@@ -64,6 +64,23 @@ def statistics() -> None:
     compiled(triton_norms._merge, constants, 4, weight=PICTURE, bias=PICTURE, **types)
 
 
+def tokens() -> None:
+    numbers = {"count": "i32", "eps": "fp32"}
+    flags = {"OTHER": True, "SCALE": True, "TOTAL": True, "NORMED": True, "WEIGHT": True}
+    types = {"x": WIDE, "other": PICTURE, "scale": WIDE, "total": WIDE, "normed": PICTURE, "weight": WIDE}
+    compiled(triton_tokens._add_and_norm, {"C": 2048, "PADDED": 2048, "ROWS": 2} | flags, 8, **types, **numbers)
+    flags = {"OTHER": False, "SCALE": False, "TOTAL": False, "NORMED": True, "WEIGHT": False}
+    absent = dict.fromkeys(("other", "scale", "total", "weight"))
+    constants = {"C": 64, "PADDED": 64, "ROWS": 64} | flags | absent
+    compiled(triton_tokens._add_and_norm, constants, 4, x=PICTURE, normed=PICTURE, **numbers)
+    angles = {"cosines": PICTURE, "sines": PICTURE, "places": "i32", "heads": "i32"} | numbers
+    flags = {"NORMED": True, "WEIGHT": False, "weight": None}
+    shape = {"C": 64, "R": 48, "PADDED": 64, "ROWS": 64}
+    compiled(triton_tokens._rotate, shape | flags, 4, x=PICTURE, out=PICTURE, **angles)
+    types = {"x": PICTURE, "gates": PICTURE, "out": PICTURE, "stride": "i32"}
+    compiled(triton_tokens._gate, {"C": 8192, "BLOCK": 4096}, 4, **types)
+
+
 def attention() -> None:
     types = {"scores": WIDE, "out": PICTURE, "length": "i32", "scale": "fp32"}
     compiled(triton_attention._softmax, {"BLOCK": 4096}, 8, **types)

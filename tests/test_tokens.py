@@ -45,8 +45,6 @@ def test_a_sum_and_its_norm_in_one_pass(channels: int):
 
 def test_a_gate_of_the_other_half():
     x, y = tokens(5, 3, 24).chunk(2, -1)
-    with FastMode():
-        pass
     out = torch.empty(5, 3, 12)
     triton_tokens.gate(x.flatten(0, 1), y.flatten(0, 1), out.view(15, 12))
     assert error(out, x * F.silu(y)) < TOLERANCE
@@ -65,6 +63,43 @@ def test_a_layer_waits_for_the_next_norm(as_on_gpu: None):
     assert error(computed(total), x + y * scale) < TOLERANCE
     expected = F.rms_norm(x + y * scale, (16,), weight, 1e-5).to(torch.bfloat16)
     assert (found.float() - expected.float()).abs().max() <= 2**-7 * expected.abs().max()  # one rounding apart
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["same angles", "own angles"])
+def test_tokens_turn_as_they_are_normed(alike: bool, as_on_gpu: None):
+    x, weight = tokens(2, 5, 3, 16), tokens(16, seed=2)
+    angles = tokens(1 if alike else 2, 5, 1, 12, seed=3)
+    cosines, sines = angles.cos(), angles.sin()
+
+    def call() -> Tensor:
+        normed = F.rms_norm(x.float(), (16,), weight, 1e-5).to(x.dtype)
+        turning, others = normed[..., :12], normed[..., 12:]
+        first, second = turning.chunk(2, dim=-1)
+        return torch.cat([turning * cosines + torch.cat([-second, first], dim=-1) * sines, others], dim=-1)
+
+    with FastMode():
+        found = call()
+        assert isinstance(recipe_of(found), lazy.Turned)
+    assert error(computed(found), call()) < TOLERANCE
+
+
+def test_parts_that_do_not_turn(as_on_gpu: None):
+    x, factor = tokens(2, 5, 3, 16), tokens(1, 5, 1, 16, seed=1)
+
+    def calls() -> list[Tensor]:
+        normed = F.rms_norm(x, (16,), None, 1e-5)
+        first, second = normed.chunk(2, dim=-1)
+        swapped = torch.cat([-second, first], dim=-1)
+        return [
+            torch.cat([second, first], dim=-1), torch.cat([-first, second], dim=-1), swapped, swapped * factor,
+            normed * factor + swapped * factor, first * factor[..., :8], -second, normed[..., 4:8],
+            torch.cat([swapped, first], dim=-1), torch.cat([second.neg().neg(), first], dim=-1),
+        ]  # fmt: skip
+
+    with FastMode():
+        found = calls()
+    for one, expected in zip(found, calls(), strict=True):
+        assert error(computed(one), expected) < TOLERANCE
 
 
 def test_what_reads_a_tensor_is_computed_before_that_is_written(as_on_gpu: None):

@@ -147,6 +147,8 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
 
 @rule(*named("cat", "concat", "concatenate"))
 def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+    if dim == -1 and not kwargs and (found := tokens.joined(tensors)) is not None:
+        return found
     if kwargs or not isinstance(dim, int) or not all(isinstance(t, Tensor) and t.ndim == 5 for t in tensors):
         return NotImplemented
     # Nothing before a video is what networks without a causal cache join it to; torch's own would transpose it.
@@ -183,6 +185,9 @@ def getitem(tensor: Tensor, index: Any) -> Any:
     recipe = recipe_of(tensor)
     if recipe is None or not isinstance(index, tuple):
         return NotImplemented
+    if len(index) == 2 and index[0] is ... and isinstance(index[1], slice):
+        found = tokens.part(tensor, index[1])
+        return NotImplemented if found is None else found
     places = tuple("whole" if place == slice(None) else place for place in index)
     places += ("whole",) * (tensor.ndim - sum(place is not None for place in places))
     if isinstance(recipe, Upsampled) and places == ("whole", "whole", None, "whole", "whole"):
@@ -491,8 +496,9 @@ def attention(
 def multiply(input: Any, other: Any, **kwargs: Any) -> Any:
     if kwargs:
         return NotImplemented
-    if (found := tokens.scaled(input, other)) is not None:
-        return found
+    for combined in (tokens.scaled, tokens.weighted):
+        if (found := combined(input, other)) is not None:
+            return found
     for one, root in ((input, recipe_of(other)), (other, recipe_of(input))):
         if isinstance(root, MeanSquare):
             return _by_rms(one, root, -0.5)
@@ -507,8 +513,9 @@ def add(input: Any, other: Any, **kwargs: Any) -> Any:
     if isinstance(recipe, MeanSquare):
         waits = recipe.dim is not None and not recipe.is_root and isinstance(other, (int, float))
         return Deferred(recipe.plus(float(other))) if waits else NotImplemented
-    if (found := tokens.summed(input, other)) is not None:
-        return found
+    for combined in (tokens.summed, tokens.turned):
+        if (found := combined(input, other)) is not None:
+            return found
     repeated = any(isinstance(recipe_of(each), Repeated) for each in (input, other))
     summed = None if repeated else _sum(input, other)
     return _with_parameter(input, other, "plus") if summed is None else summed
@@ -551,6 +558,23 @@ def _with_parameter(one: Any, other: Any, how: str) -> Any:
     elif not isinstance(other, (int, float)):
         return NotImplemented
     return Deferred(getattr(chain, how)(other, uncut))
+
+
+@rule(*named("chunk"))
+def halves(tensor: Tensor, chunks: int, dim: int = 0) -> Any:
+    """Of channels of tokens."""
+    width = tensor.shape[-1]
+    if chunks != 2 or dim != -1 or width % 2:
+        return NotImplemented
+    sides = slice(0, width // 2), slice(width // 2, width)
+    found = [part for side in sides if (part := tokens.part(tensor, side)) is not None]
+    return tuple(found) or NotImplemented
+
+
+@rule(*(f for f in named("neg", "negative") if not writes(f)))
+def negate(tensor: Tensor) -> Any:
+    found = tokens.negated(tensor)
+    return NotImplemented if found is None else found
 
 
 @rule(F.silu)

@@ -93,6 +93,20 @@ def add_and_norm(
     )
 
 
+def rotate(
+    tokens: Tensor, out: Tensor, *, cosines: Tensor, sines: Tensor, normed: bool = False, weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:  # fmt: skip
+    """As `triton_tokens.rotate`, of dense tokens `[N, places, heads, C]`."""
+    from halovae.kernels.gpu import triton_tokens
+
+    heads, channels = tokens.shape[-2:]
+    triton_tokens.rotate(
+        tokens.view(-1, channels), out.view(-1, channels), cosines=cosines, sines=sines, heads=heads, normed=normed,
+        weight=weight, eps=eps,
+    )  # fmt: skip
+
+
 def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
     """As `triton_tokens.gate`, of tokens `[..., C]` that step alike."""
     from halovae.kernels.gpu import triton_tokens

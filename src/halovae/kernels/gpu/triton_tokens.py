@@ -46,6 +46,34 @@ def add_and_norm(
     )  # fmt: skip
 
 
+def rotate(
+    tokens: Tensor, out: Tensor, *, cosines: Tensor, sines: Tensor, heads: int, normed: bool = False,
+    weight: Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """Write tokens turned by a rotary position embedding, in float32 and rounded once.
+
+    The first `R` channels are turned in pairs that lie `R / 2` apart, the others are copied:
+    `x[i] * cos[i] - x[i + R/2] * sin[i]` and `x[i + R/2] * cos[i + R/2] + x[i] * sin[i + R/2]`.
+
+    Args:
+        tokens: `[T * heads, C]`, dense.
+        out: likewise, any floating dtype.
+        cosines: `[P, R]`, dense; T is a multiple of P, and all P have theirs in turn.
+        sines: likewise.
+        heads: with the same angles.
+        normed: whether tokens are first divided by their root mean square, and rounded to `out`'s dtype.
+        weight: `[C]`, of the norm; None: 1.
+        eps: added to the mean square.
+    """
+    count, channels = tokens.shape
+    padded = triton.next_power_of_2(channels)
+    rows = max(1, _ELEMENTS // padded)
+    _rotate[(triton.cdiv(count, rows),)](
+        tokens, out, cosines, sines, weight, count, len(cosines), heads, eps, C=channels, R=cosines.shape[1],
+        PADDED=padded, ROWS=rows, NORMED=normed, WEIGHT=weight is not None, num_warps=4,
+    )  # fmt: skip
+
+
 def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
     """Write `tokens * silu(gates)`, in float32 and rounded once.
 
@@ -85,6 +113,37 @@ def _add_and_norm(
         if WEIGHT:
             value = value * tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
         tl.store(normed + place, value.to(normed.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _rotate(
+    x, out, cosines, sines, weight, count, places, heads, eps, C: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, NORMED: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip  # pyright: ignore
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, PADDED)
+    turns = channel < R
+    # Those that are not turned have themselves as partner, and an angle of nothing.
+    partner = tl.where(turns, tl.where(channel < R // 2, channel + R // 2, channel - R // 2), channel)
+    live = (row < count)[:, None] & (channel < C)[None, :]
+    value = tl.load(x + row[:, None] * C + channel[None, :], mask=live, other=0.0).to(tl.float32)
+    other = tl.load(x + row[:, None] * C + partner[None, :], mask=live, other=0.0).to(tl.float32)
+    if NORMED:
+        factor = (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / C + eps))[:, None]
+        value = value * factor
+        other = other * factor
+        if WEIGHT:
+            value = value * tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+            other = other * tl.load(weight + partner, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+        value = value.to(out.dtype.element_ty).to(tl.float32)
+        other = other.to(out.dtype.element_ty).to(tl.float32)
+    place = ((row // heads) % places)[:, None] * R + channel[None, :]
+    angled = live & turns[None, :]
+    cosine = tl.load(cosines + place, mask=angled, other=1.0).to(tl.float32)
+    sine = tl.load(sines + place, mask=angled, other=0.0).to(tl.float32)
+    sign = tl.where(channel < R // 2, -1.0, 1.0)[None, :]
+    value = value * cosine + sign * other * sine
+    tl.store(out + row[:, None] * C + channel[None, :], value.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit

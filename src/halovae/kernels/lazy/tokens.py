@@ -6,6 +6,7 @@ memory that take as long as the products do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +141,207 @@ class Gated(_Tokens):
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         dispatch.gate(self.tokens, self.gates, out)
         return out
+
+
+@dataclass(frozen=True)
+class Part(_Tokens):
+    """Channels `start` to `stop` of tokens `[N, P, heads, C]`, with another sign if so."""
+
+    start: int
+    stop: int
+    negative: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.tokens.shape[:-1], self.stop - self.start
+
+    def compute(self) -> Tensor:
+        part = plain(self.tokens)[..., self.start : self.stop]
+        return -part if self.negative else part
+
+    def part(self, start: int, stop: int) -> Part:
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+    def negated(self) -> Part:
+        return replace(self, negative=not self.negative)
+
+
+@dataclass(frozen=True)
+class Turned(_Tokens):
+    """The first channels of tokens `[N, P, heads, C]`, with halves swapped and the first negative: a quarter turn."""
+
+    width: int
+    cosines: Tensor | None = None
+    """`[N or 1, P, 1, width]`; None: not multiplied by anything yet."""
+    sines: Tensor | None = None
+    whole: bool = False
+    """Whether the other channels follow."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tokens.shape) if self.whole else (*self.tokens.shape[:-1], self.width)
+
+    def compute(self) -> Tensor:
+        if self.whole and self.cosines is not None and self.sines is not None:
+            return self._rotated(self.cosines, self.sines)
+        source = plain(self.tokens)[..., : self.width]
+        first, second = source.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        if self.sines is not None:
+            turned = turned * self.sines
+        return turned if self.cosines is None else source * self.cosines + turned
+
+    def _rotated(self, cosines: Tensor, sines: Tensor) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        angles: dict[str, Any] = {"cosines": cosines.reshape(-1, self.width), "sines": sines.reshape(-1, self.width)}
+        norm = recipe_of(self.tokens)
+        if isinstance(norm, Normed) and norm.dtype == self.dtype:
+            dispatch.rotate(plain(norm.tokens), out, **angles, normed=True, weight=norm.weight, eps=norm.eps)
+        else:
+            dispatch.rotate(plain(self.tokens).contiguous(), out, **angles)
+        return out
+
+
+@dataclass(frozen=True)
+class Weighted(_Tokens):
+    """The first channels of tokens `[N, P, heads, C]` times `[N or 1, P, 1, width]`."""
+
+    width: int
+    cosines: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.tokens.shape[:-1], self.width
+
+    def compute(self) -> Tensor:
+        return plain(self.tokens)[..., : self.width] * self.cosines
+
+
+def part(tokens: Tensor, places: slice) -> Deferred | None:
+    """Channels of tokens that wait for their norm: they may be about to be turned. None for others."""
+    recipe = recipe_of(tokens)
+    start, stop, step = places.indices(tokens.shape[-1])
+    if step != 1 or start >= stop:
+        return None
+    if isinstance(recipe, Part) and not recipe.negative:
+        return Deferred(recipe.part(start, stop))
+    if isinstance(recipe, Normed) and tokens.ndim == 4:
+        return Deferred(Part(tokens, tokens.dtype, start, stop))
+    return None
+
+
+def negated(self) -> Part:
+    return replace(self, negative=not self.negative)
+
+
+@dataclass(frozen=True)
+class Turned(_Tokens):
+    """The first channels of tokens `[N, P, heads, C]`, with halves swapped and the first negative: a quarter turn."""
+
+    width: int
+    cosines: Tensor | None = None
+    """`[N or 1, P, 1, width]`; None: not multiplied by anything yet."""
+    sines: Tensor | None = None
+    whole: bool = False
+    """Whether the other channels follow."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tokens.shape) if self.whole else (*self.tokens.shape[:-1], self.width)
+
+    def compute(self) -> Tensor:
+        if self.whole and self.cosines is not None and self.sines is not None:
+            return self._rotated(self.cosines, self.sines)
+        source = plain(self.tokens)[..., : self.width]
+        first, second = source.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        if self.sines is not None:
+            turned = turned * self.sines
+        return turned if self.cosines is None else source * self.cosines + turned
+
+    def _rotated(self, cosines: Tensor, sines: Tensor) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        angles: dict[str, Any] = {"cosines": cosines.reshape(-1, self.width), "sines": sines.reshape(-1, self.width)}
+        norm = recipe_of(self.tokens)
+        if isinstance(norm, Normed) and norm.dtype == self.dtype:
+            dispatch.rotate(plain(norm.tokens), out, **angles, normed=True, weight=norm.weight, eps=norm.eps)
+        else:
+            dispatch.rotate(plain(self.tokens).contiguous(), out, **angles)
+        return out
+
+
+@dataclass(frozen=True)
+class Weighted(_Tokens):
+    """The first channels of tokens `[N, P, heads, C]` times `[N or 1, P, 1, width]`."""
+
+    width: int
+    cosines: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.tokens.shape[:-1], self.width
+
+    def compute(self) -> Tensor:
+        return plain(self.tokens)[..., : self.width] * self.cosines
+
+
+def part(tokens: Tensor, start: int, stop: int) -> Deferred | None:
+    """Channels of tokens that wait for their norm: they may be about to be turned. None for others."""
+    recipe = recipe_of(tokens)
+    if isinstance(recipe, Part) and not recipe.negative:
+        return Deferred(recipe.part(start, stop))
+    if isinstance(recipe, Normed) and tokens.ndim == 4:
+        return Deferred(Part(tokens, tokens.dtype, start, stop))
+    return None
+
+
+def negated(tokens: Any) -> Deferred | None:
+    recipe = recipe_of(tokens)
+    return Deferred(recipe.negated()) if isinstance(recipe, Part) else None
+
+
+def joined(parts: Sequence[Any]) -> Deferred | None:
+    """Two parts that are a quarter turn, or what has been turned and what follows it."""
+    if len(parts) != 2:
+        return None
+    first, second = map(recipe_of, parts)
+    if isinstance(first, Turned) and isinstance(second, Part):
+        follows = first.tokens is second.tokens and not second.negative and not first.whole
+        if follows and (second.start, second.stop) == (first.width, first.tokens.shape[-1]):
+            return Deferred(replace(first, whole=True))
+    if isinstance(first, Part) and isinstance(second, Part) and first.tokens is second.tokens:
+        halves = first.start == second.stop and second.start == 0 and first.stop == 2 * first.start
+        if halves and first.negative and not second.negative:
+            return Deferred(Turned(first.tokens, first.dtype, first.stop))
+    return None
+
+
+def turned(one: Any, other: Any) -> Deferred | None:
+    """A product with cosines or sines, or the sum of both."""
+    for tokens, factor in ((one, other), (other, one)):
+        recipe, more = recipe_of(tokens), recipe_of(factor)
+        if not isinstance(recipe, Turned) or not isinstance(more, Weighted):
+            continue
+        waits = recipe.cosines is None and recipe.sines is not None and not recipe.whole
+        if waits and more.tokens is recipe.tokens and more.width == recipe.width:
+            return Deferred(replace(recipe, cosines=more.cosines))
+    return None
+
+
+def weighted(one: Any, other: Any) -> Deferred | None:
+    """Channels that are about to be turned, times the cosines or sines of their places."""
+    for tokens, factor in ((one, other), (other, one)):
+        recipe = recipe_of(tokens)
+        if not isinstance(recipe, (Part, Turned)) or not isinstance(factor, Tensor) or recipe_of(factor) is not None:
+            continue
+        sizes = {(n, recipe.tokens.shape[1], 1, recipe.shape[-1]) for n in (1, len(recipe.tokens))}
+        if tuple(factor.shape) not in sizes or factor.dtype != recipe.dtype:
+            continue
+        if isinstance(recipe, Turned) and recipe.sines is None and not recipe.whole:
+            return Deferred(replace(recipe, sines=factor))
+        if isinstance(recipe, Part) and recipe.start == 0 and not recipe.negative:
+            return Deferred(Weighted(recipe.tokens, recipe.dtype, recipe.stop, factor))
+    return None
 
 
 def scaled(one: Any, other: Any) -> Deferred | None:
