@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from halovae.kernels.gpu import gluon_patches, triton_attention, triton_chain, triton_copy, triton_norms
+from halovae.kernels.gpu import gluon_patches, triton_attention, triton_chain, triton_copy, triton_norms, triton_tokens
 
 PICTURE, WIDE = "*bf16", "*fp32"
 
@@ -110,5 +110,6 @@ if __name__ == "__main__":
     shuffles()
     patches()
     chains()
+    tokens()
     statistics()
     attention()

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import fast_rules, group_norm
@@ -588,3 +588,49 @@ def test_kernels_compile_for_a_device():
         timeout=300,
     )
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = list[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_frames_are_normed_one_by_one_without_a_copy(as_on_gpu: None):
+    source, weight = channels_last(frames(1, 16, 3, 5, 6)), frames(16)
+
+    def call() -> Tensor:
+        pictures = source.permute(0, 2, 1, 3, 4).contiguous().view(3, 16, 1, 5, 6)
+        normed = F.group_norm(pictures, 4, weight, None, 1e-6)
+        return F.silu(normed.view(1, 3, 16, 5, 6).permute(0, 2, 1, 3, 4).contiguous())
+
+    expected = call()
+    with torch.no_grad(), FastMode():
+        found = call()
+        assert isinstance(recipe_of(found), chain.Seen)
+        with Operators() as seen:
+            result = found.computed()
+    assert torch.ops.aten.clone.default not in seen.calls
+    assert error(result, expected) < 1e-5
+    assert result.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_a_value_around_a_mirrored_picture_comes_in_the_same_copy(as_on_gpu: None):
+    source, weight = channels_last(frames(1, 4, 3, 5, 6)), frames(8, 4, 3, 3, 3)
+
+    def padded() -> Tensor:
+        return F.pad(F.pad(source, (1, 1, 1, 1, 0, 0), mode="reflect"), (0, 0, 0, 0, 2, 0), value=0.5)
+
+    with torch.no_grad(), FastMode():
+        found = padded()
+        recipe = recipe_of(found)
+        assert isinstance(recipe, Joined)
+        assert recipe.parts == (source,)
+        assert torch.equal(found.computed(), padded())
+        assert error(finished(F.conv3d(padded(), weight)), F.conv3d(padded(), weight)) < TOLERANCE

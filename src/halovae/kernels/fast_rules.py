@@ -20,7 +20,7 @@ from halovae.kernels.convolution import DTYPES, convolution
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy import tokens
-from halovae.kernels.lazy.chain import Chain, uncut_by
+from halovae.kernels.lazy.chain import Chain, Seen, uncut_by
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import Joined, copy_of, parts_in, read
 from halovae.kernels.lazy.masks import RowPrefixes
@@ -246,7 +246,34 @@ def contiguous(tensor: Tensor, **kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(tensor, Deferred):
         return tensor
-    return Deferred(copy_of(tensor)) if is_dense_channels_last(tensor) else NotImplemented
+    is_frames = tensor.ndim == 5 and is_dense_channels_last(tensor.transpose(1, 2))
+    return Deferred(copy_of(tensor)) if is_frames or is_dense_channels_last(tensor) else NotImplemented
+
+
+@rule(Tensor.view)
+def view(tensor: Tensor, *sizes: Any) -> Any:
+    """Frames as pictures of a batch, and back: what is to be done to them goes on waiting."""
+    shape: Any = sizes[0] if len(sizes) == 1 else sizes
+    if not isinstance(tensor, Deferred) or not isinstance(shape, (tuple, list)) or len(shape) not in (4, 5):
+        return NotImplemented
+    if (original := read(tensor)) is not tensor:
+        seen = _view(original, shape)
+        return NotImplemented if seen is None else Deferred(copy_of(seen))
+    return _seen(tensor, lambda t: t.view(shape))
+
+
+@rule(*named("permute"))
+def permute(tensor: Tensor, *dims: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _seen(tensor, lambda t: t.permute(*dims))
+
+
+def _seen(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Any:
+    """A view of a chain that waits."""
+    recipe = recipe_of(tensor)
+    seen = Seen.of(recipe) if isinstance(recipe, Chain) else recipe
+    if not isinstance(seen, Seen) or (found := seen.then(view)) is None:
+        return NotImplemented
+    return Deferred(found)
 
 
 @rule(*named("reshape"))
@@ -585,7 +612,7 @@ def silu(input: Tensor, inplace: bool = False) -> Any:
         return NotImplemented
     if isinstance(chain, FramesOf) and isinstance(chain.frames, Chain):
         return Deferred(replace(chain, frames=chain.frames.activated()))
-    if isinstance(chain, Chain):
+    if isinstance(chain, (Chain, Seen)):
         return Deferred(chain.activated())
     gates = tokens.activated(input)
     return NotImplemented if gates is None else gates

@@ -277,7 +277,14 @@ def _described(leaf: Any) -> Any:
         return type(leaf), leaf
     _check_marks(leaf)
     if (join := _join_in(leaf)) is not None:
-        return join.dim, tuple(join.pads.items()), join.fill, tuple(map(_described, join.parts)), layout_of(leaf)
+        return (
+            join.dim,
+            tuple(join.pads.items()),
+            join.fill,
+            (*join.beyond.items(),),
+            tuple(map(_described, join.parts)),
+            layout_of(leaf),
+        )
     tensor = _plain(leaf)
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device.type, layout_of(leaf)
 

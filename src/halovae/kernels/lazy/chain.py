@@ -7,6 +7,7 @@ each function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of, threads
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.deferred import Recipe
-from halovae.kernels.memory_format import is_channels_last, memory_format
+from halovae.kernels.memory_format import is_channels_last, memory_format, strides_of
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import device_type, in_turn
 
@@ -170,6 +171,58 @@ class Chain:
             if work is not target:
                 target.copy_(work)
         return out
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A view of what a chain gives; a recipe. What is done to each position by itself can still join the chain."""
+
+    chain: Chain
+    views: tuple[Callable[[Tensor], Tensor], ...]
+    example: Tensor
+    """On the meta device: its shape and strides."""
+
+    @classmethod
+    def of(cls, chain: Chain) -> Seen:
+        strides = strides_of(chain.shape, chain.channels_last)
+        return cls(chain, (), torch.empty_strided(chain.shape, strides, dtype=chain.dtype, device="meta"))
+
+    def then(self, view: Callable[[Tensor], Tensor]) -> Seen | None:
+        """Seen in another way; None where that takes a copy."""
+        try:
+            return Seen(self.chain, (*self.views, view), view(self.example))
+        except RuntimeError:
+            return None
+
+    def activated(self) -> Seen:
+        """x * sigmoid(x)."""
+        return Seen(self.chain.activated(), self.views, self.example)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.example.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.chain.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.chain.device
+
+    @property
+    def channels_last(self) -> bool:
+        return is_channels_last(self.example)
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        return self.chain.sources
+
+    def compute(self) -> Tensor:
+        tensor = self.chain.compute()
+        for view in self.views:
+            tensor = view(tensor)
+        return tensor
 
 
 def uncut_by(parameter: Tensor, ndim: int) -> frozenset[int]:

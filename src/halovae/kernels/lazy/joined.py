@@ -43,6 +43,9 @@ class Joined:
     pads: Mapping[int, Extent] = field(default_factory=dict[int, Extent])
     """Positions to add before and after, by dimension."""
     fill: Fill = field(default_factory=Fill)
+    """Of these."""
+    beyond: Mapping[int, Fill] = field(default_factory=dict[int, Fill])
+    """Of dimensions that have another one: a value around mirrored pictures."""
     halo: Halo | None = None
 
     @cached_property
@@ -90,6 +93,8 @@ class Joined:
             return self
         if not self.pads:
             return replace(self, pads=pads, fill=fill)
+        if fill.mode == "constant" and self.fill.mode == "reflect" and not pads.keys() & self.pads.keys():
+            return replace(self, pads={**self.pads, **pads}, beyond={**self.beyond, **dict.fromkeys(pads, fill)})
         if fill != self.fill or fill.mode != "constant":
             return None
         dims = {*pads, *self.pads}
@@ -136,7 +141,7 @@ class Joined:
         valid[dim] = (max(first + before - low, 0), min(last + before - low, high - low))
         self._copy(region_of(buffer, valid), dim, first, last)
         for d in sorted(self.pads):
-            fill_outside(buffer, d, valid, self.fill)
+            fill_outside(buffer, d, valid, self.beyond.get(d, self.fill))
         return buffer
 
     def _copy(self, inside: Tensor, dim: int, first: int, last: int) -> None:
