@@ -262,11 +262,6 @@ def view(tensor: Tensor, *sizes: Any) -> Any:
     return _seen(tensor, lambda t: t.view(shape))
 
 
-@rule(*named("permute"))
-def permute(tensor: Tensor, *dims: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _seen(tensor, lambda t: t.permute(*dims))
-
-
 def _seen(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Any:
     """A view of a chain that waits."""
     recipe = recipe_of(tensor)
@@ -309,6 +304,8 @@ def permute(input: Tensor, *dims: Any) -> Any:
     """Frames before channels, and back, of what waits frame by frame."""
     order = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     recipe = recipe_of(input)
+    if isinstance(recipe, (Chain, Seen)):
+        return _seen(input, lambda t: t.permute(order))
     if order != (0, 2, 1, 3, 4):
         return NotImplemented
     if isinstance(recipe, Repeated) and (frames := recipe.as_frames()) is not None:
