@@ -81,7 +81,9 @@ class TileEngine(Engine):
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self._comm, self._target, self._gather = comm, target, options.gather
         self._ranks, fit = options.size or comm.size, options.tiles == "fit"
-        self._runner = TileRunner(comm, target, ranks=self._ranks, gather=options.gather, fit=fit)
+        self._runner = TileRunner(
+            comm, target, ranks=self._ranks, gather=options.gather, fit=fit, same_bits=options.same_bits
+        )
         self._room = Room(target)
 
     def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
@@ -98,6 +100,7 @@ class TileEngine(Engine):
         report = CallReport(
             half=cast("Half", half), mode="tile", reference="tiles", seconds=sum(phases.values()), phases=phases,
             tiles=outcome.tiles, spread=outcome.spread, tile_sizes=outcome.cut,
+            tiles_per_call=outcome.together.tiles, same_bits=outcome.together.same_bits,
         )  # fmt: skip
         return Ran(outcome.result, report)
 

@@ -48,6 +48,10 @@ class Options:
     quarter of what is free, and no hooks hang on the VAE, since these do nothing in a replay. True: always."""
     tiles: Tiles = "own"
     """Tile mode. "own": the sizes that the VAE is set to. "fit": smaller ones where some rank would have no tile."""
+    same_bits: bool = False
+    """Tile mode. Run tiles one by one, so that the result is bit for bit that of the VAE alone on this device, also
+    where several in one call of the network are faster: on accelerators, when they are at least 1.1 times as fast and
+    differ by rounding alone. On CPUs tiles always run one by one."""
     timeout: float = 60.0
     """Seconds without a sign of life after which a rank counts as stopped. A rank that is slow gives signs."""
 
@@ -56,6 +60,8 @@ class Options:
         _check_frames(self.frames_per_call)
         if type(self.graphs) is not bool and self.graphs != "auto":
             raise InputError(f"graphs is {self.graphs!r}: give True, False or 'auto'")
+        if type(self.same_bits) is not bool:
+            raise InputError(f"same_bits is {self.same_bits!r}: give True or False")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
             raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
 
@@ -182,6 +188,10 @@ class CallReport:
     """Tile mode: largest over mean load of the ranks."""
     tile_sizes: str = ""
     """Tile mode: sizes and overlaps."""
+    tiles_per_call: int = 1
+    """Tile mode: how many tiles went in one call of the network on this rank, at the most."""
+    same_bits: bool = False
+    """Tile mode: whether this rank's tiles are bit for bit those of the VAE alone. Exact mode says nothing by it."""
     choice: str = ""
     """Auto mode: what was chosen, and why; after memory has run out, how it is run since."""
 
@@ -190,7 +200,8 @@ class CallReport:
 
     def __str__(self) -> str:
         rows, cols = self.shape
-        cut = f"{self.tiles} tiles (spread {self.spread:.2f})" if self.tiles else f"{rows} x {cols} shards"
+        together = f", {self.tiles_per_call} in one call" if self.tiles_per_call > 1 else ""
+        cut = f"{self.tiles} tiles (spread {self.spread:.2f}{together})" if self.tiles else f"{rows} x {cols} shards"
         memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
         return (
             f"{self.half} {self.mode} on {cut}: {self.seconds:.3f} s, {self.messages} messages, "

@@ -29,6 +29,7 @@ from halovae.calls.target import Call, Target
 from halovae.exact.mesh import Mesh, plan_shards
 from halovae.exact.run import Bounds, first_tensor, gather, run_sharded
 from halovae.kernels import autocast
+from halovae.kernels.precision import shortens
 
 LOG = logging.getLogger("halovae")
 
@@ -295,6 +296,8 @@ def is_rounding(found: Tensor, expected: Tensor) -> bool:
 def allowed(result: Tensor) -> float:
     """How far results may be apart: by their precision, or by that to which autocast has brought what is inside."""
     inside = autocast.dtype_of(result.device) if result.dtype != torch.float64 else None
+    if inside is None and result.dtype == torch.float32 and shortens(result.device):
+        inside = torch.float16  # as many bits
     return max(TOLERANCE.get(dtype, 1e-1) for dtype in (result.dtype, inside) if dtype)
 
 

@@ -13,6 +13,12 @@ LOW = (torch.bfloat16, torch.float16)
 """Dtypes that are calculated with in float32 where that costs nothing."""
 
 
+def shortens(device: torch.device) -> bool:
+    """Whether products of float32 may be taken of factors shortened to 10 bits ("TF32"), as torch lets convolutions."""
+    settings = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    return device.type == "cuda" and any(settings)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to convolve tensors of `dtype` in on the CPU.
 
