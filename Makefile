@@ -31,13 +31,9 @@ lint: $(READY)
 	$(VENV)/bin/pyright
 
 # The pages of docs/ with the API out of the docstrings, as out/site/index.html. A broken link is an error.
-docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@echo "out/site/index.html"
-
-$(VENV)/.docs: $(READY)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
-	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing torch, diffusers and what tests need into $(VENV), once: some GiB, which takes minutes."

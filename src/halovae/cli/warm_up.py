@@ -40,6 +40,7 @@ def _on_rank(session: Session, sizes: tuple[int, int, int]) -> None:
     import torch
 
     from halovae.api.parallelize import parallelize
+    from halovae.app.comparison import GATHER
     from halovae.cli.doctor import kept_verdicts
     from halovae.media import codec
 
@@ -50,7 +51,7 @@ def _on_rank(session: Session, sizes: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     clip = torch.rand(3, frames, fit.padded_height, fit.padded_width, generator=generator) * 2 - 1
     clip = clip.to(session.device, session.dtype)
-    with parallelize(loaded.vae, axis=session.options.axis, gather="first") as handle, torch.no_grad():
+    with parallelize(loaded.vae, axis=session.options.axis, gather=GATHER) as handle, torch.no_grad():
         for half in ("encode", "decode"):
             started = time.perf_counter()
             with session.stages.stage(half):
