@@ -101,10 +101,10 @@ def parallelize(
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.
         group: the ranks to use; default: the world. In a world of one the VAE runs as one shard.
         mode: "exact": spatial shards with halo exchange; the un-tiled result, up to rounding. "tile": diffusers' own
-            tiles, spread over the ranks; the result of the VAE's own tiled encode and decode, bit for bit. "auto":
-            exact, and tile where exact mode refuses the VAE; `handle.last.choice` and the log of "halovae" say which
-            and why. Where memory runs out, all ranks
-            make the call again in a way that takes less: exact with fewer frames per call, then on idle ranks too, then
+            tiles, spread over the ranks; the result of the VAE's own tiled encode and decode, bit for bit on CPUs, and
+            on accelerators where `handle.last.same_bits` says so. "auto": exact, and tile where exact mode refuses the
+            VAE; `handle.last.choice` and the log of "halovae" say which and why. Where memory runs out, all ranks make
+            the call again in a way that takes less: exact with fewer frames per call, then on idle ranks too, then
             tiles, then smaller ones. None: "exact"; "tile" for a VAE whose class switches tiling on as it is made, for
             as long as it is on: its tiles are its own result, and "exact" is refused for it. Where `enable_tiling()`
             was called on another VAE, exact mode gives the un-tiled result all the same, and the log of "halovae" warns
@@ -171,7 +171,7 @@ def optimize(
     """Run a VAE's `encode` and `decode` faster on this process alone: the same numbers, up to rounding.
 
     As `parallelize` in a world of one, whatever process group there is: the un-tiled result, as in exact mode. A VAE
-    that comes tiled gives the result of its tiles, bit for bit and no faster.
+    that comes tiled gives the result of its tiles, on CPUs bit for bit and no faster.
 
     Args:
         vae: a diffusers autoencoder, any module with encode / decode or encoder / decoder, or a pipeline with a `.vae`.

@@ -12,13 +12,14 @@ from torch import Tensor
 from halovae.app.clip_files import lossy_words
 from halovae.app.session import Half, Loaded, Session
 from halovae.app.tables import Row, counted, mebibytes, seconds_table, table
+from halovae.base.options import Gather
 from halovae.calls.verify import TOLERANCE, distance
 from halovae.evaluation.numbers import bound, decibel, finite
 from halovae.evaluation.scores import PEAK, psnr
 from halovae.media import codec
 from halovae.media.vae_limits import Fit
 
-GATHER = {"encode": "all", "decode": "first"}
+GATHER: Gather = {"encode": "all", "decode": "first"}
 """Decoding takes whole latents on every rank; what comes out is written by one."""
 
 
@@ -102,7 +103,7 @@ def told(
         text = seconds_table(result.halves) + memory_line(peak) + f"PSNR to the source: {decibel(ratio)}\n"
         return Told(text=text, rows=rows, numbers=numbers)
     found = differences(result, alone)
-    allowed = max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in session.dtypes.values())
+    allowed = allowed_l2(session)
     passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
     rounding = f"up to rounding of {session.dtype_words}"
     near = _near(found["pixels"] * PEAK / 2)
@@ -138,6 +139,11 @@ def differences(one: Result, other: Result) -> dict[str, float]:
         "levels": int(levels.max()),
         "values_off": int(np.count_nonzero(levels)),
     }
+
+
+def allowed_l2(session: Session) -> float:
+    """Relative L2 distance that rounding can make."""
+    return max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in session.dtypes.values())
 
 
 def memory_line(peak: int | None) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae.app.clip_files import lossy_words
-from halovae.app.comparison import GATHER, Result, Told, run_through
+from halovae.app.comparison import GATHER, Result, Told, allowed_l2, differences, run_through
 from halovae.app.session import Loaded, Session
 from halovae.app.tables import Row, counted, mebibytes, table
 from halovae.base.errors import NotExactError
@@ -100,9 +100,9 @@ def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | No
         + (f"the file is {lossy_words(lost)}\n" if lost else "")
     )
     numbers = _as_document(source, ways) | {"psnr": finite(psnr(source, ways.tiles.frames)), "peak_memory": peak}
-    numbers["passed"] = ways.same_bits
+    numbers["passed"] = passed = ways.same_bits or (session.device.type != "cpu" and _is_rounding(session, ways))
     verdict = f"Tiles on {several} against the VAE's own tiles on one rank: {same}."
-    return Told(text=text, rows=rows, numbers=numbers, passed=ways.same_bits, verdict=verdict)
+    return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
 
 
 @contextmanager
@@ -132,6 +132,12 @@ def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None)
             ("largest difference", *(f"{gap.largest:.1e}" for gap in known)),
         ]
     return rows
+
+
+def _is_rounding(session: Session, ways: Ways) -> bool:
+    """Whether tiles differ as they do where several go through the network together, as on accelerators."""
+    found = differences(ways.tiles, ways.own)
+    return max(found["latents_l2"], found["pixels_l2"]) <= allowed_l2(session)
 
 
 def _apart(ways: Ways) -> float:
