@@ -10,6 +10,7 @@ from families import FAMILIES
 from rooms import MODULES, imports, layer, own_imports
 
 NO_TORCH = ["base.errors", "base.forks", "base.geometry", "base.options"]
+PRIVATE = ["base.private_diffusers", "base.private_torch", "comm.backends", "kernels.gpu.gluon_patches"]
 WITHOUT_MODELS = ("base", "comm", "exact")
 WITHOUT_DEVICES = ("exact", "api", "calls.target", "calls.verify")
 
@@ -70,6 +71,26 @@ def test_doors() -> None:
     for name, path in MODULES.items():
         for one, other in (("exact", "tiles"), ("tiles", "exact")):
             assert room(name) != one or not {m for m in own_imports(path) if room(m) == other}, name
+
+
+def test_private_names_of_libraries_have_doors() -> None:
+    """As far as it can be seen: operators (`torch.ops`) have schemas, and Python has two."""
+    own = {"_at_fork_reinit", "_exit"}
+    for _, node in nodes():
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    for name, path in MODULES.items():
+        if name in PRIVATE:
+            continue
+        assert "reportPrivateUsage" not in path.read_text(), name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                text = ast.unparse(node)
+                assert node.attr in own or text.startswith("torch.ops."), f"{name}: {text}"
+        for module in imports(path):
+            assert module.startswith("halovae") or "._" not in module or "__" in module, f"{name}: {module}"
 
 
 def test_exact_mode_knows_no_model() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from halovae.base.forks import free_in_children
+from halovae.base.private_torch import hide_function, is_compiled_function, is_given_to_compiler
 
 _lock = free_in_children(threading.Lock())
 _running = 0
@@ -45,7 +46,7 @@ def as_written() -> Iterator[None]:
 def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which a compiler that is told to compile it, or what calls it, leaves as it is."""
     call: Any = torch.compiler.disable(function)
-    del call._torchdynamo_orig_callable  # By which a compiler would find the function, and compile that.
+    hide_function(call)
     return call
 
 
@@ -55,7 +56,7 @@ def is_compiled(network: nn.Module, *functions: Callable[..., Any]) -> bool:
         return False
     kinds: set[type] = set()
     for module in network.modules():
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:  # pyright: ignore
+        if is_given_to_compiler(module):
             return True
         kinds.add(type(module))
     return any(map(_is_wrapped, functions)) or _has_compiled_code(frozenset(kinds))
@@ -72,6 +73,6 @@ def _has_compiled_code(kinds: frozenset[type]) -> bool:
 
 def _is_wrapped(value: Any) -> bool:
     try:
-        return hasattr(value, "_torchdynamo_orig_callable") and not getattr(value, "_torchdynamo_disable", False)
+        return is_compiled_function(value)
     except Exception:  # Whatever a stranger's attributes raise.
         return False

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.base.private_torch import without_functions
+
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
 
@@ -64,7 +66,7 @@ def outside_modes(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Result:
-        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        with without_functions():
             return function(*args, **kwargs)
 
     return wrapped

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.autograd import ProfilerConfig, ProfilerState
-from torch.autograd import _disable_profiler_legacy as _disable_profiler  # pyright: ignore[reportPrivateUsage]
-from torch.autograd import _enable_profiler_legacy as _enable_profiler  # pyright: ignore[reportPrivateUsage]
 
 from halovae.base.errors import HalovaeError, TooLittleMemoryError
+from halovae.base.private_torch import allocations, profile_memory
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
@@ -77,13 +74,11 @@ def allocated_by(call: Callable[[], object], device: torch.device) -> int:
         before = memory.memory_allocated(device)
         call()
         return memory.max_memory_allocated(device) - before
-    settings = False, True, False, False, False  # memory only
-    _enable_profiler(ProfilerConfig(ProfilerState.CPU, *settings, torch._C._profiler._ExperimentalConfig()))  # pyright: ignore
+    profile_memory()
     try:
         call()
     finally:
-        threads: Any = _disable_profiler()
-    changes = [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"]
+        changes = allocations()
     return max(accumulate(changes), default=0)
 
 

@@ -15,10 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack  # pyright: ignore[reportPrivateUsage]
-from torch.utils._device import DeviceContext
 
 from halovae.base.compiled import is_compiled
+from halovae.base.private_diffusers import LIBRARY_HOOKS
+from halovae.base.private_torch import COMPILED_CALL, DeviceContext, any_global_hook, function_modes
 from halovae.base.trees import tensors_in
 from halovae.calls.state import has_hooks
 from halovae.calls.target import PLAIN, Substitute, Target, told
@@ -65,8 +65,7 @@ def code_words(vae: nn.Module) -> str | None:
     What modules keep in attributes with an underscore is taken for the state that calls leave in them.
     """
     try:
-        everywhere = torch.nn.modules.module._has_any_global_hook()  # pyright: ignore[reportPrivateUsage]
-        if has_hooks(vae) or everywhere or _is_watched():
+        if has_hooks(vae) or any_global_hook() or _is_watched():
             return None
         if not all(rule.__module__.startswith("halovae.") for rules in (RULES, KERNELS) for rule in rules.values()):
             return None
@@ -92,16 +91,16 @@ def code_words(vae: nn.Module) -> str | None:
 
 def _is_watched() -> bool:
     """Whether somebody's function mode sees the operators; a default device is none."""
-    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    return any(not isinstance(mode, DeviceContext) for mode in function_modes())
 
 
 def _is_patched(module: nn.Module, name: str, value: Any) -> bool:
     """Whether an attribute stands in the way of what the class of the module has."""
-    if name in ("_hf_hook", "_diffusers_hook"):
+    if name in LIBRARY_HOOKS:
         return True
     if isinstance(value, Substitute):
         return value.own is not None
-    return callable(value) and hasattr(type(module), name) and name not in ("__getstate__", "_compiled_call_impl")
+    return callable(value) and hasattr(type(module), name) and name not in ("__getstate__", COMPILED_CALL)
 
 
 def _described(value: Any, depth: int = 0) -> str:

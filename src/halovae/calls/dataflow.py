@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from halovae.base.private_torch import TorchDispatchMode, decomposes, schema
 
 Origin = frozenset[int]
 """Numbers of the network calls that a tensor comes from."""
@@ -43,8 +44,8 @@ class Shapes:
     def makes(self, func: Any) -> bool:
         """Whether an operator only makes new tensors: it runs once for arguments of equal shapes."""
         if func not in self._makes:
-            schema = func._schema
-            plain = all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+            told = schema(func)
+            plain = all(value.alias_info is None for value in (*told.arguments, *told.returns))
             self._makes[func] = plain and func is not _UNSAFE_VIEW
         return self._makes[func]
 
@@ -113,7 +114,7 @@ class Dataflow(TorchDispatchMode):
         tensors = list(tensors_of((args, kwargs)))
         self.met = self.met or any(id(tensor) in self.watched for tensor in tensors)
         chance = torch.Tag.nondeterministic_seeded in func.tags
-        if chance and func._can_decompose():
+        if chance and decomposes(func):
             # In inference mode dropout and attention come whole, and may not draw at all.
             with self:
                 return func.decompose(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halovae.base.forks import free_in_children
 from halovae.base.functions import outside_modes
+from halovae.base.private_torch import borrow_storage, release_pool
 from halovae.comm import Comm, Message, Pending, SoloComm
 
 RECORDERS = ("cuda", "npu")
@@ -108,8 +109,7 @@ class Tape(SoloComm):
             self._graph.capture_end()
         if self._device.type == "cuda":
             with suppress(RuntimeError):  # A capture that ended well has done it.
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # pyright: ignore
-                torch._C._cuda_releasePool(self._device.index, self._pool)  # pyright: ignore
+                release_pool(self._device, self._pool)
         with suppress(RuntimeError):  # An empty one that ends well: the generator of the device takes note of the end.
             self._graph = getattr(self._module, _graph_of(self._device))()
             self._graph.capture_begin(capture_error_mode="thread_local")
@@ -188,8 +188,6 @@ def _places(messages: Sequence[Message]) -> list[Message]:
 def _place_of(tensor: Tensor) -> Tensor:
     """The same memory in a tensor that does not own it: when the call has done with it, it is free for others."""
     storage = tensor.untyped_storage()
-    # How torch's own graphs look at their memory; there is no public way.
-    place: Any = torch._C._construct_storage_from_data_pointer  # pyright: ignore
-    borrowed = place(storage.data_ptr(), tensor.device, storage.nbytes())
+    borrowed = borrow_storage(storage.data_ptr(), tensor.device, storage.nbytes())
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(borrowed, tensor.storage_offset(), tensor.shape, tensor.stride())

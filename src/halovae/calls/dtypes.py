@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from halovae.base.errors import InputError
 from halovae.base.options import HALVES, Half
+from halovae.base.private_diffusers import HOOK_OF_DIFFUSERS
 from halovae.base.trees import map_tensors
 from halovae.calls.state import fetches_weights
 
@@ -136,7 +137,7 @@ def _floats(vae: nn.Module, half: str) -> dict[str, Tensor]:
 
 
 def _has_moving_weights(module: nn.Module) -> bool:
-    return hasattr(module, "_diffusers_hook") or fetches_weights(module)
+    return hasattr(module, HOOK_OF_DIFFUSERS) or fetches_weights(module)
 
 
 @functools.lru_cache(maxsize=64)

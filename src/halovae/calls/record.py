@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from halovae.base.compiled import as_written
 from halovae.base.errors import TilingError
 from halovae.base.functions import outside_modes
+from halovae.base.private_torch import pytree, version, without_modes
 from halovae.base.replaced import replaced
 from halovae.base.trees import on_meta, tensors_in
 from halovae.calls.dataflow import Dataflow, Draw, Origin, Spec
@@ -137,7 +136,7 @@ class Recorder:
         answers = answering(self._vae, self._half, listener)
         with torch.no_grad(), as_written(), stands_for, autocast.Autocast(), answers, listener.flow:
             result = self._method(*args, **kwargs)
-        writes = any(tensor._version for tensor in given)
+        writes = any(version(tensor) for tensor in given)
         return Recording(listener.finish(result), result, listener.flow.met, writes)
 
 
@@ -235,15 +234,15 @@ class _Listener:
         self.flow.met = self.flow.met or any(id(before[place]) in self.flow.watched for place in effect.read)
         inputs = tuple(Spec(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self._heard.append(_Heard(inputs, effect, self._needs([before[place] for place in effect.read])))
-        with _disable_current_modes():
+        with without_modes():
             return self._apply(effect, args, kwargs, before)
 
     def _run(self, args: Any, kwargs: Any, before: list[Any]) -> _Effect:
         self.flow.reads.clear()
         self.flow.draws.clear()
-        versions = [tensor._version for tensor in self._given]
+        versions = [version(tensor) for tensor in self._given]
         result = self._network(*args, **kwargs)
-        if versions != [tensor._version for tensor in self._given]:
+        if versions != [version(tensor) for tensor in self._given]:
             raise TilingError("its network writes into the picture that it is given: its tiles can't run apart")
         places = {id(leaf): place for place, leaf in enumerate(before) if isinstance(leaf, Tensor)}
 

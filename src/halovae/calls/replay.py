@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from halovae.base.memory import PeakMemory, free_bytes
+from halovae.base.private_diffusers import has_library_hook
+from halovae.base.private_torch import registered
 from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.device_graphs import Tape, can_record
 from halovae.calls.randomness import frozen_generators
-from halovae.calls.state import Snapshot, unchanged, undone_by_failure
+from halovae.calls.state import Snapshot, has_hooks, unchanged, undone_by_failure
 from halovae.calls.target import PLAIN, Target
 from halovae.calls.verify import is_rounding
 from halovae.comm import Comm, Traffic
@@ -191,7 +193,7 @@ def read_by(vae: nn.Module) -> tuple[Any, ...]:
     found: list[Any] = []
     for module in vae.modules():
         found.append(id(module))
-        for values in (module._parameters, module._buffers, vars(module)):  # pyright: ignore[reportPrivateUsage]
+        for values in (*registered(module), vars(module)):
             # By name: an attribute that was away for a while stands in another place.
             for name in sorted(values):
                 value = values[name]
@@ -212,11 +214,7 @@ def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def is_hooked(vae: nn.Module) -> bool:
     """Whether somebody's code hangs on a module: in a replay it would not run."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")  # pyright: ignore
-        or hasattr(module, "_diffusers_hook")
-        for module in vae.modules()
-    )  # fmt: skip
+    return has_hooks(vae) or any(map(has_library_hook, vae.modules()))
 
 
 def _timed(device: torch.device, run: Callable[[], Any]) -> tuple[Any, float]:

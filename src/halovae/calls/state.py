@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from halovae.base.private_diffusers import HOOK_OF_ACCELERATE, LIBRARY_HOOKS, OLD_FORWARD
+from halovae.base.private_torch import BUFFERS, CONVOLUTION_PADDING, HOOKS, changes
 from halovae.base.replaced import replaced
 from halovae.kernels.lazy.deferred import Deferred, any_pending
 
@@ -20,9 +22,7 @@ Place = tuple[int, str]
 
 _MISSING = object()
 
-_OTHERS = frozenset(vars(nn.Module())) - {"training", "_buffers"} | {
-    "_reversed_padding_repeated_twice", "_hf_hook", "_diffusers_hook"
-}  # fmt: skip
+_OTHERS = frozenset(vars(nn.Module())) - {"training", BUFFERS} | {CONVOLUTION_PADDING, *LIBRARY_HOOKS}
 """Attributes of modules that are no state: what torch keeps itself, and the hooks of libraries that move weights, which
 know where the weights are."""
 
@@ -86,7 +86,7 @@ class _Quiet:
         self._values = [tuple(attributes.values()) for attributes in self._attributes]
         values = [v for known in self._attributes for name, v in known.items() if name not in _ELSEWHERE]
         holders = [value for value in values if not isinstance(value, _NO_STATE)]
-        buffers = [known["_buffers"].values() for known in self._attributes]
+        buffers = [known[BUFFERS].values() for known in self._attributes]
         self._lists = [(held, tuple(held)) for held in (*buffers, *holders) if isinstance(held, _LISTS) and held]
         # What holds other things in other ways may change where this does not look.
         self._is_plain = all(isinstance(value, _LISTS) for value in holders) and not any(
@@ -101,7 +101,7 @@ class _Quiet:
         )
 
 
-_ELSEWHERE = _OTHERS | {"_buffers"}
+_ELSEWHERE = _OTHERS | {BUFFERS}
 _LISTS = (list, tuple, type({}.values()))
 _NO_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device, Tensor, nn.Module)
 
@@ -188,10 +188,10 @@ class Snapshot:
             for _, known in self._modules
             for name, value in known.items()
             # Nearly all are plain: told apart here, they cost least.
-            if type(value) not in _PLAIN and name not in _OTHERS and (name != "_buffers" or value)
+            if type(value) not in _PLAIN and name not in _OTHERS and (name != BUFFERS or value)
         )
         self.tensors = tensors
-        self._copies = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors if values]
+        self._copies = [(tensor, changes(tensor), tensor.detach().clone()) for tensor in tensors if values]
         self._walk(arguments)
 
     def _walk(self, values: Iterable[Any]) -> list[Tensor]:
@@ -232,7 +232,7 @@ class Snapshot:
 
     def written(self) -> bool:
         """Whether a tensor that was there has been written into since; those of inference mode can't tell."""
-        return any(version is not None and _version(tensor) != version for tensor, version, _ in self._copies)
+        return any(version is not None and changes(tensor) != version for tensor, version, _ in self._copies)
 
     def has_gone_on(self) -> bool:
         """Whether the network keeps other tensors now, or other values in them."""
@@ -254,7 +254,7 @@ class Snapshot:
             if not _holds(self._content(container), held):
                 _fill(container, held)
         for tensor, version, values in self._copies:
-            if not torch.equal(tensor, values) if version is None else _version(tensor) != version:
+            if not torch.equal(tensor, values) if version is None else changes(tensor) != version:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.resize_(values.shape).copy_(values)
 
@@ -320,11 +320,6 @@ def settle(network: nn.Module) -> None:
                 tensor.computed()
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written into; None where it does not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
 @contextmanager
 def unchanged(network: nn.Module, *arguments: Any) -> Iterator[Snapshot]:
     """After it, the network keeps what it kept before, however it ends: a trial leaves no trace."""
@@ -350,12 +345,9 @@ def undone_by_failure(network: nn.Module, *arguments: Any) -> Iterator[None]:
         raise
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
 def has_hooks(network: nn.Module) -> bool:
     """Whether somebody hears of the calls of a module, or changes what it gets or gives."""
-    return any(vars(module)[name] for module in network.modules() for name in _HOOKS)
+    return any(vars(module)[name] for module in network.modules() for name in HOOKS)
 
 
 @contextmanager
@@ -363,7 +355,7 @@ def without_hooks(network: nn.Module) -> Iterator[None]:
     """Within it, modules run without their forward hooks."""
     with ExitStack() as stack:
         for module in network.modules():
-            for name in _HOOKS:
+            for name in HOOKS:
                 if vars(module)[name]:
                     stack.enter_context(replaced(module, name, OrderedDict()))
         yield
@@ -377,12 +369,12 @@ def without_fetching(network: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in filter(fetches_weights, network.modules()):
-            stack.enter_context(replaced(module, "forward", vars(module)["_old_forward"]))
+            stack.enter_context(replaced(module, "forward", vars(module)[OLD_FORWARD]))
         yield
 
 
 def fetches_weights(module: nn.Module) -> bool:
     """Whether a hook of accelerate stands around a module whose weights are elsewhere."""
-    return vars(module).keys() >= {"_hf_hook", "_old_forward", "forward"} and any(
+    return vars(module).keys() >= {HOOK_OF_ACCELERATE, OLD_FORWARD, "forward"} and any(
         tensor.is_meta for tensors in (module.parameters(), module.buffers()) for tensor in tensors
     )

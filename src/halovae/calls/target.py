@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.functions import outside_modes
 from halovae.base.options import HALVES
+from halovae.base.private_torch import COMPILED_MODULE, changes, is_compiler_wrapped
 from halovae.base.replaced import replaced, value_here
 from halovae.base.trees import tensors_in
 from halovae.comm import keeper_of_parts
@@ -127,8 +128,8 @@ def _module_of(vae: Any) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise InputError("there is no VAE: pass an nn.Module with encode or decode, or a pipeline with a .vae")
     # These wrap a module whose weights each rank has whole, or one that is to be compiled.
-    while isinstance(module, (DistributedDataParallel, DataParallel)) or "_orig_mod" in module._modules:  # pyright: ignore
-        module = cast("nn.Module", getattr(module, "module", None) or getattr(module, "_orig_mod"))  # noqa: B009
+    while isinstance(module, (DistributedDataParallel, DataParallel)) or is_compiler_wrapped(module):
+        module = cast("nn.Module", getattr(module, "module", None) or getattr(module, COMPILED_MODULE))
     return module
 
 
@@ -295,7 +296,7 @@ class Target:
         All weights are read for it, unless torch knows that none has been written into since the last time.
         """
         weights: dict[str, Tensor] = self.vae.state_dict(keep_vars=True)
-        marks = [(name, t.data_ptr(), t.device, _changes(t)) for name, t in weights.items()]
+        marks = [(name, t.data_ptr(), t.device, changes(t)) for name, t in weights.items()]
         counted = all(changes is not None for *_, changes in marks)
         if self._digest is None or self._digest[0] != marks or not counted:
             self._digest = marks, self._digest_of(weights)
@@ -353,11 +354,6 @@ def _bit_sum(tensor: Tensor) -> Tensor:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
     return bits.sum(dtype=torch.int64)
-
-
-def _changes(tensor: Tensor) -> int | None:
-    """How often a tensor was written into; None where it does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -16,11 +16,11 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from halovae.base.errors import NotExactError
 from halovae.base.geometry import MIN_ROWS, Cut, coarsen, divides, narrowest, refine
+from halovae.base.private_torch import without_functions
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def layout_of(value: object) -> Layout | None:
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """The local shape. Function modes are passed by: they would take longer than everything else here."""
-    with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+    with without_functions():
         return tuple(tensor.shape)
 
 

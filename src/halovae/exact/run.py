@@ -15,6 +15,7 @@ from torch import Tensor
 from halovae.base.errors import HalovaeError, InputError, NotExactError
 from halovae.base.functions import outside_modes
 from halovae.base.geometry import Extent, cut_at
+from halovae.base.private_torch import version
 from halovae.base.trees import contents, hidden_tensors, is_picture, map_tensors, pictures_in, tensors_in, walk
 from halovae.comm import Comm
 from halovae.exact.halo import extend, gather_dim, own
@@ -145,7 +146,7 @@ class Given:
     def _own(self, tensor: Tensor) -> Tensor:
         is_cut = is_picture(tensor)
         mine = scatter(self._mesh, tensor, _scaled(self._bounds, tensor)) if is_cut else own_copy(tensor)
-        self._versions.append((mine, mine._version))
+        self._versions.append((mine, version(mine)))
         return mine
 
     def written(self) -> dict[int, Tensor]:
@@ -159,7 +160,7 @@ class Given:
             changed = len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
             if changed and not (is_theirs and not any(map(layout_of, walk(now)))):
                 raise NotExactError(f"the network changes a {type(item).__name__} among its arguments")
-        changed = ((i, t) for i, (t, version) in enumerate(self._versions) if t._version != version)
+        changed = ((i, t) for i, (t, before) in enumerate(self._versions) if version(t) != before)
         return {i: gather(self._mesh, tensor) for i, tensor in changed}
 
 

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from halovae.base.functions import outside_modes
+from halovae.base.private_torch import FAKE_LOGGER, FakeTensorMode, TorchDispatchMode, without_modes
+from halovae.base.private_torch import autocast_is_on as is_on
 from halovae.kernels.shapes_only import alike, device_type
 from halovae.kernels.weight_cache import derived
-
-is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore
-"""Whether autocast is on for a device of any type."""
 
 Run = Callable[..., Any]
 _known: dict[Hashable, torch.dtype | None] = {}
@@ -118,12 +116,11 @@ class _Casts(TorchDispatchMode):
     @outside_modes
     def of(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.dtype]:
         """A function that can't run on these shapes, as on a shard without halo, has been cast before it says so."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
 
         def fake(tensor: Tensor) -> Tensor:
             return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=self._kind)
 
-        with _disable_current_modes(), FakeTensorMode(), off(), suppress(Exception), _silent():
+        with without_modes(), FakeTensorMode(), off(), suppress(Exception), _silent():
             given = _mapped(fake, args), {name: _mapped(fake, value) for name, value in kwargs.items()}
             with torch.autocast(self._kind, self._low, enabled=self._cast), self:
                 func(*given[0], **given[1])
@@ -133,7 +130,7 @@ class _Casts(TorchDispatchMode):
 @contextmanager
 def _silent() -> Iterator[None]:
     """Within it, torch does not log what fake tensors can't do."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(FAKE_LOGGER)
     before, logger.disabled = logger.disabled, True
     try:
         yield

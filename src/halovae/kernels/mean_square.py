@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halovae.kernels.lazy.chain import Chain
+from halovae.kernels.memory_format import memory_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class MeanSquare:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     return one is other or (
-        one.untyped_storage()._cdata == other.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        memory_of(one) == memory_of(other)
         and (one.dtype, one.shape, one.stride(), one.storage_offset())
         == (other.dtype, other.shape, other.stride(), other.storage_offset())
     )

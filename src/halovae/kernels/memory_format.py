@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from halovae.base.private_torch import number_of_storage
+
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether the channels of a picture are next to each other in memory. False where there is one channel only."""
@@ -27,7 +29,7 @@ def memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
 def memory_of(tensor: Tensor) -> int:
     """What tells the memory of tensors apart: its address, or, of shapes alone, that of what stands for it."""
     storage = tensor.untyped_storage()
-    return storage.data_ptr() or storage._cdata  # pyright: ignore[reportPrivateUsage]
+    return storage.data_ptr() or number_of_storage(storage)
 
 
 @functools.lru_cache(maxsize=4096)

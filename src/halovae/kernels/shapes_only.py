@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+from halovae.base.private_torch import without_modes
 
 Piece = TypeVar("Piece")
 
@@ -35,7 +36,7 @@ class StandIn:
     def weight(self, weight: Tensor) -> Tensor:
         """The shape of a weight, the same one each time, so that what is made of it can be kept."""
         if id(weight) not in self._weights:
-            with _disable_current_modes():  # it is there already, and takes nothing
+            with without_modes():  # it is there already, and takes nothing
                 shape = torch.empty_like(weight, device="meta")
             self._weights[id(weight)] = weight, shape  # The weight is kept, so that its id stays its own.
         return self._weights[id(weight)][1]

@@ -13,10 +13,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from halovae.base import verdicts
 from halovae.base.forks import free_in_children
+from halovae.base.private_torch import without_functions, without_modes
 from halovae.kernels.autocast import off
 from halovae.kernels.kept import kept
 
@@ -105,5 +105,5 @@ def _timed(way: Way) -> float:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Within it, torch runs without the modes around: they take time, and an answer is kept for other calls."""
-    with _disable_current_modes(), off(), torch.inference_mode(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+    with without_modes(), off(), torch.inference_mode(), without_functions():
         yield

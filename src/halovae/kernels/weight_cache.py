@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halovae.base.functions import outside_modes
+from halovae.base.private_torch import changes
 from halovae.kernels.kept import Made, kept
 from halovae.kernels.shapes_only import device_type
 
@@ -66,8 +67,7 @@ def _begun(weight: Tensor) -> Made:
 
 @outside_modes
 def _place(weight: Tensor) -> tuple[Any, ...]:
-    changes = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, changes
+    return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, changes(weight)
 
 
 @outside_modes

@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from halovae.base.errors import InputError
 from halovae.base.files import check_model, first_line
 from halovae.base.options import Half
+from halovae.base.private_diffusers import needed_parts, optional_parts, siblings
 from halovae.base.quiet import all_quiet
 from halovae.calls.dtypes import HalfDtypes
 from halovae.pipelines.generation_settings import Setup
@@ -159,16 +160,14 @@ def _counterpart(stated: Any, task: str, index: Mapping[str, Any]) -> Any:
     if task == "image-to-image":
         return None  # Siblings that take an image often take a mask or a control picture with it.
     package = importlib.import_module(stated.__module__.rpartition(".")[0])
-    names = getattr(package, "_import_structure", {})
-    siblings = [getattr(package, name) for group in names.values() for name in group if name.endswith("Pipeline")]
-    fitting = [cls for cls in siblings if isinstance(cls, type) and does(cls, task) and _has_parts(cls, index)]
+    relatives = [getattr(package, name) for name in siblings(package) if name.endswith("Pipeline")]
+    fitting = [cls for cls in relatives if isinstance(cls, type) and does(cls, task) and _has_parts(cls, index)]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def _has_parts(cls: Any, index: Mapping[str, Any]) -> bool:
     """Whether the pipeline's parts, all that are not optional, are those of the model."""
-    needed, _ = cls._get_signature_keys(cls)
-    return set(needed) - set(cls._optional_components) <= {name for name in index if not name.startswith("_")}
+    return needed_parts(cls) - optional_parts(cls) <= {name for name in index if not name.startswith("_")}
 
 
 def _lacks(cls: Any, task: str) -> str:

@@ -16,9 +16,10 @@ from torch import nn
 from halovae import comm
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.files import first_line
+from halovae.base.private_diffusers import repeats_blocks, sharing_plan
 from halovae.base.quiet import all_quiet
 from halovae.pipelines.generation_settings import Setup
-from halovae.pipelines.private_diffusers import keep_text_whole, some_device, spread_plan
+from halovae.pipelines.spreading import keep_text_whole, some_device, spread_plan
 
 _UNEVEN = "dimension to be sharded must be divisible"
 """In diffusers' assertion where a sequence can't be cut evenly."""
@@ -96,7 +97,7 @@ def check_degrees(components: Mapping[str, Any], setup: Setup) -> None:
     if degree(setup) == 1:
         return
     for part in denoisers(components).values():
-        if getattr(part, "_cp_plan", None) is None or not hasattr(part, "enable_parallelism"):
+        if sharing_plan(part) is None or not hasattr(part, "enable_parallelism"):
             raise InputError(
                 f"{_asked(setup)} can't be honoured: diffusers {diffusers.__version__} has no plan to spread "
                 f"{type(part).__name__}; leave it out (the VAE uses all ranks all the same)"
@@ -133,7 +134,7 @@ def _check_heads(part: Any, ulysses: int) -> None:
 
 
 def _compile(part: Any) -> None:
-    if getattr(part, "_repeated_blocks", None):
+    if repeats_blocks(part):
         part.compile_repeated_blocks()
     else:
         part.compile()

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from halovae.base.functions import outside_modes
+from halovae.base.private_torch import number_of_storage, pytree, without_modes
 from halovae.calls.record import NETWORKS, answering
 from halovae.calls.state import ModuleState, refill
 from halovae.exact.layout import layout_of, mark
@@ -170,7 +169,7 @@ class _Echo:
 
     @outside_modes
     def _repeat(self, effect: _Effect, args: Any, kwargs: Any, before: list[Any], state: dict[Any, Any]) -> Any:
-        with _disable_current_modes():
+        with without_modes():
             self._meter.add(effect.cost, self._comm)
             makes = _Makes(self._meter, before)
             new_args, new_kwargs, new_state = makes.tree(effect.after)
@@ -328,4 +327,4 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    return number_of_storage(tensor.untyped_storage())

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from halovae.base.private_torch import TorchDispatchMode, number_of_storage, schema, without_functions
 from halovae.calls.dataflow import Shapes, fresh, has_meta, key_of, meets_meta, tensors_of
 from halovae.comm import Message, Pending, SoloComm
 from halovae.comm.bandwidth import LinkSpeed
@@ -54,7 +54,7 @@ class Costs:
     def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
         """An operator's result on the meta device, and what one call of it costs."""
         makes = self._shapes.makes(func)
-        if not makes and not func._schema.is_mutable:
+        if not makes and not schema(func).is_mutable:
             return self._view(func, args, kwargs)
         key = func, key_of(args), key_of(kwargs) if kwargs else ()
         known = self._known.get(key)
@@ -148,7 +148,7 @@ class Meter(TorchDispatchMode):
         if Deferred in types:
             with self:  # What waits is computed, and that takes time as well.
                 args, kwargs = computed(args), computed(kwargs)
-        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        with without_functions():
             return self._take(func, args, kwargs) if meets_meta(args, kwargs) else func(*args, **kwargs)
 
     def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -175,7 +175,7 @@ class Meter(TorchDispatchMode):
     def follow(self, tensor: Tensor) -> None:
         """Count a new tensor's memory until the last tensor that shares it is gone."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
+        key, size = number_of_storage(storage), storage.nbytes()
         if key in self._memories:
             return
         gone = weakref.ref(storage, lambda _: self._forget(key, size))
@@ -188,7 +188,7 @@ class Meter(TorchDispatchMode):
 
     def memory_of(self, tensor: Tensor) -> int | None:
         """A number for the memory of a tensor, its own for ever; None where it was there before."""
-        return self._memories.get(tensor.untyped_storage()._cdata, (None,))[0]  # pyright: ignore[reportPrivateUsage]
+        return self._memories.get(number_of_storage(tensor.untyped_storage()), (None,))[0]
 
     def _forget(self, key: int, size: int) -> None:
         del self._memories[key]

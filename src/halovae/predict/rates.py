@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from halovae.base.private_torch import schema
 from halovae.calls.dataflow import tensors_of
 from halovae.kernels.cpu.packed import PACKED_CONVOLUTION
 
@@ -53,7 +54,7 @@ class Job:
         """Read and written."""
         if self.func in _ALLOCATIONS:
             return 0
-        if not self.makes and not self.func._schema.is_mutable:
+        if not self.makes and not schema(self.func).is_mutable:
             return 0  # a view
         written = sum(map(_size, tensors_of(self.result)))
         return written + sum(map(_size, tensors_of((self.args, self.kwargs))))

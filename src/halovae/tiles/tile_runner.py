@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from halovae.base.errors import DisagreementError, InputError, TilingError
 from halovae.base.options import HALVES, Gather, gather_of
+from halovae.base.private_torch import pytree
 from halovae.base.timeline import span
 from halovae.base.trees import contents, map_tensors, pictures_in, walk
 from halovae.calls.dataflow import repeat

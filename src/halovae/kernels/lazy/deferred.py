@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from halovae.base.private_torch import no_functions, wrapper
 from halovae.kernels.autocast import is_on, off
 from halovae.kernels.memory_format import memory_of, strides_of
 
@@ -51,7 +52,7 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls: type[Deferred], recipe: Recipe) -> Deferred:
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = wrapper(
             cls,
             recipe.shape,
             strides=strides_of(recipe.shape, recipe.channels_last),
@@ -77,7 +78,7 @@ class Deferred(torch.Tensor):
         _here.pending.pop(id(self), None)
         self.value, self.recipe = value, None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+    __torch_function__ = no_functions
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

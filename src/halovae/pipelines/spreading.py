@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import LTXVideoTransformer3DModel
 
+from halovae.base.private_diffusers import leave_whole, sharing_plan
 from halovae.base.replaced import replaced
 
 
@@ -36,7 +37,7 @@ def spread_plan(part: Any) -> dict[str, Any]:
     image-to-video has one for each token. Attention brings the pieces of the text together again, and not those of
     the mask. Here the noise levels are cut with their tokens, and the text is left whole: see `keep_text_whole`.
     """
-    plan: dict[str, Any] = part._cp_plan
+    plan = sharing_plan(part) or {}
     if not _plan_fails(part):
         return plan
     tokens = plan[""]["hidden_states"]
@@ -49,11 +50,11 @@ def keep_text_whole(part: Any) -> None:
         return
     for block in part.transformer_blocks:
         block.attn2.processor = copy(block.attn2.processor)
-        block.attn2.processor._parallel_config = None
+        leave_whole(block.attn2.processor)
 
 
 def _plan_fails(part: Any) -> bool:
     if not issubclass(type(part), LTXVideoTransformer3DModel):
         return False
-    inputs: dict[str, Any] = part._cp_plan[""]
-    return "timestep" not in inputs
+    plan = sharing_plan(part)
+    return plan is not None and "timestep" not in plan[""]
