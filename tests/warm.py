@@ -11,6 +11,7 @@ import pipelines  # noqa: F401
 import pytest  # noqa: F401
 import servers  # noqa: F401
 import torch
+import torch.utils.flop_counter  # Loads Triton.
 import transformers
 
 import halovae.api.parallelize

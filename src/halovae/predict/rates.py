@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,8 +37,8 @@ class Job:
     @cached_property
     def flops(self) -> int:
         """Multiplications and additions of convolutions, matrix products and attention; the rest doesn't count."""
-        count = _FLOPS.get(self.func) or _FLOPS.get(str(self.func))
-        return count(self.args, self.result) if count else 0
+        count = _formulas().get(self.func.overloadpacket) or _formulas().get(str(self.func))
+        return count(*self.args, **self.kwargs, out_val=self.result) if count else 0
 
     @cached_property
     def made(self) -> int:
@@ -64,41 +65,26 @@ def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _convolution(args: Any, result: Tensor) -> int:
-    weight, transposed = args[1], args[6]
-    each = args[0] if transposed else result
-    return 2 * each.shape[0] * prod(each.shape[2:]) * prod(weight.shape)
+@functools.cache
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """By operator, or its name: torch's, and the same for operators that torch does not count."""
+    from torch.utils.flop_counter import flop_registry  # Late: it loads Triton, which takes 0.3 s.
+
+    convolution = flop_registry[torch.ops.aten.convolution]
+    return {
+        **flop_registry,
+        ATTENTION.overloadpacket: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
+        PACKED_CONVOLUTION: lambda *args, out_val: convolution(*args[:6], False, out_val=out_val),
+        "halovae.gpu_convolution.default": _gpu_convolution,
+    }
 
 
-def _product(first: int) -> Callable[[Any, Tensor], int]:
-    """Of the matrices at `first` and after it."""
-    return lambda args, result: 2 * prod(args[first].shape) * args[first + 1].shape[-1]
-
-
-def _attention(args: Any, result: Any) -> int:
-    query, key, value = args[:3]
-    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def _packed_convolution(args: Any, result: Tensor) -> int:
-    return 2 * result.shape[0] * prod(result.shape[2:]) * prod(args[1].shape)
-
-
-def _gpu_convolution(args: Any, result: None) -> int:
-    pictures, kernel, out = args[0], args[3], args[6]
+def _gpu_convolution(
+    pictures: Tensor, packed: Tensor, bias: Any, kernel: list[int], stride: int, before: Any, out: Tensor, *_: Any,
+    out_val: None,
+) -> int:  # fmt: skip
     return 2 * out.numel() * pictures.shape[1] * prod(kernel)
 
-
-_FLOPS: dict[Any, Callable[[Any, Any], int]] = {
-    PACKED_CONVOLUTION: _packed_convolution,
-    torch.ops.aten.convolution.default: _convolution,
-    torch.ops.aten.mm.default: _product(0),
-    torch.ops.aten.bmm.default: _product(0),
-    torch.ops.aten.addmm.default: _product(1),
-    torch.ops.aten.baddbmm.default: _product(1),
-    ATTENTION: _attention,
-    "halovae.gpu_convolution.default": _gpu_convolution,
-}
 
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
