@@ -115,7 +115,7 @@ def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
 
 
 def moments(picture: Tensor, groups: int, shift: Tensor | None) -> Tensor:
-    """As `gpu_norms.moments`, of a picture."""
+    """As `triton_norms.moments`, of a picture."""
     positions = _positions_of_each(picture)
     if positions.is_meta:
         return operators.moments(positions, groups, shift)
@@ -125,7 +125,7 @@ def moments(picture: Tensor, groups: int, shift: Tensor | None) -> Tensor:
 
 
 def merged_moments(parts: Tensor, groups: int) -> Tensor:
-    """As `gpu_norms.merged`."""
+    """As `triton_norms.merged`."""
     if parts.is_meta:
         return operators.merged(parts, groups)
     from halovae.kernels.gpu import triton_norms
@@ -136,7 +136,7 @@ def merged_moments(parts: Tensor, groups: int) -> Tensor:
 def affine(
     parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:  # fmt: skip
-    """As `gpu_norms.affine`."""
+    """As `triton_norms.affine`."""
     weight, bias = (None if p is None else alike(p, parts) for p in (weight, bias))
     if parts.is_meta:
         return operators.affine(parts, groups, channels, weight, bias, eps)

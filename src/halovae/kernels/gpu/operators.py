@@ -1,88 +1,58 @@
 """Triton's kernels as operators of torch, for runs on shapes alone: what is no operator would take no time there.
 
 On a device kernels are launched without them, since the host takes longer to go through torch's dispatcher. They run
-there only to be timed.
+there only to be timed, for which `torch.library.custom_op` would load the compiler of torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("halovae", "DEF")
-_LIBRARY.define(
-    "gpu_chain(Tensor positions, Tensor(a!) out, Tensor? shift, Tensor? other, float? normalize, bool mean, "
-    "Tensor? times, Tensor? plus, Tensor? by, Tensor? more, int[]? spread, bool silu) -> ()"
+
+
+def _operator(schema: str, shape: Callable[..., Any] = lambda *_, **__: None) -> Callable[[Callable[..., Any]], Any]:
+    """Makes an operator of what launches a kernel; `shape` gives its result on shapes alone."""
+
+    def define(launch: Callable[..., Any]) -> Any:
+        name = _LIBRARY.define(schema)
+        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, shape, "Meta")
+        return getattr(torch.ops.halovae, name)
+
+    return define
+
+
+@_operator(
+    "gpu_chain(Tensor positions, Tensor(a!) out, *, Tensor? shift=None, Tensor? other=None, float? normalize=None, "
+    "bool mean=False, Tensor? times=None, Tensor? plus=None, Tensor? by=None, Tensor? more=None, int[]? spread=None, "
+    "bool silu=False) -> ()"
 )
-_LIBRARY.define(
-    "gpu_convolution(Tensor pictures, Tensor packed, Tensor? bias, int[] kernel, int stride, int[] before, "
-    "Tensor(a!) out, int upsample) -> ()"
-)
-_LIBRARY.define("gpu_copy(Tensor pictures, Tensor(a!) out) -> ()")
-_LIBRARY.define("gpu_moments(Tensor positions, int groups, Tensor? shift) -> Tensor")
-_LIBRARY.define("gpu_merged_moments(Tensor parts, int groups) -> Tensor")
-_LIBRARY.define("gpu_affine(Tensor parts, int groups, int channels, Tensor? weight, Tensor? bias, float eps) -> Tensor")
-
-
-def chain(
-    positions: Tensor, out: Tensor, *, shift: object = None, other: Tensor | None = None,
-    normalize: float | None = None, mean: bool = False, times: object = None, plus: object = None,
-    by: Tensor | None = None, more: Tensor | None = None, spread: Sequence[int] | None = None, silu: bool = False,
-) -> None:  # fmt: skip
-    """As `gpu_chain.run`. Numbers are left out: they take no time."""
-    shift, times, plus = (value if isinstance(value, Tensor) else None for value in (shift, times, plus))
-    torch.ops.halovae.gpu_chain(positions, out, shift, other, normalize, mean, times, plus, by, more, spread, silu)
-
-
-def convolve(
-    pictures: Tensor, packed: Tensor, bias: Tensor | None, *, kernel: Sequence[int], stride: int,
-    before: Sequence[int], out: Tensor, upsample: int = 1,
-) -> None:  # fmt: skip
-    """As `gpu_convolution.convolve`, of pictures `[T, C, H, W]` instead of frames `[T, H, W, C]`."""
-    torch.ops.halovae.gpu_convolution(pictures, packed, bias, kernel, stride, before, out, upsample)
-
-
-def copy(pictures: Tensor, out: Tensor) -> None:
-    """As `gpu_copy.run`, likewise."""
-    torch.ops.halovae.gpu_copy(pictures, out)
-
-
-def moments(positions: Tensor, groups: int, shift: Tensor | None) -> Tensor:
-    """As `gpu_norms.moments`."""
-    return torch.ops.halovae.gpu_moments(positions, groups, shift)
-
-
-def merged(parts: Tensor, groups: int) -> Tensor:
-    """As `gpu_norms.merged`."""
-    return torch.ops.halovae.gpu_merged_moments(parts, groups)
-
-
-def affine(
-    parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
-    """As `gpu_norms.affine`."""
-    return torch.ops.halovae.gpu_affine(parts, groups, channels, weight, bias, eps)
-
-
-def _launch_chain(
-    positions: Tensor, out: Tensor, shift: Tensor | None, other: Tensor | None, normalize: float | None,
-    mean: bool, times: Tensor | None, plus: Tensor | None, by: Tensor | None, more: Tensor | None,
-    spread: list[int] | None, silu: bool,
-) -> None:  # fmt: skip
+def _chain(positions: Tensor, out: Tensor, **form: Any) -> None:
     from halovae.kernels.gpu import triton_chain
 
-    triton_chain.run(
-        positions, out, shift=shift, other=other, normalize=normalize, mean=mean, times=times, plus=plus, by=by,
-        more=more, spread=spread, silu=silu,
-    )  # fmt: skip
+    triton_chain.run(positions, out, **form)
 
 
-def _launch_convolution(
+def chain(positions: Tensor, out: Tensor, **form: Any) -> None:
+    """As `triton_chain.run`. Numbers that may be tensors are left out: they take no time."""
+    tensors = {name: form[name] for name in ("shift", "times", "plus") if isinstance(form.get(name), Tensor)}
+    _chain(positions, out, **{**form, "shift": None, "times": None, "plus": None, **tensors})
+
+
+@_operator(
+    "gpu_convolution(Tensor pictures, Tensor packed, Tensor? bias, int[] kernel, int stride, int[] before, "
+    "Tensor(a!) out, int upsample=1) -> ()"
+)
+def convolve(
     pictures: Tensor, packed: Tensor, bias: Tensor | None, kernel: list[int], stride: int, before: list[int],
-    out: Tensor, upsample: int,
+    out: Tensor, upsample: int = 1,
 ) -> None:  # fmt: skip
+    """As `triton_convolution.convolve`, of pictures `[T, C, H, W]` instead of frames `[T, H, W, C]`."""
     from halovae.kernels.gpu import triton_convolution
 
     tile = triton_convolution.tile_for(pictures.shape[1], out.shape[1])
@@ -92,30 +62,12 @@ def _launch_convolution(
     )  # fmt: skip
 
 
-def _launch_copy(pictures: Tensor, out: Tensor) -> None:
+@_operator("gpu_copy(Tensor pictures, Tensor(a!) out) -> ()")
+def copy(pictures: Tensor, out: Tensor) -> None:
+    """As `triton_copy.run`, likewise."""
     from halovae.kernels.gpu import triton_copy
 
     triton_copy.run(pictures.movedim(1, -1), out.movedim(1, -1))
-
-
-def _launch_moments(positions: Tensor, groups: int, shift: Tensor | None) -> Tensor:
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.moments(positions, groups, shift)
-
-
-def _launch_merged(parts: Tensor, groups: int) -> Tensor:
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.merged(parts, groups)
-
-
-def _launch_affine(
-    parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.affine(parts, groups, channels, weight, bias, eps)
 
 
 def _shape_of_moments(positions: Tensor, groups: int, shift: Tensor | None) -> Tensor:
@@ -124,22 +76,31 @@ def _shape_of_moments(positions: Tensor, groups: int, shift: Tensor | None) -> T
     return positions.new_empty(triton_norms.cut(positions.shape, groups).shape, dtype=torch.float32)
 
 
-def _shape_of_merged(parts: Tensor, groups: int) -> Tensor:
-    return parts.new_empty(3, parts.shape[2], groups)
+@_operator("gpu_moments(Tensor positions, int groups, Tensor? shift) -> Tensor", _shape_of_moments)
+def moments(*args: Any) -> Tensor:
+    """As `triton_norms.moments`."""
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.moments(*args)
 
 
-def _shape_of_affine(parts: Tensor, groups: int, channels: int, *_: object) -> Tensor:
-    return parts.new_empty(2, parts.shape[2], channels)
+@_operator(
+    "gpu_merged_moments(Tensor parts, int groups) -> Tensor",
+    lambda parts, groups: parts.new_empty(3, parts.shape[2], groups),
+)
+def merged(*args: Any) -> Tensor:
+    """As `triton_norms.merged`."""
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.merged(*args)
 
 
-for _name, _launch in {
-    "gpu_chain": _launch_chain, "gpu_convolution": _launch_convolution, "gpu_copy": _launch_copy,
-}.items():  # fmt: skip
-    _LIBRARY.impl(_name, _launch, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, lambda *_: None, "Meta")
-for _name, _launch, _shape in (
-    ("gpu_moments", _launch_moments, _shape_of_moments), ("gpu_merged_moments", _launch_merged, _shape_of_merged),
-    ("gpu_affine", _launch_affine, _shape_of_affine),
-):  # fmt: skip
-    _LIBRARY.impl(_name, _launch, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _shape, "Meta")
+@_operator(
+    "gpu_affine(Tensor parts, int groups, int channels, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    lambda parts, groups, channels, *_: parts.new_empty(2, parts.shape[2], channels),
+)
+def affine(*args: Any) -> Tensor:
+    """As `triton_norms.affine`."""
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.affine(*args)
