@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from halovae.base.errors import InputError
 
@@ -49,6 +49,21 @@ def remove_partial() -> None:
     for draft in tuple(_partial):
         with suppress(OSError):
             draft.unlink()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: it can't be read, or holds no object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't read {path}: {first_line(error)}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return cast("dict[str, Any]", document)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:

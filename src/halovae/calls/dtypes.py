@@ -57,7 +57,8 @@ class HalfDtypes:
         both = [where for where, weight in self._uses.get("encode", {}).items() if id(weight) in decoded]
         if both and len(formats) > 1:
             raise InputError(f"dtype asks for {self}, but both halves of {name} use {both[0]}: give both one format")
-        moved = next((where for where, module in vae.named_modules() if _has_moving_weights(module)), None)
+        moving = (w for w, m in vae.named_modules() if hasattr(m, HOOK_OF_DIFFUSERS) or fetches_weights(m))
+        moved = next(moving, None)
         if moved is not None and any(True for _ in self._to_cast()):
             raise InputError(
                 f"dtype can't cast weights that hooks fetch or cast, as those of {moved or 'all'} in {name} are: "
@@ -134,10 +135,6 @@ def _floats(vae: nn.Module, half: str) -> dict[str, Tensor]:
         if tensor.is_floating_point() and (_NETWORKS[part] == half if part in _NETWORKS else part in named):
             found[name] = tensor
     return found
-
-
-def _has_moving_weights(module: nn.Module) -> bool:
-    return hasattr(module, HOOK_OF_DIFFUSERS) or fetches_weights(module)
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from torch import nn
 
 from halovae.base.errors import InputError
-from halovae.base.files import DEMO, check_model, first_line
+from halovae.base.files import DEMO, check_model, first_line, read_json
 from halovae.base.quiet import quiet
 
 
@@ -101,7 +100,7 @@ def find_skeleton(model: str | None) -> tuple[str, Any]:
     """
     path = Path(model or "").expanduser()
     if model is not None and path.is_file():
-        config = _read_json(path)
+        config = read_json(path)
         class_name, name = str(config.get("_class_name")), str(path)
         if _autoencoder(class_name) is None:
             raise InputError(f"{path} is of a {class_name}, which is no autoencoder of diffusers")
@@ -130,7 +129,7 @@ def _find_folder(folder: Path) -> Source:
     for index, subfolder in (("model_index.json", None), ("config.json", None), ("vae/config.json", "vae")):
         if not (folder / index).is_file():
             continue
-        config = _read_json(folder / index)
+        config = read_json(folder / index)
         if index == "model_index.json":
             component, class_name = _component(location, config)
             return Source(model=location, location=location, subfolder=component, class_name=class_name)
@@ -143,7 +142,7 @@ def _find_folder(folder: Path) -> Source:
 
 def _find_hub(model: str) -> Source:
     try:
-        index = _read_json(Path(hf_hub_download(model, "model_index.json")))
+        index = read_json(Path(hf_hub_download(model, "model_index.json")))
         component, class_name = _component(model, index)
         return Source(model=model, location=model, subfolder=component, class_name=class_name)
     except LocalEntryNotFoundError as error:
@@ -153,7 +152,7 @@ def _find_hub(model: str) -> Source:
     except (HfHubHTTPError, OSError, ValueError) as error:
         _refuse(model, error)
     try:
-        config = _read_json(Path(hf_hub_download(model, "config.json")))
+        config = read_json(Path(hf_hub_download(model, "config.json")))
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         _refuse(model, error)
     class_name = str(config.get("_class_name"))
@@ -188,13 +187,3 @@ def _autoencoder(class_name: str) -> Any:
         return None
     usable = all(hasattr(cls, name) for name in ("encode", "decode", "from_pretrained"))
     return cast(Any, cls) if usable else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't read {path}: {first_line(error)}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return document

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import diffusers
 import torch
@@ -17,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from halovae.base.errors import InputError
-from halovae.base.files import check_model, first_line
+from halovae.base.files import check_model, first_line, read_json
 from halovae.base.options import Half
 from halovae.base.private_diffusers import needed_parts, optional_parts, siblings
 from halovae.base.quiet import all_quiet
@@ -118,13 +117,7 @@ def _read_index(model: str, folder: Path) -> dict[str, Any]:
     else:
         check_model(model)
         path = _download_index(model)
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't read {path}: {first_line(error)}") from error
-    if not isinstance(index, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return cast("dict[str, Any]", index)
+    return read_json(path)
 
 
 def _download_index(model: str) -> Path:

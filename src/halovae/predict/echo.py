@@ -121,7 +121,7 @@ class _Before:
 
     def memory_of(self, tensor: Tensor) -> Any:
         number = self._meter.memory_of(tensor)
-        return _Given(_address(tensor)) if number is None else number
+        return _Given(number_of_storage(tensor.untyped_storage())) if number is None else number
 
 
 class _Echo:
@@ -324,7 +324,3 @@ def _plain(tensor: Tensor) -> Tensor:
     if tensor.value is None:
         raise _NotAgain
     return _plain(tensor.value)
-
-
-def _address(tensor: Tensor) -> int:
-    return number_of_storage(tensor.untyped_storage())

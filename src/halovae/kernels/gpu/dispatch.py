@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from halovae.base.private_torch import without_functions
 from halovae.kernels.gpu import operators
 from halovae.kernels.kept import kept
 from halovae.kernels.memory_format import memory_format
@@ -155,7 +156,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     if query.dtype not in LOW or query.is_meta or not supports(query.device):
         return None
     if query.shape[3] <= NARROW_WIDTH and query.shape[2] >= FEW_TOKENS and _is_hopper(query.device):
-        with sdpa_kernel(_BACKENDS, set_priority=True), torch._C.DisableTorchFunction():  # pyright: ignore
+        with sdpa_kernel(_BACKENDS, set_priority=True), without_functions():
             return F.scaled_dot_product_attention(query, key, value, scale=scale)
     wide = query.shape[3] > FUSED_WIDTH and query.shape[1] == key.shape[1] == value.shape[1] == 1
     if not wide or query.shape[2] < FEW_QUERIES:
