@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from halovae.base.compiled import is_compiled
 from halovae.base.errors import HalovaeError
 from halovae.base.memory import allocated_by, free_bytes, is_shortage
+from halovae.base.private_torch import pytree
 from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.record import NetworkCall
 from halovae.calls.state import has_hooks
