@@ -127,3 +127,12 @@ def test_the_package_has_no_accelerator_name_outside_comm() -> None:
 def test_the_docs_show_the_rooms() -> None:
     assert rooms.is_current(rooms.shown_table(), rooms.table()), "run: python tools/rooms.py --write"
     assert rooms.is_current(rooms.PICTURE.read_text(), rooms.picture()), "run: python tools/rooms.py --write"
+
+
+def test_a_wheel_has_every_file_that_is_no_code() -> None:
+    lines = (rooms.ROOT / "pyproject.toml").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("halovae = ["))
+    patterns = ast.literal_eval(line.partition("=")[2].strip())
+    listed = {path for pattern in patterns for path in rooms.SOURCE.glob(pattern)}
+    files = {path for path in rooms.SOURCE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert not files - listed
