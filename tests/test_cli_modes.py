@@ -12,7 +12,7 @@ from command import enter, on_ranks, saved
 from families import FAMILIES
 from ranks import Ranks
 
-from halovae.app.run_options import Work, parse_work
+from halovae.app.run_options import Work, run_options
 from halovae.base.errors import InputError
 from halovae.cli.main import main
 from halovae.media import read
@@ -84,7 +84,7 @@ def test_one_setting_for_both_axes() -> None:
 
 
 def test_the_names_of_others_mean_tiles() -> None:
-    work = parse_work(None, None, None, True, 4)
+    work = run_options(axis="auto", vae_use_tiling=True, vae_patch_parallel_size=4).work
     assert (work.mode, work.ranks) == ("tile", 4)
     assert "--mode tile" in work.notes[0]
 

@@ -116,33 +116,35 @@ def parse_axis(text: str, mode: str | None = None) -> options.Axis:
     return int(match[1]), int(match[2])
 
 
-def parse_work(
-    mode: str | None, tile_size: str | None, tile_overlap: str | None, use_tiling: bool, ranks: int | None,
-    untiled: bool = False,
-) -> Work:  # fmt: skip
-    """From the words of the flags.
+def run_options(
+    *, axis: str, mode: str | None = None, untiled: bool = False, tile_size: str | None = None,
+    tile_overlap: str | None = None, vae_use_tiling: bool = False, vae_patch_parallel_size: int | None = None,
+    **others: Any,
+) -> RunOptions:  # fmt: skip
+    """From the words of the flags; `others` are those that need no reading.
 
     Raises:
         InputError: a word that is no mode, sizes that are none, or flags that contradict each other.
     """
     if mode not in (None, "exact", "tile", "auto"):
         raise InputError(f"--mode {mode}: give exact, tile or auto")
-    if use_tiling and mode not in (None, "tile"):
+    if vae_use_tiling and mode not in (None, "tile"):
         raise InputError(f"--vae-use-tiling means --mode tile, but --mode {mode} is given too: leave one out")
-    chosen = mode or ("tile" if use_tiling else None)
+    chosen = mode or ("tile" if vae_use_tiling else None)
     if untiled and chosen not in (None, "exact"):
         raise InputError(f"--untiled is for exact mode, but --mode {chosen} is asked for: leave one of them out")
     for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):
         if words is not None and chosen in (None, "exact"):
             raise InputError(f"{flag} {words}: exact mode has no tiles; add --mode tile, or leave {flag} out")
-    return Work(
+    work = Work(
         mode=chosen,
         untiled=untiled,
         tile_size=_pair("--tile-size", tile_size, least=1),
         tile_overlap=_pair("--tile-overlap", tile_overlap, least=0),
-        ranks=ranks,
-        notes=("--vae-use-tiling: this is --mode tile",) if use_tiling else (),
+        ranks=vae_patch_parallel_size,
+        notes=("--vae-use-tiling: this is --mode tile",) if vae_use_tiling else (),
     )
+    return RunOptions(axis=parse_axis(axis, work.mode), work=work, **others)
 
 
 def _in_proportion(tiles: TileSettings, size: tuple[int, int]) -> tuple[int, int]:

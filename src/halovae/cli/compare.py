@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,33 +15,6 @@ from halovae.cli import flags
 
 if TYPE_CHECKING:
     from halovae.evaluation import ClipComparison, Gate, Grid, LatentComparison
-
-_One = Annotated[
-    Path, typer.Argument(metavar="A", help="The reference: a video, an image, or latents.", show_default=False)
-]
-_Other = Annotated[Path, typer.Argument(metavar="B", help="The result, of the same kind.", show_default=False)]
-_MinSsim = Annotated[
-    float | None,
-    typer.Option(min=-1, max=1, metavar="VALUE", help="Fail if a frame's SSIM is below this.", show_default=False),
-]
-_MinPsnr = Annotated[
-    float | None, typer.Option(metavar="DB", help="Fail if a frame's PSNR is below this.", show_default=False)
-]
-_MaxL2 = Annotated[
-    float | None,
-    typer.Option(
-        "--max-l2", min=0, metavar="VALUE", help="Latents: fail if a frame's relative L2 is above.", show_default=False
-    ),
-]
-_Grid = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HxW[+O]",
-        help="Tiles every H rows and W columns, overlapping by O: measure seams there.",
-        show_default="no seams are measured",
-    ),
-]
-_Trim = Annotated[bool, typer.Option("--trim", help="Compare what two files of different sizes or lengths share.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,34 +31,21 @@ class _Job:
     words: tuple[str, ...]
 
 
-def compare(
-    context: typer.Context,
-    one: _One,
-    other: _Other,
-    min_ssim: _MinSsim = None,
-    min_psnr: _MinPsnr = None,
-    max_l2: _MaxL2 = None,
-    grid: _Grid = None,
-    trim: _Trim = False,
-    json: flags.Json = None,
-    report: flags.ReportFolder = None,
-) -> int:
+@flags.takes("compare")
+def compare(context: typer.Context, *, one: Path, other: Path, grid: str | None, **rest: Any) -> int:
     """Compare two videos, two images or two latents files; exit code 1 if a gate fails."""
     from halovae.app.watch import guarded
     from halovae.base.files import check_input, check_output
 
-    job = _Job(
-        one=one, other=other, min_ssim=min_ssim, min_psnr=min_psnr, max_l2=max_l2, grid=_parse_grid(grid), trim=trim,
-        json=json, report=report, words=tuple(context.obj),
-    )  # fmt: skip
+    job = _Job(one=one, other=other, grid=_parse_grid(grid), words=tuple(context.obj), **rest)
     for path in (one, other):
         check_input(path)
-    if json is not None:
-        check_output(json, (".json",))
-    if report is not None:
+    if job.json is not None:
+        check_output(job.json, (".json",))
+    if job.report is not None:
         from halovae.evaluation.report import check_report
 
-        check_report(report)
+        check_report(job.report)
     from halovae.app.pairs import is_latents  # Not before: it imports much.
 
     kinds = is_latents(one), is_latents(other)

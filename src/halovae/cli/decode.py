@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from halovae.app.run_options import RunOptions, parse_axis, parse_work
-from halovae.cli import flags, mode_flags
+from halovae.app.run_options import run_options
+from halovae.cli import flags
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
-
-_Latents = Annotated[
-    Path, typer.Argument(metavar="LATENTS", help="A file that halovae encode has made.", show_default=False)
-]
-_Model = Annotated[
-    str | None,
-    typer.Option(metavar="DIR_OR_ID", help="As for encode.", show_default="the one that the latents were made with"),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,35 +23,17 @@ class _Job:
     json: Path | None
 
 
-def decode(
-    context: typer.Context,
-    source: _Latents,
-    output: flags.VideoOutput,
-    model: _Model = None,
-    ranks: flags.Ranks = None,
-    axis: flags.Axis = "auto",
-    mode: mode_flags.Mode = None,
-    untiled: mode_flags.Untiled = False,
-    tile_size: mode_flags.TileSize = None,
-    tile_overlap: mode_flags.TileOverlap = None,
-    vae_use_tiling: mode_flags.UseTiling = False,
-    vae_patch_parallel_size: mode_flags.PatchParallelSize = None,
-    dtype: flags.DtypeOption = None,
-    device: flags.Device = None,
-    lossless: flags.Lossless = False,
-    json: flags.Json = None,
-) -> int:
+@flags.takes("decode")
+def decode(context: typer.Context, *, source: Path, output: Path, lossless: bool, json: Path | None, **how: Any) -> int:
     """Decode latents to a video or an image."""
     from halovae.app.checks import check_files
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES
 
-    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size, untiled)
-    cut = parse_axis(axis, work.mode)
-    run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
+    options = run_options(**how)
     check_files(source, output, SUFFIXES, json)
     job = _Job(source=source, output=output, lossless=lossless, json=json)
-    return run(context, run_options, lambda session: _on_rank(session, job))
+    return run(context, options, lambda session: _on_rank(session, job))
 
 
 def _on_rank(session: Session, job: _Job) -> None:

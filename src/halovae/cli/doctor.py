@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -24,19 +24,9 @@ _LIMITS = {"float64": 1e-12, "float32": 1e-2}
 """Of the largest value. A missing or misplaced halo is off by the values themselves; in float32 an accelerator may
 compute with the 10 bits of TF32, another algorithm for another shape."""
 
-_Ranks = Annotated[
-    int | None, typer.Option(metavar="N", help="How many ranks to try. Under torchrun leave it out.", show_default="2")
-]
 
-
-_ClearCache = Annotated[
-    bool, typer.Option("--clear-cache", help="Forget what trials have found out on this machine, and stop.")
-]
-
-
-def doctor(
-    context: typer.Context, ranks: _Ranks = None, device: flags.Device = None, clear_cache: _ClearCache = False
-) -> int:
+@flags.takes("doctor")
+def doctor(context: typer.Context, *, ranks: int | None, device: str | None, clear_cache: bool) -> int:
     """Print versions and devices, measure the link between ranks, and prove that they compute exactly."""
     from halovae.app.run_ranks import run
 

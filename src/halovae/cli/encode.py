@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from halovae.app.run_options import RunOptions, parse_axis, parse_work
-from halovae.cli import flags, mode_flags
+from halovae.app.run_options import run_options
+from halovae.cli import flags
 
 if TYPE_CHECKING:
     from halovae.app.session import Loaded, Session
@@ -28,39 +28,22 @@ class _Job:
     json: Path | None
 
 
+@flags.takes("encode")
 def encode(
-    context: typer.Context,
-    source: flags.Source,
-    output: flags.LatentsOutput,
-    model: flags.Model = None,
-    ranks: flags.Ranks = None,
-    axis: flags.Axis = "auto",
-    mode: mode_flags.Mode = None,
-    untiled: mode_flags.Untiled = False,
-    tile_size: mode_flags.TileSize = None,
-    tile_overlap: mode_flags.TileOverlap = None,
-    vae_use_tiling: mode_flags.UseTiling = False,
-    vae_patch_parallel_size: mode_flags.PatchParallelSize = None,
-    frames: flags.Frames = None,
-    height: flags.Height = None,
-    width: flags.Width = None,
-    dtype: flags.DtypeOption = None,
-    device: flags.Device = None,
-    json: flags.Json = None,
-) -> int:
+    context: typer.Context, *, source: Path, output: Path, frames: str | None, height: int | None, width: int | None,
+    json: Path | None, **how: Any,
+) -> int:  # fmt: skip
     """Encode a video or an image to latents, with all that `halovae decode` needs."""
     from halovae.app.checks import check_files
     from halovae.app.run_ranks import run
     from halovae.media import FrameRange, inspect
 
-    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size, untiled)
-    cut = parse_axis(axis, work.mode)
-    run_options = RunOptions(model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work)
+    options = run_options(**how)
     frame_range = None if frames is None else FrameRange.parse(frames)
     check_files(source, output, (".safetensors",), json)
     inspect(source)
     job = _Job(source=source, output=output, frames=frame_range, height=height, width=width, json=json)
-    return run(context, run_options, lambda session: _on_rank(session, job))
+    return run(context, options, lambda session: _on_rank(session, job))
 
 
 def _on_rank(session: Session, job: _Job) -> None:

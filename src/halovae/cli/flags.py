@@ -1,10 +1,13 @@
-"""The options that commands share, and what their values mean."""
+"""The flags of all commands, each written once: what it means, and which commands take it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 from enum import Enum
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -20,133 +23,241 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-Source = Annotated[Path, typer.Argument(metavar="INPUT", help="A video or an image.", show_default=False)]
-VideoOutput = Annotated[
-    Path,
-    typer.Option(
-        "-o", "--output", metavar="FILE", help="Write the result to this file: an .mp4, or a .png for one frame.",
-        show_default=False, rich_help_panel=usage.FILES,
+class VaeMode(str, Enum):
+    """How the VAE runs on ranks."""
+
+    exact = "exact"
+    tile = "tile"
+    auto = "auto"
+
+
+@dataclass(frozen=True)
+class _Flag:
+    commands: Set[str]
+    name: str
+    """Of the command's parameter."""
+    kind: Any
+    metavar: str | None
+    words: str
+    default: Any = None
+    """`...` where it has to be given."""
+    shown: str | None = None
+    """What stands for a default of None."""
+    spelled: str = ""
+    """The flag, where it is not `--name`."""
+    least: float | None = None
+    most: float | None = None
+
+    def parameter(self, panel: str, default: Any) -> Parameter:
+        """As typer wants it."""
+        option: Any = typer.Argument if panel == usage.ARGUMENTS else typer.Option
+        spelled = self.spelled.split() or ["--" + self.name.replace("_", "-")]
+        described = option(
+            default, *(() if panel == usage.ARGUMENTS else spelled), metavar=self.metavar, help=self.words,
+            show_default=self.shown or True, min=self.least, max=self.most, rich_help_panel=panel,
+        )  # fmt: skip
+        kind = self.kind | None if default is None else self.kind
+        return Parameter(self.name, Parameter.KEYWORD_ONLY, default=described, annotation=kind)
+
+
+def takes(command: str, **defaults: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a function the flags of a command: the command line passes all of them, as keyword arguments.
+
+    Args:
+        command: whose flags.
+        defaults: of this command, by the parameter's name.
+    """
+
+    def give(function: Callable[..., int]) -> Callable[..., int]:
+        context = [Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+        chosen = [
+            flag.parameter(panel, defaults.get(flag.name, flag.default))
+            for panel, flags in _TABLE.items()
+            for flag in flags
+            if command in flag.commands
+        ]
+        function.__signature__ = Signature(context + chosen)  # type: ignore[attr-defined]
+        function.__annotations__ = {one.name: one.annotation for one in context + chosen}
+        return function
+
+    return give
+
+
+_I2V, _T2V, _I2I, _SERVE = ({name} for name in ("image-to-video", "text-to-video", "image-to-image", "serve"))
+_ENCODE, _DECODE, _ROUNDTRIP, _WARM_UP = ({name} for name in ("encode", "decode", "roundtrip", "warm-up"))
+_PLAN, _DOCTOR, _COMPARE, _DEMO = ({name} for name in ("plan", "doctor", "compare", "make-demo-model"))
+_VIDEO = _I2V | _T2V
+_MADE = _VIDEO | _I2I
+_WHOLE = _MADE | _SERVE
+_READ = _ENCODE | _ROUNDTRIP
+_ALONE = _READ | _DECODE
+_RUN = _WHOLE | _ALONE | _WARM_UP
+_OUTPUT = "-o --output"
+_AN_MP4 = "Write the result to this file: an .mp4, or a .png for one frame."
+_ITS_OWN = "the pipeline's own"
+_AS_IMAGE = "the image's proportions, at about the pipeline's own number of pixels"
+_SHIPPED = "the small VAE that ships with halovae"
+_MODES = "exact|tile|auto"
+_MODE = (
+    "exact cuts the picture into shards that exchange borders: the un-tiled result. tile spreads the VAE's own tiles "
+    "over the ranks. auto is exact, and tiles where that is refused or memory is short."
+)
+_OWN_MODE = "exact; tile for a VAE that comes tiled"
+_UNTILED = "Give the un-tiled result (exact mode) of a VAE that comes tiled, too."
+_TILING = "The same as {}, by the name that vLLM-Omni has for it."
+_SIZE = "Use this many of the ranks for the VAE; the others wait, and share its result."
+
+# fmt: off
+_TABLE: dict[str, tuple[_Flag, ...]] = {
+    usage.ARGUMENTS: (
+        _Flag(_READ, "source", Path, "INPUT", "A video or an image.", ...),
+        _Flag(_DECODE, "source", Path, "LATENTS", "A file that halovae encode has made.", ...),
+        _Flag(_COMPARE, "one", Path, "A", "The reference: a video, an image, or latents.", ...),
+        _Flag(_COMPARE, "other", Path, "B", "The result, of the same kind.", ...),
+        _Flag(_DEMO, "folder", Path, "DIR", "Write here: a folder that is not there yet.", ...),
     ),
-]  # fmt: skip
-LatentsOutput = Annotated[
-    Path,
-    typer.Option(
-        "-o", "--output", metavar="FILE", help="Write the latents to this file, a .safetensors.",
-        show_default=False, rich_help_panel=usage.FILES,
+    usage.FILES: (
+        _Flag(_WHOLE, "model", str, "DIR_OR_ID", "Use this pipeline: a folder in diffusers' format, or a hub id such "
+              "as Wan-AI/Wan2.2-I2V-A14B-Diffusers.", ...),
+        _Flag(_I2V | _I2I, "image", Path, "FILE", "Begin with this image.", ...),
+        _Flag(_I2V, "last_image", Path, "FILE", "End with this image."),
+        _Flag(_VIDEO | _DECODE | _ROUNDTRIP, "output", Path, "FILE", _AN_MP4, ..., spelled=_OUTPUT),
+        _Flag(_I2I, "output", Path, "FILE", "Write the result to this file, a .png.", ..., spelled=_OUTPUT),
+        _Flag(_ENCODE, "output", Path, "FILE", "Write the latents to this file, a .safetensors.", ...,
+              spelled=_OUTPUT),
+        _Flag(_READ | _WARM_UP, "model", str, "DIR_OR_ID", "Use this VAE: the folder of a diffusers VAE or pipeline, "
+              "or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED),
+        _Flag(_DECODE, "model", str, "DIR_OR_ID", "As for encode.", shown="the one that the latents were made with"),
+        _Flag(_PLAN, "model", str, "DIR_OR_ID_OR_CONFIG", "Plan for this VAE: as for roundtrip, or the config.json of "
+              "a VAE. Only configs are read.", shown=_SHIPPED),
+        _Flag(_DEMO, "kind", str, "image-to-video|text-to-video|image-to-image",
+              "Make a pipeline for the command of this name.", "image-to-video"),
+        _Flag(_SERVE, "task", str, "image-to-video|text-to-video", "Make videos from images, or from prompts alone.",
+              "image-to-video"),
+        _Flag(_SERVE, "served_model_name", str, "NAME", "Let clients call the model so.", shown="as --model"),
+        _Flag(_SERVE, "store", Path, "DIR", "Keep jobs and their files in this folder.", Path("halovae-jobs")),
+        _Flag(_SERVE, "keep", str, "TIME", "Keep jobs for so long after their end: 90s, 30m, 12h, 7d.", "7d"),
     ),
-]  # fmt: skip
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR_OR_ID",
-        help="Use this VAE: the folder of a diffusers VAE or pipeline, or a hub id such as "
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
-        show_default="the small VAE that ships with halovae",
-        rich_help_panel=usage.FILES,
+    usage.CLIENTS: (
+        _Flag(_SERVE, "host", str, "ADDRESS", "Listen on this address; 0.0.0.0 is open to all machines.", "127.0.0.1"),
+        _Flag(_SERVE, "port", int, "N", "Listen on this port; 0 takes any that is free.", 8000, least=0, most=65535),
+        _Flag(_SERVE, "api_key_file", Path, "FILE", "Refuse requests that don't show the key in this file."),
+        _Flag(_SERVE, "max_queue", int, "N", "Let so many jobs wait at the most.", 64, least=1),
+        _Flag(_SERVE, "max_upload", int, "MIB", "Refuse requests larger than this.", 32, least=1),
+        _Flag(_SERVE, "max_pixels", int, "N", "Refuse frames of more pixels than this.", 1920 * 1088, least=1),
+        _Flag(_SERVE, "max_frames", int, "N", "Refuse videos of more frames than this.", 257, least=1),
+        _Flag(_SERVE, "max_steps", int, "N", "Refuse more steps of denoising than this.", 100, least=1),
     ),
-]
-Ranks = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Start this many processes on this machine. Under torchrun leave it out: its processes are used.",
-        show_default="1",
-        rich_help_panel=usage.RANKS,
+    usage.CLIP: (
+        _Flag(_PLAN | _WARM_UP, "height", int, "PIXELS", "For a clip this high.", ..., least=1),
+        _Flag(_PLAN | _WARM_UP, "width", int, "PIXELS", "For a clip this wide.", ..., least=1),
+        _Flag(_PLAN | _WARM_UP, "num_frames", int, "N", "For so many frames.", 1, least=1),
+        _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all"),
+        _Flag(_READ, "height", int, "PIXELS", "Make the clip this high: it is scaled to cover the size, and cropped "
+              "around its centre.", shown="as in the file, or in proportion to --width", least=1),
+        _Flag(_READ, "width", int, "PIXELS", "Make the clip this wide, in the same way.",
+              shown="as in the file, or in proportion to --height", least=1),
     ),
-]
-Axis = Annotated[
-    str,
-    typer.Option(
-        metavar="CUT",
-        help="Cut the picture like this in exact mode: auto, height, width, or ROWSxCOLS such as 2x4.",
-        rich_help_panel=usage.VAE,
+    usage.CONTENT: (
+        _Flag(_MADE, "prompt", str, "TEXT", "Show what this says."),
+        _Flag(_MADE, "negative_prompt", str, "TEXT", "Keep away from what this says."),
+        _Flag(_I2V | _I2I, "height", int, "PIXELS", "Make the result this high.", shown=_AS_IMAGE, least=1),
+        _Flag(_I2V | _I2I, "width", int, "PIXELS", "Make the result this wide.", shown=_AS_IMAGE, least=1),
+        _Flag(_T2V, "height", int, "PIXELS", "Make the result this high.", shown=_ITS_OWN, least=1),
+        _Flag(_T2V, "width", int, "PIXELS", "Make the result this wide.", shown=_ITS_OWN, least=1),
+        _Flag(_VIDEO, "num_frames", int, "N", "Make so many frames.", shown=_ITS_OWN, least=1),
+        _Flag(_I2I, "strength", float, "SHARE", "Let so much of the image change, from 0 to 1.", shown=_ITS_OWN,
+              least=0.0, most=1.0),
+        _Flag(_MADE, "seed", int, "N", "Draw the noise from this seed.", shown="drawn once for all ranks, and told",
+              least=0),
+        _Flag(_VIDEO, "fps", int, "N", "Show so many frames per second.", 16, least=1, most=1000),
+        _Flag(_VIDEO | _SERVE, "crf", int, "N", "Let the mp4 lose so much: 0 is nothing, which few players show, and "
+              "51 is most.", shown="16", least=0, most=51),
+        _Flag(_VIDEO | _SERVE | _DECODE | _ROUNDTRIP, "lossless", bool, None,
+              "Keep every pixel of an mp4, as RGB: a larger file, which few players show.", False),
     ),
-]
-Frames = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A:B", help="Take frames A to B - 1, counted from 0.", show_default="all", rich_help_panel=usage.CLIP
+    usage.DENOISING: (
+        _Flag(_MADE, "num_inference_steps", int, "N", "Denoise in so many steps.", shown=_ITS_OWN, least=1),
+        _Flag(_MADE, "guidance_scale", float, "SCALE", "Let the prompt count so much.", shown=_ITS_OWN),
+        _Flag(_VIDEO, "guidance_scale_high", float, "SCALE", "Let the prompt count so much for the second expert "
+              "(transformer_2; the pipeline's guidance_scale_2).", shown="as --guidance-scale"),
+        _Flag(_I2I, "true_cfg_scale", float, "SCALE", "Let the prompt count so much against the negative one, in "
+              "pipelines that know both scales.", shown=_ITS_OWN),
+        _Flag(_VIDEO | _SERVE, "boundary_ratio", float, "SHARE",
+              "Let the second expert take over below this noise level, from 0 to 1.", shown="the model's own"),
+        _Flag(_WHOLE, "flow_shift", float, "SHIFT", "Shift the scheduler's noise levels by this factor.",
+              shown="the model's own"),
     ),
-]
-Height = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="PIXELS",
-        help="Make the clip this high: it is scaled to cover the size, and cropped around its centre.",
-        show_default="as in the file, or in proportion to --width",
-        rich_help_panel=usage.CLIP,
+    usage.RANKS: (
+        _Flag(_RUN, "ranks", int, "N", "Start this many processes on this machine. Under torchrun leave it out: its "
+              "processes are used.", shown="1"),
+        _Flag(_DOCTOR, "ranks", int, "N", "How many ranks to try. Under torchrun leave it out.", shown="2"),
+        _Flag(_PLAN, "ranks", str, "N,N,...", "Plan for these numbers of ranks; none is started.", "1,2,4,8"),
+        _Flag(_PLAN, "link", str, "KIND", "Take this link between ranks: nvlink, pcie, ethernet, or measured between "
+              "2 ranks here.", "pcie"),
+        _Flag(_WHOLE, "ulysses_degree", int, "N", "Let so many ranks share a sequence by attention heads.", 1),
+        _Flag(_WHOLE, "ring_degree", int, "N", "Let so many ranks share a sequence by passing on keys and values.", 1),
     ),
-]
-Width = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="PIXELS",
-        help="Make the clip this wide, in the same way.",
-        show_default="as in the file, or in proportion to --height",
-        rich_help_panel=usage.CLIP,
+    usage.VAE: (
+        _Flag(_ALONE, "mode", str, _MODES, _MODE, shown=_OWN_MODE),
+        _Flag(_WHOLE, "vae_mode", VaeMode, _MODES, _MODE, shown=_OWN_MODE),
+        _Flag(_ALONE, "untiled", bool, None, _UNTILED, False),
+        _Flag(_WHOLE, "vae_untiled", bool, None, _UNTILED, False),
+        _Flag(_ALONE, "tile_size", str, "H,W", "Make tiles this high and wide, in pixels.", shown="the VAE's own"),
+        _Flag(_ALONE, "tile_overlap", str, "H,W", "Let tiles overlap by so many pixels.", shown="the VAE's own"),
+        _Flag(_ALONE, "vae_use_tiling", bool, None, _TILING.format("--mode tile"), False,
+              spelled="--vae-use-tiling --vae_use_tiling"),
+        _Flag(_WHOLE, "vae_use_tiling", bool, None, _TILING.format("--vae-mode tile"), False),
+        _Flag(_WHOLE, "vae_use_slicing", bool, None, "Give the pictures of a batch to the VAE one by one.", False),
+        _Flag(_WHOLE - _T2V, "vae_encode", bool, None, "Encode on all ranks together, or the whole on each.", True,
+              spelled="--vae-encode/--no-vae-encode"),
+        _Flag(_WHOLE, "vae_decode", bool, None, "Decode on all ranks together, or the whole on each.", True,
+              spelled="--vae-decode/--no-vae-decode"),
+        _Flag(_ALONE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all", least=1,
+              spelled="--vae-patch-parallel-size --vae_patch_parallel_size"),
+        _Flag(_WHOLE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all"),
+        _Flag(_RUN, "axis", str, "CUT", "Cut the picture like this in exact mode: auto, height, width, or ROWSxCOLS "
+              "such as 2x4.", "auto"),
     ),
-]
-DtypeOption = Annotated[
-    Dtype | None,
-    typer.Option(
-        "--dtype",
-        metavar="TYPE",
-        help="Compute with this number format: float32, float64, bfloat16 or float16.",
-        show_default="float32 on cpu, else bfloat16",
-        rich_help_panel=usage.DEVICE,
+    usage.DEVICE: (
+        _Flag(_WHOLE, "enable_layerwise_offload", bool, None,
+              "Keep weights on the host, and fetch each layer when it is due.", False),
+        _Flag(_WHOLE, "enable_cpu_offload", bool, None,
+              "Keep weights on the host, and fetch each part of the pipeline when it is due.", False),
+        _Flag(_RUN | _PLAN, "dtype", Dtype, "TYPE", "Compute with this number format: float32, float64, bfloat16 or "
+              "float16.", shown="float32 on cpu, else bfloat16"),
+        _Flag(_WHOLE, "vae_dtype", Dtype, "TYPE", "Let the VAE compute with this number format.", shown="as --dtype"),
+        _Flag(_WHOLE - _T2V | _ROUNDTRIP | _PLAN, "vae_encode_dtype", Dtype, "TYPE",
+              "Let the VAE encode in this number format.", shown="as the VAE"),
+        _Flag(_WHOLE | _ROUNDTRIP | _PLAN, "vae_decode_dtype", Dtype, "TYPE",
+              "Let the VAE decode in this number format.", shown="as the VAE"),
+        _Flag(_WHOLE, "attention_backend", str, "NAME", "Use this attention in the transformer, by diffusers' name "
+              "for it.", shown="diffusers' own"),
+        _Flag(_WHOLE, "compile", bool, None, "Compile the transformer's blocks.", False),
+        _Flag(_RUN | _PLAN | _DOCTOR, "device", str, "KIND", "Run on this kind of device: cpu, cuda, npu, xpu, ...",
+              shown="the accelerator if there is one"),
+        _Flag(_PLAN, "memory", float, "GIB", "Let each device have so much memory.",
+              shown="what is free on this one", least=1e-6),
+        _Flag(_PLAN, "flops", float, "TFLOPS", "Let each device compute so fast; goes with --bandwidth.",
+              shown="measured here", least=1e-6),
+        _Flag(_PLAN, "bandwidth", float, "GB", "Let each device move so much memory per second.", least=1e-6),
+        _Flag(_DOCTOR, "clear_cache", bool, None, "Forget what trials have found out on this machine, and stop.",
+              False),
     ),
-]
-VaeEncodeDtype = Annotated[
-    Dtype | None,
-    typer.Option(
-        "--vae-encode-dtype", metavar="TYPE", help="Let the VAE encode in this number format.",
-        show_default="as the VAE", rich_help_panel=usage.DEVICE,
+    usage.REPORTS: (
+        _Flag(_COMPARE, "min_ssim", float, "VALUE", "Fail if a frame's SSIM is below this.", least=-1, most=1),
+        _Flag(_COMPARE, "min_psnr", float, "DB", "Fail if a frame's PSNR is below this."),
+        _Flag(_COMPARE, "max_l2", float, "VALUE", "Latents: fail if a frame's relative L2 is above.", least=0),
+        _Flag(_COMPARE, "grid", str, "HxW[+O]", "Tiles every H rows and W columns, overlapping by O: measure seams "
+              "there.", shown="no seams are measured"),
+        _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different sizes or lengths share.", False),
+        _Flag(_MADE, "dry_run", bool, None, "Print the plan and stop: only configs are loaded, nothing is started.",
+              False),
+        _Flag(_ROUNDTRIP, "compare", bool, None, "Run the VAE on one rank too, and tell how far the results differ.",
+              False),
+        _Flag(_MADE | _ALONE | _PLAN | _COMPARE, "json", Path, "FILE", "Write the numbers to this file, too."),
+        _Flag(_MADE | _ROUNDTRIP | _COMPARE, "report", Path, "DIR", "Write a page with pictures and numbers to this "
+              "folder."),
     ),
-]  # fmt: skip
-VaeDecodeDtype = Annotated[
-    Dtype | None,
-    typer.Option(
-        "--vae-decode-dtype", metavar="TYPE", help="Let the VAE decode in this number format.",
-        show_default="as the VAE", rich_help_panel=usage.DEVICE,
-    ),
-]  # fmt: skip
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KIND",
-        help="Run on this kind of device: cpu, cuda, npu, xpu, ...",
-        show_default="the accelerator if there is one",
-        rich_help_panel=usage.DEVICE,
-    ),
-]
-Compare = Annotated[
-    bool,
-    typer.Option(
-        "--compare",
-        help="Run the VAE on one rank too, and tell how far the results differ.",
-        rich_help_panel=usage.REPORTS,
-    ),
-]
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json", metavar="FILE", help="Write the numbers to this file, too.", show_default=False,
-        rich_help_panel=usage.REPORTS,
-    ),
-]  # fmt: skip
-Lossless = Annotated[
-    bool,
-    typer.Option(
-        "--lossless", help="Keep every pixel of an mp4, as RGB: a larger file, which few players show.",
-        rich_help_panel=usage.CONTENT,
-    ),
-]  # fmt: skip
-ReportFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--report", metavar="DIR", help="Write a page with pictures and numbers to this folder.", show_default=False,
-        rich_help_panel=usage.REPORTS,
-    ),
-]  # fmt: skip
+}
+# fmt: on

@@ -16,13 +16,11 @@ from halovae.cli.compare import compare
 from halovae.cli.decode import decode
 from halovae.cli.doctor import doctor
 from halovae.cli.encode import encode
-from halovae.cli.image_to_image import image_to_image
-from halovae.cli.image_to_video import image_to_video
 from halovae.cli.make_demo_model import make_demo_model
+from halovae.cli.pipeline_commands import image_to_image, image_to_video, text_to_video
 from halovae.cli.plan import plan
 from halovae.cli.roundtrip import roundtrip
 from halovae.cli.serve import serve
-from halovae.cli.text_to_video import text_to_video
 from halovae.cli.usage import Command, Group
 from halovae.cli.warm_up import warm_up
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from halovae.base.errors import InputError
+from halovae.cli import flags
 from halovae.pipelines.generation_settings import TASKS
 
-_Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Write here: a folder that is not there yet.", show_default=False)
-]
-_Kind = Annotated[
-    str, typer.Option("--kind", metavar="|".join(TASKS), help="Make a pipeline for the command of this name.")
-]
 _TRY = {
     "image-to-video": '--image PICTURE --prompt "" --height 128 --width 192 --num-frames 17 --num-inference-steps 4',
     "text-to-video": '--prompt "a cup" --height 128 --width 192 --num-frames 17 --num-inference-steps 8',
@@ -23,7 +17,8 @@ _TRY = {
 }
 
 
-def make_demo_model(folder: _Folder, kind: _Kind = "image-to-video") -> int:
+@flags.takes("make-demo-model")
+def make_demo_model(context: typer.Context, *, folder: Path, kind: str) -> int:
     """Build a tiny pipeline in diffusers' format, without any download, to try the other commands."""
     from halovae.app.watch import guarded
     from halovae.base.files import check_new_folder

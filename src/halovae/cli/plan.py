@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -22,42 +22,6 @@ if TYPE_CHECKING:
     from halovae.predict.predictor import Prediction
 
 _GIB = 2**30
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR_OR_ID_OR_CONFIG",
-        help="Plan for this VAE: as for roundtrip, or the config.json of a VAE. Only configs are read.",
-        show_default="the small VAE that ships with halovae",
-    ),
-]
-_Height = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Plan for a clip this high.")]
-_Width = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Plan for a clip this wide.")]
-_Frames = Annotated[int, typer.Option("--num-frames", min=1, metavar="N", help="Plan for so many frames.")]
-_Ranks = Annotated[str, typer.Option(metavar="N,N,...", help="Plan for these numbers of ranks; none is started.")]
-_Link = Annotated[
-    str,
-    typer.Option(
-        metavar="KIND", help="Take this link between ranks: nvlink, pcie, ethernet, or measured between 2 ranks here."
-    ),
-]
-_Memory = Annotated[
-    float | None,
-    typer.Option(
-        min=1e-6, metavar="GIB", help="Let each device have so much memory.", show_default="what is free on this one"
-    ),
-]
-_Flops = Annotated[
-    float | None,
-    typer.Option(
-        min=1e-6,
-        metavar="TFLOPS",
-        help="Let each device compute so fast; goes with --bandwidth.",
-        show_default="measured here",
-    ),
-]
-_Bandwidth = Annotated[
-    float | None, typer.Option(min=1e-6, metavar="GB", help="Let each device move so much memory per second.")
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +36,11 @@ class _Job:
     json: Path | None
 
 
+@flags.takes("plan")
 def plan(
-    context: typer.Context,
-    height: _Height,
-    width: _Width,
-    num_frames: _Frames = 1,
-    model: _Model = None,
-    ranks: _Ranks = "1,2,4,8",
-    link: _Link = "pcie",
-    dtype: flags.DtypeOption = None,
-    vae_encode_dtype: flags.VaeEncodeDtype = None,
-    vae_decode_dtype: flags.VaeDecodeDtype = None,
-    device: flags.Device = None,
-    memory: _Memory = None,
-    flops: _Flops = None,
-    bandwidth: _Bandwidth = None,
-    json: flags.Json = None,
-) -> int:
+    context: typer.Context, *, height: int, width: int, num_frames: int, ranks: str, link: str, memory: float | None,
+    flops: float | None, bandwidth: float | None, json: Path | None, **how: Any,
+) -> int:  # fmt: skip
     """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
     from halovae.app.run_ranks import run
     from halovae.base.files import check_output
@@ -104,11 +56,7 @@ def plan(
         sizes=(num_frames, height, width), ranks=_counts(ranks), link=link, memory=memory, rates=rates, json=json
     )
     started = 2 if link == "measured" and launch.place() is None else None
-    run_options = RunOptions(
-        model=model, ranks=started, dtype=dtype, device=device, vae_encode_dtype=vae_encode_dtype,
-        vae_decode_dtype=vae_decode_dtype,
-    )  # fmt: skip
-    return run(context, run_options, lambda session: _on_rank(session, job))
+    return run(context, RunOptions(ranks=started, **how), lambda session: _on_rank(session, job))
 
 
 def _counts(words: str) -> tuple[int, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from halovae.app.run_options import RunOptions, parse_axis, parse_work
+from halovae.app.run_options import run_options
 from halovae.base.errors import HalovaeError
-from halovae.cli import flags, mode_flags
+from halovae.cli import flags
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
@@ -31,42 +31,17 @@ class _Job:
     words: tuple[str, ...]
 
 
+@flags.takes("roundtrip")
 def roundtrip(
-    context: typer.Context,
-    source: flags.Source,
-    output: flags.VideoOutput,
-    model: flags.Model = None,
-    ranks: flags.Ranks = None,
-    axis: flags.Axis = "auto",
-    mode: mode_flags.Mode = None,
-    untiled: mode_flags.Untiled = False,
-    tile_size: mode_flags.TileSize = None,
-    tile_overlap: mode_flags.TileOverlap = None,
-    vae_use_tiling: mode_flags.UseTiling = False,
-    vae_patch_parallel_size: mode_flags.PatchParallelSize = None,
-    frames: flags.Frames = None,
-    height: flags.Height = None,
-    width: flags.Width = None,
-    dtype: flags.DtypeOption = None,
-    vae_encode_dtype: flags.VaeEncodeDtype = None,
-    vae_decode_dtype: flags.VaeDecodeDtype = None,
-    device: flags.Device = None,
-    compare: flags.Compare = False,
-    lossless: flags.Lossless = False,
-    json: flags.Json = None,
-    report: flags.ReportFolder = None,
-) -> int:
+    context: typer.Context, *, source: Path, output: Path, frames: str | None, height: int | None, width: int | None,
+    compare: bool, lossless: bool, json: Path | None, report: Path | None, **how: Any,
+) -> int:  # fmt: skip
     """Encode a video or an image, decode it again, and write what came out; exit code 1 if --compare fails."""
     from halovae.app.checks import check_files
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES, FrameRange, check_still, inspect
 
-    work = parse_work(mode, tile_size, tile_overlap, vae_use_tiling, vae_patch_parallel_size, untiled)
-    cut = parse_axis(axis, work.mode)
-    run_options = RunOptions(
-        model=model, ranks=ranks, axis=cut, dtype=dtype, device=device, work=work, vae_encode_dtype=vae_encode_dtype,
-        vae_decode_dtype=vae_decode_dtype,
-    )  # fmt: skip
+    options = run_options(**how)
     frame_range = None if frames is None else FrameRange.parse(frames)
     check_files(source, output, SUFFIXES, json, report)
     if inspect(source).is_image:
@@ -75,7 +50,7 @@ def roundtrip(
         source=source, output=output, frames=frame_range, height=height, width=width, compare=compare,
         lossless=lossless, json=json, report=report, words=tuple(context.obj),
     )  # fmt: skip
-    return run(context, run_options, lambda session: _on_rank(session, job))
+    return run(context, options, lambda session: _on_rank(session, job))
 
 
 def _on_rank(session: Session, job: _Job) -> None:

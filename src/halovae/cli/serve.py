@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,122 +12,18 @@ from halovae.app.job import Job, job_of
 from halovae.app.run_options import RunOptions
 from halovae.base.errors import InputError
 from halovae.base.files import check_model
-from halovae.cli import flags as options
-from halovae.cli import generation_flags as flags
-from halovae.cli import usage
+from halovae.cli import flags
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
     from halovae.serve.server_settings import ServeOptions
 
 _TASKS = ("image-to-video", "text-to-video")
-_Task = Annotated[
-    str,
-    typer.Option(
-        "--task", metavar="|".join(_TASKS), help="Make videos from images, or from prompts alone.",
-        rich_help_panel=usage.FILES,
-    ),
-]  # fmt: skip
-_Name = Annotated[
-    str | None,
-    typer.Option(
-        "--served-model-name", metavar="NAME", help="Let clients call the model so.", show_default="as --model",
-        rich_help_panel=usage.FILES,
-    ),
-]  # fmt: skip
-_Store = Annotated[
-    Path,
-    typer.Option(
-        "--store", metavar="DIR", help="Keep jobs and their files in this folder.", rich_help_panel=usage.FILES
-    ),
-]
-_Keep = Annotated[
-    str,
-    typer.Option(
-        "--keep", metavar="TIME", help="Keep jobs for so long after their end: 90s, 30m, 12h, 7d.",
-        rich_help_panel=usage.FILES,
-    ),
-]  # fmt: skip
-_Host = Annotated[
-    str,
-    typer.Option(
-        "--host", metavar="ADDRESS", help="Listen on this address; 0.0.0.0 is open to all machines.",
-        rich_help_panel=usage.CLIENTS,
-    ),
-]  # fmt: skip
-_Port = Annotated[
-    int,
-    typer.Option(
-        "--port", min=0, max=65535, metavar="N", help="Listen on this port; 0 takes any that is free.",
-        rich_help_panel=usage.CLIENTS,
-    ),
-]  # fmt: skip
-_KeyFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--api-key-file", metavar="FILE", help="Refuse requests that don't show the key in this file.",
-        show_default=False, rich_help_panel=usage.CLIENTS,
-    ),
-]  # fmt: skip
 
 
-def _most(flag: str, metavar: str, words: str) -> Any:
-    return typer.Option(flag, min=1, metavar=metavar, help=words, rich_help_panel=usage.CLIENTS)
-
-
-_MaxQueue = Annotated[int, _most("--max-queue", "N", "Let so many jobs wait at the most.")]
-_MaxUpload = Annotated[int, _most("--max-upload", "MIB", "Refuse requests larger than this.")]
-_MaxPixels = Annotated[int, _most("--max-pixels", "N", "Refuse frames of more pixels than this.")]
-_MaxFrames = Annotated[int, _most("--max-frames", "N", "Refuse videos of more frames than this.")]
-_MaxSteps = Annotated[int, _most("--max-steps", "N", "Refuse more steps of denoising than this.")]
-
-
-def serve(
-    context: typer.Context,
-    model: flags.PipelineModel,
-    task: _Task = "image-to-video",
-    served_model_name: _Name = None,
-    store: _Store = Path("halovae-jobs"),
-    keep: _Keep = "7d",
-    host: _Host = "127.0.0.1",
-    port: _Port = 8000,
-    api_key_file: _KeyFile = None,
-    max_queue: _MaxQueue = 64,
-    max_upload: _MaxUpload = 32,
-    max_pixels: _MaxPixels = 1920 * 1088,
-    max_frames: _MaxFrames = 257,
-    max_steps: _MaxSteps = 100,
-    crf: flags.Crf = None,
-    lossless: options.Lossless = False,
-    boundary_ratio: flags.BoundaryRatio = None,
-    flow_shift: flags.FlowShift = None,
-    ranks: options.Ranks = None,
-    ulysses_degree: flags.Ulysses = 1,
-    ring_degree: flags.Ring = 1,
-    vae_mode: flags.VaeModeOption = None,
-    vae_untiled: flags.VaeUntiled = False,
-    vae_use_tiling: flags.VaeUseTiling = False,
-    vae_use_slicing: flags.VaeUseSlicing = False,
-    vae_encode: flags.VaeEncode = True,
-    vae_decode: flags.VaeDecode = True,
-    vae_patch_parallel_size: flags.VaeSize = None,
-    axis: options.Axis = "auto",
-    enable_layerwise_offload: flags.LayerwiseOffload = False,
-    enable_cpu_offload: flags.CpuOffload = False,
-    dtype: options.DtypeOption = None,
-    vae_dtype: flags.VaeDtype = None,
-    vae_encode_dtype: options.VaeEncodeDtype = None,
-    vae_decode_dtype: options.VaeDecodeDtype = None,
-    attention_backend: flags.AttentionBackend = None,
-    compile: flags.Compile = False,
-    device: options.Device = None,
-) -> int:
+@flags.takes("serve")
+def serve(context: typer.Context, **given: Any) -> int:
     """Keep a pipeline loaded on several devices, and serve it over HTTP, as OpenAI's videos API and with a web page."""
-    return _start(context, locals())
-
-
-def _start(context: typer.Context, given: dict[str, Any]) -> int:
-    """Become the front, or one of the ranks that a front has started."""
     if given["task"] not in _TASKS:
         raise InputError(f"--task {given['task']}: give {' or '.join(_TASKS)}")
     job = job_of(given["task"], {**given, "output": Path("video.mp4"), "dry_run": False, "json": None, "report": None})

@@ -11,6 +11,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+ARGUMENTS = "Arguments"
 FILES = "Model and files"
 CONTENT = "What to make"
 CLIP = "Part and size of the clip"
@@ -39,7 +40,7 @@ class Command(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 argument = parameter.param_type_name == "argument"
-                records.append(("Arguments" if argument else _panel(parameter), record))
+                records.append((ARGUMENTS if argument else _panel(parameter), record))
         _write(formatter, records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:

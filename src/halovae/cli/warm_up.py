@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from halovae.app.run_options import RunOptions, parse_axis
+from halovae.app.run_options import run_options
 from halovae.cli import flags
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
 
-_Height = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Warm up for pictures this high.")]
-_Width = Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Warm up for pictures this wide.")]
-_Frames = Annotated[int, typer.Option("--num-frames", min=1, metavar="N", help="Warm up for so many frames.")]
 
-
-def warm_up(
-    context: typer.Context,
-    height: _Height,
-    width: _Width,
-    num_frames: _Frames = 1,
-    model: flags.Model = None,
-    ranks: flags.Ranks = None,
-    axis: flags.Axis = "auto",
-    dtype: flags.DtypeOption = None,
-    device: flags.Device = None,
-) -> int:
+@flags.takes("warm-up")
+def warm_up(context: typer.Context, *, height: int, width: int, num_frames: int, **how: Any) -> int:
     """Encode and decode noise once, so that what is found out and compiled in first calls is on disk afterwards."""
     from halovae.app.run_ranks import run
 
-    run_options = RunOptions(model=model, ranks=ranks, axis=parse_axis(axis), dtype=dtype, device=device)
-    return run(context, run_options, lambda session: _on_rank(session, (num_frames, height, width)))
+    return run(context, run_options(**how), lambda session: _on_rank(session, (num_frames, height, width)))
 
 
 def _on_rank(session: Session, sizes: tuple[int, int, int]) -> None:
