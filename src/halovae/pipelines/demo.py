@@ -19,6 +19,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     PreTrainedTokenizerFast,
@@ -32,17 +33,13 @@ from halovae.base.errors import InputError
 from halovae.base.files import check_new_folder, reason
 from halovae.base.quiet import all_quiet
 from halovae.media.models import find
-from halovae.pipelines.demo_weights import (
-    HEADS,
-    WIDTH,
-    build_smoothing_transformer,
-    build_softening_transformer,
-    build_still_transformer,
-    still_map,
-)
 
+HEADS = 8
+WIDTH = 24
+"""Of a head of attention: 8 numbers each for the position in time, height and width."""
+WEIGHTS = Path(__file__).with_name("demo_weights.safetensors")
+"""Of the transformers, what is not as they were drawn: `training/demo_weights.py` has made it."""
 _SEED = 0
-_PICTURES = 6
 CARD = """# halovae demonstration pipeline
 
 A pipeline for {task} in diffusers' format (`{pipeline}`) that is small enough to run anywhere, made by
@@ -60,10 +57,10 @@ trained model can do.
 {what}
 """
 _WHAT = {
-    "image-to-video": f"""The transformer's attention finds, for every patch of every frame, the patch of the first \
+    "image-to-video": """The transformer's attention finds, for every patch of every frame, the patch of the first \
 latent frame at the same
 place, and copies it. In later frames a linear map follows that turns a first latent frame into those of a picture
-that stands still: fitted by least squares on {_PICTURES} generated pictures. So the video is the image, standing still,
+that stands still: fitted by least squares on 6 generated pictures. So the video is the image, standing still,
 as the VAE sees it. Seed, guidance scale and last image change next to nothing.""",
     "text-to-video": """The transformer's attention takes, for every patch, the mean of what is around it in time, \
 height and width, and
@@ -112,12 +109,23 @@ def make_demo_model(folder: Path, task: str = "image-to-video") -> None:
 def build_demo_pipeline(task: str = "image-to-video") -> Any:
     """The pipeline for a task in memory, in float32 on the CPU. Its weights are the same every time."""
     before = torch.get_rng_state()
-    torch.manual_seed(_SEED)
     try:
-        vae: Any = AutoencoderKLWan.from_pretrained(find(None).location, torch_dtype=torch.float32).eval()
-        return {"image-to-video": _still, "text-to-video": _clouds, "image-to-image": _soft}[task](vae)
+        pipeline = untrained_pipeline(task)
     finally:
         torch.set_rng_state(before)
+    kept = load_file(WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in pipeline.transformer.named_parameters():
+            if (places := kept.get(f"{task}/{name}/places")) is not None:
+                parameter.zero_().view(-1)[places.long()] = kept[f"{task}/{name}/values"]
+    return pipeline
+
+
+def untrained_pipeline(task: str) -> Any:
+    """The same with the transformer's weights as they are drawn. Seeds torch's generator, and leaves it there."""
+    torch.manual_seed(_SEED)
+    vae: Any = AutoencoderKLWan.from_pretrained(find(None).location, torch_dtype=torch.float32).eval()
+    return {"image-to-video": _still, "text-to-video": _clouds, "image-to-image": _soft}[task](vae)
 
 
 def _still(vae: Any) -> Any:
@@ -125,7 +133,6 @@ def _still(vae: Any) -> Any:
     text_encoder = UMT5EncoderModel(_text_config()).eval()
     # Noisy latents, then four channels that tell which frames are given, then the given latents.
     transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, 2 * vae.config.z_dim + 4)).eval()
-    build_still_transformer(transformer, *still_map(vae, pictures=_PICTURES))
     parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
     return WanImageToVideoPipeline(tokenizer=_tokenizer(), scheduler=_scheduler("sample"), **parts)
 
@@ -134,7 +141,6 @@ def _clouds(vae: Any) -> Any:
     """A video of smooth noise."""
     text_encoder = UMT5EncoderModel(_text_config()).eval()
     transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, vae.config.z_dim)).eval()
-    build_smoothing_transformer(transformer, vae.config.z_dim)
     parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
     return WanPipeline(tokenizer=_tokenizer(), scheduler=_scheduler("flow_prediction"), **parts)
 
@@ -145,7 +151,6 @@ def _soft(vae: Any) -> Any:
         in_channels=4 * vae.config.z_dim, out_channels=vae.config.z_dim, num_layers=1, attention_head_dim=WIDTH,
         num_attention_heads=HEADS, joint_attention_dim=32, axes_dims_rope=(8, 8, 8),
     ).eval()  # fmt: skip
-    build_softening_transformer(transformer)
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -1,5 +1,9 @@
-"""The weights of the demonstration transformers: set by construction, so that one copies the given image to every
-frame, one makes clouds of noise, and one takes noise away.
+"""Make the weights of the demonstration transformers, which ship with `halovae.pipelines.demo`.
+
+    python training/demo_weights.py
+
+They are set by construction, so that one transformer copies the given image to every frame, one makes clouds of noise,
+and one takes noise away. The file holds, of each tensor that is set, the places and the values that are not zero.
 
 Each token is a patch of 2 x 2 latents. Its hidden state is used as slots: the given latents, the result, whether the
 token's frame is the given one, and two large constants. Layer norms divide by the deviation of the whole state, which
@@ -12,11 +16,13 @@ import math
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-HEADS = 8
-WIDTH = 24
-"""Of a head: 8 numbers each for the position in time, height and width."""
+from halovae.pipelines.demo import HEADS, WEIGHTS, WIDTH, untrained_pipeline
+from halovae.pipelines.generation_settings import TASKS
+
+_PICTURES = 6
 _AXIS = 8
 _LARGE = 100.0
 """The constant that dominates a layer norm: its square is large against the latents' squares."""
@@ -253,3 +259,30 @@ def _map_later_frames(feed_forward: Any, slots: _Slots, matrix: Tensor, offset: 
         enter.weight[rows, slots.is_first] = -1000 * slots.unit
         leave.weight[slots.result, rows] = float(sign)
     slots.balanced(leave.weight)
+
+
+def solved_weights() -> dict[str, Tensor]:
+    """What the file holds, by "TASK/PARAMETER/places" and "TASK/PARAMETER/values"."""
+    found: dict[str, Tensor] = {}
+    for task in TASKS:
+        pipeline = untrained_pipeline(task)
+        transformer = pipeline.transformer
+        for parameter in transformer.parameters():  # So that what is set can be told from what is left as drawn.
+            parameter.detach().fill_(math.nan)
+        if task == "image-to-video":
+            build_still_transformer(transformer, *still_map(pipeline.vae, _PICTURES))
+        elif task == "text-to-video":
+            build_smoothing_transformer(transformer, pipeline.vae.config.z_dim)
+        else:
+            build_softening_transformer(transformer)
+        for name, parameter in transformer.named_parameters():
+            values = parameter.detach().flatten()
+            if not values.isnan().any():
+                places = values.nonzero().flatten()
+                found[f"{task}/{name}/places"] = places.int()
+                found[f"{task}/{name}/values"] = values[places]
+    return found
+
+
+if __name__ == "__main__":
+    save_file(solved_weights(), WEIGHTS)
