@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import diffusers
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from halovae.base.errors import InputError
 from halovae.base.files import DEMO, check_model, first_line, read_json
 from halovae.base.quiet import quiet
+
+_SHIPPED = str(Path(__file__).with_name("demo_vae"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +43,50 @@ def find(model: str | None) -> Source:
     Raises:
         InputError: there is no such model, or no VAE in it.
     """
-    if model is None or model == DEMO:
-        return _find_demo()
+    name = _SHIPPED if model is None or model == DEMO else model
+    folder = Path(name).expanduser()
+    location = str(folder.resolve()) if folder.is_dir() else name
+    shown = DEMO if name is _SHIPPED else location
+    index = read_config(location, "model_index.json")
+    if index is not None:
+        component, class_name = _component(name, index)
+        return Source(model=shown, location=location, subfolder=component, class_name=class_name)
+    for subfolder in (None, "vae"):
+        config = read_config(location, _config(subfolder))
+        if config is not None:
+            class_name = _checked(config, f"--model {name} holds")
+            return Source(model=shown, location=location, subfolder=subfolder, class_name=class_name)
+    if name is _SHIPPED:
+        raise InputError("this installation lacks the demonstration VAE: reinstall halovae, or name a --model")
+    raise InputError(f"{name} has no VAE: neither model_index.json nor config.json nor vae/config.json is there")
+
+
+def read_config(model: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of a model, None where the model has none of that name.
+
+    Args:
+        model: a folder or a hub id.
+        name: of the file in it.
+
+    Raises:
+        InputError: there is no such model, it can't be reached, or the file holds something else.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _find_folder(folder.resolve())
+        return read_json(folder / name) if (folder / name).is_file() else None
     if folder.exists():
         raise InputError(f"--model {model} is a file: give the folder of a diffusers VAE or pipeline")
     check_model(model)
-    with quiet():
-        return _find_hub(model)
+    try:
+        with quiet():
+            path = Path(hf_hub_download(model, name))
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"--model {model}: not in the local cache, and the hub can't be reached") from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # The hub, its HTTP library and the system below it.
+        raise InputError(f"--model {model}: {first_line(error)}") from error
+    return read_json(path)
 
 
 def load(source: Source, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -101,70 +136,29 @@ def find_skeleton(model: str | None) -> tuple[str, Any]:
     path = Path(model or "").expanduser()
     if model is not None and path.is_file():
         config = read_json(path)
-        class_name, name = str(config.get("_class_name")), str(path)
-        if _autoencoder(class_name) is None:
-            raise InputError(f"{path} is of a {class_name}, which is no autoencoder of diffusers")
+        class_name, name = _checked(config, f"{path} is of"), str(path)
     else:
         source = find(model)
         class_name, name = source.class_name, source.model
-        options: dict[str, Any] = {} if source.subfolder is None else {"subfolder": source.subfolder}
-        with quiet():
-            config = _autoencoder(class_name).load_config(source.location, **options)
+        config = read_config(source.location, _config(source.subfolder))
+        if config is None:
+            raise InputError(f"{name} has no {_config(source.subfolder)}")
     try:
         return name, skeleton(_autoencoder(class_name), config)
     except Exception as error:  # Whatever a class says of values that it can't take.
         raise InputError(f"can't build the {class_name} of {name} from its config: {first_line(error)}") from error
 
 
-def _find_demo() -> Source:
-    folder = Path(str(importlib.resources.files("halovae"))) / "media" / "demo_vae"
-    if not (folder / "config.json").is_file():
-        raise InputError("this installation lacks the demonstration VAE: reinstall halovae, or name a --model")
-    found = _find_folder(folder)
-    return Source(model=DEMO, location=found.location, subfolder=found.subfolder, class_name=found.class_name)
+def _config(subfolder: str | None) -> str:
+    return "config.json" if subfolder is None else f"{subfolder}/config.json"
 
 
-def _find_folder(folder: Path) -> Source:
-    location = str(folder)
-    for index, subfolder in (("model_index.json", None), ("config.json", None), ("vae/config.json", "vae")):
-        if not (folder / index).is_file():
-            continue
-        config = read_json(folder / index)
-        if index == "model_index.json":
-            component, class_name = _component(location, config)
-            return Source(model=location, location=location, subfolder=component, class_name=class_name)
-        class_name = str(config.get("_class_name"))
-        if _autoencoder(class_name) is None:
-            raise InputError(f"{folder} holds a {class_name}, which is no autoencoder of diffusers")
-        return Source(model=location, location=location, subfolder=subfolder, class_name=class_name)
-    raise InputError(f"{folder} has no VAE: neither model_index.json nor config.json nor vae/config.json is there")
-
-
-def _find_hub(model: str) -> Source:
-    try:
-        index = read_json(Path(hf_hub_download(model, "model_index.json")))
-        component, class_name = _component(model, index)
-        return Source(model=model, location=model, subfolder=component, class_name=class_name)
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"--model {model}: not in the local cache, and the hub can't be reached") from error
-    except EntryNotFoundError:
-        pass  # A repository of a VAE alone has no index.
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        _refuse(model, error)
-    try:
-        config = read_json(Path(hf_hub_download(model, "config.json")))
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        _refuse(model, error)
+def _checked(config: Mapping[str, Any], what: str) -> str:
+    """The class that a config names."""
     class_name = str(config.get("_class_name"))
     if _autoencoder(class_name) is None:
-        raise InputError(f"--model {model} holds a {class_name}, which is no autoencoder of diffusers")
-    return Source(model=model, location=model, subfolder=None, class_name=class_name)
-
-
-def _refuse(model: str, error: Exception) -> NoReturn:
-    if isinstance(error, InputError):
-        raise error
-    raise InputError(f"--model {model}: {first_line(error)}") from error
+        raise InputError(f"{what} a {class_name}, which is no autoencoder of diffusers")
+    return class_name
 
 
 def _component(model: str, index: Mapping[str, Any]) -> tuple[str, str]:

@@ -7,20 +7,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from halovae.base.errors import InputError
-from halovae.base.files import check_model, first_line, read_json
+from halovae.base.files import first_line
 from halovae.base.options import Half
 from halovae.base.private_diffusers import needed_parts, optional_parts, siblings
 from halovae.base.quiet import all_quiet
 from halovae.calls.dtypes import HalfDtypes
+from halovae.media.models import read_config
 from halovae.pipelines.generation_settings import Setup
 from halovae.pipelines.signature import does
 
@@ -63,7 +62,9 @@ def find_pipeline(model: str, task: str) -> PipelineSource:
     """
     folder = Path(model).expanduser()
     location = str(folder.resolve()) if folder.is_dir() else model
-    index = _read_index(model, folder)
+    index = read_config(location, _INDEX)
+    if index is None:
+        raise InputError(f"--model {model} has no {_INDEX}: it is no whole diffusers pipeline")
     name = str(index.get("_class_name"))
     with all_quiet():
         stated: Any = getattr(diffusers, name, None) if re.fullmatch(r"\w+", name) else None
@@ -105,35 +106,6 @@ def load_pipeline(source: PipelineSource, setup: Setup) -> Any:
 def torch_dtypes(setup: Setup) -> dict[Half, torch.dtype]:
     """The number format of each half of the VAE."""
     return {half: getattr(torch, name) for half, name in setup.vae_dtypes.items()}
-
-
-def _read_index(model: str, folder: Path) -> dict[str, Any]:
-    if folder.is_dir():
-        path = folder / _INDEX
-        if not path.is_file():
-            raise InputError(f"--model {model} has no {_INDEX}: give the folder of a whole diffusers pipeline")
-    elif folder.exists():
-        raise InputError(f"--model {model} is a file: give the folder of a diffusers pipeline")
-    else:
-        check_model(model)
-        path = _download_index(model)
-    return read_json(path)
-
-
-def _download_index(model: str) -> Path:
-    try:
-        with all_quiet():
-            return Path(hf_hub_download(model, _INDEX))
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"--model {model}: not in the local cache, and the hub can't be reached") from error
-    except EntryNotFoundError as error:
-        raise InputError(f"--model {model} has no {_INDEX}: it is no diffusers pipeline") from error
-    except Exception as error:  # The hub, its HTTP library and the system below it.
-        _refuse(model, error)
-
-
-def _refuse(model: str, error: Exception) -> NoReturn:
-    raise InputError(f"--model {model}: {first_line(error)}") from error
 
 
 def _counterpart(stated: Any, task: str, index: Mapping[str, Any]) -> Any:
