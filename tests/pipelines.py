@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from halovae import comm
 from halovae.base.quiet import all_quiet
 from halovae.pipelines.demo import byte_tokenizer
-from halovae.pipelines.generation_settings import Generation, Setup
+from halovae.pipelines.generation_settings import Generation, Setup, parameters
 from halovae.pipelines.runner import Result, Runner
-from halovae.pipelines.signature import parameters
 from halovae.pipelines.stages import replaced
 
 

@@ -21,14 +21,12 @@ import halovae
 from halovae.app import dry_run
 from halovae.base.errors import InputError
 from halovae.comm import SoloComm
-from halovae.pipelines.generation_settings import Generation, Setup
+from halovae.pipelines.generation_settings import Generation, Setup, arguments, does
 from halovae.pipelines.grid_sizes import Grid, check_sizes, fill_in, grid_of
-from halovae.pipelines.load import find_pipeline, load_pipeline
-from halovae.pipelines.outline import outline
+from halovae.pipelines.load import find_pipeline, load_pipeline, outline
 from halovae.pipelines.parallel_vae import parallel_vae
+from halovae.pipelines.runner import agreed_seed
 from halovae.pipelines.scheduler import check_steps, shifted
-from halovae.pipelines.seed import agreed_seed
-from halovae.pipelines.signature import arguments, does
 from halovae.pipelines.stages import DENOISE, OTHER, VAE_DECODE, Timeline, watched
 from halovae.pipelines.transformers import check_degrees, patch, shared_sequences
 

@@ -26,11 +26,10 @@ from halovae.calls.dtypes import set_dtypes
 from halovae.comm.bandwidth import LINKS
 from halovae.exact.mesh import ShardPlan, plan_shards
 from halovae.media.vae_limits import Limits
+from halovae.pipelines.generation_settings import parameters
 from halovae.pipelines.grid_sizes import Grid
-from halovae.pipelines.load import find_pipeline, torch_dtypes
-from halovae.pipelines.outline import outline
+from halovae.pipelines.load import find_pipeline, outline, torch_dtypes
 from halovae.pipelines.parallel_vae import mode_of
-from halovae.pipelines.signature import parameters
 from halovae.pipelines.transformers import degree
 from halovae.predict.measured_rates import rates_of
 
@@ -38,20 +37,18 @@ if TYPE_CHECKING:
     from halovae.pipelines.generation_settings import Generation, Setup
 
 
-def dry_run(job: Job, ranks: int, dtype: str | None, device: str | None) -> int:
+def dry_run(job: Job, ranks: int) -> int:
     """Check all that configs can tell of a run, and print its plan. In this process alone.
 
     Args:
         job: what was asked for.
         ranks: that it would run on.
-        dtype: that was asked for.
-        device: likewise.
 
     Raises:
         InputError: what the run itself would refuse too, as far as configs tell.
     """
-    kind = device_kind(device)
-    job = replace(job, setup=replace(job.setup, dtype=dtype_on(kind, dtype)))
+    kind = device_kind(job.options.device)
+    job = replace(job, setup=replace(job.setup, dtype=dtype_on(kind, job.options.dtype)))
     source = find_pipeline(job.model, job.task)
     for note in (*job.notes, *source.notes):
         sys.stderr.write(f"halovae: note: {note}\n")

@@ -11,7 +11,7 @@ import typer
 
 from halovae.app import launch
 from halovae.app.job import Job, Made, job_of
-from halovae.app.run_options import RunOptions
+from halovae.app.run_options import check_other, check_written
 from halovae.base.errors import Faults, HalovaeError, InputError
 from halovae.base.files import check_model, check_output, first_line
 from halovae.pipelines.generation_settings import Generation, Setup
@@ -47,11 +47,8 @@ def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
     if job.dry_run:
         from halovae.app.dry_run import dry_run
 
-        return dry_run(job, ranks, given["dtype"], given["device"])
-    options = RunOptions(
-        model=job.model, ranks=given["ranks"], axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
-    )
-    return run(context, options, lambda session: _on_rank(session, job))
+        return dry_run(job, ranks)
+    return run(context, job.options, lambda session: _on_rank(session, job))
 
 
 def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
@@ -65,14 +62,9 @@ def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
         check_output(output, (".png",) if task == "image-to-image" else SUFFIXES)
         if given.get("num_frames") is not None:
             check_still(output, given["num_frames"])
-    if given["json"] is not None:
+    for written in ((given["json"], None), (None, given["report"])):
         with faults.noted():
-            check_output(given["json"], (".json",))
-    if given["report"] is not None:
-        from halovae.evaluation.report import check_report
-
-        with faults.noted():
-            check_report(given["report"])
+            check_written(*written)
     for name in ("image", "last_image"):
         if given.get(name) is not None:
             with faults.noted():
@@ -84,8 +76,7 @@ def _check_image(path: Path, output: Path) -> None:
 
     if not inspect(path).is_image:
         raise InputError(f"{path} is a video: give a still image")
-    if output.exists() and output.samefile(path):
-        raise InputError(f"output {output} is the input: give another name")
+    check_other(output, path)
 
 
 def _on_rank(session: Session, job: Job) -> None:
@@ -117,7 +108,7 @@ def make(session: Session, job: Job) -> Made:
     from halovae.app.generation_report import document
     from halovae.app.pages import recorded
     from halovae.app.settled import planned
-    from halovae.pipelines.outline import outline
+    from halovae.pipelines.load import outline
     from halovae.pipelines.runner import Runner
     from halovae.pipelines.stages import LOAD, Timeline
 

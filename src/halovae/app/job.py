@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halovae.app.run_options import parse_axis
+from halovae.app.run_options import RunOptions, parse_axis
 from halovae.base.errors import Faults, InputError
 from halovae.pipelines.generation_settings import Generation, Setup
 
@@ -40,6 +40,8 @@ class Job:
     generation: Generation
     """Without the images, which every rank reads for itself."""
     setup: Setup
+    options: RunOptions
+    """What else a rank needs to know."""
     fps: int
     crf: int | None
     """Of the mp4, None: halovae's own."""
@@ -97,6 +99,13 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         last_image=given.get("last_image"),
         generation=generation,
         setup=setup,
+        options=RunOptions(
+            model=given["model"],
+            ranks=given["ranks"],
+            axis=setup.vae_axis,
+            dtype=given["dtype"],
+            device=given["device"],
+        ),
         fps=given.get("fps", 1),
         crf=given.get("crf"),
         lossless=given.get("lossless", False),

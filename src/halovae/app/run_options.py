@@ -1,17 +1,18 @@
-"""How a command that runs a VAE on ranks is to run it, from the words of its flags."""
+"""How a command that runs a VAE on ranks is to run it, from the words of its flags; its files, checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halovae.base import options
 from halovae.base.errors import InputError
+from halovae.base.files import check_input, check_output
 
 if TYPE_CHECKING:
-    from halovae.app.progress import Stages
     from halovae.tiles.tile_settings import TileSettings
 
 
@@ -74,10 +75,6 @@ class Work:
                 f"{name} can't have {asked}: its tiles have one setting for both axes, "
                 f"or other names for it; it takes {TileSettings.of(vae)}"
             )
-
-    def announce(self, stages: Stages) -> None:
-        for note in self.notes:
-            stages.note(note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,3 +158,40 @@ def _pair(flag: str, text: str | None, least: int) -> tuple[int, int] | None:
     if match is None or min(int(match[1]), int(match[2])) < least:
         raise InputError(f"{flag} {text}: give height and width in pixels such as 256,256")
     return int(match[1]), int(match[2])
+
+
+def check_files(
+    source: Path, output: Path, suffixes: tuple[str, ...], json: Path | None, report: Path | None = None
+) -> None:
+    """Refuse files that can't be read or written, and one file given for two things.
+
+    Raises:
+        InputError: says which.
+    """
+    check_input(source)
+    check_output(output, suffixes)
+    check_written(json, report)
+    check_other(output, source)
+
+
+def check_written(json: Path | None, report: Path | None = None) -> None:
+    """Refuse places of reports that can't be written.
+
+    Raises:
+        InputError: says which.
+    """
+    if json is not None:
+        check_output(json, (".json",))
+    if report is not None:
+        from halovae.evaluation.report.page import check_report
+
+        check_report(report)
+
+
+def check_other(output: Path, source: Path) -> None:
+    """
+    Raises:
+        InputError: what is written would take the place of what is read.
+    """
+    if output.exists() and output.samefile(source):
+        raise InputError(f"output {output} is the input: give another name")

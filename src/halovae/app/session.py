@@ -1,8 +1,9 @@
-"""One rank at work: its device, its group, its VAE, and the seconds that each stage took."""
+"""One rank at work: its device, its group, its VAE, the seconds of each stage, and what a user sees meanwhile."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from halovae import comm
 from halovae.app import launch
-from halovae.app.progress import Stages
 from halovae.app.run_options import RunOptions, dtype_on
 from halovae.base import timeline
 from halovae.base.errors import HalovaeError, InputError
@@ -246,7 +248,8 @@ def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
     )
     if device.type == "cpu" and place.local_world_size > launch.cores():
         opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one each")
-    options.work.announce(opened.stages)
+    for note in options.work.notes:
+        opened.stages.note(note)
     with _noting_warnings(opened.stages):
         yield opened
     # Not after an exception: leaving may wait for ranks that are gone.
@@ -289,3 +292,37 @@ def _device(asked: str | None, place: launch.Place) -> torch.device:
         raise InputError(f"{place.local_world_size} ranks, but only {count} {kind} devices: use --ranks {count}")
     torch.accelerator.set_device_index(place.local_rank)
     return torch.device(kind, place.local_rank)
+
+
+_CLEAR_LINE = "\x1b[K"
+
+
+class Stages:
+    """The stages of a run, one at a time.
+
+    Args:
+        speaks: whether this process talks to the user: of several ranks one does.
+    """
+
+    def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
+        self._shows = speaks and sys.stderr.isatty()
+        if self._shows:
+            sys.stderr.write(_CLEAR_LINE)
+
+    @contextmanager
+    def stage(self, name: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
+        """Show `name` while in it; yields what to call after each of `steps` (None: their number is unknown)."""
+        if not self._shows:
+            yield lambda: None
+            return
+        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            # One step is all or nothing: then a bar that moves says more than one that stays empty.
+            task = progress.add_task(name, total=None if steps == 1 else steps)
+            yield lambda: progress.advance(task)
+
+    def note(self, text: str) -> None:
+        """Tell the user what else has happened, on a line of its own."""
+        if self._speaks:
+            sys.stderr.write(f"halovae: note: {text}\n")

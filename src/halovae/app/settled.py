@@ -12,11 +12,10 @@ from PIL import Image
 from halovae import media
 from halovae.base.errors import Faults
 from halovae.media.vae_limits import Limits, limits_of
-from halovae.pipelines.generation_settings import Generation
+from halovae.pipelines.generation_settings import Generation, arguments
 from halovae.pipelines.grid_sizes import Grid, check_sizes, fill_in, grid_of
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.scheduler import check_boundary, check_steps, shifted
-from halovae.pipelines.signature import arguments
 from halovae.pipelines.transformers import check_backend, check_degrees
 
 if TYPE_CHECKING:

@@ -34,19 +34,15 @@ class _Job:
 @flags.takes("compare")
 def compare(context: typer.Context, *, one: Path, other: Path, grid: str | None, **rest: Any) -> int:
     """Compare two videos, two images or two latents files; exit code 1 if a gate fails."""
+    from halovae.app.run_options import check_written
     from halovae.app.watch import guarded
-    from halovae.base.files import check_input, check_output
+    from halovae.base.files import check_input
 
     job = _Job(one=one, other=other, grid=_parse_grid(grid), words=tuple(context.obj), **rest)
     for path in (one, other):
         check_input(path)
-    if job.json is not None:
-        check_output(job.json, (".json",))
-    if job.report is not None:
-        from halovae.evaluation.report import check_report
-
-        check_report(job.report)
-    from halovae.app.pairs import is_latents  # Not before: it imports much.
+    check_written(job.json, job.report)
+    from halovae.app.clip_files import is_latents  # Not before: it imports much.
 
     kinds = is_latents(one), is_latents(other)
     if kinds[0] != kinds[1]:
@@ -70,8 +66,8 @@ def _check_gates(job: _Job, one: bool, other: bool) -> None:
 
 
 def _compare_clips(job: _Job) -> list[Gate]:
-    from halovae.app.pairs import read_clips
-    from halovae.app.progress import Stages
+    from halovae.app.clip_files import read_clips
+    from halovae.app.session import Stages
     from halovae.evaluation import Grid, clip_gates, compare_clips
 
     stages = Stages(speaks=True)
@@ -99,8 +95,8 @@ def _compare_clips(job: _Job) -> list[Gate]:
 
 
 def _compare_latents(job: _Job) -> list[Gate]:
-    from halovae.app.pairs import read_latents
-    from halovae.app.progress import Stages
+    from halovae.app.clip_files import read_latents
+    from halovae.app.session import Stages
     from halovae.evaluation import compare_latents, latent_gates
 
     pair = read_latents(job.one, job.other, trim=job.trim)

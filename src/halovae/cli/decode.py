@@ -26,7 +26,7 @@ class _Job:
 @flags.takes("decode")
 def decode(context: typer.Context, *, source: Path, output: Path, lossless: bool, json: Path | None, **how: Any) -> int:
     """Decode latents to a video or an image."""
-    from halovae.app.checks import check_files
+    from halovae.app.run_options import check_files
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES
 

@@ -34,7 +34,7 @@ def encode(
     json: Path | None, **how: Any,
 ) -> int:  # fmt: skip
     """Encode a video or an image to latents, with all that `halovae decode` needs."""
-    from halovae.app.checks import check_files
+    from halovae.app.run_options import check_files
     from halovae.app.run_ranks import run
     from halovae.media import FrameRange, inspect
 

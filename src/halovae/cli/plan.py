@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from halovae.app import launch
-from halovae.app.run_options import RunOptions
+from halovae.app.run_options import RunOptions, check_written
 from halovae.base.errors import InputError
 from halovae.base.options import MOST_RANKS
 from halovae.cli import flags
@@ -43,14 +43,12 @@ def plan(
 ) -> int:  # fmt: skip
     """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
     from halovae.app.run_ranks import run
-    from halovae.base.files import check_output
 
     if link not in ("nvlink", "pcie", "ethernet", "measured"):
         raise InputError(f"--link {link}: give nvlink, pcie, ethernet or measured")
     if (flops is None) != (bandwidth is None):
         raise InputError("--flops and --bandwidth belong together: give both, or none to measure this device")
-    if json is not None:
-        check_output(json, (".json",))
+    check_written(json)
     rates = None if flops is None or bandwidth is None else (flops * 1e12, bandwidth * 1e9)
     job = _Job(
         sizes=(num_frames, height, width), ranks=_counts(ranks), link=link, memory=memory, rates=rates, json=json

@@ -37,7 +37,7 @@ def roundtrip(
     compare: bool, lossless: bool, json: Path | None, report: Path | None, **how: Any,
 ) -> int:  # fmt: skip
     """Encode a video or an image, decode it again, and write what came out; exit code 1 if --compare fails."""
-    from halovae.app.checks import check_files
+    from halovae.app.run_options import check_files
     from halovae.app.run_ranks import run
     from halovae.media import SUFFIXES, FrameRange, check_still, inspect
 

@@ -9,7 +9,6 @@ import typer
 
 from halovae.app import launch
 from halovae.app.job import Job, job_of
-from halovae.app.run_options import RunOptions
 from halovae.base.errors import InputError
 from halovae.base.files import check_model
 from halovae.cli import flags
@@ -43,10 +42,7 @@ def serve(context: typer.Context, **given: Any) -> int:
         return _front(chosen, context.obj)
     from halovae.app.run_ranks import run
 
-    options = RunOptions(
-        model=job.model, ranks=ranks, axis=job.setup.vae_axis, dtype=given["dtype"], device=given["device"]
-    )
-    return run(context, options, lambda session: _on_rank(session, job, given["max_steps"]))
+    return run(context, job.options, lambda session: _on_rank(session, job, given["max_steps"]))
 
 
 def _options(given: dict[str, Any], ranks: int) -> ServeOptions:

@@ -9,9 +9,8 @@ from typing import Any
 
 from halovae.base.errors import Faults
 from halovae.media.vae_limits import Limits, limits_of
-from halovae.pipelines.generation_settings import Generation, Setup
+from halovae.pipelines.generation_settings import Generation, Setup, default, parameters
 from halovae.pipelines.grid import Grid
-from halovae.pipelines.signature import default, parameters
 from halovae.pipelines.transformers import degree, patch
 
 

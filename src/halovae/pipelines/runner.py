@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,21 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.hooks import apply_group_offloading
 from numpy.typing import NDArray
+from torch import nn
 
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.base.options import CallReport
 from halovae.base.quiet import all_quiet
 from halovae.comm import Comm
-from halovae.pipelines.generation_settings import Generation, Setup
-from halovae.pipelines.offload import place
+from halovae.pipelines.generation_settings import Generation, Setup, arguments
 from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.scheduler import check_steps, prepare_scheduler
-from halovae.pipelines.seed import agreed_seed, generator
-from halovae.pipelines.signature import arguments
 from halovae.pipelines.stages import OTHER, PROBE, Timeline, watched
-from halovae.pipelines.transformers import degree, prepare_denoisers, shared_sequences
+from halovae.pipelines.transformers import degree, denoisers, prepare_denoisers, shared_sequences
 
 OnStep = Callable[[int, int | None], None]
 _CHECKS = {"check_inputs", "set_timesteps"}
@@ -141,3 +141,58 @@ def to_frames(pictures: Any) -> NDArray[np.uint8]:
 
 def _functions(error: BaseException) -> set[str]:
     return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+
+
+def agreed_seed(comm: Comm, seed: int | None) -> int:
+    """`seed`, or one that the first rank draws: with different ones, each rank would denoise another video. Called on
+    every rank.
+    """
+    return comm.all_gather_object(secrets.randbelow(2**31) if seed is None else seed)[0]
+
+
+def generator(seed: int) -> torch.Generator:
+    """On the CPU, so that a seed means the same noise on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def place(pipeline: Any, setup: Setup, device: torch.device) -> None:
+    """Put the pipeline's weights where `setup` wants them: on the device, or on the host until they are due.
+
+    Raises:
+        InputError: there is no accelerator to offload from, or this pipeline can't be offloaded.
+    """
+    if setup.layerwise_offload:
+        _by_layer(pipeline, device)
+    elif setup.cpu_offload:
+        if device.type == "cpu":
+            raise InputError(
+                "--enable-cpu-offload needs an accelerator: on the CPU all weights are on the host already"
+            )
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+
+
+def _by_layer(pipeline: Any, device: torch.device) -> None:
+    """Group offload of every part; the next layer is fetched on a stream of its own where there are streams.
+
+    Denoisers go block by block. The others go leaf by leaf: a VAE is called by `encode` and `decode`, which pass by
+    the `forward` that blocks hang on. On the CPU the same hooks run and have nothing to move.
+    """
+    blocks = set(map(id, denoisers(pipeline.components).values()))
+    for name, part in pipeline.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        by_block = id(part) in blocks
+        try:
+            with all_quiet():
+                apply_group_offloading(
+                    part,
+                    onload_device=device,
+                    offload_device=torch.device("cpu"),
+                    offload_type="block_level" if by_block else "leaf_level",
+                    num_blocks_per_group=1 if by_block else None,
+                    use_stream=device.type != "cpu",
+                )
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"--enable-layerwise-offload: {name} can't be offloaded: {first_line(error)}") from error

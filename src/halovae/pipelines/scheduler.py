@@ -12,8 +12,7 @@ from typing import Any
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.base.quiet import all_quiet
-from halovae.pipelines.generation_settings import Generation, Setup
-from halovae.pipelines.signature import default, parameters
+from halovae.pipelines.generation_settings import Generation, Setup, default, parameters
 
 _SHIFTS = ("flow_shift", "shift")
 _KNOWN = {"num_inference_steps", "device", "timesteps", "sigmas", "mu"}

@@ -23,12 +23,11 @@ from halovae.base.files import reason
 from halovae.media import codec, latents_file
 from halovae.media.latents_file import LatentsInfo, scaling_of
 from halovae.media.vae_limits import Fit, Limits
-from halovae.pipelines.generation_settings import Generation, flag
+from halovae.pipelines.generation_settings import Generation, arguments, flag, parameters
 from halovae.pipelines.grid import Grid
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_scheduler, shifted
-from halovae.pipelines.signature import arguments, parameters
 from halovae.pipelines.stages import WRITE, Timeline
 from halovae.serve.store import THUMBNAIL
 

@@ -28,9 +28,9 @@ from halovae.base.files import first_line
 from halovae.comm import Comm
 from halovae.comm.agreement import together
 from halovae.media.vae_limits import limits_of
+from halovae.pipelines.generation_settings import default, parameters
 from halovae.pipelines.grid_sizes import grid_of
 from halovae.pipelines.runner import Runner
-from halovae.pipelines.signature import default, parameters
 from halovae.pipelines.transformers import degree
 from halovae.serve.server_settings import RANK_FD
 from halovae.serve.store import DECODE, ENCODE, NO_ROOM, VIDEO
