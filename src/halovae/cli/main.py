@@ -13,16 +13,13 @@ from halovae import __version__
 from halovae.app import launch
 from halovae.app.watch import Interrupted, failure_of, report
 from halovae.cli.compare import compare
-from halovae.cli.decode import decode
 from halovae.cli.doctor import doctor
-from halovae.cli.encode import encode
 from halovae.cli.make_demo_model import make_demo_model
 from halovae.cli.pipeline_commands import image_to_image, image_to_video, text_to_video
 from halovae.cli.plan import plan
-from halovae.cli.roundtrip import roundtrip
 from halovae.cli.serve import serve
 from halovae.cli.usage import Command, Group
-from halovae.cli.warm_up import warm_up
+from halovae.cli.vae_commands import decode, encode, roundtrip, warm_up
 
 # Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
 _UsageError: Any = typer.BadParameter.__mro__[1]

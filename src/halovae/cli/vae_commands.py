@@ -1,0 +1,242 @@
+"""`halovae encode`, `decode`, `roundtrip` and `warm-up`: a VAE alone, on ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from halovae.app.run_options import RunOptions, check_files, run_options
+from halovae.base.errors import HalovaeError
+from halovae.cli import flags
+
+if TYPE_CHECKING:
+    from halovae.app.session import Half, Loaded, Session
+    from halovae.media import Clip, FrameRange
+    from halovae.media.latents_file import LatentsInfo
+    from halovae.media.vae_limits import Fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    source: Path
+    output: Path
+    json: Path | None
+    frames: FrameRange | None = None
+    height: int | None = None
+    width: int | None = None
+    compare: bool = False
+    lossless: bool = False
+    report: Path | None = None
+    words: tuple[str, ...] = ()
+
+
+def _asked(context: typer.Context, given: dict[str, Any], suffixes: tuple[str, ...]) -> tuple[RunOptions, _Job]:
+    """What a command's arguments, by name, ask for; its output may end with `suffixes`."""
+    from halovae.media import FrameRange
+
+    own = {field.name: given.pop(field.name) for field in fields(_Job) if field.name in given}
+    options = run_options(**given)
+    if own.get("frames") is not None:
+        own["frames"] = FrameRange.parse(own["frames"])
+    job = _Job(**own, words=tuple(context.obj))
+    check_files(job.source, job.output, suffixes, job.json, job.report)
+    return options, job
+
+
+@flags.takes("encode")
+def encode(context: typer.Context, **given: Any) -> int:
+    """Encode a video or an image to latents, with all that `halovae decode` needs."""
+    from halovae.app.run_ranks import run
+    from halovae.media import inspect
+
+    options, job = _asked(context, given, (".safetensors",))
+    inspect(job.source)
+    return run(context, options, lambda session: _encode(session, job))
+
+
+def _encode(session: Session, job: _Job) -> None:
+    from halovae.app import tables
+    from halovae.app.clip_files import read_clip
+    from halovae.media import codec, latents_file
+
+    clip = read_clip(session, job.source, job.frames, job.height, job.width)
+    loaded = session.load()
+    fit = session.fit(loaded, clip.frames.shape[:3])
+    padded = fit.pad(codec.to_tensor(clip.frames, session.dtype, session.device))
+    calls = fit.padded_frames if loaded.limits.per_frame else 1
+    with session.parallel(loaded.vae, gather="first") as handle:
+        encoded, half = session.measured(
+            "encode", lambda after: codec.encode(loaded.vae, loaded.limits, padded, after), handle, calls
+        )
+    document = tables.document(session, loaded, fit, {"encode": half})
+    if not session.is_first:
+        return
+    latents_file.save(job.output, encoded, _info(loaded, clip, fit))
+    shape = "x".join(map(str, encoded.shape))
+    line = f"latents {shape} of {tables.clip_line(fit, clip.fps)}"
+    _tell(session, loaded, job, line, document, "encode", half)
+
+
+def _info(loaded: Loaded, clip: Clip, fit: Fit) -> LatentsInfo:
+    from halovae.media.latents_file import LatentsInfo, scaling_of
+
+    return LatentsInfo(
+        model=loaded.source.model,
+        model_class=loaded.source.class_name,
+        scaling=scaling_of(loaded.vae.config),
+        fps=clip.fps,
+        times=clip.times,
+        **vars(fit),
+    )
+
+
+def _tell(
+    session: Session, loaded: Loaded, job: _Job, line: str, document: dict[str, Any], name: str, half: Half
+) -> None:  # fmt: skip
+    """What is said at the end of one half alone."""
+    from halovae.app import tables
+    from halovae.base.files import write_json
+
+    if job.json is not None:
+        write_json(job.json, document | {"input": str(job.source), "output": str(job.output)})
+    typer.echo(f"{job.output}: {line}")
+    typer.echo(tables.described(session, loaded, half))
+    typer.echo(tables.seconds_table({name: half}), nl=False)
+
+
+@flags.takes("decode")
+def decode(context: typer.Context, **given: Any) -> int:
+    """Decode latents to a video or an image."""
+    from halovae.app.run_ranks import run
+    from halovae.media import SUFFIXES
+
+    options, job = _asked(context, given, SUFFIXES)
+    return run(context, options, lambda session: _decode(session, job))
+
+
+def _decode(session: Session, job: _Job) -> None:
+    from halovae.app import tables
+    from halovae.app.clip_files import write_clip
+    from halovae.media import check_still, codec, latents_file
+    from halovae.media.vae_limits import Fit
+
+    encoded, info = session.together("read", lambda advance: latents_file.load(job.source))
+    check_still(job.output, info.frames)
+    if session.options.model is None:
+        session.options = replace(session.options, model=info.model)
+    loaded = session.load()
+    latents_file.check_shape(encoded, info, loaded.limits, loaded.source.class_name)
+    fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
+    encoded = encoded.to(session.device, session.dtype)
+    calls = codec.decode_calls(loaded.vae, loaded.limits, encoded)
+    with session.parallel(loaded.vae, gather="first") as handle:
+        sample, half = session.measured(
+            "decode", lambda after: codec.decode(loaded.vae, loaded.limits, encoded, after), handle, calls
+        )
+    document = tables.document(session, loaded, fit, {"decode": half})
+    if not session.is_first:
+        return
+    sample = fit.crop(sample)
+    if loaded.source.class_name != info.model_class:
+        session.stages.note(f"the latents were made by {info.model} ({info.model_class})")
+    write_clip(session, job.output, codec.Frames(sample), info.fps, times=info.times, lossless=job.lossless)
+    _tell(session, loaded, job, tables.clip_line(fit, info.fps), document, "decode", half)
+
+
+@flags.takes("roundtrip")
+def roundtrip(context: typer.Context, **given: Any) -> int:
+    """Encode a video or an image, decode it again, and write what came out; exit code 1 if --compare fails."""
+    from halovae.app.run_ranks import run
+    from halovae.media import SUFFIXES, check_still, inspect
+
+    options, job = _asked(context, given, SUFFIXES)
+    if inspect(job.source).is_image:
+        check_still(job.output, 1)
+    return run(context, options, lambda session: _roundtrip(session, job))
+
+
+def _roundtrip(session: Session, job: _Job) -> None:
+    from halovae.app import comparison as compare
+    from halovae.app import pages, tile_comparison
+    from halovae.app import tables as report
+    from halovae.app.clip_files import loss, read_clip, write_clip
+    from halovae.base.files import write_json
+    from halovae.evaluation.report import write_report
+    from halovae.media import check_still, codec
+
+    clip = read_clip(session, job.source, job.frames, job.height, job.width)
+    check_still(job.output, len(clip.frames))
+    loaded = session.load()
+    fit = session.fit(loaded, clip.frames.shape[:3])
+    padded = fit.pad(codec.to_tensor(clip.frames, session.dtype, session.device))
+    with session.parallel(loaded.vae, gather=compare.GATHER) as handle, pages.recorded(session) as timeline:
+        result = compare.run_through(session, loaded, fit, padded, handle)
+    in_tiles = job.compare and "tile" in (result.encode.mode, result.decode.mode)
+    exact = tile_comparison.run_exact(session, loaded, fit, padded) if in_tiles else None
+    document = report.document(session, loaded, fit, result.halves)
+    spans = session.group.all_gather_object(timeline.spans)
+    if not session.is_first:
+        return
+    write_clip(session, job.output, result.frames, clip.fps, times=clip.times, lossless=job.lossless)
+    peak, lost = report.peak_of(document), loss(job.output, lossless=job.lossless)
+    # On one rank while the others have ended: nobody needs them any more.
+    if in_tiles:
+        rest = tile_comparison.run_rest(session, loaded, fit, padded, result, exact)
+        told, alone = tile_comparison.told(session, clip.frames, rest, peak, lost), rest.whole
+    else:
+        alone = compare.run_through(session, loaded, fit, padded, None, " on one rank") if job.compare else None
+        told = compare.told(session, clip.frames, result, alone, peak, lost)
+    document |= told.numbers | {"input": str(job.source), "output": str(job.output)}
+    typer.echo(f"{job.output}: {report.clip_line(fit, clip.fps)}")
+    typer.echo(f"{report.described(session, loaded, result.encode)}\n{told.text}", nl=False)
+    if job.json is not None:
+        write_json(job.json, document)
+    if job.report is not None:
+        run = pages.Run(
+            name=job.source.name, output=job.output.name, lost=lost, clip=clip, result=result, alone=alone, told=told,
+            handle=handle, spans=spans, words=job.words,
+        )  # fmt: skip
+        page = pages.roundtrip_report(session, loaded, fit, run)
+        typer.echo(f"report: {write_report(job.report, page)}")
+    if told.passed is False:
+        raise HalovaeError(told.verdict)
+
+
+@flags.takes("warm-up")
+def warm_up(context: typer.Context, *, height: int, width: int, num_frames: int, **how: Any) -> int:
+    """Encode and decode noise once, so that what is found out and compiled in first calls is on disk afterwards."""
+    from halovae.app.run_ranks import run
+
+    return run(context, run_options(**how), lambda session: _warm_up(session, (num_frames, height, width)))
+
+
+def _warm_up(session: Session, sizes: tuple[int, int, int]) -> None:
+    import torch
+
+    from halovae.api.parallelize import parallelize
+    from halovae.app.comparison import GATHER
+    from halovae.cli.doctor import kept_verdicts
+    from halovae.media import codec
+
+    loaded = session.load()
+    fit = session.fit(loaded, sizes)
+    # One call of each half is enough, also of a VAE that takes frames one by one.
+    frames = 1 if loaded.limits.per_frame else fit.padded_frames
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.rand(3, frames, fit.padded_height, fit.padded_width, generator=generator) * 2 - 1
+    clip = clip.to(session.device, session.dtype)
+    with parallelize(loaded.vae, axis=session.options.axis, gather=GATHER) as handle, torch.no_grad():
+        for half in ("encode", "decode"):
+            started = time.perf_counter()
+            with session.stages.stage(half):
+                clip = getattr(codec, half)(loaded.vae, loaded.limits, clip)
+                session.synchronize()
+            if session.is_first and handle.last is not None:
+                probe = handle.last.phases.get("probe", 0.0)
+                typer.echo(f"{half}  {time.perf_counter() - started:.1f} s, {probe:.1f} s of them to find out")
+    if session.is_first:
+        typer.echo(f"kept: {kept_verdicts()}")
