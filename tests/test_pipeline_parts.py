@@ -22,16 +22,16 @@ from halovae.app import dry_run
 from halovae.base.errors import InputError
 from halovae.comm import SoloComm
 from halovae.pipelines.generation_settings import Generation, Setup, arguments, does
-from halovae.pipelines.grid_sizes import Grid, check_sizes, fill_in, grid_of
+from halovae.pipelines.grid_sizes import TokenGrid, check_sizes, fill_in, grid_of
 from halovae.pipelines.load import find_pipeline, load_pipeline, outline
 from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.runner import agreed_seed
 from halovae.pipelines.scheduler import check_steps, shifted
-from halovae.pipelines.stages import DENOISE, OTHER, VAE_DECODE, Timeline, watched
+from halovae.pipelines.stages import DENOISE, OTHER, VAE_DECODE, StageTimeline, watched
 from halovae.pipelines.transformers import check_degrees, patch, shared_sequences
 
 WAN = diffusers.WanImageToVideoPipeline
-GRID = Grid(ratio=8, period=4, step=4, patch_frames=1, patch_side=2)
+GRID = TokenGrid(ratio=8, period=4, step=4, patch_frames=1, patch_side=2)
 
 
 # ---- signatures -----------------------------------------------------------------------------------------------------
@@ -85,11 +85,11 @@ def test_what_is_set_is_passed_and_nothing_else() -> None:
     ("name", "expected"),
     [
         ("two experts", GRID),
-        ("one frame", Grid(ratio=16, period=4, step=4, patch_frames=1, patch_side=2)),
-        ("edit", Grid(ratio=2, period=0, step=0, patch_frames=1, patch_side=2)),
+        ("one frame", TokenGrid(ratio=16, period=4, step=4, patch_frames=1, patch_side=2)),
+        ("edit", TokenGrid(ratio=2, period=0, step=0, patch_frames=1, patch_side=2)),
     ],
 )
-def test_the_grid_is_learnt_from_the_parts(name: str, expected: Grid) -> None:
+def test_the_grid_is_learnt_from_the_parts(name: str, expected: TokenGrid) -> None:
     assert grid_of(pipelines.build(name).components) == expected
 
 
@@ -101,12 +101,12 @@ def test_counts_of_frames_are_judged_by_the_vae() -> None:
         with raises(InputError, f"num_frames {count}: the VAE would change it, use {nearest}"):
             grid.check_count("num_frames", count)
         grid.check_count("num_frames", 49)
-        Grid(**grid.numbers()).check_count("num_frames", 49)
+        TokenGrid(**grid.numbers()).check_count("num_frames", 49)
         assert grid.latent_frames(4 * tokens - 3) == tokens
         assert grid.nearest_count(40.2 if name == "kvae_video" else 8) == (41 if name == "kvae_video" else 9)
     uneven = grid_of({"vae": FAMILIES["minimax_h3"].build()})
     uneven.check_count("num_frames", 39)
-    Grid(**uneven.numbers()).check_count("num_frames", 39)
+    TokenGrid(**uneven.numbers()).check_count("num_frames", 39)
 
 
 def test_latents_packed_into_channels_make_larger_patches() -> None:
@@ -144,7 +144,7 @@ def test_sizes_follow_the_image() -> None:
 
 # ---- the rest -------------------------------------------------------------------------------------------------------
 def test_a_stage_within_a_stage_counts_for_itself() -> None:
-    timeline = Timeline(torch.device("cpu"))
+    timeline = StageTimeline(torch.device("cpu"))
     with timeline.stage("outer"):
         time.sleep(0.02)
         with timeline.stage("inner"):
@@ -171,7 +171,7 @@ def test_a_pipeline_is_watched_and_left_as_it_was() -> None:
                 bar.set_postfix(loss=1)
             return self.vae.decode()
 
-    pipeline, timeline, steps = Pipeline(), Timeline(torch.device("cpu")), list[Any]()
+    pipeline, timeline, steps = Pipeline(), StageTimeline(torch.device("cpu")), list[Any]()
     with watched(pipeline, timeline, lambda done, total: steps.append((done, total))), timeline.stage(OTHER):
         assert pipeline() == "picture"
     assert steps == [(0, 2), (1, 2), (2, 2)]

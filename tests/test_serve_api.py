@@ -13,9 +13,9 @@ from pipelines import picture
 from servers import SMALL
 from starlette.testclient import TestClient
 
-from halovae.pipelines.grid import Grid
+from halovae.pipelines.grid import TokenGrid
 from halovae.serve.ranks import Ranks
-from halovae.serve.server_settings import Limits, ServeOptions
+from halovae.serve.server_settings import ServeOptions, ServerLimits
 from halovae.serve.service import Metrics, Service
 from halovae.serve.store import Store
 from halovae.serve.web import make_app
@@ -34,7 +34,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         chosen = ServeOptions(model="demo", task="image-to-video", ranks=2, store=tmp_path / "store", **options)
         ranks = Ranks([], 2)
         ranks.facts = {
-            "grid": Grid(ratio=8, period=4, step=4, patch_frames=1, patch_side=2).numbers(),
+            "grid": TokenGrid(ratio=8, period=4, step=4, patch_frames=1, patch_side=2).numbers(),
             "parts": 2,
             "frames": 81,
             "refused": {"flow_shift": "flow_shift can't be honoured: Some has no shift; leave it out"},
@@ -175,7 +175,7 @@ def test_another_model_is_not_here(opened: Open, image: bytes) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(opened: Open, image: bytes) -> None:
-    client = opened(limits=Limits(queue=2))
+    client = opened(limits=ServerLimits(queue=2))
     assert [create(client, image).status_code for _ in range(4)] == [200, 200, 429, 429]
     full = create(client, image)
     assert int(full.headers["retry-after"]) >= 1
@@ -201,7 +201,7 @@ def test_a_job_that_ends_the_ranks_twice_is_given_up(opened: Open, image: bytes)
 
 
 def test_too_much_is_refused(opened: Open, image: bytes) -> None:
-    client = opened(limits=Limits(upload_bytes=100_000))
+    client = opened(limits=ServerLimits(upload_bytes=100_000))
     large, kind = image + bytes(200_000), "multipart/form-data; boundary=x"
     head = b'--x\r\nContent-Disposition: form-data; name="input_reference"; filename="a"\r\n\r\n'
     of_unknown_length = client.post("/v1/videos", content=iter([head, large]), headers={"Content-Type": kind})

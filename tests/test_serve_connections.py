@@ -17,7 +17,7 @@ import uvicorn
 from servers import Server
 
 from halovae.serve import front
-from halovae.serve.server_settings import Limits, ServeOptions
+from halovae.serve.server_settings import ServeOptions, ServerLimits
 from halovae.serve.service import Metrics
 from halovae.serve.web import Guard
 
@@ -43,7 +43,7 @@ def connect() -> Iterator[Connect]:
             patch.setattr(front, name, 0.5)
         patch.setattr(front, "_SILENT_SECONDS", 0.1)
         listener.bind(("127.0.0.1", 0))
-        options = ServeOptions(model="demo", task="image-to-video", ranks=1, limits=Limits(requests=MOST))
+        options = ServeOptions(model="demo", task="image-to-video", ranks=1, limits=ServerLimits(requests=MOST))
         guarded = Guard(app, options, Metrics())
         config = uvicorn.Config(
             guarded, http=front.Connection, ws="none", log_config=None, limit_concurrency=MOST, lifespan="off"

@@ -12,7 +12,7 @@ import typer
 from torch import nn
 
 from halovae.app import launch
-from halovae.app.job import Job
+from halovae.app.job import PipelineJob
 from halovae.app.run_options import dtype_on
 from halovae.app.session import device_kind
 from halovae.app.settled import planned
@@ -27,7 +27,7 @@ from halovae.comm.bandwidth import LINKS
 from halovae.exact.mesh import ShardPlan, plan_shards
 from halovae.media.vae_limits import Limits
 from halovae.pipelines.generation_settings import parameters
-from halovae.pipelines.grid_sizes import Grid
+from halovae.pipelines.grid_sizes import TokenGrid
 from halovae.pipelines.load import find_pipeline, outline, torch_dtypes
 from halovae.pipelines.parallel_vae import mode_of
 from halovae.pipelines.transformers import degree
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from halovae.pipelines.generation_settings import Generation, Setup
 
 
-def dry_run(job: Job, ranks: int) -> int:
+def dry_run(job: PipelineJob, ranks: int) -> int:
     """Check all that configs can tell of a run, and print its plan. In this process alone.
 
     Args:
@@ -76,7 +76,7 @@ def dry_run(job: Job, ranks: int) -> int:
     return 0
 
 
-def _sizes(cls: Any, grid: Grid, generation: Generation) -> dict[str, Any]:
+def _sizes(cls: Any, grid: TokenGrid, generation: Generation) -> dict[str, Any]:
     known = parameters(cls)
     frames = generation.num_frames or (known["num_frames"].default if "num_frames" in known else 1) or 1
     if generation.height is None or generation.width is None:
@@ -85,7 +85,7 @@ def _sizes(cls: Any, grid: Grid, generation: Generation) -> dict[str, Any]:
     return {"height": generation.height, "width": generation.width, "frames": frames, "tokens": tokens}
 
 
-def _vae(vae: nn.Module, grid: Grid, generation: Generation, setup: Setup, ranks: int) -> dict[str, Any]:
+def _vae(vae: nn.Module, grid: TokenGrid, generation: Generation, setup: Setup, ranks: int) -> dict[str, Any]:
     """Mode, and for each half how many ranks cut what where."""
     mode = mode_of(vae, setup)
     workers = setup.vae_size or ranks

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from halovae.app import launch
-from halovae.app.job import Job, Made, job_of
+from halovae.app.job import PipelineJob, PipelineRun, job_of
 from halovae.app.run_options import check_other, check_written
 from halovae.base.errors import Faults, HalovaeError, InputError
 from halovae.base.files import check_model, check_output, first_line
@@ -79,18 +79,18 @@ def _check_image(path: Path, output: Path) -> None:
     check_other(output, path)
 
 
-def _on_rank(session: Session, job: Job) -> None:
+def _on_rank(session: Session, job: PipelineJob) -> None:
     from halovae.app.clip_files import write_clip
     from halovae.app.generation_report import page, text
     from halovae.base.files import write_json
-    from halovae.pipelines.stages import WRITE, Timeline
+    from halovae.pipelines.stages import WRITE, StageTimeline
 
     made = make(session, job)
     if made.result.frames is None:
         return
     from fractions import Fraction
 
-    writing = Timeline(session.device)
+    writing = StageTimeline(session.device)
     with writing.stage(WRITE):
         write_clip(session, job.output, made.result.frames, Fraction(job.fps), job.crf, lossless=job.lossless)
     made.document["seconds"] |= writing.seconds
@@ -103,16 +103,16 @@ def _on_rank(session: Session, job: Job) -> None:
         typer.echo(f"report: {write_report(job.report, page(session, job, made))}")
 
 
-def make(session: Session, job: Job) -> Made:
+def make(session: Session, job: PipelineJob) -> PipelineRun:
     """Load the pipeline, run it once, and account for it. Called on every rank."""
     from halovae.app.generation_report import document
     from halovae.app.pages import recorded
     from halovae.app.settled import planned
     from halovae.pipelines.load import outline
     from halovae.pipelines.runner import Runner
-    from halovae.pipelines.stages import LOAD, Timeline
+    from halovae.pipelines.stages import LOAD, StageTimeline
 
-    loading = Timeline(session.device)
+    loading = StageTimeline(session.device)
     with loading.stage(LOAD):
         source = found(session, job)
         # Before weights are loaded, which takes minutes for a large model.
@@ -137,7 +137,7 @@ def make(session: Session, job: Job) -> Made:
         seconds={**loading.seconds, **result.seconds},
         peak_memory={**loading.peak_memory, **result.peak_memory},
     )
-    return Made(
+    return PipelineRun(
         source=source,
         generation=generation,
         setup=setup,
@@ -147,7 +147,7 @@ def make(session: Session, job: Job) -> Made:
     )
 
 
-def found(session: Session, job: Job) -> PipelineSource:
+def found(session: Session, job: PipelineJob) -> PipelineSource:
     """Where the pipeline of a job comes from; tells the user what they might not expect. Called on every rank."""
     from halovae.pipelines.load import find_pipeline
 
@@ -157,7 +157,7 @@ def found(session: Session, job: Job) -> PipelineSource:
     return source
 
 
-def loaded(session: Session, job: Job, source: PipelineSource) -> tuple[Setup, Any]:
+def loaded(session: Session, job: PipelineJob, source: PipelineSource) -> tuple[Setup, Any]:
     """The setup of a job with this rank's dtype, and the pipeline. Called on every rank."""
     from halovae.pipelines.load import load_pipeline
 

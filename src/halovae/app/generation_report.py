@@ -12,7 +12,7 @@ from halovae.evaluation.report import PictureSection, Report, lanes
 from halovae.pipelines.stages import LOAD, STAGES, WRITE
 
 if TYPE_CHECKING:
-    from halovae.app.job import Job, Made
+    from halovae.app.job import PipelineJob, PipelineRun
     from halovae.app.session import Session
     from halovae.pipelines.generation_settings import Generation, Setup
     from halovae.pipelines.load import PipelineSource
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def document(
-    session: Session, job: Job, source: PipelineSource, generation: Generation, setup: Setup, result: Result
+    session: Session, job: PipelineJob, source: PipelineSource, generation: Generation, setup: Setup, result: Result
 ) -> dict[str, Any]:
     """All that is known of a run but the pictures. Called on every rank: each tells what it did."""
     own = {
@@ -47,7 +47,7 @@ def document(
     }
 
 
-def text(session: Session, job: Job, made: Made) -> str:
+def text(session: Session, job: PipelineJob, made: PipelineRun) -> str:
     """What a user reads at the end."""
     frames = made.result.frames
     assert frames is not None
@@ -64,7 +64,7 @@ def text(session: Session, job: Job, made: Made) -> str:
     ) + table(stage_rows(made.document)) + _memory_line(made.document)  # fmt: skip
 
 
-def page(session: Session, job: Job, made: Made) -> Report:
+def page(session: Session, job: PipelineJob, made: PipelineRun) -> Report:
     """For `--report`: what was made, where the time went, and what each rank did."""
     frames = made.result.frames
     assert frames is not None
@@ -133,6 +133,6 @@ def _where(session: Session) -> str:
     return f"{ranks} rank{'s' * (ranks != 1)} on {device}{threads}"
 
 
-def _vae_lines(made: Made) -> list[str]:
+def _vae_lines(made: PipelineRun) -> list[str]:
     """One line for each kind of parallel call of the VAE."""
     return list(dict.fromkeys(f"VAE {report}" for _, report in made.result.calls))

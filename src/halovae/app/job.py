@@ -29,7 +29,7 @@ _RENAMED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PipelineJob:
     """What one run of a command shall do."""
 
     task: str
@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class PipelineRun:
     """What a run made on this rank, for whoever writes or shows it."""
 
     source: PipelineSource
@@ -71,7 +71,7 @@ class Made:
     """What `--json` writes. On every rank."""
 
 
-def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> Job:
+def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> PipelineJob:
     """What a command's arguments, by name, ask for; `words` as the user typed them."""
     values, faults = {_RENAMED.get(name, name): value for name, value in given.items()}, Faults()
     values |= {"vae_axis": "auto", "vae_mode": None}
@@ -91,7 +91,7 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     if given.get("lossless") and given.get("crf") is not None:
         faults.add(f"--lossless loses nothing, so --crf {given['crf']} has no meaning: leave one of them out")
     faults.check()
-    return Job(
+    return PipelineJob(
         task=task,
         model=given["model"],
         output=given["output"],

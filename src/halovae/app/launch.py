@@ -101,7 +101,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, program: Sequence[str] = PRO
     Returns:
         The exit code: 0; 2 for bad input; 1 for any other failure; 128 + the signal's number after a signal.
     """
-    group = Group()
+    group = Processes()
     with _signals_to(group):
         try:
             group.start([*program, *arguments], ranks)
@@ -112,7 +112,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, program: Sequence[str] = PRO
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """How the ranks of a run have ended."""
 
     exit_code: int = 0
@@ -147,7 +147,7 @@ class _Rank:
             return None
 
 
-class Group:
+class Processes:
     """The ranks of one run. `start`, `wait`, and in any case `kill`; then `verdict`.
 
     Attributes:
@@ -250,10 +250,10 @@ class Group:
         os.close(self._life_write)
         os.close(self._life_read)
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Outcome:
         """What went wrong, and the exit code that says it too."""
         if self.interrupted_by:
-            return Verdict(128 + self.interrupted_by, details="halovae: interrupted\n")
+            return Outcome(128 + self.interrupted_by, details="halovae: interrupted\n")
         killed = [rank for rank in self._failed_first if rank.process.returncode < 0]
         if killed:
             return _verdict([_death(rank) for rank in killed])
@@ -269,10 +269,10 @@ class Group:
         return _verdict(words, details=tails.decode(errors="replace"))
 
 
-def _verdict(messages: Sequence[str], exit_code: int = 1, details: str = "") -> Verdict:
+def _verdict(messages: Sequence[str], exit_code: int = 1, details: str = "") -> Outcome:
     """Each different message once. No message: all is well."""
     lines = [line for message in messages for line in message.splitlines()]
-    return Verdict(exit_code if messages else 0, tuple(dict.fromkeys(lines)), details)
+    return Outcome(exit_code if messages else 0, tuple(dict.fromkeys(lines)), details)
 
 
 def _death(rank: _Rank) -> str:
@@ -282,7 +282,7 @@ def _death(rank: _Rank) -> str:
 
 
 @contextmanager
-def _signals_to(group: Group) -> Iterator[None]:
+def _signals_to(group: Processes) -> Iterator[None]:
     def note(signum: int, frame: FrameType | None) -> None:
         group.interrupted_by = group.interrupted_by or signum
 

@@ -13,16 +13,18 @@ from halovae import media
 from halovae.base.errors import Faults
 from halovae.media.vae_limits import Limits, limits_of
 from halovae.pipelines.generation_settings import Generation, arguments
-from halovae.pipelines.grid_sizes import Grid, check_sizes, fill_in, grid_of
+from halovae.pipelines.grid_sizes import TokenGrid, check_sizes, fill_in, grid_of
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.scheduler import check_boundary, check_steps, shifted
 from halovae.pipelines.transformers import check_backend, check_degrees
 
 if TYPE_CHECKING:
-    from halovae.app.job import Job
+    from halovae.app.job import PipelineJob
 
 
-def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> tuple[Limits, Grid, Generation]:
+def planned(
+    source: PipelineSource, components: Mapping[str, Any], job: PipelineJob
+) -> tuple[Limits, TokenGrid, Generation]:
     """Check all that configs can tell of a run.
 
     Args:
@@ -54,7 +56,7 @@ def planned(source: PipelineSource, components: Mapping[str, Any], job: Job) -> 
     return limits, grid, generation
 
 
-def settled(cls: Any, components: Mapping[str, Any], grid: Grid, job: Job) -> Generation:
+def settled(cls: Any, components: Mapping[str, Any], grid: TokenGrid, job: PipelineJob) -> Generation:
     """The job's settings with its images, and with sizes that this pipeline takes.
 
     Args:

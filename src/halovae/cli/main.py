@@ -18,7 +18,7 @@ from halovae.cli.make_demo_model import make_demo_model
 from halovae.cli.pipeline_commands import image_to_image, image_to_video, text_to_video
 from halovae.cli.plan import plan
 from halovae.cli.serve import serve
-from halovae.cli.usage import Command, Group
+from halovae.cli.usage import Command, CommandGroup
 from halovae.cli.vae_commands import decode, encode, roundtrip, warm_up
 
 # Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
@@ -26,7 +26,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="halovae",
-    cls=Group,
+    cls=CommandGroup,
     help="Encode and decode videos with any diffusers VAE, on several devices, exactly as on one.",
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,

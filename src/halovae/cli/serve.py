@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from halovae.app import launch
-from halovae.app.job import Job, job_of
+from halovae.app.job import PipelineJob, job_of
 from halovae.base.errors import InputError
 from halovae.base.files import check_model
 from halovae.cli import flags
@@ -46,7 +46,7 @@ def serve(context: typer.Context, **given: Any) -> int:
 
 
 def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
-    from halovae.serve.server_settings import Limits, ServeOptions, parse_keep, read_key
+    from halovae.serve.server_settings import ServeOptions, ServerLimits, parse_keep, read_key
 
     path = given["api_key_file"]
     return ServeOptions(
@@ -58,7 +58,7 @@ def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
         store=given["store"],
         keep=parse_keep(given["keep"]),
         key=None if path is None else read_key(path),
-        limits=Limits(
+        limits=ServerLimits(
             upload_bytes=given["max_upload"] * 2**20,
             pixels=given["max_pixels"],
             frames=given["max_frames"],
@@ -76,7 +76,7 @@ def _front(chosen: ServeOptions, arguments: list[str]) -> int:
     return run_front(chosen, arguments)
 
 
-def _on_rank(session: Session, job: Job, steps: int) -> None:
+def _on_rank(session: Session, job: PipelineJob, steps: int) -> None:
     from halovae.serve.worker import serve_ranks
 
     serve_ranks(session, job, steps)

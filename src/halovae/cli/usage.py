@@ -51,7 +51,7 @@ class Command(TyperCommand):
                 )
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """A group whose commands are listed by their `rich_help_panel`, each with all that its summary says."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

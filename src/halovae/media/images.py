@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.media.media_limits import MAX_FRAME_PIXELS, broken, check_pixels
-from halovae.media.pace import Shown, Source
+from halovae.media.pace import OpenedFile, Shown
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 """Kinds whose pictures are frames. Those of the others are previews, layers, or views of one scene."""
@@ -38,7 +38,7 @@ def open_image(path: Path) -> Iterator[Image.Image | None]:
 
 
 @contextmanager
-def open_pictures(path: Path) -> Iterator[Source | None]:
+def open_pictures(path: Path) -> Iterator[OpenedFile | None]:
     """The image, or the frames of the animation; None when there is something else in the file.
 
     Raises:
@@ -52,12 +52,12 @@ def open_pictures(path: Path) -> Iterator[Source | None]:
         lossy = "" if image.format in _LOSSLESS else image.format or "an unknown format"
         if is_animated(image):
             pictures = _animation(path, image, notes)
-            yield Source(size=size, pictures=pictures, tick=Fraction(1, 1000), lossy=lossy, notes=notes)
+            yield OpenedFile(size=size, pictures=pictures, tick=Fraction(1, 1000), lossy=lossy, notes=notes)
             return
         count = getattr(image, "n_frames", 1)
         if count > 1:
             notes.append(f"of the {count} pictures in it the first is taken")
-        yield Source(size=size, pictures=_still(path, image), is_still=True, lossy=lossy, notes=notes)
+        yield OpenedFile(size=size, pictures=_still(path, image), is_still=True, lossy=lossy, notes=notes)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Shown:
 
 
 @dataclass(kw_only=True)
-class Source:
+class OpenedFile:
     """An opened file."""
 
     size: tuple[int, int]
@@ -65,7 +65,7 @@ class Pace:
     notes: tuple[str, ...] = ()
 
 
-def pace_of(source: Source, begins: Sequence[Fraction | None], end: Fraction | None) -> Pace:
+def pace_of(source: OpenedFile, begins: Sequence[Fraction | None], end: Fraction | None) -> Pace:
     """The pace of frames that were taken from a source.
 
     Args:

@@ -17,7 +17,7 @@ from halovae.base.files import check_input
 from halovae.media.frame_range import FrameRange
 from halovae.media.images import open_pictures
 from halovae.media.media_limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS
-from halovae.media.pace import Source, pace_of
+from halovae.media.pace import OpenedFile, pace_of
 from halovae.media.video import open_video
 
 Frame = NDArray[np.uint8]
@@ -86,7 +86,7 @@ def read(
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Source]:
+def opened(path: Path) -> Iterator[OpenedFile]:
     """The pictures of a video or an image."""
     with open_pictures(path) as source:
         if source is not None:
@@ -98,7 +98,7 @@ def opened(path: Path) -> Iterator[Source]:
 
 def _collect(
     path: Path,
-    source: Source,
+    source: OpenedFile,
     wanted: FrameRange,
     asked: tuple[int | None, int | None],
     advance: Callable[[], None],
@@ -141,7 +141,7 @@ def _collect(
     )
 
 
-def _next_begin(source: Source) -> Fraction | None:
+def _next_begin(source: OpenedFile) -> Fraction | None:
     """When the frame begins that is not wanted any more; it may be a damaged one."""
     try:
         shown = next(source.pictures, None)

@@ -22,7 +22,7 @@ from PIL import Image
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.media.media_limits import broken, check_pixels
-from halovae.media.pace import Shown, Source
+from halovae.media.pace import OpenedFile, Shown
 from halovae.media.writer import LOSSLESS
 
 _HDR = (16, 18)
@@ -71,7 +71,7 @@ _ORIENTATION = 0x0112
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[Source]:
+def open_video(path: Path) -> Iterator[OpenedFile]:
     """The video in a file.
 
     Raises:
@@ -80,7 +80,7 @@ def open_video(path: Path) -> Iterator[Source]:
     with _opened(path) as (container, stream):
         notes = _notes(container, stream)
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        yield Source(
+        yield OpenedFile(
             size=(stream.height, stream.width),
             pictures=_shown(path, container, stream, notes),
             rates=tuple(Fraction(rate) for rate in rates if rate),

@@ -11,7 +11,7 @@ from halovae.base.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class TokenGrid:
     """How pixels become tokens."""
 
     ratio: int

@@ -10,11 +10,11 @@ from typing import Any
 from halovae.base.errors import Faults
 from halovae.media.vae_limits import Limits, limits_of
 from halovae.pipelines.generation_settings import Generation, Setup, default, parameters
-from halovae.pipelines.grid import Grid
+from halovae.pipelines.grid import TokenGrid
 from halovae.pipelines.transformers import degree, patch
 
 
-def grid_of(components: Mapping[str, Any], limits: Limits | None = None) -> Grid:
+def grid_of(components: Mapping[str, Any], limits: Limits | None = None) -> TokenGrid:
     """Learn it from the VAE's own code and the denoiser's config. Weights are not touched.
 
     Args:
@@ -26,7 +26,7 @@ def grid_of(components: Mapping[str, Any], limits: Limits | None = None) -> Grid
     """
     limits = limits or limits_of(components["vae"])
     frames, side = patch(components, limits.latent_channels)
-    return Grid(
+    return TokenGrid(
         ratio=limits.ratio, period=limits.period, step=_step(limits), patch_frames=frames, patch_side=side,
         padded_count=None if limits.per_frame else limits.padded_count,
     )  # fmt: skip
@@ -40,7 +40,7 @@ def _step(limits: Limits) -> int:
     return step if limits.padded_count(2 + step) == 1 + 2 * step else 0
 
 
-def fill_in(cls: Any, grid: Grid, generation: Generation, image_size: tuple[int, int] | None) -> Generation:
+def fill_in(cls: Any, grid: TokenGrid, generation: Generation, image_size: tuple[int, int] | None) -> Generation:
     """Choose the sizes that were not asked for: the image's proportions at about the pipeline's own number of pixels.
 
     Args:
@@ -65,7 +65,7 @@ def fill_in(cls: Any, grid: Grid, generation: Generation, image_size: tuple[int,
     return replace(generation, height=height, width=width)
 
 
-def check_sizes(cls: Any, grid: Grid, generation: Generation, setup: Setup) -> None:
+def check_sizes(cls: Any, grid: TokenGrid, generation: Generation, setup: Setup) -> None:
     """Refuse sizes that the pipeline would change or can't spread, with the nearest that it takes.
 
     Raises:

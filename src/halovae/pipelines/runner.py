@@ -23,7 +23,7 @@ from halovae.comm import Comm
 from halovae.pipelines.generation_settings import Generation, Setup, arguments
 from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.scheduler import check_steps, prepare_scheduler
-from halovae.pipelines.stages import OTHER, PROBE, Timeline, watched
+from halovae.pipelines.stages import OTHER, PROBE, StageTimeline, watched
 from halovae.pipelines.transformers import degree, denoisers, prepare_denoisers, shared_sequences
 
 OnStep = Callable[[int, int | None], None]
@@ -68,7 +68,7 @@ class Runner:
         setup.check_ranks(comm.size)
         self.pipeline, self.setup, self.comm, self.device = pipeline, setup, comm, device
         self._calls: list[tuple[str, CallReport]] = []
-        self._timeline = Timeline(device)
+        self._timeline = StageTimeline(device)
         self._open = ExitStack()
         prepare_scheduler(pipeline, setup)
         prepare_denoisers(pipeline.components, setup, comm.size, device)
@@ -99,7 +99,7 @@ class Runner:
         generation = replace(generation, seed=agreed_seed(self.comm, generation.seed))
         assert generation.seed is not None
         chosen = arguments(type(self.pipeline), generation)
-        self._calls, self._timeline = [], Timeline(self.device)
+        self._calls, self._timeline = [], StageTimeline(self.device)
         with all_quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
             output = self._called(chosen, generation.seed)
         frames = to_frames(output[0]) if self.comm.rank == 0 else None

@@ -24,7 +24,7 @@ _SPANS = {TEXT_ENCODE: "text", VAE_ENCODE: "encode", DENOISE: "denoise", VAE_DEC
 STAGES = (TEXT_ENCODE, VAE_ENCODE, DENOISE, VAE_DECODE, PROBE, OTHER)
 
 
-class Timeline:
+class StageTimeline:
     """Seconds and peak memory of the stages of one run on this rank. A stage within a stage counts for itself alone.
 
     Args:
@@ -75,7 +75,7 @@ class Timeline:
 
 
 @contextmanager
-def watched(pipeline: Any, timeline: Timeline, on_step: Callable[[int, int | None], None]) -> Iterator[None]:
+def watched(pipeline: Any, timeline: StageTimeline, on_step: Callable[[int, int | None], None]) -> Iterator[None]:
     """Within it, the pipeline's calls are accounted for.
 
     Args:
@@ -93,7 +93,7 @@ def watched(pipeline: Any, timeline: Timeline, on_step: Callable[[int, int | Non
 
 
 @contextmanager
-def _in_stage(owner: Any, name: str, timeline: Timeline, stage: str) -> Iterator[None]:
+def _in_stage(owner: Any, name: str, timeline: StageTimeline, stage: str) -> Iterator[None]:
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -110,7 +110,7 @@ class _Bar:
 
     def __init__(
         self,
-        timeline: Timeline,
+        timeline: StageTimeline,
         on_step: Callable[[int, int | None], None],
         iterable: Any = None,
         total: int | None = None,

@@ -23,8 +23,8 @@ from starlette.requests import Request
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.media.images import open_image, upright_rgb
-from halovae.pipelines.grid import Grid
-from halovae.serve.server_settings import Limits, ServeOptions
+from halovae.pipelines.grid import TokenGrid
+from halovae.serve.server_settings import ServeOptions, ServerLimits
 from halovae.serve.service import ApiError, Service
 from halovae.serve.store import DECODE, ENCODE, VIDEO, Job, Store
 
@@ -97,7 +97,7 @@ def body_of(kind: str) -> dict[str, Any]:
 
 
 @dataclass
-class Faults:
+class FormFaults:
     """All that is wrong with a request, to be told in one answer."""
 
     found: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
@@ -124,7 +124,7 @@ async def accepted(request: Request) -> Job:
     """
     service: Service = request.app.state.service
     service.check_room()
-    faults = Faults()
+    faults = FormFaults()
     async with _closing(request):
         sent = await _body(request, faults)
         image = _image_of(sent.pop(FILES[VIDEO], None), service.options, faults)
@@ -147,7 +147,7 @@ async def accepted_file(request: Request, kind: str) -> Job:
     """
     service: Service = request.app.state.service
     service.check_room()
-    faults, limits, name = Faults(), service.options.limits, FILES[kind]
+    faults, limits, name = FormFaults(), service.options.limits, FILES[kind]
     async with _closing(request):
         sent = await _body(request, faults)
         file = sent.pop(name, None)
@@ -170,7 +170,7 @@ async def _closing(request: Request) -> AsyncIterator[None]:
         await request.close()
 
 
-async def _body(request: Request, faults: Faults) -> dict[str, Any]:
+async def _body(request: Request, faults: FormFaults) -> dict[str, Any]:
     """The fields of a request, by name."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in _FORMS:
@@ -190,7 +190,7 @@ async def _body(request: Request, faults: Faults) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
-def _image_of(value: Any, options: ServeOptions, faults: Faults) -> IO[bytes] | None:
+def _image_of(value: Any, options: ServeOptions, faults: FormFaults) -> IO[bytes] | None:
     name = FILES[VIDEO]
     if value is None:
         if options.takes_image:
@@ -216,7 +216,7 @@ def _image_of(value: Any, options: ServeOptions, faults: Faults) -> IO[bytes] | 
     return None
 
 
-def _fields_of(model: type[BaseModel], sent: Mapping[str, Any], faults: Faults, **spare: Any) -> dict[str, Any]:
+def _fields_of(model: type[BaseModel], sent: Mapping[str, Any], faults: FormFaults, **spare: Any) -> dict[str, Any]:
     """What the fields ask for, as far as they can be understood; `spare` stands for what is missing and has to be."""
     for name in sent:
         if name not in model.model_fields:
@@ -233,7 +233,7 @@ def _fields_of(model: type[BaseModel], sent: Mapping[str, Any], faults: Faults, 
     return fields.model_dump(exclude_none=True)
 
 
-def _settings_of(sent: dict[str, Any], service: Service, faults: Faults) -> dict[str, Any]:
+def _settings_of(sent: dict[str, Any], service: Service, faults: FormFaults) -> dict[str, Any]:
     given = _fields_of(VideoFields, sent, faults, prompt="")
     facts, limits = service.ranks.facts, service.options.limits
     _check_model(given.pop("model", None), service.options)
@@ -259,7 +259,7 @@ def _check_model(model: str | None, options: ServeOptions) -> None:
         )  # fmt: skip
 
 
-def _settle_size(given: dict[str, Any], size: str | None, faults: Faults) -> None:
+def _settle_size(given: dict[str, Any], size: str | None, faults: FormFaults) -> None:
     if size is None:
         return
     width, height = map(int, size.split("x"))
@@ -268,7 +268,7 @@ def _settle_size(given: dict[str, Any], size: str | None, faults: Faults) -> Non
             faults.add(name, f"size {size} and {name} {given[name]} contradict each other: give one")
 
 
-def _check_limits(given: Mapping[str, Any], limits: Limits, faults: Faults) -> None:
+def _check_limits(given: Mapping[str, Any], limits: ServerLimits, faults: FormFaults) -> None:
     frames = given.get("num_frames", given.get("seconds", 0) * given["fps"])
     if frames > limits.frames:
         faults.add("num_frames", f"{frames:g} frames are more than {limits.frames}: ask for fewer")
@@ -282,7 +282,7 @@ def _check_limits(given: Mapping[str, Any], limits: Limits, faults: Faults) -> N
         faults.add("size", f"{width}x{height} is more than {limits.pixels} pixels: ask for a smaller size")
 
 
-def _check_grid(given: Mapping[str, Any], grid: Grid | None, facts: Mapping[str, Any], faults: Faults) -> None:
+def _check_grid(given: Mapping[str, Any], grid: TokenGrid | None, facts: Mapping[str, Any], faults: FormFaults) -> None:
     """As the ranks would: a client hears it at once, and not when its turn has come."""
     if grid is None:
         return
@@ -298,7 +298,7 @@ def _check_grid(given: Mapping[str, Any], grid: Grid | None, facts: Mapping[str,
 
 
 @contextmanager
-def _noted(faults: Faults, name: str) -> Iterator[None]:
+def _noted(faults: FormFaults, name: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
@@ -325,7 +325,7 @@ def _save(upload: IO[bytes], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _check_image(path: Path, limits: Limits, faults: Faults) -> None:
+def _check_image(path: Path, limits: ServerLimits, faults: FormFaults) -> None:
     """Refuse what is no still image, or not the whole of one."""
     name = FILES[VIDEO]
     try:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from halovae.app.launch import PROGRAM, Group, Verdict
+from halovae.app.launch import PROGRAM, Processes, Outcome
 from halovae.app.watch import restore_terminal
 from halovae.base.errors import HalovaeError, InputError
-from halovae.pipelines.grid import Grid
+from halovae.pipelines.grid import TokenGrid
 from halovae.serve.server_settings import RANK_FD
 
 Message = dict[str, Any]
@@ -50,14 +50,14 @@ class Ranks:
         self.ready, self.facts = False, dict[str, Any]()
         self.starts, self.trouble, self.heard = 0, "", time.monotonic()
         self._arguments = arguments
-        self._group: Group | None = None
+        self._group: Processes | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._stopping = False
 
     @property
-    def grid(self) -> Grid | None:
+    def grid(self) -> TokenGrid | None:
         """What sizes the pipeline takes; None until it has been loaded for the first time."""
-        return Grid(**self.facts["grid"]) if self.facts else None
+        return TokenGrid(**self.facts["grid"]) if self.facts else None
 
     async def run(self, on_message: Callable[[Message], None], on_end: Callable[[str], None]) -> None:
         """Keep a group running until `stop`.
@@ -102,11 +102,11 @@ class Ranks:
         if self._writer is not None:
             self._writer.close()
 
-    async def _run_once(self, on_message: Callable[[Message], None]) -> tuple[bool, Verdict]:
+    async def _run_once(self, on_message: Callable[[Message], None]) -> tuple[bool, Outcome]:
         """One group from start to end."""
         self.starts += 1
         ours, theirs = socket.socketpair()
-        self._group = group = Group()
+        self._group = group = Processes()
         try:
             with theirs:
                 group.start([*PROGRAM, *self._arguments], self.count, {RANK_FD: theirs.fileno()})

@@ -27,7 +27,7 @@ def most_requests() -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ServerLimits:
     """What one request, and all of them together, may ask for."""
 
     upload_bytes: int = 32 * 2**20
@@ -62,7 +62,7 @@ class ServeOptions:
     """Seconds from the end of a job until it is removed."""
     key: str | None = None
     """What every request has to show; None: nothing."""
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
 
     @property
     def takes_image(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from halovae import media
-from halovae.app.job import Job
+from halovae.app.job import PipelineJob
 from halovae.app.session import Session
 from halovae.app.settled import settled
 from halovae.base.errors import HalovaeError, InputError
@@ -24,11 +24,11 @@ from halovae.media import codec, latents_file
 from halovae.media.latents_file import LatentsInfo, scaling_of
 from halovae.media.vae_limits import Fit, Limits
 from halovae.pipelines.generation_settings import Generation, arguments, flag, parameters
-from halovae.pipelines.grid import Grid
+from halovae.pipelines.grid import TokenGrid
 from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_scheduler, shifted
-from halovae.pipelines.stages import WRITE, Timeline
+from halovae.pipelines.stages import WRITE, StageTimeline
 from halovae.serve.store import THUMBNAIL
 
 OnStep = Callable[[int, int | None], None]
@@ -55,10 +55,10 @@ class Model:
     """A pipeline that is loaded and spread over the ranks."""
 
     source: PipelineSource
-    job: Job
+    job: PipelineJob
     """What the server was started with."""
     runner: Runner
-    grid: Grid
+    grid: TokenGrid
     limits: Limits
     """Of the VAE."""
 
@@ -130,7 +130,7 @@ def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> d
     with _scheduled(model, per_call):
         on_step(0, generation.num_inference_steps)
         result = model.runner.run(generation, on_step)
-    timeline = Timeline(session.device)
+    timeline = StageTimeline(session.device)
     if result.frames is None:
         return {}
     with timeline.stage(WRITE), _writing():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from halovae.app.generation import found, loaded
-from halovae.app.job import Job
+from halovae.app.job import PipelineJob
 from halovae.app.session import Session
 from halovae.app.watch import Failure, failure_of, report
 from halovae.base.errors import HalovaeError, RankFailedError
@@ -55,7 +55,7 @@ join; then only the end of its process frees them."""
 _WORK = {VIDEO: make_video, ENCODE: encode_clip, DECODE: decode_latents}
 
 
-def serve_ranks(session: Session, job: Job, steps: int) -> None:
+def serve_ranks(session: Session, job: PipelineJob, steps: int) -> None:
     """Load the pipeline, then work for the front. Called on every rank; does not return.
 
     Args:
@@ -90,7 +90,7 @@ def serve_ranks(session: Session, job: Job, steps: int) -> None:
                 wire.send({"event": "alive"})
 
 
-def _opened(session: Session, job: Job) -> Model:
+def _opened(session: Session, job: PipelineJob) -> Model:
     source = found(session, job)
     setup, pipeline = loaded(session, job, source)
     limits = session.together("limits", lambda advance: limits_of(pipeline.vae))
