@@ -21,8 +21,9 @@ from halovae.base.errors import InputError
 RANK = """
 import ctypes, json, os, signal, sys, time
 from pathlib import Path
-from halovae import files, watch
-from halovae.errors import InputError, RankFailedError
+from halovae.app import watch
+from halovae.base import files
+from halovae.base.errors import InputError, RankFailedError
 
 folder, behaviour = Path(sys.argv[1]), sys.argv[2]
 rank = int(os.environ["RANK"])
@@ -106,7 +107,7 @@ except Exception as error:
 
 LAUNCHER = """
 import sys
-from halovae import launch
+from halovae.app import launch
 sys.exit(launch.run_ranks(sys.argv[1:], 2, program=[sys.executable, "-c", {rank!r}]))
 """
 

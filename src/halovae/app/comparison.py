@@ -93,7 +93,7 @@ def told(
         result: of the ranks.
         alone: of the VAE as it is on one rank.
         peak: bytes, the most that any rank took.
-        lost: what writing changes the pixels by, see `clips.loss`.
+        lost: what writing changes the pixels by, see `clip_files.loss`.
     """
     ranks = counted(session.group.size, "rank")
     rows = _rows(ranks, source, result, alone, peak)

@@ -27,7 +27,7 @@ def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
 
     Args:
         context: of the command.
-        task: one of `pipelines.settings.TASKS`.
+        task: one of `pipelines.TASKS`.
         given: the command's arguments by name.
 
     Returns:

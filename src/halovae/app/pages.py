@@ -71,7 +71,7 @@ class Run:
     output: str
     """Name of the file."""
     lost: str
-    """What writing it changes the pixels by, see `clips.loss`."""
+    """What writing it changes the pixels by, see `clip_files.loss`."""
     clip: Clip
     result: Result
     """Of the ranks."""

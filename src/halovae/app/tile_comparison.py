@@ -88,7 +88,7 @@ def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | No
         source: (frames, height, width, 3), levels of 0 to 255.
         ways: what was run.
         peak: bytes, the most that any rank took for its tiles.
-        lost: what writing changes the pixels by, see `clips.loss`.
+        lost: what writing changes the pixels by, see `clip_files.loss`.
     """
     several = counted(session.group.size, "rank")
     rows = _rows(several, source, ways, peak)

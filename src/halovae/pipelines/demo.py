@@ -86,7 +86,7 @@ def make_demo_model(folder: Path, task: str = "image-to-video") -> None:
 
     Args:
         folder: where to.
-        task: what it shall do, one of `pipelines.settings.TASKS`.
+        task: what it shall do, one of `pipelines.TASKS`.
 
     Raises:
         InputError: `folder` is there already, or can't be written.

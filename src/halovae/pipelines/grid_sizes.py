@@ -33,7 +33,7 @@ def grid_of(components: Mapping[str, Any], limits: Limits | None = None) -> Toke
 
 
 def _step(limits: Limits) -> int:
-    """See `Grid.step`."""
+    """See `TokenGrid.step`."""
     if limits.per_frame or limits.padded_count(1) != 1:
         return 0
     step = limits.padded_count(2) - 1

@@ -40,7 +40,7 @@ class Result:
     seed: int
     """That the noise was drawn with."""
     seconds: dict[str, float]
-    """Of the stages in `timing.STAGES`, as far as there were any."""
+    """Of the stages in `stages.STAGES`, as far as there were any."""
     peak_memory: dict[str, int]
     """Bytes, of the stages: of the accelerator, or of the whole process on a CPU."""
     calls: list[tuple[str, CallReport]] = field(default_factory=list[tuple[str, CallReport]])

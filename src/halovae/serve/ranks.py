@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from halovae.app.launch import PROGRAM, Processes, Outcome
+from halovae.app.launch import PROGRAM, Outcome, Processes
 from halovae.app.watch import restore_terminal
 from halovae.base.errors import HalovaeError, InputError
 from halovae.pipelines.grid import TokenGrid

@@ -51,7 +51,7 @@ class ServeOptions:
     model: str
     """The name that it goes by."""
     task: str
-    """One of `pipelines.settings.TASKS`."""
+    """One of `pipelines.TASKS`."""
     ranks: int
     host: str = "127.0.0.1"
     port: int = 8000
