@@ -120,11 +120,21 @@ def test_what_is_not_implemented_is_not_put_down_to_tiles(mode: str) -> None:
             assert not isinstance(caught.value, NotExactError)
 
 
-def test_a_vae_that_runs_in_tiles_alone_is_said_to() -> None:
+def test_a_vae_that_runs_in_tiles_alone() -> None:
+    """Its tiles are the default, switched on or not; exact mode is refused, and so are sizes that they don't cover."""
     tiled = CUTS["allegro_tiled"]
     vae, z = tiled.build(), tiled.picture("decode")
+    expected = vae.decode(z).sample
+    vae.use_tiling = False
+    with halovae.optimize(vae):
+        assert torch.equal(vae.decode(z).sample, expected)
+        for uncovered in (z[..., :2], torch.cat([z, z[..., :1]], dim=-1), torch.cat([z, z[:, :, :1]], dim=2)):
+            with pytest.raises(TilingError, match=r"runs in tiles only, and covers 8 \+ 8 \* n frames and 24 \+ 16 \* n"):
+                vae.decode(uncovered)
+    with pytest.raises(InputError, match="mode='exact': AutoencoderKLAllegro runs in tiles only"):
+        halovae.parallelize(vae, mode="exact")
     text = r"decode refuses to run without spatial tiles.* Use mode='tile'"
-    with halovae.optimize(vae), pytest.raises(NotExactError, match=text):
+    with halovae.optimize(vae, untiled=True), pytest.raises(NotExactError, match=text):
         vae.decode(z)
 
 

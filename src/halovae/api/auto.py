@@ -69,7 +69,10 @@ class AutoEngine(Engine):
         key = self._key(half, picture)
         if key not in self._choices:
             tiled = "tile" in self._ways and self._target.comes_tiled
-            why = "the VAE comes tiled, and its tiles are its own result" if tiled else "it gives the un-tiled result"
+            why = (
+                "it gives the un-tiled result" if not tiled else "the VAE runs in tiles only" if self._target.tiles_only
+                else "the VAE comes tiled, and its tiles are its own result"
+            )  # fmt: skip
             self._choices[key] = Choice("tile" if tiled else "exact", why)
             LOG.info("%s of %s: %s", half, self._target.name, self._choices[key])
         choice = self._choices[key]

@@ -247,10 +247,7 @@ def _mode(options: AllOptions, target: Target) -> Mode:
     if options.untiled or not target.comes_tiled:
         return options.mode or "exact"
     if options.mode == "exact":
-        raise InputError(
-            f"{target.name} comes tiled: its tiles are its own result, and exact mode gives another one, the un-tiled; "
-            "leave mode='exact' out for its own, or give untiled=True"
-        )
+        target.check_exact("mode='exact'", "give untiled=True for the un-tiled one")
     return options.mode or "tile"
 
 

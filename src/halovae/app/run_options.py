@@ -39,11 +39,8 @@ class Work:
         """
         from halovae.calls.target import Target
 
-        if self.mode == "exact" and not self.untiled and Target(vae).comes_tiled:
-            raise InputError(
-                f"--mode exact: {type(vae).__name__} comes tiled, and the un-tiled result differs from its own; leave "
-                "--mode out for its own, or add --untiled"
-            )
+        if self.mode == "exact" and not self.untiled:
+            Target(vae).check_exact("--mode exact", "add --untiled")
 
     def set_tiles(self, vae: Any) -> None:
         """Give the VAE the sizes that were asked for.

@@ -18,6 +18,7 @@ from halovae.app.session import Loaded, Session
 from halovae.app.tables import Row, counted, mebibytes, table
 from halovae.base.errors import NotExactError
 from halovae.base.replaced import replaced
+from halovae.calls.target import Target
 from halovae.evaluation.numbers import decibel, finite
 from halovae.evaluation.scores import psnr
 from halovae.media.vae_limits import Fit
@@ -58,6 +59,8 @@ class Ways:
 
 def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> Result | None:
     """The clip in exact mode, on all ranks; None where exact mode refuses the VAE."""
+    if Target(loaded.vae).tiles_only:
+        return None
     try:
         with _tiling(loaded.vae, False), session.parallel(loaded.vae, mode="exact", gather=GATHER) as handle:
             return run_through(session, loaded, fit, clip, handle, " exact")

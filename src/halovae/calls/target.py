@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -200,24 +201,52 @@ class Target:
 
     @property
     def comes_tiled(self) -> bool:
-        """Whether the VAE runs in tiles now as it did when it was made, before anybody could ask for it.
+        """Whether the VAE runs in tiles now as it did when it was made, before anybody could ask for it, or in no other
+        way.
 
         Its tiles are then what its results mean: those without are other ones, which nobody has trained it for.
         """
-        return bool(getattr(self.vae, "use_tiling", False)) and self._was_made_tiled
+        return (bool(getattr(self.vae, "use_tiling", False)) and self._was_made_tiled) or self.tiles_only
 
     @functools.cached_property
     def _was_made_tiled(self) -> bool:
-        """By another one of its class and config, which has shapes and no weights."""
-        vae: Any = self.vae
-        cls: Any = type(vae)
-        try:
-            known = inspect.signature(cls.__init__).parameters
-            given = {name: value for name, value in dict(vae.config).items() if name in known}
-            with torch.device("meta"):
-                return bool(getattr(cls(**given), "use_tiling", False))
-        except Exception:  # Whatever a constructor says that needs more than its config.
-            return not hasattr(self.vae, "enable_tiling")
+        twin = _twin(self.vae)
+        return not hasattr(self.vae, "enable_tiling") if twin is None else bool(getattr(twin, "use_tiling", False))
+
+    @property
+    def tiles_only(self) -> bool:
+        """Whether the code of its class says that nothing but tiles is implemented."""
+        if "use_tiling" not in vars(self.vae):
+            return False
+        if (cls := type(self.vae)) not in _TILES_ONLY:
+            twin, picture = _twin(self.vae), torch.empty((1,) * 5, device="meta")
+            _TILES_ONLY[cls] = twin is not None and any(Target(twin).needs_tiles(half, picture) for half in HALVES)
+        return _TILES_ONLY[cls]
+
+    @property
+    def tile_grid(self) -> tuple[tuple[int, int], ...]:
+        """Of a VAE that runs in tiles only and leaves out what whole tiles don't cover: the size of a tile and the step
+        to the next one, in pixels, for frames, rows and columns. Empty for others."""
+        kernel, stride = vars(self.vae).get("kernel"), vars(self.vae).get("stride")
+        return tuple(zip(kernel, stride, strict=True)) if self.tiles_only and kernel and stride else ()
+
+    def check_exact(self, asked: str, otherwise: str) -> None:
+        """Refuse exact mode where it would give another result than the VAE itself, and nobody has asked for that.
+
+        Args:
+            asked: how exact mode was asked for.
+            otherwise: what to do for the un-tiled result.
+
+        Raises:
+            InputError: the VAE comes tiled.
+        """
+        if self.tiles_only:
+            raise InputError(f"{asked}: {self.name} runs in tiles only, there is no un-tiled result; leave {asked} out")
+        if self.comes_tiled:
+            raise InputError(
+                f"{asked}: {self.name} comes tiled, its tiles are its own result and the un-tiled one differs; leave "
+                f"{asked} out for its own, or {otherwise}"
+            )
 
     def check_no_gradients(self, tensors: list[Tensor]) -> None:
         """Refuse to run where the un-parallel VAE would record a graph.
@@ -314,6 +343,22 @@ class Target:
         settings = {name: value for name, value in settings.items() if not str(name).startswith("_")}
         values = [total for group in _by_device(sums) for total in torch.stack(group).cpu().tolist()]
         return hashlib.sha256("\n".join([told(settings), *names, *map(str, values)]).encode()).hexdigest()
+
+
+_TILES_ONLY: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+"""By class, see `Target.tiles_only`."""
+
+
+def _twin(vae: Any) -> Any:
+    """Another one of its class and config, which has shapes and no weights; None where that can't be made."""
+    cls: Any = type(vae)
+    try:
+        known = inspect.signature(cls.__init__).parameters
+        given = {name: value for name, value in dict(vae.config).items() if name in known}
+        with torch.device("meta"):
+            return cls(**given)
+    except Exception:  # Whatever a constructor says that needs more than its config.
+        return None
 
 
 class _Called(BaseException):

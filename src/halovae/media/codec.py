@@ -112,7 +112,7 @@ def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] 
     def decoded(part: Tensor) -> Tensor:
         sample = sample_of(vae.decode(part, **decode_arguments(vae, part)))
         after()
-        return sample
+        return sample.transpose(1, 2) if limits.frames_first else sample
 
     sample = _joined(map(decoded, latents.split(latents.shape[0] // calls)), calls)
     # The frames are the batch, with a frame dimension of one or without; or else it is a batch of one.

@@ -22,6 +22,7 @@ from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.calls.blueprint import code_words
 from halovae.calls.dataflow import Remembered
+from halovae.calls.target import Target
 from halovae.media.models import skeleton
 from halovae.media.pixels import Pixels, pixels_of
 
@@ -50,7 +51,9 @@ class Fit:
         """One line for each kind of padding."""
         lines: list[str] = []
         if self.padded_frames != self.frames:
-            lines.append(f"{self.frames} frames padded to {self.padded_frames} for the VAE, cropped back after it")
+            lines.append(
+                f"{self.frames} frame{'s' * (self.frames > 1)} padded to {self.padded_frames} for the VAE, cropped back after it"
+            )
         if (self.padded_height, self.padded_width) != (self.height, self.width):
             padded = f"{self.padded_width}x{self.padded_height}"
             lines.append(f"{self.width}x{self.height} padded to {padded} for the VAE, cropped back after it")
@@ -98,6 +101,10 @@ class Limits:
     """Copies of the first frame that encode gets before it, and that decode leaves out."""
     only_size: tuple[int, int] | None = None
     """Height and width, of a VAE that takes no others."""
+    grid: tuple[tuple[int, int], ...] = ()
+    """Of tiles that have to cover the clip, see `Target.tile_grid`."""
+    frames_first: bool = False
+    """Whether decode gives (batch, frames, channels, height, width)."""
     pixels: Pixels | None = None
     """The numbers that it takes and gives for a picture; None where they are not known."""
     padded_count: Callable[[int], int]
@@ -127,14 +134,16 @@ class Limits:
             raise InputError(
                 f"{self.name} takes {wide}x{tall} only, not {width}x{height}: use --height {tall} --width {wide}"
             )
+        covered = [tile + max(0, -(-(size - tile) // step)) * step
+                   for (tile, step), size in zip(self.grid, (frames, height, width), strict=False)]  # fmt: skip
+        padded = covered or [
+            self.padded_count(frames),
+            *(-(-size // self.ratio) * self.ratio for size in (height, width)),
+        ]
         return Fit(
-            frames=frames,
-            height=height,
-            width=width,
-            padded_frames=self.padded_count(frames),
-            padded_height=-(-height // self.ratio) * self.ratio,
-            padded_width=-(-width // self.ratio) * self.ratio,
-        )
+            frames=frames, height=height, width=width,
+            padded_frames=padded[0], padded_height=padded[1], padded_width=padded[2],
+        )  # fmt: skip
 
 
 def limits_of(vae: nn.Module) -> Limits:
@@ -157,6 +166,8 @@ def limits_of(vae: nn.Module) -> Limits:
         period=0 if per_frame else trial.period() or 0,
         lead=trial.lead,
         only_size=None if (trial.height, trial.width) == _SIZE else (trial.height, trial.width),
+        grid=Target(vae).tile_grid,
+        frames_first=trial.frames_first,
         pixels=pixels_of(vae),
         padded_count=(lambda frames: frames) if per_frame else trial.padded_count,
     )
@@ -172,7 +183,7 @@ def _facts(trial: _Trial) -> dict[str, Any]:
     return {
         "ratio": int(rows), "latent_channels": latent.shape[1],
         "per_frame": not trial.has_frame_dim or trial.is_for_images(),
-        **{name: getattr(trial, name) for name in ("channels", "has_frame_dim", "height", "width", "lead")},
+        **{name: vars(trial)[name] for name in ("channels", "has_frame_dim", "frames_first", "height", "width", "lead")},
     }  # fmt: skip
 
 
@@ -186,6 +197,7 @@ class _Trial:
         self.channels = 0
         self.has_frame_dim = False
         self.lead = 0
+        self.frames_first = False
         self._code = code_words(vae)
         self.padded_count = cache(
             lambda frames: int(self.kept(f"frames from {frames}", partial(self._padded_count, frames)))
@@ -235,6 +247,7 @@ class _Trial:
                         problems.append(f"takes neither RGB images nor RGB clips: {first_line(error)}")
                     continue
                 self.channels, self.has_frame_dim = channels, bool(frames)
+                self.frames_first = sample.ndim == 5 and sample.shape[1] not in _CHANNELS
                 return latent, sample
         raise InputError(f"{self.name} {problems[0]}")
 
@@ -290,7 +303,7 @@ class _Trial:
     def _returned(self, frames: int) -> int:
         twin = self._twin()
         try:
-            return int(self._decode(twin, self._encode(twin, self._clip(frames))).shape[2])
+            return int(self._decode(twin, self._encode(twin, self._clip(frames))).shape[1 if self.frames_first else 2])
         except Exception:  # As in `_first`.
             return 0
 
@@ -307,7 +320,10 @@ class _Trial:
 
     def _twin(self) -> Any:
         vae: Any = self._vae
-        return skeleton(type(vae), vae.config)
+        twin = skeleton(type(vae), vae.config)
+        if Target(vae).tiles_only:
+            twin.use_tiling = True
+        return twin
 
 
 def latent_of(output: Any) -> Tensor:

@@ -69,13 +69,11 @@ def mode_of(vae: Any, setup: Setup) -> Mode:
     Raises:
         InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
     """
-    if setup.vae_untiled or setup.vae_mode in ("tile", "auto") or not Target(vae).comes_tiled:
+    target = Target(vae)
+    if setup.vae_untiled or setup.vae_mode in ("tile", "auto") or not target.comes_tiled:
         return setup.vae_mode or "exact"
     if setup.vae_mode == "exact":
-        raise InputError(
-            f"--vae-mode exact: {type(vae).__name__} comes tiled, and the un-tiled result differs from its own; leave "
-            "--vae-mode out for its own, or add --vae-untiled"
-        )
+        target.check_exact("--vae-mode exact", "add --vae-untiled")
     return "tile"
 
 

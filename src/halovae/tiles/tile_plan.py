@@ -108,7 +108,11 @@ class Planner:
                 continue  # a tile as large as the picture is no remedy
             changes = {k: v for k, v in candidate.changes(vae).items() if v != vars(vae)[k]}
             return "set " + ", ".join(f"vae.{name} = {value}" for name, value in changes.items())
-        return "use mode='exact'"
+        if not self._target.tiles_only:
+            return "use mode='exact'"
+        grid, words = self._target.tile_grid, ("frames", "rows", "columns")
+        sizes = " and ".join(f"{tile} + {step} * n {word}" for (tile, step), word in zip(grid, words, strict=False))
+        return f"it runs in tiles only, and covers {sizes}" if grid else "it runs in tiles only"
 
 
 def _nearby(tiles: TileSettings) -> list[TileSettings]:
