@@ -19,7 +19,7 @@ from tiles import CUTS
 from torch import Tensor, nn
 
 import halovae
-from halovae.base.errors import InputError, NotExactError, RankFailedError, VerificationError
+from halovae.base.errors import InputError, NotExactError, RankFailedError, TilingError, VerificationError
 from halovae.calls import verify
 from halovae.calls.target import told
 
@@ -129,7 +129,9 @@ def test_a_vae_that_runs_in_tiles_alone() -> None:
     with halovae.optimize(vae):
         assert torch.equal(vae.decode(z).sample, expected)
         for uncovered in (z[..., :2], torch.cat([z, z[..., :1]], dim=-1), torch.cat([z, z[:, :, :1]], dim=2)):
-            with pytest.raises(TilingError, match=r"runs in tiles only, and covers 8 \+ 8 \* n frames and 24 \+ 16 \* n"):
+            with pytest.raises(
+                TilingError, match=r"runs in tiles only, and covers 8 \+ 8 \* n frames and 24 \+ 16 \* n"
+            ):
                 vae.decode(uncovered)
     with pytest.raises(InputError, match="mode='exact': AutoencoderKLAllegro runs in tiles only"):
         halovae.parallelize(vae, mode="exact")

@@ -177,7 +177,7 @@ def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str,
 def on_shards(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As `run_sharded`, with arguments that are cut already."""
     # Rules call torch functions; the fast mode, entered first, receives them.
-    with FastMode(), ShardMode(mesh) if mesh.size > 1 else nullcontext():
+    with FastMode(), ShardMode(mesh) if mesh.size > 1 else nullcontext(), attention.flex_attention_by_rule(mesh):
         result = call(*args, **kwargs)
     result = map_tensors(lambda t: mark(finished(t), layout_of(t)), result)
     if mesh.size > 1:

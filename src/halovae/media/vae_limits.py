@@ -51,9 +51,8 @@ class Fit:
         """One line for each kind of padding."""
         lines: list[str] = []
         if self.padded_frames != self.frames:
-            lines.append(
-                f"{self.frames} frame{'s' * (self.frames > 1)} padded to {self.padded_frames} for the VAE, cropped back after it"
-            )
+            count = f"{self.frames} frame{'s' * (self.frames > 1)}"
+            lines.append(f"{count} padded to {self.padded_frames} for the VAE, cropped back after it")
         if (self.padded_height, self.padded_width) != (self.height, self.width):
             padded = f"{self.padded_width}x{self.padded_height}"
             lines.append(f"{self.width}x{self.height} padded to {padded} for the VAE, cropped back after it")
@@ -183,7 +182,8 @@ def _facts(trial: _Trial) -> dict[str, Any]:
     return {
         "ratio": int(rows), "latent_channels": latent.shape[1],
         "per_frame": not trial.has_frame_dim or trial.is_for_images(),
-        **{name: vars(trial)[name] for name in ("channels", "has_frame_dim", "frames_first", "height", "width", "lead")},
+        **{name: vars(trial)[name] for name in
+           ("channels", "has_frame_dim", "frames_first", "height", "width", "lead")},
     }  # fmt: skip
 
 

@@ -93,7 +93,8 @@ class Checker:
                 continue
             if whole is None:  # only tiles: those of an even picture must make an even picture
                 found = self._point_by_point(map_tensors(torch.ones_like, small), small_kwargs, tiled)
-                even = found.mean(dim=tuple(range(2 - found.ndim, 0)), keepdim=True)
+                first = 2 if self._half == "encode" else 1  # Nothing comes after a decoder that tells channels apart.
+                even = found.mean(dim=tuple(range(first, found.ndim)), keepdim=True)
                 return _relative(found - even, found)
             found = self._point_by_point(small, small_kwargs, tiled)
             with applied(self._target.vae, {"use_tiling": False}):

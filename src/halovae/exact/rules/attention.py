@@ -7,6 +7,10 @@ full shape and no memory, which carries the table with one row and column per fr
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.base.errors import NotExactError
-from halovae.base.functions import SIZE_QUESTIONS, named
-from halovae.exact.halo import gather_dim, own, own_part
+from halovae.base.functions import SIZE_QUESTIONS, named, outside_modes
+from halovae.base.geometry import Extent
+from halovae.base.replaced import replaced
+from halovae.exact.halo import extend, gather_dim, own, own_part
 from halovae.exact.layout import (
     AxisFactor,
     Dim,
     GatheredFactor,
     Layout,
     axes_in,
+    global_length,
     is_sharded,
     layout_of,
     mark,
@@ -120,6 +127,100 @@ def frames_seen(table: Tensor) -> list[int]:
     if not bool(((visible == prefix) & (hidden == ~prefix)).all()) or not bool((counts > 0).all()):
         raise NotExactError("the attention mask is not frame-causal")
     return counts.tolist()
+
+
+# ---- attention by a function of positions ----------------------------------------------------------------------------
+
+
+@contextmanager
+def flex_attention_by_rule(mesh: Mesh) -> Iterator[None]:
+    """Within it, torch's `flex_attention` runs by a rule: function modes don't see it, and it can't run under one."""
+    module: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    with ExitStack() as stack:
+        if module is not None:
+            for name, call in (
+                ("flex_attention", functools.partial(_flex_attention, mesh, module.flex_attention)),
+                ("create_block_mask", outside_modes(module.create_block_mask)),
+            ):
+                stack.enter_context(replaced(module, name, call, here=True))
+        yield
+
+
+@outside_modes
+def _flex_attention(
+    mesh: Mesh, func: Any, query: Tensor, key: Tensor, value: Tensor, score_mod: Any = None, block_mask: Any = None,
+    scale: float | None = None, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """`[batch, heads, tokens, channels]`. A shard fetches the keys and values up to those that its queries may see: a
+    neighbourhood around each token needs a halo of half a window."""
+    if not any(map(layout_of, (query, key, value))):
+        return func(query, key, value, score_mod, block_mask, scale, **kwargs)
+    if block_mask is None:
+        raise NotExactError("flex_attention of shards without a block mask")
+    if score_mod is not None or any(v for name, v in kwargs.items() if name != "kernel_options"):
+        raise NotExactError("flex_attention of shards with more than a block mask and a scale")
+    queries, keys = layout_of(query), layout_of(key)
+    dims = [layout.dims[-2] if layout else () for layout in (queries, keys, layout_of(value))]
+    if not queries or not keys or dims[1] != dims[2] or block_mask.shape[-2:] != (queries.whole[-2], keys.whole[-2]):
+        raise NotExactError("queries, keys and values of flex_attention are cut differently, or its mask is not theirs")
+    (query, queries), (key, keys), (value, _) = (own(mesh, t, layout_of(t)) for t in (query, key, value))  # pyright: ignore
+    positions = torch.arange(queries.whole[-2], device=query.device)
+    rows, columns = own_part(mesh, positions, 0, queries.dims[-2]), torch.arange(keys.whole[-2], device=query.device)
+    key, value, columns = _seen(mesh, key, value, keys, _needs(block_mask, queries.dims[-2], keys.dims[-2]), columns)
+    batch, heads = (torch.arange(size, device=query.device) for size in block_mask.shape[:2])
+    visible = block_mask.mask_mod(batch[:, None, None, None], heads[:, None, None], rows[:, None], columns)
+    result = F.scaled_dot_product_attention(query, key, value, visible, scale=scale)
+    return mark(result, _query_layout(mark(query, queries), result))
+
+
+def _needs(block_mask: Any, queries: Dim, keys: Dim) -> dict[int, tuple[Extent, ...]]:
+    """By place of the axes among the factors of the keys: which of their positions the queries of each part may see.
+
+    By the blocks of the mask, which are known of all ranks.
+    """
+    blocks = block_mask.to_dense().flatten(0, 1).any(0)
+    size_q, size_k = block_mask.BLOCK_SIZE
+    axes = {factor.axis: factor for factor in queries if isinstance(factor, AxisFactor)}
+    shapes = [[global_length((factor,)) for factor in dim] for dim in (queries, keys)]
+    needs: dict[int, tuple[Extent, ...]] = {}
+    for place, factor in enumerate(keys):
+        if not isinstance(factor, AxisFactor):
+            continue
+        extents: list[Extent] = []
+        for part in range(factor.cut.parts):
+            asking = torch.zeros(shapes[0], dtype=torch.bool, device=blocks.device)
+            if (axis := axes.get(factor.axis)) is None:
+                asking.fill_(True)
+            else:
+                low, high = axis.cut.owned(part)
+                asking.narrow(queries.index(axis), low, high - low).fill_(True)
+            seen = blocks[asking.flatten().nonzero().flatten().div(size_q, rounding_mode="floor").unique()].any(0)
+            tokens = seen.repeat_interleave(size_k)[: global_length(keys)].view(shapes[1])
+            found = tokens.movedim(place, 0).flatten(1).any(1).nonzero().flatten().tolist()
+            own_low, own_high = factor.cut.owned(part)
+            extents.append((min([own_low, *found]), max([own_high, *(position + 1 for position in found)])))
+        needs[place] = tuple(extents)
+    return needs
+
+
+def _seen(
+    mesh: Mesh, key: Tensor, value: Tensor, layout: Layout, needs: dict[int, tuple[Extent, ...]], positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Keys, values and their positions within `needs`, along a dimension of tokens."""
+    factors = layout.dims[-2]
+    split = Layout((*layout.dims[:-2], *((factor,) for factor in factors), layout.dims[-1]))
+    first = len(layout.dims) - 2
+    positions = positions.view([global_length((factor,)) for factor in factors])
+    for place, extents in needs.items():
+        low, high = extents[mesh.part(factors[place].axis)]  # pyright: ignore
+        positions = positions.narrow(place, low, high - low)
+    fetched: list[Tensor] = []
+    for tensor in (key, value):
+        shape = (*split.shape[:-1], tensor.shape[-1])
+        wanted = {first + place: extents for place, extents in needs.items()}
+        got = extend(mesh, tensor.reshape(shape), split, wanted)
+        fetched.append(got.flatten(first, first + len(factors) - 1))
+    return fetched[0], fetched[1], positions.flatten()
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
