@@ -52,6 +52,21 @@ LTX2 = {
     "decoder_layers_per_block": (1,) * 4,
     "decoder_causal": False,
 }
+LTX2_DIFFUSION = {
+    "latent_channels": 8,
+    "patch_size": 2,
+    "decoder_head_dim": 8,
+    "decoder_stage_channels": (16, 16, 16, 16, 8),
+    "decoder_stage_depths": (1, 1, 1, 1, 2),
+    "decoder_stage_kernels": ((3, 3, 3),) * 4,
+    "decoder_stage5_kernel": (3, 5, 5),
+    "decoder_upsample_strides": ((1, 1, 1),) * 3 + ((2, 2, 2),),
+    "decoder_upsample_channel_reductions": (1, 1, 1, 2),
+    "decoder_t_emb_dim": 16,
+    "spatial_compression_ratio": 4,
+    "temporal_compression_ratio": 2,
+}
+"""Few upsamplings: without a compiler, attention writes out every pair of tokens."""
 
 MOCHI = {
     "encoder_block_out_channels": (32,) * 4,

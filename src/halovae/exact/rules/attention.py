@@ -21,7 +21,7 @@ from torch import Tensor
 from halovae.base.errors import NotExactError
 from halovae.base.functions import SIZE_QUESTIONS, named, outside_modes
 from halovae.base.geometry import Extent
-from halovae.base.replaced import replaced
+from halovae.base.replaced import replaced, value_here
 from halovae.exact.halo import extend, gather_dim, own, own_part
 from halovae.exact.layout import (
     AxisFactor,
@@ -139,8 +139,8 @@ def flex_attention_by_rule(mesh: Mesh) -> Iterator[None]:
     with ExitStack() as stack:
         if module is not None:
             for name, call in (
-                ("flex_attention", functools.partial(_flex_attention, mesh, module.flex_attention)),
-                ("create_block_mask", outside_modes(module.create_block_mask)),
+                ("flex_attention", functools.partial(_flex_attention, mesh, value_here(module.flex_attention))),
+                ("create_block_mask", outside_modes(value_here(module.create_block_mask))),
             ):
                 stack.enter_context(replaced(module, name, call, here=True))
         yield
