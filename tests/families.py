@@ -235,7 +235,7 @@ _TABLE = (
            (1, 3, 9, 128, 192), (1, 8, 2, 4, 6), (32, 8)),
     Family("ltx2_diffusion", "LTX2VideoDiffusionDecoderModel", video.LTX2_DIFFUSION,
            (1, 3, 3, 32, 48), (1, 8, 2, 8, 12), (4, 2), float32="decode", encode=False, decode_kwargs=_generator,
-           note="ltx2_diffusion_decoder.py:139 (rotary embedding); neighbourhood attention, noise of the sample's size"),
+           note="ltx2_diffusion_decoder.py:139 (rotary embedding); neighbourhood attention; draws noise"),
     Family("cogvideox", "AutoencoderKLCogVideoX", video.GROUPED,
            (1, 3, 17, 32, 48), (1, 4, 5, 4, 6), (8, 4),
            note="two calls, of 9 and 8 frames; the cache between them is an argument"),

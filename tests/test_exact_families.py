@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, plain, run_half_in_float64
-from halovae.exact.shard_plan import plan_shards
 from pictures import error
 from ranks import Ranks
 from threads import ThreadComm, run_threads
 
 import halovae
 from halovae.calls.target import Target
-from halovae.exact.run import run_on_group
+from halovae.exact.mesh import plan_shards
+from halovae.exact.run import GroupRun
 
 CUTS: list[tuple[Any, int]] = [("height", 2), ("width", 3), ((2, 2), 4)]
 """Axis and ranks at work; the others of the four wait and share the result."""
@@ -81,8 +81,13 @@ def test_on_further_cuts(name: str, half: str) -> None:
         def on_thread(comm: ThreadComm, plan: Any = plan) -> torch.Tensor:
             own = copy.deepcopy(vae)
             call = functools.partial(Target(own).run_untiled, half)
-            setattr(own, half, lambda *args, **kwargs: run_on_group(
-                comm, plan.shape, call, args, kwargs, plan.bounds, "all").result)  # fmt: skip
+
+            def on_shards(*args: Any, **kwargs: Any) -> Any:
+                run = GroupRun(comm, plan, args, kwargs, "all")
+                run.run(call)
+                return run.gather()
+
+            setattr(own, half, on_shards)
             return run_half_in_float64(name, own, half)
 
         first, *others = run_threads(size, on_thread)
