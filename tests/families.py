@@ -283,7 +283,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE if famil
 """By name. Older versions of diffusers lack some of the classes."""
 
 OUT_OF_SCOPE = {
-    "AutoencoderRAE": "vision transformers on both sides; resizes any input to one fixed square",
+    "AutoencoderRAE": "vision transformers on both sides, for one square size",
     "AutoencoderKLKVAEAudio": "audio",
     "AutoencoderKLLTX2Audio": "audio",
     "AutoencoderKLMiniMaxH3Audio": "audio",

@@ -140,27 +140,25 @@ def test_a_vae_that_comes_tiled_is_what_diffusers_makes_of_the_clip(
 ) -> None:
     """In its tiles and clips of 17 n + 5 frames, with its own numbers for pixels; nothing is dropped on the way."""
     model = saved("minimax_h3", tmp_path_factory.mktemp("models") / "h3")
-    cut = ["--frames", "0:24", "--height", "72", "--width", "100", "--model", model]
+    cut = ["--frames", "0:19", "--height", "60", "--width", "70", "--model", model]
     tiles = ["--mode", "tile", "--tile-size", "64,64", "--tile-overlap", "16,16"]
     assert on_ranks(two_ranks, "encode", str(CLIP), "-o", "o.safetensors", *cut, *tiles)[0] == 0
     assert on_ranks(two_ranks, "decode", "o.safetensors", "-o", "decoded.mp4", *tiles, "--lossless")[0] == 0
-    assert on_ranks(two_ranks, "roundtrip", str(CLIP), "-o", "round.mp4", *cut, *tiles, "--lossless")[0] == 0
 
     source = codec.to_tensor(
-        read(CLIP, frames=FrameRange.parse("0:24"), height=72, width=100).frames, torch.float32, torch.device("cpu")
+        read(CLIP, frames=FrameRange.parse("0:19"), height=60, width=70).frames, torch.float32, torch.device("cpu")
     )
-    source = torch.cat([source, source[:, -1:].expand(-1, 15, -1, -1)], dim=1)
-    source = torch.nn.functional.pad(source[None], (0, 12, 0, 8, 0, 0), mode="replicate")
+    source = torch.cat([source, source[:, -1:].expand(-1, 3, -1, -1)], dim=1)
+    source = torch.nn.functional.pad(source[None], (0, 10, 0, 4, 0, 0), mode="replicate")
     mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     vae = AutoencoderKLMiniMaxH3.from_pretrained(model)
     vae.enable_tiling(64, 64, 16, 16)
     with torch.no_grad():
         latents = vae.encode(((source + 1) / 2 - mean) / std).latent_dist.mode()
-        pixels = (vae.decode(latents).sample[0] * std + mean).clamp(0, 1)[:, :24, :72, :100] * 255
+        pixels = (vae.decode(latents).sample[0] * std + mean).clamp(0, 1)[:, :19, :60, :70] * 255
     stored = load(Path("o.safetensors"))[0]
     assert stored.shape == latents.shape
     assert error(stored, latents) < 1e-5
-    for name in ("decoded.mp4", "round.mp4"):
-        found = torch.from_numpy(read(Path(name)).frames).permute(3, 0, 1, 2)
-        assert found.shape == pixels.shape
-        assert (found - pixels).abs().max() < 0.51
+    found = torch.from_numpy(read(Path("decoded.mp4")).frames).permute(3, 0, 1, 2)
+    assert found.shape == pixels.shape
+    assert (found - pixels).abs().max() < 0.51

@@ -201,3 +201,13 @@ def test_whether_a_vae_comes_tiled_is_seen_without_a_config_too() -> None:
     for cls, mode in ((Tiled, "tile"), (Switchable, "exact")):
         with halovae.parallelize(cls(4)) as handle:
             assert f"{mode}, " in repr(handle)
+
+
+def test_a_vae_that_knows_no_shapes_without_values_is_refused_by_name() -> None:
+    family = FAMILIES["ltx2_diffusion"]
+    vae = family.build()
+    with (
+        halovae.parallelize(vae, mode="tile"),
+        raises(TilingError, "LTX2VideoDiffusionDecoderModel can't be planned on"),
+    ):
+        vae.decode(family.latent())

@@ -117,7 +117,8 @@ def tried(vae: nn.Module, device: torch.device, run: Callable[[], Any], hooks: b
 
 def _left_in(vae: nn.Module) -> str:
     """What to know where a small picture fails: a VAE may go on with what an earlier call has left in it."""
-    left = any(is_picture(tensor) for tensor in kept_tensors(vae))
+    own = set(map(id, vae.buffers()))
+    left = any(is_picture(tensor) and id(tensor) not in own for tensor in kept_tensors(vae))
     return (
         ". It keeps tensors of earlier calls, which smaller pictures don't fit: clear its caches first" if left else ""
     )
@@ -232,8 +233,8 @@ def run_alone(target: Target, half: str, probe: Probe) -> Alone:
         if is_shortage(error):
             raise
         raise VerificationError(
-            f"the un-parallel {half} of {target.name} can't run the probe, so it can't be compared: {error}"
-            f"{_left_in(target.vae)}. Pass verify=False to go without"
+            f"the un-parallel {half} of {target.name} can't run the probe, a smaller picture, so it can't be compared: "
+            f"{error}{_left_in(target.vae)}. Pass verify=False to go without"
         ) from error
     return Alone(first_tensor(result), hooks)
 

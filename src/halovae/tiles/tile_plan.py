@@ -89,6 +89,8 @@ class Planner:
                     raise TilingError("goes on with what the call before has left in it")
                 self._checker.check(args, kwargs, recording)
         except Exception as error:
+            if "meta device" in str(error):  # An operator that knows no shapes without values.
+                raise TilingError(f"can't be planned on shapes alone ({error})") from error
             # Where the call fails without tiles too, the tiles are not to blame: this lets the VAE's own error be seen.
             self._checker.untiled(args, kwargs)
             if isinstance(error, TilingError):
