@@ -32,7 +32,7 @@ from PIL import Image
 
 import halovae
 from halovae import media
-from halovae.evaluation import Grid, compare_clips, compare_latents, seam_energy
+from halovae.evaluation import CutLines, compare_clips, compare_latents, seam_energy
 from halovae.media import codec, models, vae_limits
 from halovae.pipelines.demo import make_demo_model
 
@@ -143,9 +143,9 @@ def rows(case: Case, sets: str) -> Iterator[dict[str, Any]]:
 
 
 def row(case: Case, ranks: int, dtype: str, mode: str, one: Way, other: Way, float32: Way) -> dict[str, Any]:
-    tiles = Grid.every((TILE - OVERLAP,) * 2, case.size, (OVERLAP,) * 2)
+    tiles = CutLines.every((TILE - OVERLAP,) * 2, case.size, (OVERLAP,) * 2)
     # The lines in latents are those in pixels, eight times as close.
-    coarse = Grid.every(((TILE - OVERLAP) // 8,) * 2, (case.size[0] // 8, case.size[1] // 8), (OVERLAP // 8,) * 2)
+    coarse = CutLines.every(((TILE - OVERLAP) // 8,) * 2, (case.size[0] // 8, case.size[1] // 8), (OVERLAP // 8,) * 2)
     encode = compare_latents(torch.from_numpy(one[0]), torch.from_numpy(other[0]))
     gap = np.square(other[0] - one[0])
     energy = gap.reshape(-1, *gap.shape[-2:]).mean(axis=0)

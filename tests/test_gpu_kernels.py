@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import fast_rules, group_norm
-from halovae.kernels.convolution import Window, on_gpu
+from halovae.kernels.convolution import Convolution, on_gpu
 from halovae.kernels.fast_mode import FastMode, finished
 from halovae.kernels.gpu import (
     dispatch,
@@ -190,7 +190,7 @@ def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], mo
     joined = Joined(parts, pads=pads)
     whole = F.pad(torch.cat(parts, 2), [p for dim in (4, 3, 2) for p in pads.get(dim, (0, 0))])
     expected = F.conv3d(whole.float(), weight.float(), bias.float(), stride)
-    found = on_gpu(joined, Window(weight, bias, stride, (1, 1, 1)))
+    found = on_gpu(joined, Convolution(weight, bias, stride, (1, 1, 1)))
     assert error(found.float(), expected) < 2**-10  # one rounding; the interpreter has no products of bfloat16
 
 
@@ -198,7 +198,7 @@ def test_a_bias_waits_for_what_follows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "convolves", lambda *_: False)
     monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))  # this processor may have no lower one
     source, weight, bias = video(1, 16, 3, 6, 8), frames(8, 16, 3, 3, 3), frames(8)
-    found = on_gpu(Joined((source,)), Window(weight, bias, (1, 1, 1), (1, 1, 1)))
+    found = on_gpu(Joined((source,)), Convolution(weight, bias, (1, 1, 1), (1, 1, 1)))
     assert isinstance(recipe_of(found), Chain)
     assert error(found, F.conv3d(source, weight, bias)) < TOLERANCE
 

@@ -37,7 +37,7 @@ def write_json(path: Path, document: object) -> None:
     path.write_text(json.dumps(document))
 
 
-def load(source: models.Source, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def load(source: models.VaeSource, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return models.load(source, dtype=dtype, device=torch.device("cpu"))
 
 
@@ -53,7 +53,9 @@ def test_the_shipped_vae(name: str | None) -> None:
 
 def test_a_folder_with_a_vae(vae: Path) -> None:
     source = models.find(str(vae))
-    assert source == models.Source(model=str(vae), location=str(vae), subfolder=None, class_name=FAMILIES["kl"].model)
+    assert source == models.VaeSource(
+        model=str(vae), location=str(vae), subfolder=None, class_name=FAMILIES["kl"].model
+    )
     kept = load_file(vae / WEIGHTS)
     assert all(torch.equal(value, kept[name]) for name, value in load(source).state_dict().items())
 

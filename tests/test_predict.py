@@ -28,7 +28,7 @@ from halovae.predict import measured_rates
 from halovae.predict import predictor as predict_module
 from halovae.predict.measured_rates import MeasuredSpeed
 from halovae.predict.predictor import Prediction, Predictor
-from halovae.predict.rates import GivenSpeed, Job
+from halovae.predict.rates import GivenSpeed, Operation
 
 CPU = torch.device("cpu")
 SPEED = GivenSpeed(flops=1e11, bandwidth=1e10)
@@ -336,7 +336,7 @@ def test_shards_of_about_one_size_share_their_trials() -> None:
             ((picture, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), torch.ops.aten.convolution.default),
             ((picture,), torch.ops.aten.silu.default),
         ):
-            job = Job(func, args, {}, func(*args), makes=True)
+            job = Operation(func, args, {}, func(*args), makes=True)
             assert 0 < speed.seconds(job) < 1
             assert speed.workspace(job) < 2**24
         known.append(len(speed._known))

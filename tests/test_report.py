@@ -19,7 +19,7 @@ from PIL import Image
 
 from halovae.base.errors import InputError
 from halovae.base.timeline import Span
-from halovae.evaluation import Grid, clip_gates, compare_clips, compare_latents, report
+from halovae.evaluation import CutLines, clip_gates, compare_clips, compare_latents, report
 from halovae.evaluation.report import (
     ClipSection,
     LatentSection,
@@ -38,7 +38,7 @@ from halovae.evaluation.report.pictures import MOST_FRAMES, chosen, gain, heat_m
 def made(**changes: Any) -> Report:
     clip, result = bars(), bars()
     result[2, 20:40, 30:60] += 30
-    found = compare_clips(clip, result, Grid(rows=(32,)))
+    found = compare_clips(clip, result, CutLines(rows=(32,)))
     latents = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     seconds, found_lanes = lanes([[Span("encode", 0, 1)], [Span("encode", 0, 2)]])
     section = ClipSection(

@@ -11,7 +11,7 @@ from halovae.calls.record import Recorder
 from halovae.calls.target import Target
 from halovae.comm import SoloComm
 from halovae.tiles import batches as batches_module
-from halovae.tiles.batches import ALONE, Batches, Verdict
+from halovae.tiles.batches import ALONE, Batches, BatchVerdict
 from halovae.tiles.tile_runner import TileRunner
 
 
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         return result - result.mean() if self.mixes else result
 
 
-def run(network: Encoder, tiles: list[Tensor], verdicts: dict[Any, Verdict], **options: Any) -> dict[int, Tensor]:
+def run(network: Encoder, tiles: list[Tensor], verdicts: dict[Any, BatchVerdict], **options: Any) -> dict[int, Tensor]:
     class Vae(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -65,7 +65,7 @@ def tiles(count: int) -> list[Tensor]:
 
 
 def test_tiles_of_one_shape_go_together(on_accelerator: None):
-    network, verdicts = Encoder().double(), dict[Any, Verdict]()
+    network, verdicts = Encoder().double(), dict[Any, BatchVerdict]()
     with torch.no_grad():
         given = tiles(11)
         found = run(network, given, verdicts)
@@ -81,7 +81,7 @@ def test_tiles_of_one_shape_go_together(on_accelerator: None):
 
 @pytest.mark.parametrize(("mixes", "options"), [(True, {}), (False, {"same_bits": True})])
 def test_tiles_by_themselves(mixes: bool, options: dict[str, bool], on_accelerator: None):
-    network, verdicts = Encoder(mixes).double(), dict[Any, Verdict]()
+    network, verdicts = Encoder(mixes).double(), dict[Any, BatchVerdict]()
     with torch.no_grad():
         given = tiles(9)
         found = run(network, given, verdicts, **options)

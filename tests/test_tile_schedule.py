@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from halovae.tiles.tile_plan import Chain, assign
+from halovae.tiles.tile_plan import TileChain, assign
 
 
-def chains(*costs: int) -> list[Chain]:
-    return [Chain((number,), cost) for number, cost in enumerate(costs)]
+def chains(*costs: int) -> list[TileChain]:
+    return [TileChain((number,), cost) for number, cost in enumerate(costs)]
 
 
 def test_longest_first() -> None:

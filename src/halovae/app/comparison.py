@@ -27,7 +27,7 @@ BEFORE = "before rounding to 8 bits and writing"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class ClipResult:
     """One way of a clip through the VAE."""
 
     latents: Tensor
@@ -58,7 +58,7 @@ class Told:
     """The same in a sentence."""
 
 
-def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle: Any, label: str = "") -> Result:
+def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle: Any, label: str = "") -> ClipResult:
     """Encode and decode `clip`, which is padded already.
 
     Args:
@@ -79,11 +79,12 @@ def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle
         f"decode{label}", lambda after: codec.decode(vae, limits, latents.to(dtypes["decode"]), after), handle, calls
     )
     sample = fit.crop(sample) if session.is_first else sample
-    return Result(latents=latents, sample=sample, frames=codec.to_frames(sample), encode=encode, decode=decode)
+    return ClipResult(latents=latents, sample=sample, frames=codec.to_frames(sample), encode=encode, decode=decode)
 
 
 def told(
-    session: Session, source: NDArray[np.uint8], result: Result, alone: Result | None, peak: int | None, lost: str
+    session: Session, source: NDArray[np.uint8], result: ClipResult, alone: ClipResult | None, peak: int | None,
+    lost: str,
 ) -> Told:  # fmt: skip
     """What is said of a run, next to one rank alone where that ran too.
 
@@ -124,7 +125,7 @@ def told(
     return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
 
 
-def differences(one: Result, other: Result) -> dict[str, float]:
+def differences(one: ClipResult, other: ClipResult) -> dict[str, float]:
     """The largest differences, of latents also as a share of the largest latent, and relative L2 distances."""
     latents = (one.latents.double() - other.latents.double()).abs().max().item()
     pixels = (one.sample.double() - other.sample.double()).abs().max().item()
@@ -167,7 +168,7 @@ def in_8_bits(found: dict[str, float], count: int) -> str:
 
 
 def _rows(
-    ranks: str, source: NDArray[np.uint8], result: Result, alone: Result | None, peak: int | None
+    ranks: str, source: NDArray[np.uint8], result: ClipResult, alone: ClipResult | None, peak: int | None
 ) -> list[Row]:  # fmt: skip
     """Time, memory and quality; the last column tells how much faster and leaner the ranks are."""
     own_peak = None if alone is None else max(half.peak_memory or 0 for half in alone.halves.values()) or None
@@ -184,7 +185,7 @@ def _rows(
     return rows if alone is not None else [row[:2] for row in rows]
 
 
-def _alone(source: NDArray[np.uint8], alone: Result) -> dict[str, Any]:
+def _alone(source: NDArray[np.uint8], alone: ClipResult) -> dict[str, Any]:
     return {
         "psnr": finite(psnr(source, alone.frames)),
         "seconds": {name: half.seconds for name, half in alone.halves.items()},

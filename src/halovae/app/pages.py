@@ -19,14 +19,14 @@ from halovae.app.comparison import BEFORE, differences, in_8_bits
 from halovae.app.tables import clip_line, counted, described
 from halovae.base import timeline
 from halovae.base.timeline import Span, Timeline
-from halovae.evaluation import ClipComparison, Frames, Gate, Grid, LatentComparison, compare_clips
+from halovae.evaluation import ClipComparison, CutLines, Frames, Gate, LatentComparison, compare_clips
 from halovae.evaluation.numbers import decibel
 from halovae.evaluation.report import ClipSection, LatentSection, Report, lanes
 from halovae.media.vae_limits import Fit
 from halovae.tiles.tile_settings import TileSettings
 
 if TYPE_CHECKING:
-    from halovae.app.comparison import Result, Told
+    from halovae.app.comparison import ClipResult, Told
     from halovae.app.session import Loaded, Session
     from halovae.media import Clip
 
@@ -40,7 +40,7 @@ def recorded(session: Session) -> Iterator[Timeline]:
         yield found
 
 
-def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[Grid, str]:
+def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[CutLines, str]:
     """Where the last call cut the picture, in pixels, and what these borders are called.
 
     Args:
@@ -51,15 +51,15 @@ def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[Grid, str]:
     """
     size = fit.height, fit.width
     if handle is None or handle.last is None:
-        return Grid(), ""
+        return CutLines(), ""
     if handle.last.mode == "tile":
         tiles = TileSettings.of(vae)
         if tiles is None:
-            return Grid(), ""
+            return CutLines(), ""
         (height, width), (down, across) = tiles.size, tiles.overlap
-        return Grid.every((height - down, width - across), size, tiles.overlap), "tile borders"
+        return CutLines.every((height - down, width - across), size, tiles.overlap), "tile borders"
     rows, columns = (tuple(bound * ratio for bound in bounds) for bounds in handle.last.bounds)
-    return Grid(rows=rows, columns=columns).inside(size), "shard borders"
+    return CutLines(rows=rows, columns=columns).inside(size), "shard borders"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,9 @@ class Run:
     lost: str
     """What writing it changes the pixels by, see `clip_files.loss`."""
     clip: Clip
-    result: Result
+    result: ClipResult
     """Of the ranks."""
-    alone: Result | None
+    alone: ClipResult | None
     """Of one rank without any cut, if that was asked for."""
     told: Told
     """What the terminal says."""
@@ -158,7 +158,7 @@ def memory_words(device: torch.device) -> str:
 
 
 def _section(
-    title: str, text: str, names: tuple[str, str], reference: Frames, result: Frames, cut: tuple[Grid, str]
+    title: str, text: str, names: tuple[str, str], reference: Frames, result: Frames, cut: tuple[CutLines, str]
 ) -> ClipSection:
     """Compare, with seams at the borders of the cut."""
     grid, grid_name = cut

@@ -32,7 +32,7 @@ T = TypeVar("T")
 class Loaded:
     """A VAE, ready to be used."""
 
-    source: models.Source
+    source: models.VaeSource
     vae: Any
     limits: fit.Limits
 

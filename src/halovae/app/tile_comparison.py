@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae.app.clip_files import lossy_words
-from halovae.app.comparison import GATHER, Result, Told, allowed_l2, differences, run_through
+from halovae.app.comparison import GATHER, ClipResult, Told, allowed_l2, differences, run_through
 from halovae.app.session import Loaded, Session
 from halovae.app.tables import Row, counted, mebibytes, table
 from halovae.base.errors import NotExactError
@@ -37,12 +37,12 @@ class Gap:
 class Ways:
     """One clip's ways through the VAE; those that it refuses are missing."""
 
-    tiles: Result
+    tiles: ClipResult
     """On the ranks."""
-    own: Result
+    own: ClipResult
     """The VAE's own tiles, on one rank."""
-    exact: Result | None
-    whole: Result | None
+    exact: ClipResult | None
+    whole: ClipResult | None
     """Without tiles, on one rank."""
 
     @property
@@ -50,14 +50,14 @@ class Ways:
         """Whether tiles on ranks and the VAE's own on one rank give the same, latents and pixels."""
         return torch.equal(self.tiles.latents, self.own.latents) and torch.equal(self.tiles.sample, self.own.sample)
 
-    def gap(self, result: Result) -> Gap | None:
+    def gap(self, result: ClipResult) -> Gap | None:
         if self.whole is None:
             return None
         largest = (result.sample.float() - self.whole.sample.float()).abs().max().item()
         return Gap(psnr=psnr(result.frames, self.whole.frames), largest=largest)
 
 
-def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> Result | None:
+def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> ClipResult | None:
     """The clip in exact mode, on all ranks; None where exact mode refuses the VAE."""
     if Target(loaded.vae).tiles_only:
         return None
@@ -69,7 +69,7 @@ def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> Resul
 
 
 def run_rest(
-    session: Session, loaded: Loaded, fit: Fit, clip: Tensor, tiles: Result, exact: Result | None
+    session: Session, loaded: Loaded, fit: Fit, clip: Tensor, tiles: ClipResult, exact: ClipResult | None
 ) -> Ways:  # fmt: skip
     """Run the rest of the ways, on this rank alone."""
     with _tiling(loaded.vae, True):
@@ -155,7 +155,7 @@ def _as_document(source: NDArray[np.uint8], ways: Ways) -> dict[str, Any]:
     }
 
 
-def _way(source: NDArray[np.uint8], ways: Ways, result: Result) -> dict[str, Any]:
+def _way(source: NDArray[np.uint8], ways: Ways, result: ClipResult) -> dict[str, Any]:
     gap = ways.gap(result)
     distances = {} if gap is None else vars(gap)
     return {

@@ -41,7 +41,7 @@ _GAIN = 0.97
 
 
 @dataclass(frozen=True)
-class Recording:
+class KernelRecording:
     """A call that can be replayed: the tape, and where on the device its arguments and its result are."""
 
     key: Any
@@ -75,7 +75,7 @@ class Graphs:
 
     def __init__(self, comm: Comm, target: Target, always: bool = True) -> None:
         self._comm, self._target, self._always = comm, target, always
-        self._recordings: dict[str, Recording] = {}
+        self._recordings: dict[str, KernelRecording] = {}
         self._last: dict[str, Any] = {}
         self._refused: set[Any] = set()
         self._taken: dict[str, int] = {}
@@ -171,7 +171,7 @@ class Graphs:
 
     def _record(
         self, key: Any, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Recording | None:  # fmt: skip
+    ) -> KernelRecording | None:  # fmt: skip
         """Sends nothing, so a rank may fail in it by itself."""
         device = tensors_in((args, kwargs))[0].device
         gc.collect()
@@ -185,7 +185,7 @@ class Graphs:
             LOG.info("a call of %s can't be recorded: %s", self._target.name, error)
             return None
         held = sum(tensor.nbytes for tensor in tensors_in(result))
-        return Recording(key, tape, (args, kwargs), result, max(0, memory.growth - held))
+        return KernelRecording(key, tape, (args, kwargs), result, max(0, memory.growth - held))
 
 
 def read_by(vae: nn.Module) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from halovae.base.errors import InputError
 from halovae.cli import flags
 
 if TYPE_CHECKING:
-    from halovae.evaluation import ClipComparison, Gate, Grid, LatentComparison
+    from halovae.evaluation import ClipComparison, CutLines, Gate, LatentComparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def _check_gates(job: _Job, one: bool, other: bool) -> None:
 def _compare_clips(job: _Job) -> list[Gate]:
     from halovae.app.clip_files import read_clips
     from halovae.app.session import Stages
-    from halovae.evaluation import Grid, clip_gates, compare_clips
+    from halovae.evaluation import CutLines, clip_gates, compare_clips
 
     stages = Stages(speaks=True)
     with stages.stage("read") as advance:
@@ -78,7 +78,7 @@ def _compare_clips(job: _Job) -> list[Gate]:
     grid = None
     if job.grid is not None:
         height, width, overlap = job.grid
-        grid = Grid.every((height, width), pair.size, (overlap, overlap))
+        grid = CutLines.every((height, width), pair.size, (overlap, overlap))
     with stages.stage("compare", pair.count) as advance:
         found = compare_clips(pair.reference, pair.result, grid, advance)
     gates = clip_gates(found, min_ssim=job.min_ssim, min_psnr=job.min_psnr)
@@ -155,7 +155,7 @@ def _shift(shift: tuple[float, float, float]) -> str:
     return " ".join(f"{value:+.2f}" for value in shift)
 
 
-def _lines(grid: Grid) -> str:
+def _lines(grid: CutLines) -> str:
     if not grid:
         return ""
     rows, columns = (" ".join(map(str, lines)) or "none" for lines in (grid.rows, grid.columns))

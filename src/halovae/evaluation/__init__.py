@@ -7,14 +7,14 @@ from halovae.evaluation.clip_scores import ClipComparison, Frames, compare_clips
 from halovae.evaluation.gates import Gate, clip_gates, latent_gates
 from halovae.evaluation.latent_scores import LatentComparison, compare_latents
 from halovae.evaluation.scores import FrameScores, psnr, score_frame
-from halovae.evaluation.seams import Grid, near_lines, seam_energy
+from halovae.evaluation.seams import CutLines, near_lines, seam_energy
 
 __all__ = [
     "ClipComparison",
+    "CutLines",
     "FrameScores",
     "Frames",
     "Gate",
-    "Grid",
     "LatentComparison",
     "clip_gates",
     "compare_clips",

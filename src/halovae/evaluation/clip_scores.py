@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from halovae.evaluation.numbers import finite, mean, mean_known
 from halovae.evaluation.scores import FrameScores, as_floats, psnr, score_frame
-from halovae.evaluation.seams import Grid, Map, seam_energy
+from halovae.evaluation.seams import CutLines, Map, seam_energy
 
 Frames = Iterable[NDArray[Any]]
 """(frames, height, width, 3) of levels from 0 to 255; can be gone through more than once."""
@@ -29,7 +29,7 @@ class ClipComparison:
     one frame."""
     energy: Map
     """(height, width): squared difference in levels², the mean over frames and channels."""
-    grid: Grid
+    grid: CutLines
     """The lines that seam energy was measured at, if any."""
     seam: float | None
     """Seam energy, see `seams.seam_energy`."""
@@ -103,7 +103,7 @@ class ClipComparison:
 def compare_clips(
     reference: Frames,
     result: Frames,
-    grid: Grid | None = None,
+    grid: CutLines | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> ClipComparison:
     """Score every frame.
@@ -123,7 +123,7 @@ def compare_clips(
         advance()
     assert isinstance(energy, np.ndarray), "a clip has at least one frame"
     energy = energy / len(scores)
-    grid = (grid or Grid()).inside((energy.shape[0], energy.shape[1]))
+    grid = (grid or CutLines()).inside((energy.shape[0], energy.shape[1]))
     return ClipComparison(
         frames=tuple(scores),
         psnr=psnr(reference, result),

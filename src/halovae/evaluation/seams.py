@@ -21,7 +21,7 @@ REACH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class CutLines:
     """Where a picture was cut."""
 
     rows: tuple[int, ...] = ()
@@ -35,24 +35,24 @@ class Grid:
         return bool(self.rows or self.columns)
 
     @classmethod
-    def every(cls, step: tuple[int, int], size: tuple[int, int], overlap: tuple[int, int] = (0, 0)) -> Grid:
+    def every(cls, step: tuple[int, int], size: tuple[int, int], overlap: tuple[int, int] = (0, 0)) -> CutLines:
         """A line after each `step` rows and columns of a picture of `size`; a step of 0 gives none."""
         rows, columns = (tuple(range(s, most, s)) if s else () for s, most in zip(step, size, strict=True))
         return cls(rows=rows, columns=columns, overlap=overlap)
 
-    def inside(self, size: tuple[int, int]) -> Grid:
+    def inside(self, size: tuple[int, int]) -> CutLines:
         """The lines that lie inside a picture of `size`; bounds of an axis hold its two ends too."""
         rows, columns = (
             tuple(sorted({n for n in lines if 0 < n < most}))
             for lines, most in zip((self.rows, self.columns), size, strict=True)
         )
-        return Grid(rows=rows, columns=columns, overlap=self.overlap)
+        return CutLines(rows=rows, columns=columns, overlap=self.overlap)
 
     def to_dict(self) -> dict[str, list[int]]:
         return {name: list(value) for name, value in vars(self).items()}
 
 
-def near_lines(size: tuple[int, int], grid: Grid, reach: int = REACH) -> NDArray[np.bool_]:
+def near_lines(size: tuple[int, int], grid: CutLines, reach: int = REACH) -> NDArray[np.bool_]:
     """Which positions of a picture of `size` (height, width) lie within `reach` of a line or where tiles overlap."""
     near = np.zeros(size, dtype=np.bool_)
     for line in grid.rows:
@@ -62,7 +62,7 @@ def near_lines(size: tuple[int, int], grid: Grid, reach: int = REACH) -> NDArray
     return near
 
 
-def seam_energy(energy: NDArray[Any], grid: Grid, reach: int = REACH) -> float | None:
+def seam_energy(energy: NDArray[Any], grid: CutLines, reach: int = REACH) -> float | None:
     """Mean energy near the lines over mean energy elsewhere: 1 where the lines make no difference.
 
     Args:

@@ -29,7 +29,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Window:
+class Convolution:
     """A convolution without its input: weight in the dtype of the model, geometry by dimension."""
 
     weight: Tensor
@@ -68,7 +68,7 @@ def convolution(
     pads = {2 + i: (p, p) for i, p in enumerate(padding) if p}
     joined = joined.padded(pads, Fill()) or Joined((plain(tensor),)).padded(pads, Fill())
     assert joined is not None
-    window = Window(alike(weight, joined.parts[0]), bias, tuple(stride), tuple(dilation))
+    window = Convolution(alike(weight, joined.parts[0]), bias, tuple(stride), tuple(dilation))
     if n == 3:
         joined, window = _without_zero_frames(joined, window)
     if device_type(joined.device) != "cpu":
@@ -79,7 +79,7 @@ def convolution(
     return _on_cpu(joined, window)
 
 
-def _on_cpu(joined: Joined, window: Window) -> Tensor:
+def _on_cpu(joined: Joined, window: Convolution) -> Tensor:
     work, weight = working_dtype(joined.dtype), window.weight
     shape = [joined.shape[0], len(weight), *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:]))]
     make_room(prod(shape) * joined.dtype.itemsize)
@@ -103,7 +103,7 @@ def _on_cpu(joined: Joined, window: Window) -> Tensor:
     return _by_pieces(joined, line, shape, work, step, lambda slab, out: out.copy_(_run(slab, window, zeros, work)))
 
 
-def _without_zero_frames(joined: Joined, window: Window) -> tuple[Joined, Window]:
+def _without_zero_frames(joined: Joined, window: Convolution) -> tuple[Joined, Convolution]:
     """Leave out zeros before the first frame, and the taps that meet them, where each tap meets nothing else."""
     before, after = joined.pads.get(2, (0, 0))
     zeros = joined.fill == Fill()
@@ -114,7 +114,7 @@ def _without_zero_frames(joined: Joined, window: Window) -> tuple[Joined, Window
     return replace(joined, pads={d: p for d, p in pads.items() if p != (0, 0)}), replace(window, first_tap=before)
 
 
-def on_gpu(joined: Joined, window: Window) -> Tensor:
+def on_gpu(joined: Joined, window: Convolution) -> Tensor:
     """At once: join and pad in time, let the operator pad height and width where it can."""
     n = len(joined.shape) - 2
     size = tuple(window.out_size(joined.shape[2 + i], i) for i in range(n))
@@ -131,7 +131,7 @@ def on_gpu(joined: Joined, window: Window) -> Tensor:
     return _by_library(joined.settled(), window, [0] * n)
 
 
-def _by_library(source: Tensor, window: Window, padding: Sequence[int]) -> Tensor:
+def _by_library(source: Tensor, window: Convolution, padding: Sequence[int]) -> Tensor:
     """Without the bias, which costs the vendor library a pass of its own: what follows adds it on its way."""
     bias = window.bias
     if bias is None or source.dtype not in LOW:
@@ -148,7 +148,7 @@ def _is_alone(joined: Joined) -> bool:
     return len(joined.parts) == 1 and symmetric and (not joined.pads or joined.fill == Fill())
 
 
-def _is_same_size(joined: Joined, window: Window, line: Line) -> bool:
+def _is_same_size(joined: Joined, window: Convolution, line: Line) -> bool:
     """Whether the parts by themselves, padded evenly, give a result of this shape, most of it without the halo."""
     halo = joined.halo
     if halo is None or halo.dim != line.dim or not line.has_many_inside or max(window.stride) > 1:
@@ -162,7 +162,7 @@ def _lead(joined: Joined, dim: int) -> int:
     return halo + joined.pads.get(dim, (0, 0))[0]
 
 
-def _at_once(joined: Joined, window: Window, work: torch.dtype) -> Tensor:
+def _at_once(joined: Joined, window: Convolution, work: torch.dtype) -> Tensor:
     n = len(joined.shape) - 2
     source = joined.parts[0].contiguous(memory_format=memory_format(n + 2, True))
     return _run(source, window, [joined.pads.get(2 + i, (0, 0))[0] for i in range(n)], work)
@@ -195,7 +195,7 @@ def _by_pieces(
     return out
 
 
-def _inside_first(joined: Joined, window: Window, line: Line, work: torch.dtype) -> Tensor:
+def _inside_first(joined: Joined, window: Convolution, line: Line, work: torch.dtype) -> Tensor:
     """All at once, as if zeros were around the parts; then those rows or columns anew that need the halo."""
     n = len(joined.shape) - 2
     pads = [_lead(joined, dim) for dim in range(2, n + 2)]
@@ -206,7 +206,7 @@ def _inside_first(joined: Joined, window: Window, line: Line, work: torch.dtype)
     return out
 
 
-def _run(source: Tensor, window: Window, padding: Sequence[int], work: torch.dtype) -> Tensor:
+def _run(source: Tensor, window: Convolution, padding: Sequence[int], work: torch.dtype) -> Tensor:
     first, taps = window.first_tap, window.weight.shape[2]
 
     def make() -> Tensor:

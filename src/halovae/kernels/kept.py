@@ -22,7 +22,7 @@ def ordinarily() -> Iterator[Callable[[], None]]:
 
 
 @dataclass
-class Made:
+class MadeOfWeight:
     """What was made of one weight, and how to tell that it has changed since."""
 
     weight: weakref.ref[Tensor]
@@ -39,7 +39,7 @@ class Made:
 class Kept:
     """What is kept for one handle. One call at a time may use it."""
 
-    weights: dict[int, Made] = field(default_factory=dict[int, Made])
+    weights: dict[int, MadeOfWeight] = field(default_factory=dict[int, MadeOfWeight])
     """By the id of the weight."""
     while_making: Making = ordinarily
     """Entered while something is made of one."""

@@ -18,7 +18,7 @@ from halovae.base.private_torch import without_modes
 Piece = TypeVar("Piece")
 
 
-class StandIn:
+class DeviceStandIn:
     """What tensors of the meta device stand for.
 
     Args:
@@ -58,13 +58,13 @@ class StandIn:
                 self.turns //= 1 + len(others)
 
 
-_current: ContextVar[StandIn | None] = ContextVar("_current", default=None)
+_current: ContextVar[DeviceStandIn | None] = ContextVar("_current", default=None)
 
 
 @contextmanager
-def standing_in(device: torch.device) -> Iterator[StandIn]:
+def standing_in(device: torch.device) -> Iterator[DeviceStandIn]:
     """Within it, tensors of the meta device stand for those of `device`."""
-    stand_in = StandIn(device)
+    stand_in = DeviceStandIn(device)
     token = _current.set(stand_in)
     try:
         yield stand_in

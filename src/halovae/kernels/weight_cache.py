@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halovae.base.functions import outside_modes
 from halovae.base.private_torch import changes
-from halovae.kernels.kept import Made, kept
+from halovae.kernels.kept import MadeOfWeight, kept
 from halovae.kernels.shapes_only import device_type
 
 
@@ -41,7 +41,7 @@ def keeps(weight: Tensor, kind: Hashable, size: int) -> bool:
     return (made is not None and kind in made.by_kind) or _has_room(size)
 
 
-def _made_of(weight: Tensor) -> Made | None:
+def _made_of(weight: Tensor) -> MadeOfWeight | None:
     """What was made of a weight as it is now."""
     store, key = kept(), id(weight)
     made = store.weights.get(key)
@@ -57,10 +57,12 @@ def _made_of(weight: Tensor) -> Made | None:
     return None
 
 
-def _begun(weight: Tensor) -> Made:
+def _begun(weight: Tensor) -> MadeOfWeight:
     store, key = kept(), id(weight)
     weights = store.weights
-    made = Made(weakref.ref(weight, lambda _: weights.pop(key, None)), _place(weight), _digest(weight), store.call)
+    made = MadeOfWeight(
+        weakref.ref(weight, lambda _: weights.pop(key, None)), _place(weight), _digest(weight), store.call
+    )
     weights[key] = made
     return made
 

@@ -22,7 +22,7 @@ _SHIPPED = str(Path(__file__).with_name("demo_vae"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class VaeSource:
     """Where a VAE is, found without loading any weights."""
 
     model: str
@@ -33,7 +33,7 @@ class Source:
     class_name: str
 
 
-def find(model: str | None) -> Source:
+def find(model: str | None) -> VaeSource:
     """Find the VAE of `model`.
 
     Args:
@@ -50,12 +50,12 @@ def find(model: str | None) -> Source:
     index = read_config(location, "model_index.json")
     if index is not None:
         component, class_name = _component(name, index)
-        return Source(model=shown, location=location, subfolder=component, class_name=class_name)
+        return VaeSource(model=shown, location=location, subfolder=component, class_name=class_name)
     for subfolder in (None, "vae"):
         config = read_config(location, _config(subfolder))
         if config is not None:
             class_name = _checked(config, f"--model {name} holds")
-            return Source(model=shown, location=location, subfolder=subfolder, class_name=class_name)
+            return VaeSource(model=shown, location=location, subfolder=subfolder, class_name=class_name)
     if name is _SHIPPED:
         raise InputError("this installation lacks the demonstration VAE: reinstall halovae, or name a --model")
     raise InputError(f"{name} has no VAE: neither model_index.json nor config.json nor vae/config.json is there")
@@ -89,7 +89,7 @@ def read_config(model: str, name: str) -> dict[str, Any] | None:
     return read_json(path)
 
 
-def load(source: Source, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load(source: VaeSource, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Load the VAE for inference.
 
     Raises:

@@ -17,7 +17,7 @@ from halovae.base.memory import allocated_by, free_bytes, is_shortage
 from halovae.calls.dataflow import Spec, key_of, mapped, to_meta
 from halovae.calls.randomness import frozen_generators
 from halovae.kernels.cpu.packed import PACKED_CONVOLUTION, Geometry
-from halovae.predict.rates import ATTENTION, KEPT, GivenSpeed, Job
+from halovae.predict.rates import ATTENTION, KEPT, GivenSpeed, Operation
 
 LOG = logging.getLogger("halovae")
 _ROUNDS = 3
@@ -88,7 +88,7 @@ class MeasuredSpeed:
         self._size = _size_on(device)
         self.rates = rates_of(device, dtype)
 
-    def seconds(self, job: Job) -> float:
+    def seconds(self, job: Operation) -> float:
         if not job.bytes:
             return self.rates.seconds(job)
         size = self._size if job.flops or self.device.type != "cpu" else _PLAIN
@@ -100,7 +100,7 @@ class MeasuredSpeed:
         new = self.rates.touch * job.made if job.made >= KEPT > small.made else 0.0
         return share * self._tried(small).seconds + new
 
-    def workspace(self, job: Job) -> int:
+    def workspace(self, job: Operation) -> int:
         """Of trials with two numbers of columns, continued in a straight line."""
         if not job.bytes:
             return 0
@@ -115,7 +115,7 @@ class MeasuredSpeed:
         growth = (more - self._tried(less, timed=False).allocated + less.made) / (small.made - less.made)
         return max(0, more + round(growth * (job.made - small.made)))
 
-    def _tried(self, job: Job, timed: bool = True) -> _Trial:
+    def _tried(self, job: Operation, timed: bool = True) -> _Trial:
         """What is measured of a job, once; rates tell where an operator wants more of its arguments than a shape."""
         key = timed, job.func, key_of(job.args), key_of(job.kwargs)
         if key not in self._known:
@@ -137,7 +137,7 @@ class MeasuredSpeed:
         timed = [trial for (timed, *_), trial in self._known.items() if timed]
         return sum(not trial.steady for trial in timed) / max(1, len(timed))
 
-    def _arguments(self, job: Job) -> tuple[Any, Any]:
+    def _arguments(self, job: Operation) -> tuple[Any, Any]:
         """Real ones of these shapes, with a packed weight where the operator takes one."""
         args, kwargs = (mapped(self._real, value) for value in (job.args, job.kwargs))
         if str(job.func) == PACKED_CONVOLUTION:
@@ -154,7 +154,7 @@ class MeasuredSpeed:
         tensor = Spec(leaf).empty(self.device)
         return tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
 
-    def _cropped(self, job: Job, size: _Size, columns: tuple[int, ...]) -> Job | None:
+    def _cropped(self, job: Operation, size: _Size, columns: tuple[int, ...]) -> Operation | None:
         """The same call on fewer columns, or None where that can't be made or is still too much."""
         for count in columns:
             try:
@@ -249,7 +249,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def _with_size(job: Job, size: _Size, columns: int) -> Job:
+def _with_size(job: Operation, size: _Size, columns: int) -> Operation:
     most = {-2: size.rows, -1: columns}
 
     def least(leaf: Tensor, dim: int) -> int:
@@ -273,4 +273,4 @@ def _with_size(job: Job, size: _Size, columns: int) -> Job:
         return spec.empty("meta")
 
     args, kwargs = mapped(crop, job.args), mapped(crop, job.kwargs)
-    return Job(job.func, args, kwargs, job.func(*args, **mapped(to_meta, kwargs)), job.makes)
+    return Operation(job.func, args, kwargs, job.func(*args, **mapped(to_meta, kwargs)), job.makes)

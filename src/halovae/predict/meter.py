@@ -23,7 +23,7 @@ from halovae.kernels import autocast
 from halovae.kernels.kept import apart
 from halovae.kernels.lazy.deferred import Deferred, computed
 from halovae.kernels.shapes_only import standing_in
-from halovae.predict.rates import Job, Speed
+from halovae.predict.rates import Operation, Speed
 
 Cost = tuple[float, int, int]
 """Seconds, floating-point operations, and bytes beside arguments and result."""
@@ -60,7 +60,7 @@ class Costs:
         known = self._known.get(key)
         if known is None:
             result = self._shapes.run(func, args, kwargs)
-            cost = self._of(Job(func, args, kwargs, result, makes))
+            cost = self._of(Operation(func, args, kwargs, result, makes))
             # What writes into an argument is not run again, unless that has another shape then.
             same = (key_of(args), key_of(kwargs) if kwargs else ()) == key[1:]
             self._known[key] = (result if makes else _place_of(result, args, kwargs) if same else None), cost
@@ -76,10 +76,10 @@ class Costs:
         """Views of one kind all cost the same: the call."""
         result = self._shapes.run(func, args, kwargs)
         if func not in self._views:
-            self._views[func] = self._of(Job(func, args, kwargs, result, makes=False))
+            self._views[func] = self._of(Operation(func, args, kwargs, result, makes=False))
         return result, self._views[func]
 
-    def _of(self, job: Job) -> Cost:
+    def _of(self, job: Operation) -> Cost:
         return self._speed.seconds(job), job.flops, self._speed.workspace(job)
 
 

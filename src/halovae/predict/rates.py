@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-class Job:
+class Operation:
     """One call of an operator, with its arguments and result known by shape.
 
     Args:
@@ -105,9 +105,9 @@ class Speed(Protocol):
         """The device, or one of its type: it decides which kernels there are."""
         ...
 
-    def seconds(self, job: Job) -> float: ...
+    def seconds(self, job: Operation) -> float: ...
 
-    def workspace(self, job: Job) -> int:
+    def workspace(self, job: Operation) -> int:
         """Bytes that the operator needs besides its arguments and its result."""
         ...
 
@@ -127,10 +127,10 @@ class GivenSpeed:
     device: torch.device = _CPU
     """One of its type: it decides which kernels there are."""
 
-    def seconds(self, job: Job) -> float:
+    def seconds(self, job: Operation) -> float:
         if not job.bytes and self.device.type != "cpu":
             return 0.0  # A view or an allocation is the host's work, which runs ahead of the device.
         return max(job.flops / self.flops, job.bytes / self.bandwidth) + self.overhead + self.touch * job.untouched
 
-    def workspace(self, job: Job) -> int:
+    def workspace(self, job: Operation) -> int:
         return 0

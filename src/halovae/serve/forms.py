@@ -26,7 +26,7 @@ from halovae.media.images import open_image, upright_rgb
 from halovae.pipelines.grid import TokenGrid
 from halovae.serve.server_settings import ServeOptions, ServerLimits
 from halovae.serve.service import ApiError, Service
-from halovae.serve.store import DECODE, ENCODE, VIDEO, Job, Store
+from halovae.serve.store import DECODE, ENCODE, VIDEO, Store, StoredJob
 
 _TEXT = 20_000
 """Characters of a prompt."""
@@ -116,7 +116,7 @@ class FormFaults:
             raise ApiError(400, "; ".join(messages), param=next(iter(self.found)), code="invalid_value")
 
 
-async def accepted(request: Request) -> Job:
+async def accepted(request: Request) -> StoredJob:
     """Take in a request for a video: its fields checked, its image on the disk.
 
     Raises:
@@ -139,7 +139,7 @@ async def accepted(request: Request) -> Job:
             return service.submit(job, VIDEO, {"settings": settings})
 
 
-async def accepted_file(request: Request, kind: str) -> Job:
+async def accepted_file(request: Request, kind: str) -> StoredJob:
     """Take in a request of another kind, of which a file is all but everything.
 
     Raises:
@@ -347,7 +347,7 @@ def described(error: Mapping[str, Any]) -> tuple[str, str]:
     return name, f"{name}{shown}: {error['msg']}"
 
 
-def video_document(job: Job, progress: int, store: Store, options: ServeOptions) -> dict[str, Any]:
+def video_document(job: StoredJob, progress: int, store: Store, options: ServeOptions) -> dict[str, Any]:
     """A job as clients see it: what OpenAI's clients know, and then more."""
     settings, result = job.request["settings"], job.result or {}
     sizes = {**settings, **result}

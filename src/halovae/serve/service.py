@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from halovae.base.files import first_line, reason
 from halovae.serve.ranks import SILENT_SECONDS, Message, Ranks
 from halovae.serve.server_settings import ServeOptions
-from halovae.serve.store import COMPLETED, ERRORS, NO_ROOM, QUEUED, Job, Store
+from halovae.serve.store import COMPLETED, ERRORS, NO_ROOM, QUEUED, Store, StoredJob
 
 ATTEMPTS = 2
 """How often a job is begun at most, when the ranks end while they work on it: it may be the job that ends them."""
@@ -79,7 +79,7 @@ class Metrics:
         """Count something that is known when it is asked for."""
         Gauge(name, words, registry=self._registry).set_function(value)
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: StoredJob) -> None:
         """A job is over."""
         self.jobs.labels(job.kind, job.status).inc()
         if job.started is not None and job.finished is not None:
@@ -165,7 +165,7 @@ class Service:
                 headers={"Retry-After": str(seconds)},
             )
 
-    def submit(self, job: str, kind: str, request: Mapping[str, Any]) -> Job:
+    def submit(self, job: str, kind: str, request: Mapping[str, Any]) -> StoredJob:
         """Accept a job whose files are in its folder.
 
         Raises:
@@ -202,13 +202,13 @@ class Service:
                 self._wait_for_room(again)
         return _not_kept(_why(error))
 
-    def progress(self, job: Job) -> int:
+    def progress(self, job: StoredJob) -> int:
         """In percent. Of a running job: of its steps."""
         if job.status == COMPLETED:
             return 100
         return self._current.progress if self._current is not None and self._current.id == job.id else 0
 
-    async def changes(self, job: str, seconds: float) -> AsyncIterator[Job | None]:
+    async def changes(self, job: str, seconds: float) -> AsyncIterator[StoredJob | None]:
         """The job now, and whenever something has changed, until it is over or gone (None).
 
         Args:
@@ -294,7 +294,7 @@ class Service:
         except ERRORS as error:
             self._wait_for_room(error)
 
-    def _hand_over(self, job: Job) -> None:
+    def _hand_over(self, job: StoredJob) -> None:
         self._current = _Current(job.id)
         path = self.store.input(job.id)
         self.ranks.send(
@@ -325,7 +325,7 @@ class Service:
     def _fail(self, job: str, code: str, message: str) -> None:
         self._finished(self.store.fail(job, code, message))
 
-    def _finished(self, job: Job | None) -> None:
+    def _finished(self, job: StoredJob | None) -> None:
         if job is not None:
             self.metrics.finished(job)
             log.info("%s %s%s", job.id, job.status, f": {job.error['message']}" if job.error else "")

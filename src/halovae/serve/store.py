@@ -58,7 +58,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, number);
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class StoredJob:
     """One job, as it is on disk."""
 
     number: int
@@ -166,7 +166,7 @@ class Store:
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
-    def add(self, job: str, kind: str, request: Mapping[str, Any]) -> Job:
+    def add(self, job: str, kind: str, request: Mapping[str, Any]) -> StoredJob:
         """Accept a job whose files are there."""
         _sync_folder(self._files / job)
         _sync_folder(self._files)
@@ -176,10 +176,10 @@ class Store:
         )
         return self._known(job)
 
-    def get(self, job: str) -> Job | None:
+    def get(self, job: str) -> StoredJob | None:
         return self._first("SELECT * FROM jobs WHERE id = ?", (job,))
 
-    def next(self) -> Job | None:
+    def next(self) -> StoredJob | None:
         """The job that has waited longest."""
         return self._first("SELECT * FROM jobs WHERE status = ? ORDER BY number LIMIT 1", (QUEUED,))
 
@@ -193,13 +193,13 @@ class Store:
         query = "UPDATE jobs SET status = ?, started = NULL, attempts = attempts - ? WHERE id = ?"
         self._base.execute(query, (QUEUED, 0 if counts else 1, job))
 
-    def complete(self, job: str, result: Mapping[str, Any]) -> Job | None:
+    def complete(self, job: str, result: Mapping[str, Any]) -> StoredJob | None:
         """None: it was removed in the meantime."""
         with suppress(FileNotFoundError):
             _sync_folder(self._files / job)
         return self._end(job, COMPLETED, "result", result)
 
-    def fail(self, job: str, code: str, message: str) -> Job | None:
+    def fail(self, job: str, code: str, message: str) -> StoredJob | None:
         """None: it was removed in the meantime."""
         return self._end(job, FAILED, "error", {"code": code, "message": message})
 
@@ -212,7 +212,7 @@ class Store:
             self._base.execute(query, (job,))
         self.drop_files(job)
 
-    def videos(self, after: Job | None, limit: int, newest_first: bool) -> list[Job]:
+    def videos(self, after: StoredJob | None, limit: int, newest_first: bool) -> list[StoredJob]:
         """A page of the videos, in the order in which they came."""
         beyond, order = ("<", "DESC") if newest_first else (">", "ASC")
         condition = "kind = ?"
@@ -228,7 +228,7 @@ class Store:
     def count(self, status: str) -> int:
         return int(self._base.execute("SELECT COUNT(*) FROM jobs WHERE status = ?", (status,)).fetchone()[0])
 
-    def ahead(self, job: Job) -> int:
+    def ahead(self, job: StoredJob) -> int:
         """How many queued jobs will be begun before this one."""
         query = "SELECT COUNT(*) FROM jobs WHERE status = ? AND number < ?"
         return int(self._base.execute(query, (QUEUED, job.number)).fetchone()[0])
@@ -249,19 +249,19 @@ class Store:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _end(self, job: str, status: str, column: str, value: Mapping[str, Any]) -> Job | None:
+    def _end(self, job: str, status: str, column: str, value: Mapping[str, Any]) -> StoredJob | None:
         self._base.execute(
             f"UPDATE jobs SET status = ?, finished = ?, {column} = ? WHERE id = ?",
             (status, time.time(), json.dumps(value), job),
         )
         return self.get(job)
 
-    def _known(self, job: str) -> Job:
+    def _known(self, job: str) -> StoredJob:
         found = self.get(job)
         assert found is not None
         return found
 
-    def _first(self, query: str, values: Sequence[Any]) -> Job | None:
+    def _first(self, query: str, values: Sequence[Any]) -> StoredJob | None:
         row = self._base.execute(query, values).fetchone()
         return None if row is None else _job(row)
 
@@ -281,11 +281,11 @@ class Store:
         self._base.execute("UPDATE jobs SET status = ?, started = NULL WHERE status = ?", (QUEUED, RUNNING))
 
 
-def _job(row: sqlite3.Row) -> Job:
+def _job(row: sqlite3.Row) -> StoredJob:
     values = dict(row)
     for name in ("request", "result", "error"):
         values[name] = None if values[name] is None else json.loads(values[name])
-    return Job(**values)
+    return StoredJob(**values)
 
 
 def _locked(path: Path) -> IO[str]:

@@ -12,7 +12,7 @@ from starlette.background import BackgroundTask
 
 from halovae.serve.forms import accepted, accepted_file, body_of, video_document
 from halovae.serve.service import ApiError, Service
-from halovae.serve.store import COMPLETED, DECODE, ENCODE, FAILED, VIDEO, Job
+from halovae.serve.store import COMPLETED, DECODE, ENCODE, FAILED, VIDEO, StoredJob
 
 _HEARTBEAT = 10.0
 """Seconds after which a stream of events says that it is still there."""
@@ -32,11 +32,11 @@ Serving = Annotated[Service, Depends(_service)]
 """The service behind a request."""
 
 
-async def _video(service: Serving, video_id: Annotated[str, Path(max_length=100, pattern=r"^[ -~]*$")]) -> Job:
+async def _video(service: Serving, video_id: Annotated[str, Path(max_length=100, pattern=r"^[ -~]*$")]) -> StoredJob:
     return _known(service, video_id)
 
 
-Video = Annotated[Job, Depends(_video)]
+Video = Annotated[StoredJob, Depends(_video)]
 """That a path names."""
 
 
@@ -134,7 +134,7 @@ async def _through(request: Request, service: Service, kind: str, media_type: st
     return FileResponse(path, media_type=media_type, filename=path.name, background=BackgroundTask(forget))
 
 
-async def _finished(request: Request, service: Service, job: str) -> Job:
+async def _finished(request: Request, service: Service, job: str) -> StoredJob:
     """Wait for a job's end, as long as the client does.
 
     Raises:
@@ -154,7 +154,7 @@ async def _finished(request: Request, service: Service, job: str) -> Job:
     raise ApiError(409, "the job was removed before it was done", code="cancelled")
 
 
-def _known(service: Service, video_id: str) -> Job:
+def _known(service: Service, video_id: str) -> StoredJob:
     job = service.store.get(video_id)
     if job is None or job.kind != VIDEO:
         raise ApiError(404, f"there is no video {video_id!r}", param="video_id", code="not_found")
@@ -165,11 +165,11 @@ def _gone(video_id: str) -> dict[str, Any]:
     return {"id": video_id, "object": "video.deleted", "deleted": True}
 
 
-def _document(service: Service, job: Job) -> dict[str, Any]:
+def _document(service: Service, job: StoredJob) -> dict[str, Any]:
     return video_document(job, service.progress(job), service.store, service.options)
 
 
-def _content(service: Service, job: Job, variant: str = "video") -> FileResponse:
+def _content(service: Service, job: StoredJob, variant: str = "video") -> FileResponse:
     store = service.store
     path, kind = {
         "video": (store.output(job.id), "video/mp4"),

@@ -38,7 +38,7 @@ TRIED = 4
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BatchVerdict:
     """How tiles of one kind are run."""
 
     tiles: int
@@ -47,7 +47,7 @@ class Verdict:
     """Whether results are, bit for bit, those of single tiles."""
 
 
-ALONE = Verdict(1, same_bits=True)
+ALONE = BatchVerdict(1, same_bits=True)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Batches:
 
     def __init__(
         self, network: nn.Module, calls: tuple[NetworkCall, ...], mine: set[int], device: torch.device,
-        verdicts: dict[Any, Verdict], same_bits: bool = False,
+        verdicts: dict[Any, BatchVerdict], same_bits: bool = False,
     ) -> None:  # fmt: skip
         self._network, self._calls, self._device, self._verdicts = network, calls, device, verdicts
         needed = {earlier for call in calls for earlier in call.needs}
@@ -149,7 +149,7 @@ class Batches:
         self._verdicts[key] = self._judge(waiting[:most], singly, min(seconds), most) if most > 1 else ALONE
         return singly
 
-    def _judge(self, waiting: list[_Waiting], singly: dict[int, Any], seconds: float, most: int) -> Verdict:
+    def _judge(self, waiting: list[_Waiting], singly: dict[int, Any], seconds: float, most: int) -> BatchVerdict:
         try:
             found = self._together(waiting)  # The first time kernels are made.
             together = min(self._seconds(lambda: self._together(waiting)) for _ in range(2))
@@ -164,7 +164,7 @@ class Batches:
         ]
         if seconds * len(waiting) < GAIN * together or not all(is_rounding(a, b) for a, b in pairs):
             return ALONE
-        return Verdict(most, same_bits=all(torch.equal(a, b) for a, b in pairs))
+        return BatchVerdict(most, same_bits=all(torch.equal(a, b) for a, b in pairs))
 
     def _seconds(self, run: Callable[[], object]) -> float:
         torch.accelerator.synchronize(self._device)

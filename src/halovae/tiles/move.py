@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halovae.calls.record import NetworkCall
 from halovae.comm import Comm, Message, Pending
-from halovae.tiles.tile_plan import Chain, Schedule
+from halovae.tiles.tile_plan import Schedule, TileChain
 
 
 class Mover:
@@ -55,7 +55,7 @@ class Mover:
                 receives += [(rank, buffer) for buffer in self._incoming(chain)]
         self._posted.append(self._comm.post(sends, receives))
 
-    def _outgoing(self, chain: Chain) -> list[Message]:
+    def _outgoing(self, chain: TileChain) -> list[Message]:
         others = [rank for rank in self._holders if rank != self._comm.rank]
         if not others:
             return []
@@ -65,7 +65,7 @@ class Mover:
             flat += [spec.flat(tensor) for spec, tensor in zip(specs, self.results[call], strict=True)]
         return [(rank, tensor) for rank in others for tensor in flat]
 
-    def _incoming(self, chain: Chain) -> list[Tensor]:
+    def _incoming(self, chain: TileChain) -> list[Tensor]:
         flat: list[Tensor] = []
         for call in chain.calls:
             specs = self._calls[call].specs

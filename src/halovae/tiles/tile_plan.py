@@ -145,7 +145,7 @@ def _smaller(tiles: TileSettings, part: float) -> TileSettings | None:
 
 
 @dataclass(frozen=True)
-class Chain:
+class TileChain:
     """Calls that share a cache, in order: they run on one rank."""
 
     calls: tuple[int, ...]
@@ -156,7 +156,7 @@ class Chain:
 class Schedule:
     """Who runs what."""
 
-    chains: tuple[Chain, ...]
+    chains: tuple[TileChain, ...]
     """In the VAE's own order."""
     owners: tuple[int, ...]
     """The rank of each chain."""
@@ -173,7 +173,7 @@ class Schedule:
         """Most chains on one rank."""
         return max(len(self.of(rank)) for rank in set(self.owners))
 
-    def of(self, rank: int) -> list[Chain]:
+    def of(self, rank: int) -> list[TileChain]:
         """A rank's chains, in the order in which they get ready."""
         mine = [chain for chain, owner in zip(self.chains, self.owners, strict=True) if owner == rank]
         return sorted(mine, key=lambda chain: chain.calls[-1])
@@ -182,7 +182,7 @@ class Schedule:
         return {call for chain in self.of(rank) for call in chain.calls}
 
 
-def find_chains(calls: Sequence[NetworkCall]) -> tuple[Chain, ...]:
+def find_chains(calls: Sequence[NetworkCall]) -> tuple[TileChain, ...]:
     """Group calls that read each other's caches."""
     first = list(range(len(calls)))
 
@@ -198,10 +198,10 @@ def find_chains(calls: Sequence[NetworkCall]) -> tuple[Chain, ...]:
     members: dict[int, list[int]] = {}
     for call in range(len(calls)):
         members.setdefault(root(call), []).append(call)
-    return tuple(Chain(tuple(group), sum(calls[call].cost for call in group)) for group in members.values())
+    return tuple(TileChain(tuple(group), sum(calls[call].cost for call in group)) for group in members.values())
 
 
-def assign(chains: Sequence[Chain], ranks: int) -> Schedule:
+def assign(chains: Sequence[TileChain], ranks: int) -> Schedule:
     """Give the longest chain to the rank with the least to do, then the next.
 
     Args:

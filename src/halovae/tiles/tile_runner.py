@@ -22,7 +22,7 @@ from halovae.calls.target import Target
 from halovae.comm import Comm
 from halovae.comm.agreement import together
 from halovae.kernels import autocast
-from halovae.tiles.batches import ALONE, Batches, Verdict
+from halovae.tiles.batches import ALONE, Batches, BatchVerdict
 from halovae.tiles.blend import Blends
 from halovae.tiles.move import Mover
 from halovae.tiles.tile_plan import Planner, TilePlan
@@ -39,7 +39,7 @@ class TileOutcome:
     """Seconds in which this rank ran its tiles; earlier tiles were on their way meanwhile."""
     gather_seconds: float
     """Seconds of waiting for the last tiles, and of putting them together."""
-    together: Verdict
+    together: BatchVerdict
     """How many tiles went in one call of the network on this rank."""
 
     @property
@@ -88,7 +88,7 @@ class TileRunner:
         self._gather = gather
         self._blends = Blends(target.vae)
         self._planners: dict[str, Planner] = {}
-        self._verdicts: dict[str, dict[Any, Verdict]] = {half: {} for half in HALVES}
+        self._verdicts: dict[str, dict[Any, BatchVerdict]] = {half: {} for half in HALVES}
         self._same_bits = same_bits
         self.plans: dict[tuple[str, ...], TilePlan] = {}
 
@@ -271,7 +271,11 @@ class TileCall:
         self._calls, self._mover, self._blends, self._device = calls, mover, blends, device
 
     def run(
-        self, mine: set[int], args: tuple[Any, ...], kwargs: dict[str, Any], verdicts: dict[Any, Verdict] | None = None
+        self,
+        mine: set[int],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        verdicts: dict[Any, BatchVerdict] | None = None,
     ) -> None:
         """Run the calls numbered `mine`; each chain's results leave as soon as they are complete.
 

@@ -14,7 +14,7 @@ _FLAT = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class CurveLine:
     """One line of a plot; it has gaps where a value is missing."""
 
     name: str
@@ -31,7 +31,7 @@ class Curve:
 
     title: str
     unit: str
-    lines: tuple[Line, ...]
+    lines: tuple[CurveLine, ...]
     ticks: tuple[tuple[float, str], ...]
     """Place from the top, and the number that stands there."""
     count: int
@@ -92,7 +92,7 @@ def curve(title: str, unit: str, series: Mapping[str, Values], with_zero: bool =
     )
 
 
-def _line(name: str, values: Values, place: Callable[[float], float]) -> Line:
+def _line(name: str, values: Values, place: Callable[[float], float]) -> CurveLine:
     step = 100 / (len(values) - 1)
     pieces: list[list[tuple[float, float]]] = [[]]
     for index, value in enumerate(values):
@@ -101,7 +101,7 @@ def _line(name: str, values: Values, place: Callable[[float], float]) -> Line:
         else:
             pieces[-1].append((round(index * step, 3), round(place(value), 3)))
     joined = tuple(" ".join(f"{x},{y}" for x, y in piece) for piece in pieces if len(piece) > 1)
-    return Line(name=name, pieces=joined, dots=tuple(piece[0] for piece in pieces if len(piece) == 1))
+    return CurveLine(name=name, pieces=joined, dots=tuple(piece[0] for piece in pieces if len(piece) == 1))
 
 
 def _label(number: float, digits: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from halovae.evaluation import ClipComparison, Frames, Gate, Grid, LatentComparison
+from halovae.evaluation import ClipComparison, CutLines, Frames, Gate, LatentComparison
 from halovae.evaluation.report.lanes import Lane, balance
 from halovae.evaluation.report.machine import command, machine
 
@@ -26,7 +26,7 @@ class ClipSection:
     """(frames, height, width, 3), levels of 0 to 255."""
     result: Frames
     found: ClipComparison
-    borders: Grid = field(default_factory=Grid)
+    borders: CutLines = field(default_factory=CutLines)
     """Lines drawn on the heat map."""
     borders_name: str = ""
     """What they are: "shard borders", "tile borders"."""

@@ -26,7 +26,7 @@ _MOST_CHANNELS = 256
 """Of a tile."""
 
 
-class Cut(NamedTuple):
+class Division(NamedTuple):
     """How positions are divided over programs."""
 
     tile: int
@@ -45,7 +45,7 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def cut(shape: Sequence[int], groups: int) -> Cut:
+def cut(shape: Sequence[int], groups: int) -> Division:
     """For positions of a shape `[N, P, C]`."""
     batch, count, channels = shape
     tile = min(int(triton.next_power_of_2(channels)), _MOST_CHANNELS)
@@ -53,7 +53,7 @@ def cut(shape: Sequence[int], groups: int) -> Cut:
     rows, tiles = _ELEMENTS // tile, _cdiv(channels, tile)
     parts = min(_cdiv(_PROGRAMS, batch * tiles), _cdiv(count, 4 * rows))
     length = _cdiv(_cdiv(count, parts), rows) * rows
-    return Cut(tile, rows, length, whole, (_cdiv(count, length), 3, batch, tiles if whole else channels))
+    return Division(tile, rows, length, whole, (_cdiv(count, length), 3, batch, tiles if whole else channels))
 
 
 def moments(positions: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
