@@ -20,6 +20,7 @@ from halovae.base.memory import is_shortage
 from halovae.base.options import HALVES, AllOptions, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.target import Target
+from halovae.calls.time_pieces import Emit
 from halovae.comm import Comm
 from halovae.comm.agreement import one_call
 from halovae.kernels import autocast
@@ -65,7 +66,9 @@ class AutoEngine(Engine):
         self._choices: dict[Any, Choice] = {}
         self._retreats = 0
 
-    def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
+    def run(
+        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
+    ) -> Ran:  # fmt: skip
         key = self._key(half, picture)
         if key not in self._choices:
             tiled = "tile" in self._ways and self._target.comes_tiled
@@ -76,7 +79,7 @@ class AutoEngine(Engine):
             self._choices[key] = Choice("tile" if tiled else "exact", why)
             LOG.info("%s of %s: %s", half, self._target.name, self._choices[key])
         choice = self._choices[key]
-        ran = self._ways[choice.way].run(half, picture, args, kwargs)
+        ran = self._ways[choice.way].run(half, picture, args, kwargs, emit)
         return replace(ran, report=replace(ran.report, choice=str(choice)))
 
     def _key(self, half: str, picture: Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol, cast
@@ -18,15 +18,16 @@ from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.calls.blueprint import words_of
 from halovae.calls.device_graphs import can_record
 from halovae.calls.exact_call import ExactCall
-from halovae.calls.merge_steps import Merger
+from halovae.calls.merge_steps import Merger, merged
 from halovae.calls.replay import Graphs
-from halovae.calls.state import settle
+from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
+from halovae.calls.time_pieces import Emit, Splitter, StreamClosed, Walk, Walker
 from halovae.calls.verify import Probe, compression, make_probe, run_alone, scales_of, verify
 from halovae.comm import Comm, Traffic, backend_name
 from halovae.comm.agreement import together, verdict_of_all
 from halovae.exact.mesh import Mesh, ShardPlan
-from halovae.exact.run import Runner, on_shards
+from halovae.exact.run import GroupRun, Runner, first_tensor, on_shards
 from halovae.kernels import autocast, trials
 from halovae.kernels.kept import apart
 from halovae.kernels.precision import working_dtype
@@ -49,7 +50,11 @@ class Ran:
 class Engine(Protocol):
     """Runs one half; called on every rank of the group with the same arguments."""
 
-    def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran: ...
+    def run(
+        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
+    ) -> Ran:  # fmt: skip
+        """The half; where there is an `emit`, that gets the frames of the output, and nothing is returned of them."""
+        ...
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         """After a call has failed on all ranks: whether all are to make it again, in another way."""
@@ -86,7 +91,9 @@ class TileEngine(Engine):
         )
         self._room = Room(target)
 
-    def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
+    def run(
+        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
+    ) -> Ran:  # fmt: skip
         settings, keep = self.settings(half, args, kwargs), gather_of(self._gather, half)
         if self._comm.rank < self._ranks:
 
@@ -102,7 +109,9 @@ class TileEngine(Engine):
             tiles=outcome.tiles, spread=outcome.spread, tile_sizes=outcome.cut,
             tiles_per_call=outcome.together.tiles, same_bits=outcome.together.same_bits,
         )  # fmt: skip
-        return Ran(outcome.result, report)
+        if emit:
+            _emit_whole(emit, outcome.result)
+        return Ran(None if emit else outcome.result, report)
 
     def settled(self) -> int:
         return len(self._runner.plans)
@@ -128,6 +137,7 @@ class ExactEngine(Engine):
         room: what is known of memory.
         merger: what is known of steps in time.
         graphs: the recordings.
+        walks: the pieces of streams, by kind of call.
     """
 
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
@@ -137,18 +147,23 @@ class ExactEngine(Engine):
         self.room = Room(target)
         self.merger = Merger(comm, target, options.frames_per_call)
         self.graphs = Graphs(comm, target, always=options.graphs is True)
+        self.walks: dict[Any, Walk | None] = {}
         self._ratio: int | None = None
 
-    def run(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
-        return _OnRanks(self, half, args, kwargs).make()
+    def run(
+        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
+    ) -> Ran:  # fmt: skip
+        call = _InPieces(self, half, args, kwargs, emit) if emit else _OnRanks(self, half, args, kwargs)
+        return call.make()
 
     def settled(self) -> int:
-        return len(self.verified) + len(self.tried) + len(self.merger.chosen)
+        return len(self.verified) + len(self.tried) + len(self.merger.chosen) + len(self.walks)
 
     def forget(self) -> None:
         self.verified.clear()
         self.tried.clear()
         self.merger.chosen.clear()
+        self.walks.clear()
 
     def free(self) -> None:
         self.graphs.clear()
@@ -288,3 +303,65 @@ class _OnRanks(ExactCall[Ran]):
             steps=self.steps, replayed=graphs.way == "replay", kept_memory=graphs.kept,
         )  # fmt: skip
         return Ran(self.result, report, graphs.growth)
+
+
+class _InPieces(_OnRanks):
+    """A call whose output leaves in pieces, and is never whole."""
+
+    def __init__(
+        self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit
+    ) -> None:  # fmt: skip
+        super().__init__(engine, half, args, kwargs)
+        self._emit = emit
+
+    def memory(self) -> None:
+        """What a whole call takes says nothing of this one."""
+
+    def join_steps(self) -> None:
+        super().join_steps()
+        engine, half = self._engine, self.half
+        method = functools.partial(self.target.run_untiled, half)
+        record = functools.partial(engine.merger.record, half)
+        self._splitter = Splitter(self.target.vae, half, method, record)
+        kind = self.target.kind(half, self.args, self.kwargs)
+        if kind not in engine.walks:
+            with together(self.comm) as said:
+                walk = self._splitter.walk(self.args, self.kwargs)
+                said["pieces of the stream"] = walk and walk.pieces
+            engine.walks[kind] = walk
+        self._walk = engine.walks[kind]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        self._probed = time.perf_counter()
+        self.comm.traffic = Traffic()
+        yield
+        settle(self.target.vae)
+
+    def run(self) -> None:
+        if self._walk is None:
+            super().run()
+            return
+        self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
+        walker = Walker(self._splitter, self._walk, self.target.vae, self.half, self._part)
+        call = merged(self.target, self.half, self.steps, walker)
+        with suppress(StreamClosed), undone_by_failure(self.target.vae, self.args, self.kwargs):
+            self.work.run(call)
+            if not self._has_shard:
+                for _ in self._walk.pieces:
+                    self._part(None)
+
+    def _part(self, frames: Tensor | None) -> None:
+        self._emit(self.work.gather_part(frames))
+
+    def gather(self) -> None:
+        self.result = None
+        if self._walk is None:
+            super().gather()
+            result, self.result = self.result, None
+            _emit_whole(self._emit, result)
+
+
+def _emit_whole(emit: Emit, result: Any) -> None:
+    with suppress(StreamClosed):
+        emit(first_tensor(result))

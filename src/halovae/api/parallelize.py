@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from halovae.api.advice import advised
 from halovae.api.auto import make_engine
 from halovae.api.engines import Engine, Ran
+from halovae.api.stream import Give, Stream
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled, never_compiled
 from halovae.base.errors import InputError, NotExactError
@@ -42,6 +44,7 @@ from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.randomness import rewound_by_failure
 from halovae.calls.state import undone_by_failure
 from halovae.calls.target import Target, in_words, substitutes
+from halovae.calls.time_pieces import Emit, StreamClosed
 from halovae.comm import Comm, Group, SoloComm, Traffic, connect
 from halovae.comm.agreement import Glance, Tally, one_call, together
 from halovae.kernels import autocast
@@ -262,6 +265,8 @@ class Handle:
         self.last: CallReport | None = None
         self._target, self._comm, self._options, self._dtypes = target, comm, options, dtypes
         self._lock = threading.RLock()
+        self._stream: Callable[[], Stream | None] = _no_stream
+        """The one that is open."""
         self._mode = _mode(options, target)
         self._engine = self._make_engine()
         self._solo: Engine | None = None
@@ -289,6 +294,8 @@ class Handle:
 
     def release(self, half: str) -> None:
         """Give the VAE its own encode or decode back, as `restore` does with both."""
+        if (stream := self._stream()) and not stream.is_here():
+            stream.close()
         with self._lock:
             if half not in self._halves:
                 return
@@ -302,7 +309,7 @@ class Handle:
 
     def _disown(self) -> None:
         """In a forked child: a thread that is not there may have been in a call."""
-        self._lock, self._running = threading.RLock(), False
+        self._lock, self._running, self._stream = threading.RLock(), False, _no_stream
 
     def __enter__(self) -> Handle:
         return self
@@ -362,6 +369,7 @@ class Handle:
             >>> handle = halovae.parallelize(vae)
             >>> video = handle.each("decode", latents_of_this_rank).sample
         """
+        self._check_no_stream()
         with self._lock:
             if half not in self._halves:
                 running = [name for name in self._target.originals if name in self._halves]
@@ -381,6 +389,84 @@ class Handle:
                         return report(cast("Ran", ran))
             finally:
                 self._running = False
+
+    def decode_stream(self, *args: Any, **kwargs: Any) -> Stream:
+        """Decode a video and get its frames as they come. Called on every rank, as `decode`, with equal arguments.
+
+        The pieces, joined in time, are what one call gives, bit for bit. They come after each step in time of a VAE
+        that walks through time in steps (exact mode); any other one gives one piece, and so do tiles: `last.pieces`
+        tells. No rank holds the whole output unless the caller keeps it. Nothing is computed ahead of the reader.
+
+        Every rank goes through its own stream. Before each piece all ranks agree to go on: where one has closed its
+        stream (by leaving the loop, too), the streams of all end there, and the handle can be used again. Until its
+        end the handle makes no other call.
+
+        Args:
+            args: as for `decode`.
+            kwargs: likewise.
+
+        Returns:
+            An iterator over frames `(batch, channels, frames, height, width)`, on the ranks that `gather` names; the
+            others get what they get of a call.
+
+        Raises:
+            InputError: this handle does not run decode, or is in another call; from the iterator.
+            RankFailedError: another rank failed; likewise.
+
+        Example:
+            >>> with handle.decode_stream(latents) as stream:
+            ...     for frames in stream:
+            ...         show(frames)
+        """
+        device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
+        self._check_no_stream()
+        with self._lock:
+            if self._running:
+                raise InputError("a stream can't begin within a call of its handle")
+
+        def work(give: Give) -> None:
+            self._run_stream("decode", args, kwargs, stream, give)
+
+        made = Stream(work, device)
+        stream = weakref.ref(made)  # One that nobody reads any more ends.
+        return made
+
+    def _run_stream(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Callable[[], Stream | None], give: Give
+    ) -> None:  # fmt: skip
+        self._check_no_stream()
+        with self._lock:
+            if half not in self._halves:
+                raise InputError(f"this handle does not run {half} any more")
+            self._running, self._stream, started = True, stream, time.perf_counter()
+            pieces: list[float] = []
+
+            def emit(frames: Tensor) -> None:
+                pieces.append(time.perf_counter() - started)
+                goes_on = give(frames)
+                del frames
+                if not all(self._comm.all_gather_object(goes_on)):
+                    raise StreamClosed
+
+            try:
+                while True:
+                    try:
+                        self._attempt(half, args, kwargs, started, emit)
+                        break
+                    except BaseException as error:
+                        given = self._dtypes.given(half, args, kwargs)
+                        if pieces or not self._engine.retreat(half, *given, error):
+                            raise
+                    gc.collect()
+                last = cast("CallReport", self.last)
+                self.last = replace(last, pieces=len(pieces), first_seconds=pieces[0])
+            finally:
+                self._running, self._stream = False, _no_stream
+
+    def _check_no_stream(self) -> None:
+        stream = self._stream()
+        if stream and stream.is_open and not stream.is_here():
+            raise InputError("a stream of this handle is open: take all its frames or close it before the next call")
 
     def _run_alone(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran | None:
         """This rank's own input, on this rank; None where its memory is too small for that."""
@@ -408,6 +494,7 @@ class Handle:
         return ran if rank == self._comm.rank else None
 
     def _call(self, half: str, *args: Any, **kwargs: Any) -> Any:
+        self._check_no_stream()
         with self._lock:
             # A half that calls a half is in shards already; who kept the method beyond `restore` gets the VAE's own.
             if self._running or half not in self._halves:
@@ -424,14 +511,16 @@ class Handle:
             finally:
                 self._running = False
 
-    def _attempt(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float) -> Any:
+    def _attempt(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float, emit: Emit | None = None
+    ) -> Any:  # fmt: skip
         begun = time.perf_counter()
         with self._one_call(half, args, kwargs):
             args, kwargs = self._dtypes.given(half, args, kwargs)
-            picture = self._agree_on_call(half, args, kwargs)
+            picture = self._agree_on_call(half, args, kwargs, in_pieces=emit is not None)
             with torch.no_grad(), self._reported(half, picture.device, started, begun) as report:
                 try:
-                    ran = self._engine.run(half, picture, args, kwargs)
+                    ran = self._engine.run(half, picture, args, kwargs, emit)
                 except NotExactError as error:
                     ranks = self._options.size or self._comm.size
                     raise advised(error, self._target, half, ranks, args, kwargs) from error
@@ -499,7 +588,7 @@ class Handle:
         yield report
 
     def _agree_on_call(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], alike: bool = True
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], alike: bool = True, in_pieces: bool = False
     ) -> Tensor:  # fmt: skip
         """Check that the call can be run on every rank, and where it has to be `alike` is the same.
 
@@ -511,7 +600,8 @@ class Handle:
             pictures = pictures_in((args, kwargs))
             self._check(half, pictures)
             said["autocast"] = dict(autocast.state()) or "off"
-            said["call"] = f"{half} number {self._calls}{'' if alike else ', of each rank its own'}"
+            how = ", in pieces" if in_pieces else "" if alike else ", of each rank its own"
+            said["call"] = f"{half} number {self._calls}{how}"
             if alike:
                 named = (f"{name}={_described(value)}" for name, value in sorted(kwargs.items()))
                 said["arguments"] = ", ".join([*map(_described, args), *named])
@@ -560,6 +650,10 @@ class Handle:
             target.name,
             why,
         )
+
+
+def _no_stream() -> None:
+    return None
 
 
 def _from_rank(comm: Comm, source: int, value: T, device: torch.device) -> T:

@@ -192,6 +192,10 @@ class CallReport:
     """Tile mode: how many tiles went in one call of the network on this rank, at the most."""
     same_bits: bool = False
     """Tile mode: whether this rank's tiles are bit for bit those of the VAE alone. Exact mode says nothing by it."""
+    pieces: int = 0
+    """Of a stream: how many pieces it has given; 1 where the VAE makes all frames at once. 0: it was no stream."""
+    first_seconds: float = 0.0
+    """Of a stream: seconds to its first piece."""
     choice: str = ""
     """Auto mode: what was chosen, and why; after memory has run out, how it is run since."""
 

@@ -23,7 +23,7 @@ from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.blueprint import words_of
 from halovae.calls.dataflow import Spec
 from halovae.calls.randomness import frozen_generators
-from halovae.calls.record import NETWORKS, NetworkCall, Recorder, answering
+from halovae.calls.record import NETWORKS, NetworkCall, Recorder, Recording, answering
 from halovae.calls.state import fetches_weights
 from halovae.calls.target import Call, Target
 from halovae.calls.verify import Probe, is_rounding, make_probe, scales_of, tried
@@ -123,13 +123,17 @@ class Merger:
         latent = last.inputs[0] if half == "decode" else last.specs[0]
         return max(1, int(self._frames) // latent.shape[2])
 
-    def _calls(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[NetworkCall, ...]:
-        """The VAE's own calls of its network; none where they can't be followed on shapes, or are of another form."""
+    def record(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+        """The VAE's own calls of its network, as `Recorder` finds them."""
         if half not in self._recorders:
             method = functools.partial(self._target.run_untiled, half)
             self._recorders[half] = Recorder(self._target.vae, half, method)
+        return self._recorders[half].record(args, kwargs)
+
+    def _calls(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[NetworkCall, ...]:
+        """The VAE's own calls of its network; none where they can't be followed on shapes, or are of another form."""
         try:
-            recording = self._recorders[half].record(args, kwargs)
+            recording = self.record(half, args, kwargs)
         except Exception as error:  # Whatever a model's code raises on shapes alone: nothing is lost but speed.
             LOG.debug("%s of %s walks by itself: %s", half, self._target.name, error)
             return ()
@@ -245,9 +249,18 @@ def _is_step(call: NetworkCall) -> bool:
     return len(videos) == 2 and all(isinstance(v, Spec) and len(v.shape) == 5 for v in videos) and not call.draws
 
 
-def merged(target: Target, half: str, steps: Steps) -> Call:
-    """The un-parallel half without spatial tiles, with so many steps in each call of its network."""
+def merged(target: Target, half: str, steps: Steps, walker: Callable[..., Any] | None = None) -> Call:
+    """The un-parallel half without spatial tiles, with so many steps in each call of its network.
+
+    Args:
+        target: the VAE.
+        half: "encode" or "decode".
+        steps: how many in each call; nothing: as the VAE does itself.
+        walker: calls the half, given first, in place of the caller.
+    """
     call = functools.partial(target.run_untiled, half)
+    if walker:
+        call = functools.partial(walker, call)
     if not steps:
         return call
 

@@ -261,12 +261,21 @@ class GroupRun:
         self.gather_seconds = time.perf_counter() - started
         return result
 
-    def _gathered(self, result: Any) -> Any:
+    def gather_part(self, part: Tensor | None) -> Tensor:
+        """A part of the result, put together while the network runs; None on ranks that have no shard."""
+        if self._comm.size > 1:
+            return self._gathered(part, is_last=False)
+        assert part is not None, "one rank has all"
+        return part
+
+    @outside_modes
+    def _gathered(self, result: Any, is_last: bool = True) -> Any:
         comm, mesh, keep = self._comm, self._mesh, self._keep
         if mesh is None or self._given is None:
             result, written = _wait_for_result(comm, keep, self._args, self._kwargs)
         else:
-            result, written = map_tensors(lambda t: _collect(mesh, t, keep), result), self._given.written()
+            result = map_tensors(lambda t: _collect(mesh, t, keep), result)
+            written = self._given.written() if is_last else {}
             check_whole(result)
             if self._spares:
                 _share_result(comm, result, written, self._spares, keep)

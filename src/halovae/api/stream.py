@@ -1,0 +1,135 @@
+"""Frames as they come: a call in a thread of its own, which waits after each piece until the next is asked for."""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Give = Callable[[Tensor], bool]
+"""Hands a piece over; returns when the reader asks for the next one (True) or wants no more (False)."""
+_END = object()
+
+
+class Stream(Iterator[Tensor]):
+    """Pieces of frames `(batch, channels, frames, height, width)`, in order. Made by `Handle.decode_stream`.
+
+    Nothing is computed ahead: the next piece is begun when it is asked for. Every rank of the group takes its own
+    stream to the end, or closes it; who leaves a loop early closes it too. Closing waits until every rank has asked for
+    its next piece or has closed.
+
+    Args:
+        work: makes the pieces, in a thread.
+        device: where they are made.
+    """
+
+    def __init__(self, work: Callable[[Give], None], device: torch.device) -> None:
+        self._asked: SimpleQueue[bool] = SimpleQueue()
+        self._given: SimpleQueue[Any] = SimpleQueue()
+        self._is_open, self._is_given = False, False
+        self._start: Callable[[], threading.Thread] | None = lambda: _thread(work, self._asked, self._given, device)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self._is_open
+
+    def is_here(self) -> bool:
+        """Whether the one who asks is the stream's own work."""
+        return threading.current_thread() is self._thread
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._start:
+            start, self._start = self._start, None
+            self._is_open, self._thread = True, start()
+        elif not self._is_open:
+            raise StopIteration
+        elif self._is_given:
+            self._is_given = False
+            self._asked.put(True)
+        return self._take()
+
+    def _take(self) -> Tensor:
+        value = self._given.get()
+        if isinstance(value, Tensor):
+            self._is_given = True
+            return value
+        self._is_open = False
+        self._given.put(_END)  # For who waits in another thread.
+        if value is _END:
+            raise StopIteration
+        raise value
+
+    def close(self) -> None:
+        """End it on all ranks, after the piece that is under way. The handle can be used again; a second time does
+        nothing."""
+        self._start = None
+        with suppress(StopIteration):
+            while self._is_open and self._thread and self._thread.is_alive():  # In a forked child it is not.
+                self._asked.put(False)
+                self._take()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # Then the thread stands still.
+            self.close()
+
+
+def _thread(
+    work: Callable[[Give], None], asked: SimpleQueue[bool], given: SimpleQueue[Any], device: torch.device
+) -> threading.Thread:
+    """Begin the work, with what this thread has set for torch."""
+    context, settings = contextvars.copy_context(), _settings(device)
+
+    def give(piece: Tensor) -> bool:
+        given.put(piece)
+        del piece
+        return asked.get()
+
+    def run() -> None:
+        try:
+            with ExitStack() as stack:
+                for enter in settings:
+                    stack.enter_context(enter())
+                work(give)
+            given.put(_END)
+        except BaseException as error:
+            given.put(error)
+
+    thread = threading.Thread(target=context.run, args=(run,), name="halovae stream", daemon=True)
+    thread.start()
+    return thread
+
+
+def _settings(device: torch.device) -> list[Callable[[], AbstractContextManager[Any]]]:
+    """What torch keeps for each thread, as it is in this one."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    settings: list[Callable[[], AbstractContextManager[Any]]] = [
+        lambda: torch.inference_mode(inference),
+        lambda: torch.set_grad_enabled(grad),
+    ]
+    for kind in {"cpu", device.type}:
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        settings.append(lambda k=kind, d=dtype, e=enabled: torch.autocast(k, d, e))
+    module = torch.get_device_module(device)
+    if device.type != "cpu" and hasattr(module, "current_stream"):
+        stream = module.current_stream(device)
+        settings.append(lambda: module.device(device) if hasattr(module, "device") else nullcontext())
+        settings.append(lambda: module.stream(stream))
+    return settings

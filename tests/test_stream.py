@@ -1,0 +1,183 @@
+"""Streams: the pieces are one call bit for bit, on several ranks, in any mode; they end alike on all ranks."""
+
+from __future__ import annotations
+
+import functools
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, run_decode
+from ranks import Ranks
+
+import halovae
+from halovae.base.memory import allocated_by
+
+WALKS = {
+    "wan21": [1, 4, 4],
+    "wan22": [1, 4, 4],
+    "qwenimage": [1, 4, 4],
+    "cogvideox": [9, 8],
+    "magvit": [1, 4, 4],
+    "kvae_video": [17, 8],
+    "hunyuan_video_framewise": [13, 8],
+    "kandinsky6_sr": [17, 4],
+}
+"""Frames of each piece."""
+WHOLE = ("vidtok", "mochi", "ltx", "cosmos")
+
+
+def latents(name: str, frames: int | None = None) -> torch.Tensor:
+    latent = FAMILIES[name].latent(torch.float64)
+    return (
+        latent if frames is None else latent[:, :, :1].repeat(1, 1, frames, 1, 1) + torch.arange(frames).view(-1, 1, 1)
+    )
+
+
+def stream_of(name: str, vae: Any, handle: halovae.Handle, latent: torch.Tensor) -> list[torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return list(handle.decode_stream(latent, **FAMILIES[name].decode_kwargs(latent)))
+
+
+def pieces_on_ranks(rank: int, name: str, **options: Any) -> tuple[list[int], bool, int]:
+    """Frames of each piece, whether they are one call of ours, and what the report says."""
+    vae, latent = FAMILIES[name].build().to(torch.float64), latents(name)
+    with halovae.parallelize(vae, untiled=True, verify=False, **options) as handle:
+        whole = run_decode(FAMILIES[name], vae, latent)
+        pieces = stream_of(name, vae, handle, latent)
+        last = handle.last
+        assert last
+        assert 0 < last.first_seconds <= last.seconds
+        return [piece.shape[2] for piece in pieces], torch.equal(torch.cat(pieces, 2), whole), last.pieces
+
+
+@pytest.mark.parametrize("name", [name for name in (*WALKS, *WHOLE) if name in FAMILIES])
+def test_pieces_are_one_call(two_ranks: Ranks, name: str) -> None:
+    for frames, is_equal, pieces in two_ranks.run(pieces_on_ranks, name):
+        assert is_equal
+        assert pieces == len(frames)
+        assert frames == WALKS.get(name, frames)
+        assert len(frames) == 1 or name in WALKS
+
+
+def test_frames_that_are_blended_in_time() -> None:
+    """Each piece is made of two calls, and what the VAE writes into one result is not there for the next piece."""
+    family = FAMILIES["ltx"]
+    vae, latent = family.build().to(torch.float64), latents("ltx", 5)
+    vae.use_framewise_decoding, vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = True, 16, 8
+    with halovae.optimize(vae) as handle:
+        whole = run_decode(family, vae, latent)
+        pieces = list(handle.decode_stream(latent))
+    assert [piece.shape[2] for piece in pieces] == [9, 8, 8, 8]
+    assert torch.equal(torch.cat(pieces, 2), whole)
+
+
+def ends(rank: int) -> None:
+    """Streams that end early, fail, or are in the way of other calls, one after the other on one handle."""
+    vae, latent = FAMILIES["wan21"].build().to(torch.float64), latents("wan21")
+    expected = run_decode(FAMILIES["wan21"], vae, latent)
+
+    def works(handle: halovae.Handle) -> None:
+        assert torch.allclose(run_decode(FAMILIES["wan21"], vae, latent), expected, rtol=0, atol=1e-5)
+        assert [piece.shape[2] for piece in handle.decode_stream(latent)] == [1, 4, 4]
+        assert not vae._feat_map or not any(isinstance(kept, torch.Tensor) for kept in vae._feat_map)
+
+    with halovae.parallelize(vae, verify=False, axis="height") as handle:
+        for frames in handle.decode_stream(latent):  # All leave the loop.
+            assert frames.shape[2] == 1
+            break
+        del frames
+        assert handle.last
+        assert handle.last.pieces == 1
+        works(handle)
+
+        with handle.decode_stream(latent) as stream:  # One leaves, the others go on.
+            assert len(list(islice(stream, 1 if rank else None))) == 1
+        works(handle)
+
+        with handle.decode_stream(latent) as stream:  # Another call in between.
+            next(stream)
+            with pytest.raises(halovae.InputError, match="a stream of this handle is open"):
+                vae.decode(latent)
+            with pytest.raises(halovae.InputError, match="a stream of this handle is open"):
+                next(handle.decode_stream(latent))
+        works(handle)
+
+        def refuse(module: Any, args: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if rank == 1 and calls == 2:
+                raise ValueError("no second step")
+
+        calls = 0
+        hook = vae.decoder.register_forward_pre_hook(refuse)
+        stream = handle.decode_stream(latent)
+        assert next(stream).shape[2] == 1
+        with pytest.raises(ValueError if rank else halovae.RankFailedError, match="no second step"):
+            next(stream)
+        with pytest.raises(StopIteration):
+            next(stream)
+        hook.remove()
+        works(handle)
+
+        with pytest.raises(halovae.DisagreementError, match="arguments"):
+            next(handle.decode_stream(latent[:, :, : 2 + rank]))
+        with pytest.raises(halovae.InputError, match="no picture"):
+            next(handle.decode_stream())
+        works(handle)
+        stream = handle.decode_stream(latent)
+        next(stream)
+    with pytest.raises(StopIteration):  # Restored in the middle.
+        next(stream)
+    assert torch.equal(run_decode(FAMILIES["wan21"], vae, latent), expected)
+
+
+def test_streams_end_alike_on_all_ranks(two_ranks: Ranks) -> None:
+    two_ranks.run(ends)
+
+
+def ways(rank: int) -> None:
+    """Who gets the pieces, ranks without a shard, several steps in a call, tiles."""
+    family = FAMILIES["wan21"]
+    vae, latent = family.build().to(torch.float64), latents("wan21", 7)
+    for options in (
+        {"gather": "first", "axis": "width"},
+        {"gather": "shard", "axis": "width"},
+        {"size": 2, "options": halovae.Options(frames_per_call=3)},
+        {"size": 2, "gather": "first"},
+        {"mode": "tile"},
+        {"mode": "auto"},
+    ):
+        with halovae.parallelize(vae, verify=False, **options) as handle:
+            whole = run_decode(family, vae, latent)
+            assert handle.last
+            steps = handle.last.steps
+            pieces = list(handle.decode_stream(latent))
+            assert handle.last.steps == steps
+            assert handle.last.pieces == len(pieces) == (1 if options.get("mode") == "tile" else 7), options
+            joined = pieces[0] if whole.numel() == 0 and len(pieces) == 1 else torch.cat(pieces, 2)
+            assert torch.equal(joined, whole), options
+    assert isinstance(steps, tuple)
+
+
+def test_who_gets_the_pieces(three_ranks: Ranks) -> None:
+    three_ranks.run(ways)
+
+
+def test_memory_does_not_grow_with_the_clip() -> None:
+    """Of one call it does: that holds all frames, and joins them."""
+    cpu, peaks = torch.device("cpu"), {}
+    vae = FAMILIES["wan21"].build()
+    with halovae.optimize(vae) as handle:
+        engine: Any = handle._engine
+        for frames in (9, 33):
+            latent = latents("wan21", frames).float()
+            for emit in (None, lambda frames: None):
+                run = functools.partial(engine.run, "decode", latent, (latent,), {}, emit)
+                run()
+                peaks[frames, emit is None] = allocated_by(run, cpu)
+    assert peaks[33, True] > 2 * peaks[9, True]
+    assert peaks[33, False] < 1.1 * peaks[9, False] + latents("wan21", 33).nbytes
+    assert peaks[33, False] < 0.6 * peaks[33, True]
