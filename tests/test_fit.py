@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES
 
+import halovae
 from halovae.base.errors import InputError
 from halovae.media import codec
 from halovae.media.pixels import IMAGENET, PIXELS, SIGNED, UNIT, Pixels, pixels_of
@@ -247,3 +249,17 @@ def test_all_levels_survive() -> None:
     for dtype in (torch.float32, torch.float64, torch.float16):
         assert np.array_equal(codec.to_frames(codec.to_tensor(levels, dtype, torch.device("cpu"))), levels)
     assert codec.to_frames(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).tolist() == [[[[0], [255]]]]
+
+
+def test_limits_of_a_vae_whose_halves_are_wrapped_by_now() -> None:
+    """A server learns new frame counts while its pipeline's VAE is parallelized, and watched for its report."""
+    vae = FAMILIES["wan21"].build()
+    limits = limits_of(vae)
+    with halovae.optimize(vae):
+        inner = vae.encode
+        vae.encode = wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
+        try:
+            assert limits.padded_count(10) == 13
+            assert limits_of(vae).padded_count(6) == 9
+        finally:
+            vae.encode = inner

@@ -165,7 +165,7 @@ def limits_of(vae: nn.Module) -> Limits:
         period=0 if per_frame else trial.period() or 0,
         lead=trial.lead,
         only_size=None if (trial.height, trial.width) == _SIZE else (trial.height, trial.width),
-        grid=Target(vae).tile_grid,
+        grid=trial.tile_grid(),
         frames_first=trial.frames_first,
         pixels=pixels_of(vae),
         padded_count=(lambda frames: frames) if per_frame else trial.padded_count,
@@ -318,10 +318,14 @@ class _Trial:
         with torch.no_grad(), self._remembered:
             return sample_of(twin.decode(latent, **decode_arguments(twin, latent)))
 
+    def tile_grid(self) -> tuple[tuple[int, int], ...]:
+        """See `Limits.grid`."""
+        return Target(self._twin()).tile_grid
+
     def _twin(self) -> Any:
         vae: Any = self._vae
         twin = skeleton(type(vae), vae.config)
-        if Target(vae).tiles_only:
+        if Target(twin).tiles_only:  # of the twin: the VAE's own halves may be wrapped by now
             twin.use_tiling = True
         return twin
 
