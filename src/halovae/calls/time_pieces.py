@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from halovae.base.errors import NotExactError
 from halovae.base.functions import outside_modes
+from halovae.base.private_torch import pytree
 from halovae.base.trees import is_picture, map_tensors, pictures_in
 from halovae.calls.dataflow import Spec
 from halovae.calls.randomness import frozen_generators

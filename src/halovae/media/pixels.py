@@ -59,6 +59,7 @@ PIXELS = {
     "AutoencoderKLKVAE": SIGNED,
     "AutoencoderKLKVAEVideo": SIGNED,
     "AutoencoderKLLTX2Video": SIGNED,
+    "LTX2VideoDiffusionDecoderModel": SIGNED,
     "AutoencoderKLLTXVideo": SIGNED,
     "AutoencoderKLMagvit": SIGNED,
     "AutoencoderKLMiniMaxH3": IMAGENET,

@@ -320,7 +320,9 @@ class _Trial:
 
     def tile_grid(self) -> tuple[tuple[int, int], ...]:
         """See `Limits.grid`."""
-        return Target(self._twin()).tile_grid
+        twin = self._twin()
+        vars(twin).update({name: value for name, value in vars(self._vae).items() if name in ("kernel", "stride")})
+        return Target(twin).tile_grid
 
     def _twin(self) -> Any:
         vae: Any = self._vae
