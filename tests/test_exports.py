@@ -82,3 +82,21 @@ def test_errors_are_one_tree() -> None:
     assert {kind.__name__ for kind in kinds} == {name for name in PUBLIC if name.endswith("Error")}
     assert issubclass(halovae.DisagreementError, ValueError)
     assert issubclass(halovae.NotExactError, NotImplementedError)
+
+
+def test_modules_by_their_old_names() -> None:
+    program = """
+import sys, warnings
+warnings.simplefilter("error")
+try:
+    import halovae.errors
+except DeprecationWarning as warning:
+    print(warning)
+warnings.simplefilter("ignore")
+import halovae.errors, halovae.parallel, halovae.base.errors, halovae.api.parallelize
+assert halovae.errors is halovae.base.errors and halovae.parallel is halovae.api.parallelize
+assert halovae.errors.__spec__.name == "halovae.base.errors"
+assert halovae.errors.InputError is halovae.InputError
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "halovae.errors is halovae.base.errors now, and goes in the next version"
