@@ -9,53 +9,28 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_pictures import TOLERANCE, error, frames, frames_of, picture_of, video
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-
 from halovae.kernels import convolution as kernels_convolution
-from halovae.kernels import fast_rules, group_norm
 from halovae.kernels.convolution import Convolution, on_gpu
-from halovae.kernels.fast_mode import FastMode, finished
 from halovae.kernels.gpu import (
     dispatch,
     operators,
-    triton_attention,
     triton_chain,
     triton_convolution,
     triton_copy,
     triton_norms,
 )
 from halovae.kernels.gpu.triton_convolution import Tile, convolve, pack, pack_upsampled, tile_for
-from halovae.kernels.lazy import chain, upsampled
 from halovae.kernels.lazy.chain import Chain, Step
-from halovae.kernels.lazy.deferred import Deferred, recipe_of
+from halovae.kernels.lazy.deferred import recipe_of
 from halovae.kernels.lazy.joined import Joined
 from halovae.kernels.lazy.promise import kept, promised
 
 SMALL = Tile(positions=32, channels=16, more_channels=16, depth=16, warps=4, stages=2)
-# Sums of a few hundred float32 products, added in another order.
-TOLERANCE = 1e-4
-
-
-def frames(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def picture_of(frames: Tensor) -> Tensor:
-    """(T, H, W, C) to (1, C, T, H, W)."""
-    return frames.permute(3, 0, 1, 2)[None]
-
-
-def frames_of(picture: Tensor) -> Tensor:
-    return picture[0].permute(1, 2, 3, 0)
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (24, 5), (3, 40), (32, 96)])
@@ -148,13 +123,6 @@ def test_rows_with_gaps_are_not_copied_as_rows():
     assert not triton_copy.fits(source.transpose(1, 2))
     assert not triton_copy.fits(source[:, :, ::2])
     assert not triton_copy.fits(source.transpose(2, 3))
-
-
-# ---- the functions that the rules call, on tensors as networks make them ----
-
-
-def video(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return frames(*shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -308,233 +276,6 @@ def test_operators_of_statistics_tell_their_shapes(found: str):
     assert run(rows.to("meta")).shape == run(rows).shape
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rules take the kernels of an accelerator, which the interpreter runs."""
-    monkeypatch.setattr(dispatch, "supports", lambda _: True)
-    monkeypatch.setattr(dispatch, "FEW_QUERIES", 1)
-    monkeypatch.setattr(upsampled, "LOW", (torch.float32, torch.bfloat16, torch.float16))
-    for module in (chain, dispatch, fast_rules, upsampled):
-        monkeypatch.setattr(module, "device_type", lambda _: "cuda")
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
-
-
-@pytest.mark.parametrize(
-    ("shape", "groups"),
-    [((1, 64, 9, 11), 32), ((2, 96, 4, 8, 9), 32), ((1, 512, 3, 3), 1), ((2, 64, 50), 32), ((1, 320, 3, 3), 5)],
-)
-@pytest.mark.filterwarnings("ignore:overflow")  # of positions beyond the last, which are not stored
-def test_group_norm_and_what_follows(shape: tuple[int, ...], groups: int, as_on_gpu: None):
-    source = channels_last(frames(*shape) + 50)  # a mean large beside the spread: sums of squares would lose it
-    weight, bias = frames(shape[1]), frames(shape[1]) + 1
-    parameters = weight.double(), bias.double()
-    expected = F.silu(F.group_norm(source.double(), groups, *parameters, 1e-6))
-    with torch.no_grad(), FastMode():
-        found = F.silu(F.group_norm(source, groups, weight, bias, 1e-6))
-    assert len(shape) == 3 or isinstance(recipe_of(found), Chain)
-    assert error(finished(found).double(), expected) < 2e-5  # float32, with a mean fifty times the spread
-
-    parts = source.split(source.shape[-1] // 2 + 1, -1)
-    moments = [group_norm.moments(part, groups) for part in parts]
-    found = finished(group_norm.normalized(parts[0], moments, weight, bias, 1e-6))
-    expected = F.group_norm(source.double(), groups, *parameters, 1e-6)[..., : found.shape[-1]]
-    assert error(found.double(), expected) < 2e-5
-
-
-def test_group_norm_takes_the_bias_that_waits(as_on_gpu: None):
-    source, bias, weight = video(2, 32, 2, 5, 6), frames(32), frames(32)
-    waiting = Chain(source, source.dtype).plus(bias.view(-1, 1, 1, 1), frozenset((1,)))
-    found = group_norm.group_norm(Deferred(waiting), 8, weight, None, 1e-6)
-    recipe = recipe_of(found)
-    assert isinstance(recipe, Chain)
-    assert recipe.base is source
-    assert error(finished(found), F.group_norm(source + bias.view(-1, 1, 1, 1), 8, weight, None, 1e-6)) < 1e-5
-
-
-def test_group_norm_hands_on_what_is_not_a_number(as_on_gpu: None):
-    source = video(1, 16, 2, 3, 5)
-    source[0, 3, 0, 0, 0] = torch.nan
-    with torch.no_grad(), FastMode():
-        found = F.group_norm(source, 4)
-    assert torch.equal(finished(found).isnan(), F.group_norm(source, 4).isnan())
-
-
-def per_channel(picture: Tensor) -> Tensor:
-    return picture / torch.sqrt(torch.mean(picture**2, dim=1, keepdim=True) + 1e-8)
-
-
-def channels_moved(picture: Tensor) -> Tensor:
-    moved = picture.movedim(1, -1)
-    moved = moved * torch.rsqrt(moved.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-8)
-    return moved.to(picture.dtype).movedim(-1, 1)
-
-
-@pytest.mark.parametrize("norm", [per_channel, channels_moved])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_root_mean_square_that_is_written_out_is_one_step(norm: Any, dtype: torch.dtype, as_on_gpu: None):
-    source = video(1, 24, 3, 6, 5).to(dtype)
-    expected = F.silu(norm(source.double()))
-    with torch.no_grad(), FastMode():
-        found = F.silu(norm(source))
-    recipe = recipe_of(found)
-    assert isinstance(recipe, Chain)
-    assert [step.kind for step in recipe.steps] == ["rms", "silu"]
-    assert error(finished(found).double(), expected) < (
-        1e-6 if dtype == torch.float32 else 2**-7
-    )  # one rounding, which the interpreter does downwards
-
-
-@pytest.mark.parametrize(
-    "others",
-    [
-        lambda picture: (picture**2).mean(1, keepdim=True) * picture,
-        lambda picture: torch.sqrt(picture.pow(2).mean((2, 3, 4))),
-        lambda picture: (picture + 1) * torch.rsqrt((picture**2).mean(1, keepdim=True) + 1e-8),
-        lambda picture: (picture**2).sum() + 2**picture,
-    ],
-)
-def test_squares_for_anything_else_are_squares(others: Any, as_on_gpu: None):
-    source = video(1, 24, 3, 6, 5)
-    with torch.no_grad(), FastMode():
-        found = others(source)
-    assert error(finished(found), others(source)) < 1e-6  # sums in another order
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")  # of places beyond the last, which count for nothing
-@pytest.mark.parametrize("pairs", [(70, 130), (33, 5000)])
-def test_attention_with_a_wide_head(pairs: tuple[int, int], as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
-    # A CPU has no product of low precision with a float32 result.
-    monkeypatch.setattr(triton_attention, "has_wide_products", lambda: True)
-    monkeypatch.setattr(triton_attention, "products", lambda one, other, out: out.copy_(one.float() @ other.float()))
-    monkeypatch.setattr(triton_attention, "_SCORE_BYTES", 4 * 32 * pairs[1])
-    query, key, value = (frames(2, 1, length, 384).half() for length in (pairs[0], pairs[1], pairs[1]))
-    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    with torch.no_grad(), FastMode():
-        found = F.scaled_dot_product_attention(query, key, value)
-    assert error(found.double(), expected) < 2**-9  # shares are rounded to half precision
-
-
-@pytest.mark.parametrize("kernel", [(1, 1, 2), (2, 2, 1)])
-def test_a_transposed_convolution_whose_kernel_is_its_stride(kernel: tuple[int, ...], as_on_gpu: None):
-    source, weight, bias = video(2, 6, 3, 4, 5), frames(6, 1, *kernel), frames(6)
-    expected = F.conv_transpose3d(source, weight, bias, stride=kernel, groups=6)
-    with torch.no_grad(), FastMode():
-        found = F.conv_transpose3d(source, weight, bias, stride=kernel, groups=6)
-    assert found.is_contiguous(memory_format=torch.channels_last_3d)
-    assert error(found, expected) < 1e-6
-
-
-def conditioned(picture: Tensor, small: Tensor, weights: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-    """A norm that is multiplied by, and added to, what a smaller video says; its first frame stands for one."""
-    first, rest = picture[:, :, :1], picture[:, :, 1:]
-    sizes = (first.shape[-3:], rest.shape[-3:])
-    parts = [F.interpolate(z, size=size) for z, size in zip((small[:, :, :1], small[:, :, 1:]), sizes, strict=True)]
-    large = torch.cat(parts, dim=2)
-    by, more = (F.conv3d(large, weight, bias) for weight in weights)
-    large[:, :, 0:].clone()
-    return F.silu(F.group_norm(picture, 4, bias, None, 1e-6) * by + more)
-
-
-def test_what_a_smaller_video_says_is_read_by_the_pass_that_needs_it(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
-    picture, small, bias = video(2, 16, 5, 8, 12), video(2, 4, 3, 2, 3), frames(16)
-    weights = frames(16, 4, 1, 1, 1), frames(16, 4, 1, 1, 1) + 1
-    expected = conditioned(picture.double(), small.double(), (weights[0].double(), weights[1].double()), bias.double())
-    monkeypatch.setattr(upsampled.Repeated, "compute", lambda _: pytest.fail("was made large"))
-    with torch.no_grad(), FastMode():
-        found = conditioned(picture, small, weights, bias)
-        assert error(finished(found).double(), expected) < 1e-5
-
-
-def upsampled_in_time(video: Tensor, weight: Tensor) -> Tensor:
-    first, rest = (F.interpolate(part, scale_factor=2.0) for part in (video[:, :, 0], video[:, :, 1:]))
-    large = torch.cat((first[:, :, None], rest), 2)
-    batch, channels, length, height, width = large.shape
-    pictures = large.permute(0, 2, 1, 3, 4).reshape(batch * length, channels, height, width)
-    pictures = F.conv2d(pictures, weight, padding=1)
-    return pictures.reshape(batch, length, *pictures.shape[1:]).permute(0, 2, 1, 3, 4)
-
-
-def upsampled_by_frames(video: Tensor, weight: Tensor) -> Tensor:
-    batch, channels, length, height, width = video.shape
-    large = F.interpolate(video.permute(0, 2, 1, 3, 4).reshape(-1, channels, height, width), scale_factor=2.0)
-    large = large.reshape(batch, length, channels, *large.shape[2:]).permute(0, 2, 1, 3, 4)
-    pictures = F.conv2d(
-        large.permute(0, 2, 1, 3, 4).reshape(-1, *large.shape[1:2], *large.shape[3:]), weight, padding=1
-    )
-    return pictures.reshape(batch, length, *pictures.shape[1:]).permute(0, 2, 1, 3, 4)
-
-
-@pytest.mark.parametrize("network", [upsampled_in_time, upsampled_by_frames])
-def test_an_upsampled_video_is_folded_into_the_convolution_of_its_frames(network: Any, as_on_gpu: None):
-    source, weight = video(2, 8, 3, 4, 5), frames(6, 8, 3, 3)
-    with torch.no_grad(), FastMode(), counted("upsample_nearest") as calls:
-        found = finished(network(source, weight))
-    assert not calls
-    assert error(found.double(), network(source.double(), weight.double())) < 1e-5
-
-
-def counted(name: str) -> Any:
-    """Within it, calls of operators with this in their name are listed."""
-
-    class Calls(TorchDispatchMode):
-        def __enter__(self) -> list[str]:
-            super().__enter__()
-            return self.found
-
-        found: list[str] = []  # noqa: RUF012
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if name in str(func):
-                self.found.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    return Calls()
-
-
-SHUFFLES = {
-    "to pixels": lambda x: x.reshape(1, 4, 2, 2, 2, 3, 4, 6).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5)
-    .flatten(2, 3),
-    "to channels": lambda x: x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3),
-    "repeated": lambda x: x.repeat(1, 3, 1, 1, 1),
-    "stacked": lambda x: torch.stack((x[:, :16], x[:, 16:]), 3).reshape(1, 16, 6, 4, 6),
-    "joined to nothing": lambda x: torch.cat((x[:, :, :0], x), 2),
-    "frames of a join": lambda x: torch.cat((x[:, :, :1], x, x[:, :, -1:]), 2)[:, :, -3:-1].clone(),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("shuffle", SHUFFLES.values(), ids=SHUFFLES)
-def test_what_is_rearranged_by_hand_stays_channels_last(shuffle: Any, as_on_gpu: None):
-    source = video(1, 32, 3, 4, 6)
-    with torch.no_grad(), FastMode():
-        found = shuffle(source)
-    value = found.computed() if isinstance(found, Deferred) else found
-    assert torch.equal(value, shuffle(source))
-    assert value.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def by_rows(length: int, block: int) -> Tensor:
-    mask = torch.full((length, length), float("-inf"), dtype=torch.float32, device=torch.device("cpu"))
-    for i in range(length):
-        mask[i, : (i // block + 1) * block] = 0
-    return mask
-
-
-def test_a_mask_written_row_by_row_is_made_at_once(as_on_gpu: None):
-    with torch.no_grad(), FastMode(), counted("fill_") as calls:
-        found = by_rows(12, 4)
-        later = found.clone()
-        found[2, 3:] = 1.0
-    expected = by_rows(12, 4)
-    assert torch.equal(later, expected)
-    assert len(calls) == 4  # as many as there are frames, and the one that is no beginning
-    expected[2, 3:] = 1.0
-    assert torch.equal(finished(found), expected)
-
-
 def test_three_channels_are_read_with_their_neighbours():
     source, weight, bias = video(2, 3, 4, 6, 8), frames(20, 3, 3, 3, 3), frames(20)
     expected = F.conv3d(source, weight[:, :, 1:], bias, padding=(0, 1, 1))
@@ -566,16 +307,6 @@ def test_patches_do_what_the_other_kernel_does(kernel: int, up: int, before: tup
     assert error(out.float(), expected.float()) < 2**-7  # one rounding
 
 
-def test_mirrored_padding_waits_for_the_convolution(as_on_gpu: None):
-    source = video(1, 4, 3, 6, 5)
-    with torch.no_grad(), FastMode():
-        padded = F.pad(source, (1, 2, 3, 1, 0, 0), mode="reflect")
-        assert isinstance(recipe_of(padded), Joined)
-        with pytest.raises(RuntimeError, match=r"[Pp]adding"):
-            F.pad(source, (5, 0, 0, 0, 0, 0), mode="reflect")
-    assert torch.equal(finished(padded), F.pad(source, (1, 2, 3, 1, 0, 0), mode="reflect"))
-
-
 def test_kernels_compile_for_a_device():
     """The interpreter takes what the compiler refuses; the compiler needs no device."""
     folder = Path(__file__).parent
@@ -588,49 +319,3 @@ def test_kernels_compile_for_a_device():
         timeout=300,
     )
     assert found.returncode == 0, found.stdout + found.stderr
-
-
-class Operators(TorchDispatchMode):
-    """Notes which operators are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = list[Any]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-def test_frames_are_normed_one_by_one_without_a_copy(as_on_gpu: None):
-    source, weight = channels_last(frames(1, 16, 3, 5, 6)), frames(16)
-
-    def call() -> Tensor:
-        pictures = source.permute(0, 2, 1, 3, 4).contiguous().view(3, 16, 1, 5, 6)
-        normed = F.group_norm(pictures, 4, weight, None, 1e-6)
-        return F.silu(normed.view(1, 3, 16, 5, 6).permute(0, 2, 1, 3, 4).contiguous())
-
-    expected = call()
-    with torch.no_grad(), FastMode():
-        found = call()
-        assert isinstance(recipe_of(found), chain.Seen)
-        with Operators() as seen:
-            result = found.computed()
-    assert torch.ops.aten.clone.default not in seen.calls
-    assert error(result, expected) < 1e-5
-    assert result.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def test_a_value_around_a_mirrored_picture_comes_in_the_same_copy(as_on_gpu: None):
-    source, weight = channels_last(frames(1, 4, 3, 5, 6)), frames(8, 4, 3, 3, 3)
-
-    def padded() -> Tensor:
-        return F.pad(F.pad(source, (1, 1, 1, 1, 0, 0), mode="reflect"), (0, 0, 0, 0, 2, 0), value=0.5)
-
-    with torch.no_grad(), FastMode():
-        found = padded()
-        recipe = recipe_of(found)
-        assert isinstance(recipe, Joined)
-        assert recipe.parts == (source,)
-        assert torch.equal(found.computed(), padded())
-        assert error(finished(F.conv3d(padded(), weight)), F.conv3d(padded(), weight)) < TOLERANCE

@@ -22,7 +22,8 @@ from halovae.base.errors import (
 )
 
 if TYPE_CHECKING:
-    from halovae.api.parallelize import Handle, optimize, parallelize, restore, summary
+    from halovae.api.handle import Handle
+    from halovae.api.parallelize import optimize, parallelize, restore, summary
     from halovae.api.sharded import Sharded, sharded
     from halovae.base.options import CallReport, Options
 
@@ -50,7 +51,7 @@ __all__ = [
 
 _HOMES = {
     "CallReport": "base.options",
-    "Handle": "api.parallelize",
+    "Handle": "api.handle",
     "Options": "base.options",
     "Sharded": "api.sharded",
     "optimize": "api.parallelize",

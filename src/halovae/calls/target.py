@@ -215,20 +215,8 @@ class Target:
 
     @property
     def tiles_only(self) -> bool:
-        """Whether the code of its class says that nothing but tiles is implemented."""
-        if "use_tiling" not in vars(self.vae):
-            return False
-        if (cls := type(self.vae)) not in _TILES_ONLY:
-            twin, picture = _twin(self.vae), torch.empty((1,) * 5, device="meta")
-            _TILES_ONLY[cls] = twin is not None and any(Target(twin).needs_tiles(half, picture) for half in HALVES)
-        return _TILES_ONLY[cls]
-
-    @property
-    def tile_grid(self) -> tuple[tuple[int, int], ...]:
-        """Of a VAE that runs in tiles only and leaves out what whole tiles don't cover: the size of a tile and the step
-        to the next one, in pixels, for frames, rows and columns. Empty for others."""
-        kernel, stride = vars(self.vae).get("kernel"), vars(self.vae).get("stride")
-        return tuple(zip(kernel, stride, strict=True)) if self.tiles_only and kernel and stride else ()
+        """See `runs_in_tiles_only`."""
+        return runs_in_tiles_only(self.vae)
 
     def check_exact(self, asked: str, otherwise: str) -> None:
         """Refuse exact mode where it would give another result than the VAE itself, and nobody has asked for that.
@@ -346,7 +334,24 @@ class Target:
 
 
 _TILES_ONLY: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
-"""By class, see `Target.tiles_only`."""
+"""By class, see `runs_in_tiles_only`."""
+
+
+def runs_in_tiles_only(vae: nn.Module) -> bool:
+    """Whether the code of a VAE's class says that nothing but tiles is implemented, whatever its halves are now."""
+    if "use_tiling" not in vars(vae):
+        return False
+    if (cls := type(vae)) not in _TILES_ONLY:
+        twin, picture = _twin(vae), torch.empty((1,) * 5, device="meta")
+        _TILES_ONLY[cls] = twin is not None and any(Target(twin).needs_tiles(half, picture) for half in HALVES)
+    return _TILES_ONLY[cls]
+
+
+def tile_grid(vae: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Of a VAE that runs in tiles only and leaves out what whole tiles don't cover: the size of a tile and the step to
+    the next one, in pixels, for frames, rows and columns. Empty for others."""
+    kernel, stride = vars(vae).get("kernel"), vars(vae).get("stride")
+    return tuple(zip(kernel, stride, strict=True)) if runs_in_tiles_only(vae) and kernel and stride else ()
 
 
 def _twin(vae: Any) -> Any:

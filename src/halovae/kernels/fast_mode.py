@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from halovae.base.functions import QUESTIONS, named, writes
-from halovae.kernels import autocast, fast_rules
+from halovae.kernels import autocast, fast_arithmetic, fast_views
+from halovae.kernels.fast_rules import RULES
 from halovae.kernels.lazy.deferred import computed, settle
 from halovae.kernels.lazy.joined import read
 from halovae.kernels.weight_cache import begin_call, end_call
+
+RULE_MODULES = fast_arithmetic, fast_views
+"""Imported for their rules."""
 
 ANSWERED = QUESTIONS | {Tensor.size, Tensor.numel, Tensor.nelement, getattr(Tensor, "shape").__get__}  # noqa: B009
 """What a deferred tensor answers without being computed."""
@@ -51,7 +55,7 @@ class FastMode(TorchFunctionMode):
         return self._run(func, args, kwargs)
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rule = fast_rules.RULES.get(func)
+        rule = RULES.get(func)
         if rule is not None:
             result = rule(*args, **kwargs)
             if result is not NotImplemented:

@@ -22,7 +22,7 @@ from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.calls.blueprint import code_words
 from halovae.calls.dataflow import Remembered
-from halovae.calls.target import Target
+from halovae.calls.target import runs_in_tiles_only, tile_grid
 from halovae.media.models import skeleton
 from halovae.media.pixels import Pixels, pixels_of
 
@@ -101,7 +101,7 @@ class Limits:
     only_size: tuple[int, int] | None = None
     """Height and width, of a VAE that takes no others."""
     grid: tuple[tuple[int, int], ...] = ()
-    """Of tiles that have to cover the clip, see `Target.tile_grid`."""
+    """Of tiles that have to cover the clip, see `calls.target.tile_grid`."""
     frames_first: bool = False
     """Whether decode gives (batch, frames, channels, height, width)."""
     pixels: Pixels | None = None
@@ -165,7 +165,7 @@ def limits_of(vae: nn.Module) -> Limits:
         period=0 if per_frame else trial.period() or 0,
         lead=trial.lead,
         only_size=None if (trial.height, trial.width) == _SIZE else (trial.height, trial.width),
-        grid=trial.tile_grid(),
+        grid=tile_grid(vae),
         frames_first=trial.frames_first,
         pixels=pixels_of(vae),
         padded_count=(lambda frames: frames) if per_frame else trial.padded_count,
@@ -318,16 +318,10 @@ class _Trial:
         with torch.no_grad(), self._remembered:
             return sample_of(twin.decode(latent, **decode_arguments(twin, latent)))
 
-    def tile_grid(self) -> tuple[tuple[int, int], ...]:
-        """See `Limits.grid`."""
-        twin = self._twin()
-        vars(twin).update({name: value for name, value in vars(self._vae).items() if name in ("kernel", "stride")})
-        return Target(twin).tile_grid
-
     def _twin(self) -> Any:
         vae: Any = self._vae
         twin = skeleton(type(vae), vae.config)
-        if Target(twin).tiles_only:  # of the twin: the VAE's own halves may be wrapped by now
+        if runs_in_tiles_only(vae):
             twin.use_tiling = True
         return twin
 

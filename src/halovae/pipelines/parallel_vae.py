@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.api.parallelize import Handle, parallelize
+from halovae.api.handle import Handle
+from halovae.api.parallelize import parallelize
 from halovae.base.errors import InputError
 from halovae.base.options import HALVES, CallReport, Gather, Half, Mode
 from halovae.base.replaced import replaced

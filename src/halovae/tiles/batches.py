@@ -98,18 +98,21 @@ class Batches:
         """
         if number not in self._free:
             return {number: self._network(*args, **kwargs)}
+        key = _key(args, kwargs)
+        verdict = self._verdicts.get(key)
         kind = self._calls[number].kind
         waiting = self._waiting.setdefault(kind, [])
+        if verdict == ALONE and not waiting:
+            self._left[kind] -= 1
+            return {number: self._network(*args, **kwargs)}
         waiting.append(_Waiting(number, *pytree.tree_flatten(map_tensors(torch.clone, (args, kwargs)))))
         self._left[kind] -= 1
-        key = self._key(waiting[0])
-        verdict = self._verdicts.get(key)
         if len(waiting) < (verdict.tiles if verdict else TRIED) and self._left[kind]:
             return {}
         self._waiting[kind] = []
         if verdict is None:
             return self._try(waiting, key)
-        if verdict.tiles == 1:
+        if verdict == ALONE:  # since these began to wait
             return {one.number: one.run(self._network) for one in waiting}
         try:
             return self._together(waiting)
@@ -118,10 +121,6 @@ class Batches:
                 raise
         self._verdicts[key] = ALONE  # Others have taken the memory since.
         return {one.number: one.run(self._network) for one in waiting}
-
-    def _key(self, one: _Waiting) -> Any:
-        tensors = [(tuple(t.shape), t.dtype) for t in one.leaves if isinstance(t, Tensor)]
-        return (*tensors, autocast.state())
 
     def _together(self, waiting: list[_Waiting]) -> dict[int, Any]:
         count, size = len(waiting), len(tensors_in(waiting[0].leaves)[0])
@@ -172,6 +171,11 @@ class Batches:
         run()
         torch.accelerator.synchronize(self._device)
         return time.perf_counter() - started
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What tells calls that have one verdict."""
+    return (*((tuple(t.shape), t.dtype) for t in tensors_in((args, kwargs))), autocast.state())
 
 
 def _by_itself(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from halovae.base.errors import TilingError
 from halovae.calls.record import NETWORKS, NetworkCall, Recording
-from halovae.calls.target import Target
+from halovae.calls.target import Target, tile_grid
 from halovae.tiles.blend import Blends
 from halovae.tiles.check import Checker
 from halovae.tiles.tile_settings import TileSettings, applied
@@ -112,7 +112,7 @@ class Planner:
             return "set " + ", ".join(f"vae.{name} = {value}" for name, value in changes.items())
         if not self._target.tiles_only:
             return "use mode='exact'"
-        grid, words = self._target.tile_grid, ("frames", "rows", "columns")
+        grid, words = tile_grid(self._target.vae), ("frames", "rows", "columns")
         sizes = " and ".join(f"{tile} + {step} * n {word}" for (tile, step), word in zip(grid, words, strict=False))
         return f"it runs in tiles only, and covers {sizes}" if grid else "it runs in tiles only"
 

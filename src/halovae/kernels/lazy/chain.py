@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of, threads
 from halovae.kernels.gpu import dispatch
-from halovae.kernels.lazy.deferred import Recipe
+from halovae.kernels.lazy.deferred import OfBase, Recipe
 from halovae.kernels.memory_format import is_channels_last, memory_format, strides_of
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import device_type, in_turn
@@ -70,7 +70,7 @@ def _moved(ndim: int, source: int, destination: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(OfBase):
     """Functions of `base`, one after the other; a recipe."""
 
     base: Tensor
@@ -82,14 +82,6 @@ class Chain:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.base.shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def channels_last(self) -> bool:
-        return is_channels_last(self.base)
 
     @property
     def sources(self) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halovae.base.private_torch import no_functions, wrapper
 from halovae.kernels.autocast import is_on, off
-from halovae.kernels.memory_format import memory_of, strides_of
+from halovae.kernels.memory_format import is_channels_last, memory_of, strides_of
 
 
 class Recipe(Protocol):
@@ -42,6 +42,24 @@ class Recipe(Protocol):
     def sources(self) -> tuple[Tensor, ...]:
         """The tensors it reads; they must not change before it is computed."""
         ...
+
+
+class OfBase:
+    """What a recipe has from the tensor that it begins with."""
+
+    base: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def channels_last(self) -> bool:
+        return is_channels_last(self.base)
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self.base,)
 
 
 class Deferred(torch.Tensor):

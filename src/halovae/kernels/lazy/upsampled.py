@@ -17,16 +17,16 @@ from torch import Tensor
 from halovae.kernels.cpu.slabs import WINDOW_BYTES, threads
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
-from halovae.kernels.lazy.deferred import Recipe, plain, recipe_of
+from halovae.kernels.lazy.deferred import OfBase, Recipe, plain, recipe_of
 from halovae.kernels.lazy.joined import joined_in
-from halovae.kernels.memory_format import is_channels_last, memory_format
+from halovae.kernels.memory_format import memory_format
 from halovae.kernels.precision import LOW, working_dtype
 from halovae.kernels.shapes_only import alike, device_type, in_turn
 from halovae.kernels.weight_cache import derived
 
 
 @dataclass(frozen=True)
-class Upsampled:
+class Upsampled(OfBase):
     """`[B, C, H, W]` with every pixel twice in height and width; a recipe."""
 
     base: Tensor
@@ -40,18 +40,6 @@ class Upsampled:
     def shape(self) -> tuple[int, ...]:
         batch, channels, height, width = self.base.shape
         return self.time.shape[0] * self.time.shape[2] if self.time else batch, channels, 2 * height, 2 * width
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def channels_last(self) -> bool:
-        return is_channels_last(self.base)
-
-    @property
-    def sources(self) -> tuple[Tensor, ...]:
-        return (self.base,)
 
     def cast(self, dtype: torch.dtype) -> Upsampled:
         return replace(self, dtype=dtype)
@@ -76,7 +64,7 @@ class Upsampled:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(OfBase):
     """`[B, C, T, H, W]` with every position several times in each direction; a recipe, on accelerators."""
 
     base: Tensor
@@ -96,16 +84,8 @@ class Repeated:
         return self.base.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
     def channels_last(self) -> bool:
         return True
-
-    @property
-    def sources(self) -> tuple[Tensor, ...]:
-        return (self.base,)
 
     def as_frames(self) -> Upsampled | None:
         """The frames of the videos, one after the other, where each is upsampled by two."""

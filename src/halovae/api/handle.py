@@ -1,0 +1,486 @@
+"""The handle of a VAE that is parallelized or optimized: it stands in for encode and decode, and makes the calls."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from halovae.api.advice import advised
+from halovae.api.auto import make_engine
+from halovae.api.engines import Engine, Ran
+from halovae.api.stream import Give, Stream
+from halovae.base import timeline
+from halovae.base.compiled import as_written, is_compiled, never_compiled
+from halovae.base.errors import InputError, NotExactError
+from halovae.base.forks import owned_here
+from halovae.base.memory import PeakMemory, is_shortage
+from halovae.base.options import (
+    AllOptions,
+    CallReport,
+    Half,
+    Mode,
+    Options,
+    gather_of,
+)
+from halovae.base.trees import map_tensors, on_meta, pictures_in, tensors_in
+from halovae.calls.dtypes import HalfDtypes
+from halovae.calls.randomness import rewound_by_failure
+from halovae.calls.state import undone_by_failure
+from halovae.calls.target import Target, in_words
+from halovae.calls.time_pieces import Emit, StreamClosed
+from halovae.comm import Comm, SoloComm, Traffic
+from halovae.comm.agreement import Glance, Tally, one_call, together
+from halovae.kernels import autocast
+from halovae.kernels.kept import Kept
+from halovae.tiles.tile_settings import described
+
+if TYPE_CHECKING:
+    pass
+
+T = TypeVar("T")
+LOG = logging.getLogger("halovae")
+
+
+def current_mode(options: AllOptions, target: Target) -> Mode:
+    """The mode of a call that is made now. A VAE that comes tiled is followed where that is switched off and on.
+
+    Raises:
+        InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
+    """
+    if options.untiled or not target.comes_tiled:
+        return options.mode or "exact"
+    if options.mode == "exact":
+        target.check_exact("mode='exact'", "give untiled=True for the un-tiled one")
+    return options.mode or "tile"
+
+
+class Handle:
+    """A parallelized or optimized VAE. Made by `parallelize` and `optimize`; `print` it to see how the VAE runs.
+
+    Attributes:
+        last: what the last call did on this rank, or None before the first.
+    """
+
+    def __init__(self, target: Target, comm: Comm, options: AllOptions, dtypes: HalfDtypes) -> None:
+        self.last: CallReport | None = None
+        self._target, self._comm, self._options, self._dtypes = target, comm, options, dtypes
+        self._lock = threading.RLock()
+        self._stream: Callable[[], Stream | None] = _no_stream
+        """The one that is open."""
+        self._mode = current_mode(options, target)
+        self._engine = self._make_engine()
+        self._solo: Engine | None = None
+        """Runs this rank's own input on this rank."""
+        self._whole: Engine | None = None
+        """Runs one rank's input on all ranks, for that rank."""
+        self._kept = Kept()
+        self._calls = 0
+        self._halves: set[str] = set(target.originals)
+        self._running = self._warned = self._said_compiled = False
+        for half in target.originals:
+            target.replace(half, never_compiled(functools.partial(self._call, half)), self)
+        try:
+            dtypes.cast()
+        except BaseException:  # The device has no memory for it.
+            self.restore()
+            raise
+        self._warn_of_tiles(self._mode)
+        owned_here(self, Handle._disown)
+
+    def restore(self) -> None:
+        """Give the VAE its own encode and decode back. Waits for a running call; a second time does nothing."""
+        for half in self._target.originals:
+            self.release(half)
+
+    def release(self, half: str) -> None:
+        """Give the VAE its own encode or decode back, as `restore` does with both."""
+        if (stream := self._stream()) and not stream.is_here():
+            stream.close()
+        with self._lock:
+            if half not in self._halves:
+                return
+            self._halves.remove(half)
+            self._target.restore(half)
+            self._dtypes.undo(half, self._halves)
+            if not self._halves:
+                self._free()
+                self._kept = Kept()
+                self._comm.close()
+
+    def _disown(self) -> None:
+        """In a forked child: a thread that is not there may have been in a call."""
+        self._lock, self._running, self._stream = threading.RLock(), False, _no_stream
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a handle can't be copied or saved: it belongs to this process and its group; copy or save the VAE, "
+            "whose copy has its own encode and decode, and call parallelize on that"
+        )
+
+    def __str__(self) -> str:
+        options, plain = self._options, vars(Options())
+        halves = [half for half in self._target.originals if half in self._halves]
+        ranks, rare = self._comm.size, [f"{name} {getattr(options, name)}" for name in plain]
+        reference = "un-tiled" if self._mode == "exact" else "tiles" if self._mode == "tile" else "as chosen"
+        rows = {
+            "halves": ", ".join(halves) or "none: restored",
+            "ranks": f"{options.size or ranks} of {ranks} at work; this is rank {self._comm.rank}",
+            "mode": f"{self._mode}, reference: {reference}",
+            "axis": "x".join(map(str, options.axis)) if isinstance(options.axis, tuple) else options.axis,
+            "gather": ", ".join(f"{half} {gather_of(options.gather, half)}" for half in halves),
+            "dtype": str(self._dtypes) or "of the weights",
+            "verify": "on" if options.verify else "off",
+            "options": ", ".join(rare),
+            "last": str(self.last or "no call yet").replace(": ", f"\n{11 * ' '}", 1),
+        }
+        if self._mode == "tile":
+            del rows["axis"], rows["verify"]
+        lines = (f"  {name:<9}{words}" for name, words in rows.items())
+        return "\n".join([f"halovae: {self._target.name}", *lines])
+
+    __repr__ = __str__
+
+    def each(self, half: Half, *args: Any, **kwargs: Any) -> Any:
+        """Run a half on another input on each rank: N pictures or clips on N ranks. Called on every rank of the group.
+
+        A rank runs its own input alone, with the kernels of `optimize` and without a message. An input that does not
+        fit into the memory of its rank is run by all ranks together, as a call of the half is, after the others.
+        `last` tells how this rank's own was run: on 1 x 1 shards, or on several.
+
+        Args:
+            half: "encode" or "decode".
+            args: as for the half itself. Shapes and values may differ between ranks.
+            kwargs: likewise.
+
+        Returns:
+            What the half gives for this rank's input, whole, on this rank alone.
+
+        Raises:
+            InputError: this handle does not run the half, or the input can't be used.
+            RankFailedError: another rank failed.
+
+        Example:
+            >>> handle = halovae.parallelize(vae)
+            >>> video = handle.each("decode", latents_of_this_rank).sample
+        """
+        self._check_no_stream()
+        with self._lock:
+            if half not in self._halves:
+                running = [name for name in self._target.originals if name in self._halves]
+                raise InputError(f"half is {half!r}: this handle runs {' and '.join(running) or 'none any more'}")
+            if self._running:  # By a hook, in a call.
+                return self._target.originals[half](*args, **kwargs)
+            self._running, started = True, time.perf_counter()
+            try:
+                with self._one_call(half, args, kwargs):
+                    args, kwargs = self._dtypes.given(half, args, kwargs)
+                    picture = self._agree_on_call(half, args, kwargs, alike=False)
+                    with torch.no_grad(), self._reported(half, picture.device, started, started) as report:
+                        ran = self._run_alone(half, picture, args, kwargs)
+                        for rank, is_left in enumerate(self._comm.all_gather_object(ran is None)):
+                            if is_left:
+                                ran = self._run_for(rank, half, picture, args, kwargs) or ran
+                        return report(cast("Ran", ran))
+            finally:
+                self._running = False
+
+    def decode_stream(self, *args: Any, **kwargs: Any) -> Stream:
+        """Decode a video and get its frames as they come. Called on every rank, as `decode`, with equal arguments.
+
+        The pieces, joined in time, are what one call gives, bit for bit. They come after each step in time of a VAE
+        that walks through time in steps (exact mode); any other one gives one piece, and so do tiles: `last.pieces`
+        tells. No rank holds the whole output unless the caller keeps it. Nothing is computed ahead of the reader.
+
+        Every rank goes through its own stream. Before each piece all ranks agree to go on: where one has closed its
+        stream (by leaving the loop, too), the streams of all end there, and the handle can be used again. Until its
+        end the handle makes no other call.
+
+        Args:
+            args: as for `decode`.
+            kwargs: likewise.
+
+        Returns:
+            An iterator over frames `(batch, channels, frames, height, width)`, on the ranks that `gather` names; the
+            others get what they get of a call.
+
+        Raises:
+            InputError: this handle does not run decode, or is in another call; from the iterator.
+            RankFailedError: another rank failed; likewise.
+
+        Example:
+            >>> with handle.decode_stream(latents) as stream:
+            ...     for frames in stream:
+            ...         show(frames)
+        """
+        device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
+        self._check_no_stream()
+        with self._lock:
+            if self._running:
+                raise InputError("a stream can't begin within a call of its handle")
+
+        def work(give: Give) -> None:
+            self._run_stream("decode", args, kwargs, stream, give)
+
+        made = Stream(work, device)
+        stream = weakref.ref(made)  # One that nobody reads any more ends.
+        return made
+
+    def _run_stream(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Callable[[], Stream | None], give: Give
+    ) -> None:  # fmt: skip
+        self._check_no_stream()
+        with self._lock:
+            if half not in self._halves:
+                raise InputError(f"this handle does not run {half} any more")
+            self._running, self._stream, started = True, stream, time.perf_counter()
+            pieces: list[float] = []
+
+            def emit(frames: Tensor) -> None:
+                pieces.append(time.perf_counter() - started)
+                goes_on = give(frames)
+                del frames
+                if not all(self._comm.all_gather_object(goes_on)):
+                    raise StreamClosed
+
+            try:
+                while True:
+                    try:
+                        self._attempt(half, args, kwargs, started, emit)
+                        break
+                    except BaseException as error:
+                        given = self._dtypes.given(half, args, kwargs)
+                        if pieces or not self._engine.retreat(half, *given, error):
+                            raise
+                    gc.collect()
+                last = cast("CallReport", self.last)
+                self.last = replace(last, pieces=len(pieces), first_seconds=pieces[0])
+            finally:
+                self._running, self._stream = False, _no_stream
+
+    def _check_no_stream(self) -> None:
+        stream = self._stream()
+        if stream and stream.is_open and not stream.is_here():
+            raise InputError("a stream of this handle is open: take all its frames or close it before the next call")
+
+    def _run_alone(self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran | None:
+        """This rank's own input, on this rank; None where its memory is too small for that."""
+        if self._solo is None:
+            self._solo = self._make_engine(SoloComm(), size=None, axis="auto", gather="all")
+        undone = rewound_by_failure(picture.device, *args, *kwargs.values())
+        try:
+            with undone_by_failure(self._target.vae, args, kwargs), undone:
+                return self._solo.run(half, picture, args, kwargs)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+        self._solo.free()
+        gc.collect()  # What the attempt held: its frames are in a cycle with its exception.
+        return None
+
+    def _run_for(
+        self, rank: int, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Ran | None:
+        """The input of one rank, on all ranks; the result on that rank, elsewhere None."""
+        if self._whole is None:
+            self._whole = self._make_engine(gather="all")
+        args, kwargs = _from_rank(self._comm, rank, (args, kwargs), picture.device)
+        ran = self._whole.run(half, pictures_in((args, kwargs))[0], args, kwargs)
+        return ran if rank == self._comm.rank else None
+
+    def _call(self, half: str, *args: Any, **kwargs: Any) -> Any:
+        self._check_no_stream()
+        with self._lock:
+            # A half that calls a half is in shards already; who kept the method beyond `restore` gets the VAE's own.
+            if self._running or half not in self._halves:
+                return self._target.originals[half](*args, **kwargs)
+            self._running, started = True, time.perf_counter()
+            try:
+                while True:
+                    try:
+                        return self._attempt(half, args, kwargs, started)
+                    except BaseException as error:
+                        if not self._engine.retreat(half, *self._dtypes.given(half, args, kwargs), error):
+                            raise
+                    gc.collect()  # What the attempt held: its frames are in a cycle with its exception.
+            finally:
+                self._running = False
+
+    def _attempt(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float, emit: Emit | None = None
+    ) -> Any:  # fmt: skip
+        begun = time.perf_counter()
+        with self._one_call(half, args, kwargs):
+            args, kwargs = self._dtypes.given(half, args, kwargs)
+            picture = self._agree_on_call(half, args, kwargs, in_pieces=emit is not None)
+            with torch.no_grad(), self._reported(half, picture.device, started, begun) as report:
+                try:
+                    ran = self._engine.run(half, picture, args, kwargs, emit)
+                except NotExactError as error:
+                    ranks = self._options.size or self._comm.size
+                    raise advised(error, self._target, half, ranks, args, kwargs) from error
+                return report(ran)
+
+    @contextmanager
+    def _one_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """What every call is in: it ends alike on all ranks, and leaves no trace where it fails."""
+        device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
+        undone = rewound_by_failure(device, *args, *kwargs.values())
+        eagerly, ours = self._eagerly(half), self._kept.in_use()
+        with eagerly, ours, undone_by_failure(self._target.vae, args, kwargs), undone, one_call(self._comm):
+            self._comm.traffic = Traffic()
+            yield
+
+    def _eagerly(self, half: str) -> AbstractContextManager[None]:
+        """Within it, parts of the VAE that are compiled run as they are written; said once."""
+        if not is_compiled(self._target.vae, self._target.originals[half]):
+            return nullcontext()
+        if not self._said_compiled:
+            self._said_compiled = True
+            LOG.warning(
+                "%s of %s is compiled, in whole or in part: halovae runs it as it is written, by its own kernels",
+                half, self._target.name,
+            )  # fmt: skip
+        return as_written()
+
+    def _check(self, half: str, pictures: list[Tensor]) -> None:
+        if not pictures:
+            raise InputError(f"{half} got no picture: pass a tensor (batch, channels, [frames,] height, width)")
+        if 0 in pictures[0].shape:
+            raise InputError(f"{half} got an empty tensor of shape {tuple(pictures[0].shape)}")
+        self._target.check_no_gradients(pictures)
+
+    @contextmanager
+    def _reported(
+        self, half: str, device: torch.device, started: float, begun: float
+    ) -> Iterator[Callable[[Ran], Any]]:
+        """Around the work of a call that ranks have agreed on; yields what makes a report of it, and gives the result.
+
+        Args:
+            half: of the call.
+            device: that it runs on.
+            started: when the call was made.
+            begun: when the attempt that goes well was.
+        """
+        memory, agreed = PeakMemory(device), time.perf_counter()
+        timeline.note("agree", begun, agreed)
+
+        def report(ran: Ran) -> Any:
+            self._warn_of_tiles(ran.report.mode)
+            timeline.note(half, started)
+            traffic, peak = self._comm.traffic, memory.read()
+            self.last = replace(
+                ran.report,
+                seconds=time.perf_counter() - started,
+                phases={"retreat": begun - started, "agree": agreed - begun, **ran.report.phases},
+                messages=traffic.messages,
+                bytes=traffic.bytes,
+                wait_seconds=traffic.wait_seconds,
+                peak_memory=None if peak is None else peak + ran.recorded,
+            )
+            return ran.result
+
+        yield report
+
+    def _agree_on_call(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], alike: bool = True, in_pieces: bool = False
+    ) -> Tensor:  # fmt: skip
+        """Check that the call can be run on every rank, and where it has to be `alike` is the same.
+
+        Returns:
+            The picture to cut.
+        """
+        self._calls += 1
+        with together(self._comm) as said:
+            pictures = pictures_in((args, kwargs))
+            self._check(half, pictures)
+            said["autocast"] = dict(autocast.state()) or "off"
+            how = ", in pieces" if in_pieces else "" if alike else ", of each rank its own"
+            said["call"] = f"{half} number {self._calls}{how}"
+            if alike:
+                named = (f"{name}={_described(value)}" for name, value in sorted(kwargs.items()))
+                said["arguments"] = ", ".join([*map(_described, args), *named])
+                tensors = enumerate(tensors_in((args, kwargs)))
+                said.update({f"the values of tensor {i}": Glance.at(tensor) for i, tensor in tensors})
+            said["mode"] = self._follow()
+            engines = [engine for engine in (self._engine, self._whole) if engine]
+            said["what was settled"] = Tally(sum(engine.settled() for engine in engines), self._forget)
+            if self._mode != "exact":
+                said["tile settings"] = described(self._target.vae)
+        return pictures[0]
+
+    def _make_engine(self, comm: Comm | None = None, **changes: Any) -> Engine:
+        options = replace(self._options, mode=self._mode, **changes)
+        return make_engine(comm or self._comm, self._target, options)
+
+    def _follow(self) -> Mode:
+        """The mode of the call that is agreed on, which runs by the engines of that mode."""
+        mode = current_mode(self._options, self._target)
+        if mode != self._mode:
+            self._free()
+            self._mode, self._solo, self._whole = mode, None, None
+            self._engine = self._make_engine()
+        return mode
+
+    def _forget(self) -> None:
+        for engine in (self._engine, self._whole):
+            if engine:
+                engine.forget()
+
+    def _free(self) -> None:
+        for engine in (self._engine, self._solo, self._whole):
+            if engine:
+                engine.free()
+
+    def _warn_of_tiles(self, mode: str) -> None:
+        """Once, and on the first rank: a VAE that is set to tile does not."""
+        target, is_known = self._target, self._warned or self._options.untiled
+        if is_known or mode != "exact" or self._comm.rank > 0 or not getattr(target.vae, "use_tiling", False):
+            return
+        self._warned = True
+        why = "comes tiled, and its tiles are its own result" if target.comes_tiled else "has tiling switched on"
+        LOG.warning(
+            "%s %s, but exact mode gives the un-tiled result, which differs: parallelize(vae, mode='tile') gives that "
+            "of its tiles, and after disable_tiling() the VAE itself gives the un-tiled one",
+            target.name,
+            why,
+        )
+
+
+def _no_stream() -> None:
+    return None
+
+
+def _from_rank(comm: Comm, source: int, value: T, device: torch.device) -> T:
+    """What one rank has, on every rank; a copy on the others, with tensors on the device."""
+    skeleton = comm.all_gather_object(on_meta(value) if comm.rank == source else None)[source]
+    if comm.rank == source:
+        tensors = [tensor.contiguous() for tensor in tensors_in(value)]
+        comm.exchange([(peer, t) for peer in range(comm.size) if peer != source for t in tensors], [])
+        return value
+    filled = map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), skeleton)
+    comm.exchange([], [(source, tensor) for tensor in tensors_in(filled)])
+    return filled
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device.type}"
+    inside = tensors_in(value)
+    return f"{in_words(value)} of {', '.join(map(_described, inside))}" if inside else in_words(value)
