@@ -114,6 +114,40 @@ def test_what_reads_a_tensor_is_computed_before_that_is_written(as_on_gpu: None)
     assert error(computed(normed), normed_before) < TOLERANCE
 
 
+def test_parameters_and_angles_with_gaps(as_on_gpu: None):
+    """The kernels read them as dense rows."""
+    x, y, gaps = tokens(2, 5, 16), tokens(2, 5, 16, seed=1), tokens(32, seed=2)[::2]
+    heads, angles = tokens(2, 5, 3, 16), tokens(1, 5, 1, 24, seed=3)[..., :12]
+
+    def calls() -> list[Tensor]:
+        normed = F.rms_norm(heads, (16,), None, 1e-5)
+        turning = normed[..., :12]
+        first, second = turning.chunk(2, dim=-1)
+        turned = turning * angles + torch.cat([-second, first], dim=-1) * angles
+        return [x + y * gaps, F.rms_norm(x, (16,), gaps, 1e-5), torch.cat([turned, normed[..., 12:]], dim=-1)]
+
+    with FastMode():
+        found = calls()
+    for one, expected in zip(found, calls(), strict=True):
+        assert error(computed(one), expected) < TOLERANCE
+
+
+def test_a_parameter_that_is_written_meanwhile(as_on_gpu: None):
+    x, scale = tokens(1, 4, 8), tokens(8, seed=1)
+    before = x + x * scale
+    with FastMode():
+        total = x + x * scale
+        scale.zero_()
+    assert error(computed(total), before) < TOLERANCE
+
+
+def test_a_parameter_keeps_its_gradient(as_on_gpu: None):
+    x, scale = tokens(1, 4, 8), tokens(8, seed=1).requires_grad_()
+    with FastMode():
+        assert (x * scale).requires_grad
+        assert F.rms_norm(x, (8,), scale, 1e-5).requires_grad
+
+
 @pytest.mark.parametrize("call", [
     lambda x: x * F.silu(x[..., :8]),  # a gate for every head is no gate of the same shape
     lambda x: F.silu(x) + 1,

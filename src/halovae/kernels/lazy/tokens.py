@@ -7,7 +7,7 @@ memory that take as long as the products do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class _Tokens:
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
-        return _read_by(self.tokens)
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(source for value in values if isinstance(value, Tensor) for source in _read_by(value))
 
 
 def _read_by(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -82,10 +83,6 @@ class Sum(_Tokens):
 
     other: Tensor
     scale: Tensor
-
-    @property
-    def sources(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.other
 
     def compute(self) -> Tensor:
         total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -132,10 +129,6 @@ class Gated(_Tokens):
     """Times x * sigmoid(x) of another tensor."""
 
     gates: Tensor
-
-    @property
-    def sources(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.gates
 
     def compute(self) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -193,7 +186,8 @@ class Turned(_Tokens):
 
     def _rotated(self, cosines: Tensor, sines: Tensor) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        angles: dict[str, Any] = {"cosines": cosines.reshape(-1, self.width), "sines": sines.reshape(-1, self.width)}
+        rows = (each.reshape(-1, self.width).contiguous() for each in (cosines, sines))
+        angles: dict[str, Any] = dict(zip(("cosines", "sines"), rows, strict=True))
         norm = recipe_of(self.tokens)
         if isinstance(norm, Normed) and norm.dtype == self.dtype:
             dispatch.rotate(plain(norm.tokens), out, **angles, normed=True, weight=norm.weight, eps=norm.eps)
@@ -287,12 +281,24 @@ def scaled(one: Any, other: Any) -> Deferred | None:
             fits = isinstance(tokens, Tensor) and not isinstance(tokens, Deferred) and are_tokens(tokens)
             if fits and (tokens.shape, tokens.dtype) == (factor.shape, factor.dtype) and _rows_alike(tokens, recipe):
                 return Deferred(recipe.gating(tokens))
-        elif isinstance(factor, Tensor) and recipe is None and factor.ndim == 1 and factor.dtype in _DTYPES:
-            if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[-1:] != factor.shape:
-                continue
-            if tokens.device == factor.device and are_tokens(tokens) and plain(tokens).is_contiguous():
-                return Deferred(Scaled(plain(tokens), torch.promote_types(tokens.dtype, factor.dtype), factor))
+            continue
+        fits = isinstance(tokens, Tensor) and tokens.ndim == 3 and _is_parameter(factor, tokens) and are_tokens(tokens)
+        if fits and (base := plain(tokens)).is_contiguous():
+            return Deferred(Scaled(base, torch.promote_types(tokens.dtype, factor.dtype), factor))
     return None
+
+
+def _is_parameter(factor: Any, tokens: Tensor) -> bool:
+    """Whether it has one value for each channel, as the kernels read them: dense, and without a gradient."""
+    return (
+        isinstance(factor, Tensor)
+        and not isinstance(factor, Deferred)
+        and tuple(factor.shape) == tuple(tokens.shape[-1:])
+        and factor.device == tokens.device
+        and factor.dtype in _DTYPES
+        and factor.is_contiguous()
+        and not (factor.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _rows_alike(tokens: Tensor, gates: Activated) -> bool:
@@ -321,6 +327,8 @@ def normed(tokens: Tensor, source: Tensor, weight: Tensor | None, eps: float) ->
         weight: `[C]`, or None.
         eps: added to the mean square.
     """
+    if weight is not None and not _is_parameter(weight, tokens):
+        return None
     dense = isinstance(recipe_of(source), Sum) or plain(source).is_contiguous()
     if not dense or not are_tokens(source):
         return None
