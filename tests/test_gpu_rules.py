@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import fast_arithmetic, fast_rules, fast_views, group_norm
 from halovae.kernels.fast_mode import FastMode, finished
 from halovae.kernels.gpu import (
@@ -302,3 +303,26 @@ def test_a_value_around_a_mirrored_picture_comes_in_the_same_copy(as_on_gpu: Non
         assert recipe.parts == (source,)
         assert torch.equal(found.computed(), padded())
         assert error(finished(F.conv3d(padded(), weight)), F.conv3d(padded(), weight)) < TOLERANCE
+
+
+def test_parameters_with_gaps_and_of_other_sizes(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
+    """The kernels read rows of as many values as there are channels: torch says where there are none."""
+    monkeypatch.setattr(dispatch, "FEW_POSITIONS", 1)
+    monkeypatch.setattr(dispatch, "convolves", lambda *_: True)
+    monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))
+    source, weight = channels_last(frames(1, 32, 6, 8)), frames(24, 32, 3, 3)
+    scale, bias = frames(64)[::2], frames(48)[::2]
+    calls = [lambda: F.group_norm(source, 8, scale, scale), lambda: F.conv2d(source, weight, bias, padding=1)]
+    for call in calls:
+        with torch.no_grad(), FastMode():
+            found = finished(call())
+        assert error(found, call()) < TOLERANCE
+    wrong = [
+        lambda: F.group_norm(source, 8, frames(16)),
+        lambda: F.group_norm(source, 5),
+        lambda: F.conv2d(source, weight, frames(16)),
+        lambda: F.conv2d(source, frames(24, 16, 3, 3)),
+    ]
+    for call in wrong:
+        with torch.no_grad(), FastMode(), pytest.raises(RuntimeError):
+            finished(call())

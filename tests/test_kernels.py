@@ -287,3 +287,23 @@ def test_pieces_cover_everything_once() -> None:
         for piece in slabs.pieces(shape, uncut, 4):
             slabs.cut_out(count, piece).add_(1)
         assert count.eq(1).all()
+
+
+@pytest.mark.parametrize("sizes", [(6, 8), (4, 6, 8)], ids=["picture", "video"])
+def test_a_bias_with_gaps(sizes: tuple[int, ...]):
+    """The library's convolution with packed weights reads a bias as if it had none."""
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, 32, *sizes, generator=generator)
+    weight = torch.randn(24, 32, *[3] * len(sizes), generator=generator)
+    bias, function = torch.randn(48, generator=generator)[::2], (F.conv2d, F.conv3d)[len(sizes) - 2]
+
+    def calls() -> list[Tensor]:
+        found = [function(picture, weight, bias, padding=1)]
+        if len(sizes) == 2:
+            found.append(F.conv2d(F.interpolate(picture, scale_factor=2.0), weight, bias, padding=1))
+        return found
+
+    with torch.no_grad(), FastMode():
+        found = list(map(finished, calls()))
+    for one, expected in zip(found, calls(), strict=True):
+        assert (one - expected).abs().max() < 1e-5 * expected.abs().max()  # float32, added up in another order

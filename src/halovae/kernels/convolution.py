@@ -68,6 +68,7 @@ def convolution(
     pads = {2 + i: (p, p) for i, p in enumerate(padding) if p}
     joined = joined.padded(pads, Fill()) or Joined((plain(tensor),)).padded(pads, Fill())
     assert joined is not None
+    bias = None if bias is None else bias.contiguous()  # The kernels read it as it lies.
     window = Convolution(alike(weight, joined.parts[0]), bias, tuple(stride), tuple(dilation))
     if n == 3:
         joined, window = _without_zero_frames(joined, window)

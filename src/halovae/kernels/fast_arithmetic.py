@@ -48,7 +48,8 @@ def convolve(
         or not is_plain(weight := plain(weight))
     ):
         return NotImplemented
-    if weight.dtype != input.dtype:
+    fitting = weight.dtype == input.dtype and weight.shape[1] == input.shape[1]
+    if not fitting or (bias is not None and tuple(bias.shape) != (len(weight),)):
         return NotImplemented  # torch says what is wrong
     steps, pads, gaps = (_each(value, n) for value in (stride, padding, dilation))
     repeated = recipe_of(input)
@@ -211,6 +212,9 @@ def group_norm(
     """On an accelerator: the statistics now, the scaling as a chain that goes on with what follows."""
     if not has_kernels(input) or not norms.on_gpu(input):
         return NotImplemented
+    channels = input.shape[1]
+    if channels % num_groups or any(tuple(p.shape) != (channels,) for p in (weight, bias) if p is not None):
+        return NotImplemented  # torch says what is wrong
     return norms.group_norm(input, num_groups, weight, bias, eps)
 
 

@@ -138,7 +138,7 @@ def affine(
     parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:  # fmt: skip
     """As `triton_norms.affine`."""
-    weight, bias = (None if p is None else alike(p, parts) for p in (weight, bias))
+    weight, bias = (None if p is None else alike(p, parts).contiguous() for p in (weight, bias))
     if parts.is_meta:
         return operators.affine(parts, groups, channels, weight, bias, eps)
     from halovae.kernels.gpu import triton_norms

@@ -202,6 +202,7 @@ def upsampled_convolution(
         bordered: dimensions (2, 3) in which `base` has one more row before and after, and no padding is due.
     """
     base = plain(recipe.base) if base is None else base
+    bias = None if bias is None else bias.contiguous()  # The kernels read it as it lies.
     return recipe.in_time(_convolved(recipe, weight, bias, base, bordered))
 
 
