@@ -72,14 +72,41 @@ VAES: dict[str, tuple[str, dict[str, Any], Shape, Shape]] = {
     "Wan 2.2 704x1280x81": ("AutoencoderKLWan", WAN_2_2, (48, 21, 44, 80), (3, 81, 704, 1280)),
 }
 """Class, configuration, latent and sample without the batch."""
+LARGE: dict[str, tuple[str, dict[str, Any], Shape, Shape]] = {
+    "Wan 2.1 720x1280x81": ("AutoencoderKLWan", {}, (16, 21, 90, 160), (3, 81, 720, 1280)),
+    "Wan 2.2 704x1280x121": ("AutoencoderKLWan", WAN_2_2, (48, 31, 44, 80), (3, 121, 704, 1280)),
+    "HunyuanVideo 720x1280x129": ("AutoencoderKLHunyuanVideo", {}, (16, 33, 90, 160), (3, 129, 720, 1280)),
+    "HunyuanVideo15 480x832x81": ("AutoencoderKLHunyuanVideo15", {}, (32, 21, 30, 52), (3, 81, 480, 832)),
+    "HunyuanVideo15 720x1280x121": ("AutoencoderKLHunyuanVideo15", {}, (32, 31, 45, 80), (3, 121, 720, 1280)),
+}
+"""What is for several GPUs: `full_size.py`, and `gpu.py --parts several`."""
+ALL = VAES | LARGE
 
 HALVES = ("encode", "decode")
+DEVICE = str(torch.accelerator.current_accelerator() or "cpu")
+
+
+def shrink() -> None:
+    """Make all VAEs and pictures tiny, to try a benchmark out on a CPU."""
+    for name, (kind, config, latent, sample) in ALL.items():
+        narrow = {"base_dim": 8} if kind == "AutoencoderKLWan" else {"block_out_channels": (32,) * 4}
+        if kind == "AutoencoderKLHunyuanVideo15":
+            narrow = {"block_out_channels": (32,) * 5}
+        if "decoder_base_dim" in config:
+            narrow["decoder_base_dim"] = 12
+        frames, small = (3,) if len(latent) == 4 else (), [8, 12]
+        ratios = [many // few for many, few in zip(sample[-2:], latent[-2:], strict=True)]
+        period = (sample[1] - 1) // (latent[1] - 1) if frames and latent[1] > 1 else 1
+        ALL[name] = (
+            kind, config | narrow, (latent[0], *frames, *small),
+            (sample[0], *((n - 1) * period + 1 for n in frames), *(n * r for n, r in zip(small, ratios, strict=True))),
+        )  # fmt: skip
 
 
 def build(name: str) -> Any:
-    kind, config, *_ = VAES[name]
+    kind, config, *_ = ALL[name]
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         vae = getattr(diffusers, kind)(**config)
     return vae.to(torch.bfloat16).eval().requires_grad_(False)
 
@@ -93,9 +120,9 @@ def channels_last(vae: Any) -> Any:
 
 
 def picture(name: str, half: str) -> Tensor:
-    shape = VAES[name][2 if half == "decode" else 3]
-    generator = torch.Generator("cuda").manual_seed(1)
-    return torch.randn((1, *shape), generator=generator, device="cuda").clamp_(-1, 1).to(torch.bfloat16)
+    shape = ALL[name][2 if half == "decode" else 3]
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    return torch.randn((1, *shape), generator=generator, device=DEVICE).clamp_(-1, 1).to(torch.bfloat16)
 
 
 def call(vae: Any, half: str, tensor: Tensor) -> Tensor:

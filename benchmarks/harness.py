@@ -7,11 +7,15 @@ import json
 import os
 import pickle
 import platform
+import signal
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +64,94 @@ def _enter(
     dist.init_process_group(dist.get_default_backend_for_device(device))
     with torch.inference_mode():
         Path(folder, str(rank)).write_bytes(pickle.dumps(work(rank, *args)))
+    dist.destroy_process_group()
+
+
+_ROWS, _STARTED = "BENCHMARK_ROWS", "BENCHMARK_STARTED"
+
+
+def limited(
+    command: Sequence[str], ranks: int, seconds: float, env: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Run a Python program on `ranks` processes with torchrun's variables, for `seconds` at the most.
+
+    Returns the rows that its ranks have told by then, and why there are no more of them: None where it ended well. All
+    its processes have ended, and what they have started in their process groups.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows")
+        rows.touch()
+        shared = {
+            **os.environ, **(env or {}), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _ROWS: str(rows), _STARTED: str(time.time()),
+        }  # fmt: skip
+        processes = [
+            subprocess.Popen([sys.executable, *command], start_new_session=True,
+                             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(ranks)
+        ]  # fmt: skip
+        reason = _until(processes, time.monotonic() + seconds)
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        told = [json.loads(line) for line in rows.read_text().splitlines()]
+    failures = [row["failed"] for row in told if "failed" in row]
+    if reason == _OVERTIME:
+        reason = f"no result after {seconds:.0f} s"
+    return [row for row in told if "failed" not in row], failures[0] if failures else reason
+
+
+_OVERTIME = "overtime"
+
+
+def _until(processes: Sequence[subprocess.Popen[bytes]], end: float) -> str | None:
+    """Wait for the processes; why there is no use in waiting longer, or None."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            end = min(end, time.monotonic() + 2)  # The others may have a word to say.
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    codes = [process.poll() for process in processes]
+    failed = next((code for code in codes if code), None)
+    return f"exit code {failed}" if failed else _OVERTIME if None in codes else None
+
+
+def tell(row: Mapping[str, Any]) -> None:
+    """Print a row of `limited`'s program at once, and keep it. Of all ranks, the first is heard."""
+    if os.environ["RANK"] == "0":
+        _keep(row)
+        print(json.dumps(row), flush=True)
+
+
+def _keep(row: Mapping[str, Any]) -> None:
+    with Path(os.environ[_ROWS]).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def age() -> float:
+    """Seconds since this rank of `limited` was started."""
+    return time.time() - float(os.environ[_STARTED])
+
+
+@contextmanager
+def rank_of(device: str) -> Iterator[torch.device]:
+    """Within it, this process is a rank of `limited` with its share of the cores; yields its device."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    if device != "cpu":
+        torch.accelerator.set_device_index(rank)
+    dist.init_process_group(dist.get_default_backend_for_device(device))
+    try:
+        yield torch.device("cpu") if device == "cpu" else torch.device(device, rank)
+        dist.barrier()
+    except Exception as error:
+        _keep({"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"})
+        raise
     dist.destroy_process_group()
 
 
