@@ -91,7 +91,7 @@ def shrink() -> None:
     for name, (kind, config, latent, sample) in ALL.items():
         narrow = {"base_dim": 8} if kind == "AutoencoderKLWan" else {"block_out_channels": (32,) * 4}
         if kind == "AutoencoderKLHunyuanVideo15":
-            narrow = {"block_out_channels": (32,) * 5}
+            narrow = {"block_out_channels": (64,) * 5}
         if "decoder_base_dim" in config:
             narrow["decoder_base_dim"] = 12
         frames, small = (3,) if len(latent) == 4 else (), [8, 12]

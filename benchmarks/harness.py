@@ -71,11 +71,11 @@ _ROWS, _STARTED = "BENCHMARK_ROWS", "BENCHMARK_STARTED"
 
 
 def limited(
-    command: Sequence[str], ranks: int, seconds: float, env: Mapping[str, str] | None = None
+    command: Sequence[str], ranks: int | None, seconds: float, env: Mapping[str, str] | None = None
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Run a Python program on `ranks` processes with torchrun's variables, for `seconds` at the most.
 
-    Returns the rows that its ranks have told by then, and why there are no more of them: None where it ended well. All
+    None: one process without these variables. Returns the rows that its ranks have told by then, and why there are no more of them: None where it ended well. All
     its processes have ended, and what they have started in their process groups.
     """
     with socket.socket() as probe:
@@ -84,14 +84,14 @@ def limited(
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows")
         rows.touch()
-        shared = {
-            **os.environ, **(env or {}), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _ROWS: str(rows), _STARTED: str(time.time()),
-        }  # fmt: skip
+        shared = {**os.environ, **(env or {}), _ROWS: str(rows), _STARTED: str(time.time())}
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | dict.fromkeys(
+            ("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks)
+        )
+        places = [{}] if ranks is None else [{**world, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)]
         processes = [
-            subprocess.Popen([sys.executable, *command], start_new_session=True,
-                             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
+            subprocess.Popen([sys.executable, *command], start_new_session=True, env=shared | place)
+            for place in places
         ]  # fmt: skip
         reason = _until(processes, time.monotonic() + seconds)
         for process in processes:
@@ -150,7 +150,7 @@ def rank_of(device: str) -> Iterator[torch.device]:
         yield torch.device("cpu") if device == "cpu" else torch.device(device, rank)
         dist.barrier()
     except Exception as error:
-        _keep({"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"})
+        _keep({"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"})
         raise
     dist.destroy_process_group()
 
