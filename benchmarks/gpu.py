@@ -8,14 +8,19 @@ against the same VAE in float32, at a smaller size.
 
 The time of N GPUs is a projection, not a measurement: the shard of the first, a middle and the last rank runs alone
 on this GPU, with its halos left blank, and the slowest of them counts; to it is added the time of its messages on a
-link of the stated speed, as if nothing of it were hidden. Where the host has several GPUs, all of them run exact mode
-for real as well, next to one of them alone.
+link of the stated speed, as if nothing of it were hidden.
+
+Where the host has several GPUs, 1, 2, 4 and 8 of them run exact mode for real (`--parts several`), without any option:
+"s" is the least of the calls from the fourth on, each until its slowest GPU ends, "efficiency" is of our own one GPU,
+"exposed s" is what is left of it beside the slowest shard alone, and "projected s" what the projection says. A VAE has
+processes of its own and a time limit; its rows are printed as they come. `--tiny` tries this part out on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import statistics
 import sys
@@ -25,13 +30,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_vaes
 import torch
 from diffusers import AutoencoderKLWan
-from harness import report, run_ranks
+from exact import distvae
+from harness import limited, rank_of, report, run_ranks, tell
 from torch import Tensor
 from torch import distributed as dist
 
 import halovae
+from halovae.base.memory import PeakMemory
 from halovae.calls.merge_steps import Merger, merged
 from halovae.calls.replay import Graphs
 from halovae.calls.target import Target
@@ -46,6 +54,11 @@ WAN_2_2 = {
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {"Wan 2.1": ({}, 16, 8), "Wan 2.2": (WAN_2_2, 48, 16)}
 """Configuration, latent channels, spatial ratio."""
 CASES = [("Wan 2.1", (480, 832, 81)), ("Wan 2.1", (720, 1280, 81)), ("Wan 2.2", (480, 832, 81))]
+SEVERAL = (
+    "Wan 2.1 480x832x81", "Wan 2.1 720x1280x81", "Wan 2.2 704x1280x121", "FLUX.2 2048x2048",
+    "HunyuanVideo15 480x832x81",
+)  # fmt: skip
+"""Of `gpu_vaes.py`, for all GPUs of the host."""
 PARTS = ("one", "projection", "several", "processes")
 LINK_BYTES_PER_SECOND = 300e9
 LINK_SECONDS_PER_MESSAGE = 20e-6
@@ -86,6 +99,8 @@ def call(vae: Any, half: str, tensor: Tensor) -> Tensor:
 
 
 def seconds(run: Callable[[], Any]) -> float:
+    if not torch.cuda.is_available():
+        return elapsed(run)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
@@ -195,44 +210,125 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
     }  # fmt: skip
 
 
-def on_own_gpus(rank: int, model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
-    """Exact mode on all ranks and the first rank alone, in turns: medians of the slowest rank's seconds."""
-    vaes = {name: build(model) for name in ("exact", "replayed", "one", "one replayed")}
-    tensor = picture(model, size, half)
-    handle = halovae.parallelize(vaes["exact"], options=halovae.Options(graphs=False))
-    halovae.parallelize(vaes["replayed"], options=halovae.Options(graphs=True))
-    halovae.optimize(vaes["one"], options=halovae.Options(graphs=False))
-    halovae.optimize(vaes["one replayed"], options=halovae.Options(graphs=True))
-    variants = {name: partial(call, vae, half, tensor) for name, vae in vaes.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 2):
-        for name, variant in variants.items():
+def on_several(name: str, repeats: int, device: torch.device) -> None:
+    """Rows of one VAE of `gpu_vaes.py`: one device, and more and more of those that there are."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    groups = {count: dist.new_group(range(count)) for count in (1, 2, 4, 8) if count <= world}
+    counts = [1, *sorted(set(groups) - {1}, reverse=True)]
+    jobs: list[tuple[str, int, Any]] = [(half, count, "auto") for half in gpu_vaes.HALVES for count in counts]
+    grids = ("height", "width", *([(2, world // 2)] if world > 3 else []))
+    jobs += [(half, counts[1], axis) for half in gpu_vaes.HALVES for axis in grids if world > 1]
+    seen: dict[tuple[str, int, Any], float] = {}
+    for half, count, axis in jobs:
+        shape = plan_of(name, half, count, axis).shape
+        if rank >= count or (half, count, shape) in seen:
+            continue
+        found = spread_out(name, half, groups[count], axis, repeats, device)
+        best, alone = min(found["calls"][3:]), found["alone"]
+        seen[half, count, shape] = best
+        one = seen.get((half, 1, (1, 1)), 0.0)
+        link = found["bytes"] / LINK_BYTES_PER_SECOND + found["messages"] * LINK_SECONDS_PER_MESSAGE
+        tell({
+            "case": name, "half": half, "GPUs": count, "grid": "x".join(map(str, shape)), "s": best,
+            "speed-up": one / best, "efficiency": one / best / count, "first s": found["calls"][0],
+            "messages": found["messages"], "MiB sent": found["bytes"] / 2**20, "shard alone s": alone or "-",
+            "exposed s": best - alone if alone else "-", "projected s": alone + link if alone else "-",
+            "GiB": found["memory"] / 2**30, "replayed": found["replayed"],
+            "calls s": " ".join(f"{each:.3f}" for each in found["calls"]),
+        })  # fmt: skip
+    for half in gpu_vaes.HALVES if world > 1 and "Wan" in name else ():
+        peer = distvae_seconds(name, half, repeats)
+        if peer:
+            tell({"case": name, "half": half, "GPUs": world, "grid": "DistVAE", "s": peer})
+
+
+def plan_of(name: str, half: str, ranks: int, axis: Any) -> ShardPlan:
+    """Which rank has which part of the picture."""
+    _, _, latent, sample = gpu_vaes.ALL[name]
+    ratio = sample[-1] // latent[-1]
+    return plan_shards(*(sample if half == "encode" else latent)[-2:], ratio if half == "encode" else 1, ranks, axis)
+
+
+def spread_out(
+    name: str, half: str, group: dist.ProcessGroup, axis: Any, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """The first calls on the ranks of a group, each until its slowest rank ends, and what they sent and took."""
+    vae, tensor, ranks = gpu_vaes.build(name), gpu_vaes.picture(name, half), dist.get_world_size(group)
+    dist.barrier(group)  # Some were idle before.
+    handle = halovae.optimize(vae) if ranks == 1 else halovae.parallelize(vae, group, axis=axis)
+    own, peaks = list[float](), list[int]()
+    for _ in range(3 + repeats):  # The second is recorded where that pays.
+        memory = PeakMemory(device)
+        dist.barrier(group)
+        own.append(elapsed(lambda: gpu_vaes.call(vae, half, tensor)))
+        peaks.append(memory.growth)
+    report = handle.last
+    assert report is not None
+    mine = {"calls": own, "memory": peaks[0], "messages": report.messages, "bytes": report.bytes}
+    handle.restore()
+    mine["alone"] = shard_alone(name, half, tensor, ranks, repeats) if axis == "auto" and ranks > 1 else 0.0
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, mine, group)
+    most = {key: max(each[key] for each in every) for key in mine if key != "calls"}
+    calls = [max(turn) for turn in zip(*(each["calls"] for each in every), strict=True)]
+    return {**most, "calls": calls, "replayed": report.replayed}
+
+
+def shard_alone(name: str, half: str, tensor: Tensor, ranks: int, repeats: int) -> float:
+    """Seconds of this rank's shard if its neighbours took no time, replayed where there are graphs."""
+    target, plan = Target(gpu_vaes.build(name)), plan_of(name, half, ranks, "auto")
+    _, _, latent, sample = gpu_vaes.ALL[name]
+    ratio = sample[-1] // latent[-1] if half == "encode" else 1
+    comm = LonelyComm(dist.get_rank(), ranks)
+    steps = Merger(SoloComm(), target, "auto").steps(half, plan, lambda: ratio, (tensor,), {})
+    runner = on_shards if gpu_vaes.DEVICE == "cpu" else partial(Graphs(comm, target).run, half, "")
+    return shard_seconds(comm, plan, (merged(target, half, steps), (tensor,), {}), runner, repeats)
+
+
+def distvae_seconds(name: str, half: str, repeats: int) -> float | None:
+    """Of the peer on all ranks, by the best of some calls; None where it is not installed or can't do this."""
+    try:
+        vae = distvae(gpu_vaes.build(name))
+        if vae is None:
+            return None
+        tensor, own = gpu_vaes.picture(name, half), list[float]()
+        for _ in range(2 + repeats):
             dist.barrier()
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            if name in ("exact", "replayed") or rank == 0:
-                variant()
-            torch.cuda.synchronize()
-            if turn > 1:
-                times[name].append(time.perf_counter() - started)
-    assert handle.last is not None
-    return {
-        **{name: statistics.median(each) for name, each in times.items()}, "messages": handle.last.messages,
-        "MiB": handle.last.bytes / 2**20, "wait": handle.last.wait_seconds, "calls": len(handle.last.steps),
-    }  # fmt: skip
+            own.append(elapsed(lambda: gpu_vaes.call(vae, half, tensor)))
+    except Exception as error:
+        print(f"DistVAE, {name}, {half}: {error!r:.300}", file=sys.stderr, flush=True)
+        return None
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return min(max(turn) for turn in zip(*every, strict=True))
 
 
-def several(model: str, size: tuple[int, int, int], half: str, repeats: int) -> dict[str, Any]:
-    ranks = torch.cuda.device_count()
-    found = run_ranks(ranks, on_own_gpus, model, size, half, repeats, device="cuda")
-    exact, replayed = (max(each[name] for each in found) for name in ("exact", "replayed"))
-    return {
-        "case": f"{model} {'x'.join(map(str, size))}", "half": half, "GPUs": ranks, "one GPU s": found[0]["one"],
-        "exact s": exact, "speed-up": found[0]["one"] / exact, "one GPU replayed s": found[0]["one replayed"],
-        "replayed s": replayed, "speed-up replayed": found[0]["one replayed"] / replayed, "calls": found[0]["calls"],
-        "messages": max(each["messages"] for each in found), "MiB sent": max(each["MiB"] for each in found),
-        "exchanges s": max(each["wait"] for each in found),
-    }  # fmt: skip
+def elapsed(run: Callable[[], Any]) -> float:
+    """Seconds of the host's clock, the device being at rest before and after."""
+    wait = torch.accelerator.synchronize if gpu_vaes.DEVICE != "cpu" else lambda: None
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
+
+
+def several(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of `on_several`, each VAE on processes of its own for `--limit` seconds, all for `--budget`."""
+    rows: list[dict[str, Any]] = []
+    end = time.monotonic() + options.budget
+    ranks = 2 if options.tiny else torch.cuda.device_count()
+    for name in [SEVERAL[index] for index in options.cases or range(len(SEVERAL))]:
+        words = [__file__, "--child", name, "--repeats", str(options.repeats), *(["--tiny"] if options.tiny else [])]
+        told, reason = limited(words, ranks, max(1.0, min(options.limit, end - time.monotonic())))
+        rows += told
+        if reason:
+            rows.append({"case": name, "GPUs": ranks, "not run": f"the rest: {reason}"})
+            print(rows[-1], flush=True)
+        if options.json:  # What is there by now, should the rest not be reached.
+            options.json.with_stem(f"{options.json.stem}-several").write_text(json.dumps(rows, indent=1) + "\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return [{column: row.get(column, "-") for column in columns} for row in rows]
 
 
 def two_processes(rank: int) -> float:
@@ -251,16 +347,29 @@ def two_processes(rank: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of the cases to run")
+    parser.add_argument(
+        "--cases", type=int, nargs="*", help="which of the cases to run; of --parts several: of its own"
+    )
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8], help="numbers of GPUs to project to")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
+    parser.add_argument("--limit", type=float, default=110, help="seconds for each VAE of --parts several")
+    parser.add_argument("--budget", type=float, default=570, help="seconds for all of --parts several")
+    parser.add_argument("--tiny", action="store_true", help="--parts several, small, on 2 CPU ranks")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = torch.cuda.get_device_name()
+    if options.tiny:
+        gpu_vaes.shrink()
+    if options.child:
+        logging.disable(logging.WARNING)
+        with rank_of(gpu_vaes.DEVICE) as place:
+            on_several(options.child, options.repeats, place)
+        return
+    device = "CPU" if options.tiny else torch.cuda.get_device_name()
     halves = ("encode", "decode")
     rows: list[dict[str, Any]] = []
-    cases = [CASES[index] for index in options.cases]
-    for model, size in cases if "one" in options.parts else []:
+    cases = [CASES[index] for index in options.cases or range(len(CASES))] if "one" in options.parts else []
+    for model, size in cases:
         for half in halves:
             rows.append(row(model, size, half, options.repeats))
             print(rows[-1], file=sys.stderr, flush=True)
@@ -273,13 +382,11 @@ def main() -> None:
         second = options.json and options.json.with_stem(f"{options.json.stem}-projection")
         print()
         report(f"projection from one {device}: {link}", projected, second)
-    if "several" in options.parts and torch.cuda.device_count() > 1:
-        shared = [
-            several(*case, half, options.repeats) for case in [CASES[i] for i in options.cases] for half in halves
-        ]
+    if "several" in options.parts and (options.tiny or torch.cuda.device_count() > 1):
         third = options.json and options.json.with_stem(f"{options.json.stem}-several")
+        shared = several(options)
         print()
-        report(f"{torch.cuda.device_count()} of {device}", shared, third)
+        report(f"{max(row['GPUs'] for row in shared)} of {device}", shared, third)
     sys.stdout.flush()
     if "processes" not in options.parts:
         return

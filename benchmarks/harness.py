@@ -75,8 +75,9 @@ def limited(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Run a Python program on `ranks` processes with torchrun's variables, for `seconds` at the most.
 
-    None: one process without these variables. Returns the rows that its ranks have told by then, and why there are no more of them: None where it ended well. All
-    its processes have ended, and what they have started in their process groups.
+    None: one process without these variables. Returns the rows that its ranks have told by then, and why there are no
+    more of them: None where it ended well. All its processes have ended, and what they have started in their process
+    groups.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
