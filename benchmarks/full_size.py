@@ -33,7 +33,6 @@ from torch import distributed as dist
 STEPS = 20
 """Of the run that the totals are told for."""
 NOT_PARALLEL = {"vae_encode": False, "vae_decode": False}
-RING = {"ulysses_degree": 1, "ring_degree": True, "attention_backend": "_native_cudnn"}
 WAYS: dict[str, dict[str, Any]] = {
     "VAE not parallel": NOT_PARALLEL,
     "decode and encode, nothing on disk": {},
@@ -42,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "diffusers": {},
     "layerwise offload, VAE not parallel": NOT_PARALLEL | {"layerwise_offload": True},
     "layerwise offload, decode and encode": {"layerwise_offload": True},
-    "ring, decode and encode": RING,
+    "ring, decode and encode": {"attention_backend": "_native_cudnn"},
     "CPU offload, decode and encode": {"cpu_offload": True},
 }
 """Rows of the pipeline, and the `Setup` of each. Kernels that one row has compiled are on disk for those after it."""
@@ -145,10 +144,8 @@ class Peer:
 def setup_of(way: str) -> Any:
     from halovae.pipelines.generation_settings import Setup
 
-    given = {"ulysses_degree": dist.get_world_size(), "flow_shift": 12.0, **WAYS.get(way, NOT_PARALLEL)}
-    if "ring_degree" in given:
-        given["ring_degree"] = dist.get_world_size()
-    return Setup(**given)
+    degree = "ring_degree" if way.startswith("ring") else "ulysses_degree"
+    return Setup(**{degree: dist.get_world_size()}, flow_shift=12.0, **WAYS.get(way, NOT_PARALLEL))
 
 
 def generate(way: str, options: argparse.Namespace, device: torch.device) -> None:
