@@ -13,7 +13,7 @@ link of the stated speed, as if nothing of it were hidden.
 Where the host has several GPUs, 1, 2, 4 and 8 of them run exact mode for real (`--parts several`), without any option:
 "s" is the least of the calls from the fourth on, each until its slowest GPU ends, "efficiency" is of our own one GPU,
 "exposed s" is what is left of it beside the slowest shard alone, and "projected s" what the projection says. A VAE has
-processes of its own and a time limit; its rows are printed as they come. `--tiny` tries this part out on a CPU.
+processes of its own and a time limit; its rows are printed as they come. `--tiny 2` tries this part out on a CPU.
 """
 
 from __future__ import annotations
@@ -317,9 +317,16 @@ def several(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of `on_several`, each VAE on processes of its own for `--limit` seconds, all for `--budget`."""
     rows: list[dict[str, Any]] = []
     end = time.monotonic() + options.budget
-    ranks = 2 if options.tiny else torch.cuda.device_count()
+    ranks = options.tiny or torch.cuda.device_count()
     for name in [SEVERAL[index] for index in options.cases or range(len(SEVERAL))]:
-        words = [__file__, "--child", name, "--repeats", str(options.repeats), *(["--tiny"] if options.tiny else [])]
+        words = [
+            __file__,
+            "--child",
+            name,
+            "--repeats",
+            str(options.repeats),
+            *(["--tiny", str(options.tiny)] if options.tiny else []),
+        ]
         told, reason = limited(words, ranks, max(1.0, min(options.limit, end - time.monotonic())))
         rows += told
         if reason:
@@ -354,7 +361,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
     parser.add_argument("--limit", type=float, default=110, help="seconds for each VAE of --parts several")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all of --parts several")
-    parser.add_argument("--tiny", action="store_true", help="--parts several, small, on 2 CPU ranks")
+    parser.add_argument("--tiny", type=int, metavar="RANKS", help="--parts several, small, on ranks of a CPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
