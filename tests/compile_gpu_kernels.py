@@ -30,7 +30,8 @@ def compiled(
 
 
 def chains() -> None:
-    numbers = dict.fromkeys(("count", "each", "frames", "height", "width", "small"), "i32") | {"eps": "fp32"}
+    names = "count", "each", "frames", "height", "width", "small", "frame_step", "row_step"
+    numbers = dict.fromkeys(names, "i32") | {"eps": "fp32"}
     for shift, other, norm, factor, term, first in (
         (0, False, 0, 3, 3, None),
         (2, True, 0, 0, 0, None),
@@ -47,7 +48,7 @@ def chains() -> None:
         constants = {"C": 96, "PADDED": 128, "ROWS": 32, "NORM": norm, "OTHER": other, "SILU": True}
         constants |= {"SHIFT": shift, "FACTOR": factor, "TERM": term} | absent
         constants |= {"BY": "by" in types, "MORE": "more" in types, "FIRST": first or 0}
-        constants |= {"TIME": 2, "DOWN": 3, "ACROSS": 3}
+        constants |= {"TIME": 2, "DOWN": 3, "ACROSS": 3, "ROOM": norm == 2}
         compiled(triton_chain._chain, constants, 4, x=PICTURE, out=PICTURE, **numbers, **types)
 
 

@@ -3,19 +3,22 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_pictures import TOLERANCE, error, frames, frames_of, picture_of, video
+from gpu_pictures import TOLERANCE, channels_last, error, frames, frames_of, picture_of, video
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from halovae.kernels import convolution as kernels_convolution
+from halovae.kernels import kept as store
 from halovae.kernels.convolution import Convolution, on_gpu
+from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import (
     dispatch,
     operators,
@@ -27,7 +30,7 @@ from halovae.kernels.gpu import (
 from halovae.kernels.gpu.triton_convolution import Tile, convolve, pack, pack_upsampled, tile_for
 from halovae.kernels.lazy.chain import Chain, Step
 from halovae.kernels.lazy.deferred import recipe_of
-from halovae.kernels.lazy.joined import Joined
+from halovae.kernels.lazy.joined import Halo, Joined
 from halovae.kernels.lazy.promise import kept, promised
 
 SMALL = Tile(positions=32, channels=16, more_channels=16, depth=16, warps=4, stages=2)
@@ -210,27 +213,36 @@ def test_a_chain_of_another_form_is_computed_step_by_step():
     assert error(dispatch.chain(source, torch.float32, torch.float32, steps), F.silu(source) * 2) < 1e-6
 
 
-def test_frames_are_joined_in_the_room_that_a_chain_has_left():
-    base, before = video(1, 4, 2, 3, 5), video(1, 4, 1, 3, 5) + 1
-    steps = [Step("silu")]
-    first = dispatch.chain(base, torch.float32, torch.float32, steps)
-    assert dispatch.joined((before, first), 2) is None
-    second = dispatch.chain(base, torch.float32, torch.float32, steps)
-    found = dispatch.joined((before, second), 2)
-    assert found is not None
-    assert torch.equal(found, torch.cat((before, first), 2))
-    assert found[:, :, 1:].data_ptr() == second.data_ptr()
+@pytest.mark.parametrize("shape", [(1, 4, 2, 3, 5), (1, 4, 1, 3, 5), (1, 20, 3, 4, 6), (2, 8, 5, 7)])
+@pytest.mark.parametrize("fill", [Fill(), Fill("replicate")])
+def test_what_a_chain_gives_is_joined_and_padded_where_it_lies(shape: tuple[int, ...], fill: Fill):
+    def made() -> Tensor:
+        return dispatch.chain(channels_last(frames(*shape)), torch.float32, torch.float32, [Step("silu")])
 
+    def around(dim: int, size: int) -> Tensor:
+        return channels_last(frames(*(size if d == dim else length for d, length in enumerate(shape))) + dim)
 
-def test_frames_are_joined_on_both_sides():
-    base, edge = video(1, 4, 3, 3, 5), video(1, 4, 1, 3, 5) + 1
-    made = dispatch.chain(base, torch.float32, torch.float32, [Step("silu")])
-    assert dispatch.joined((edge, made, edge), 2) is None
-    roomy = dispatch.chain(base, torch.float32, torch.float32, [Step("silu")])
-    found = dispatch.joined((edge, roomy, edge), 2)
-    assert found is not None
-    assert torch.equal(found, torch.cat((edge, made, edge), 2))
-    assert dispatch.joined((edge, roomy), 2) is None
+    store.kept().rooms.clear()
+    whole, last = made(), len(shape) - 1
+    waited: list[int] = []
+    halo = Halo(last, around(last, 1), around(last, 2), lambda: waited.append(1))
+    edge = around(2, 1)
+    in_time = [Joined((edge, whole)), *([Joined((edge, whole, edge))] if shape[2] > 1 else [])] if last == 4 else []
+    for joined in (Joined((whole,)), *in_time, Joined((whole,), halo=halo)):
+        for pads in ({}, {last - 1: (1, 1)}, {last: (1, 0)}, {last - 1: (2, 1), last: (0, 1)}):
+            padded = joined.padded(pads, fill)
+            assert padded is not None
+            if padded.is_bare and len(padded.parts) == 1:
+                continue
+            expected = padded.slab(-2, (0, padded.shape[-2]), torch.float32, True)
+            assert torch.equal(padded.settled(), expected)  # by a copy; the next one has room
+            roomy = made()
+            assert torch.equal(roomy, whole)
+            parts = tuple(roomy if part is whole else part for part in padded.parts)
+            found = replace(padded, parts=parts).settled()
+            assert torch.equal(found, expected)
+            assert found.untyped_storage().data_ptr() == roomy.untyped_storage().data_ptr()
+    assert waited
 
 
 def test_operators_of_the_kernels_do_what_these_do():

@@ -21,7 +21,7 @@ from halovae.base.errors import InputError
 from halovae.base.options import Options
 from halovae.calls import replay as graphs
 from halovae.calls.device_graphs import Tape
-from halovae.calls.replay import read_by
+from halovae.calls.module_facts import ModuleFacts
 from halovae.comm import Message, SoloComm, default_device
 
 HALVES = ["encode", "decode"]
@@ -212,19 +212,26 @@ def test_whatever_a_replay_takes_for_unchanged_is_looked_at() -> None:
     vae = FAMILIES["kl"].build()
     conv: Any = vae.decoder.conv_in
     conv.mean = torch.zeros(3)
-    before, places = read_by(vae), set[Any]()
+    facts, places = ModuleFacts(vae), set[Any]()
+    before = facts.reading()
     conv.weight.add_(1)
-    assert read_by(vae) == before
+    assert facts.reading() == before == ModuleFacts(vae).reading()
     for change in (
         lambda: setattr(conv, "mean", torch.ones(3)),
         lambda: setattr(conv, "scale", 0.5),
+        lambda: setattr(vae.decoder.conv_out, "scale", 0.5),
+        lambda: setattr(vae.decoder.conv_out, "scale", 0.25),
         lambda: setattr(conv.weight, "data", conv.weight.data.transpose(2, 3)),
         lambda: setattr(conv.weight, "data", conv.weight.data.clone()),
+        lambda: setattr(vae.decoder.conv_out, "weight", torch.nn.Parameter(vae.decoder.conv_out.weight.clone())),
+        lambda: vae.decoder.conv_norm_out.register_buffer("offset", torch.zeros(3)),
         lambda: setattr(vae.decoder, "conv_in", torch.nn.Identity()),
+        lambda: setattr(vae.decoder.up_blocks, "0", torch.nn.Identity()),
     ):
-        places.add(read_by(vae))
+        places.add(facts.reading())
         change()
-        assert read_by(vae) not in places
+        assert facts.reading() not in places
+        assert facts.reading() == ModuleFacts(vae).reading()
 
 
 # ---- the tape by itself ----------------------------------------------------------------------------------------------

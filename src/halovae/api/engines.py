@@ -270,7 +270,7 @@ class _OnRanks(ExactCall[Ran]):
         self.comm.traffic = Traffic()  # the probe's messages are not the call's
         memory = PeakMemory(self.picture.device)
         yield
-        settle(self.target.vae)
+        settle(self.target.facts)
         if self._engine.graphs.way == "plain":
             growth = memory.growth
             self._engine.room.learn(self.half, self.shards, self.picture, growth)
@@ -336,7 +336,7 @@ class _InPieces(_OnRanks):
         self._probed = time.perf_counter()
         self.comm.traffic = Traffic()
         yield
-        settle(self.target.vae)
+        settle(self.target.facts)
 
     def run(self) -> None:
         if self._walk is None:

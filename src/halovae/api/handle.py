@@ -285,7 +285,7 @@ class Handle:
             self._solo = self._make_engine(SoloComm(), size=None, axis="auto", gather="all")
         undone = rewound_by_failure(picture.device, *args, *kwargs.values())
         try:
-            with undone_by_failure(self._target.vae, args, kwargs), undone:
+            with undone_by_failure(self._target.facts, args, kwargs), undone:
                 return self._solo.run(half, picture, args, kwargs)
         except Exception as error:
             if not is_shortage(error):
@@ -343,13 +343,13 @@ class Handle:
         device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
         eagerly, ours = self._eagerly(half), self._kept.in_use()
-        with eagerly, ours, undone_by_failure(self._target.vae, args, kwargs), undone, one_call(self._comm):
+        with eagerly, ours, undone_by_failure(self._target.facts, args, kwargs), undone, one_call(self._comm):
             self._comm.traffic = Traffic()
             yield
 
     def _eagerly(self, half: str) -> AbstractContextManager[None]:
         """Within it, parts of the VAE that are compiled run as they are written; said once."""
-        if not is_compiled(self._target.vae, self._target.originals[half]):
+        if not is_compiled(self._target.facts.modules(), self._target.originals[half]):
             return nullcontext()
         if not self._said_compiled:
             self._said_compiled = True
@@ -413,7 +413,7 @@ class Handle:
             said["autocast"] = dict(autocast.state()) or "off"
             how = ", in pieces" if in_pieces else "" if alike else ", of each rank its own"
             said["call"] = f"{half} number {self._calls}{how}"
-            if alike:
+            if alike and self._comm.size > 1:
                 named = (f"{name}={_described(value)}" for name, value in sorted(kwargs.items()))
                 said["arguments"] = ", ".join([*map(_described, args), *named])
                 tensors = enumerate(tensors_in((args, kwargs)))

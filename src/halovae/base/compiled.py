@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,12 +50,12 @@ def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def is_compiled(network: nn.Module, *functions: Callable[..., Any]) -> bool:
-    """Whether a network, these functions, or what is next to the code of its modules is given to torch.compile."""
+def is_compiled(modules: Iterable[nn.Module], *functions: Callable[..., Any]) -> bool:
+    """Whether modules of a network, functions, or what is next to the code of the modules is given to torch.compile."""
     if "torch._dynamo" not in sys.modules:
         return False
     kinds: set[type] = set()
-    for module in network.modules():
+    for module in modules:
         if is_given_to_compiler(module):
             return True
         kinds.add(type(module))

@@ -36,7 +36,7 @@ class PeakMemory:
         if not self._known:
             return None
         if self._device.type != "cpu":
-            return torch.get_device_module(self._device).max_memory_allocated(self._device)
+            return _allocated(self._device, "peak")
         lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
@@ -59,6 +59,20 @@ class PeakMemory:
         return True
 
 
+def _allocated(device: torch.device, when: str) -> int:
+    return _counted(device, "allocated_bytes", when)
+
+
+def _counted(device: torch.device, what: str, when: str) -> int:
+    """What the device's allocator counts: "current" or "peak"."""
+    module = torch.get_device_module(device)
+    # The usual way sorts all that is counted, and takes a tenth of a millisecond for each answer.
+    if hasattr(module, "memory_stats_as_nested_dict"):
+        counts = module.memory_stats_as_nested_dict(device)
+        return counts[what]["all"][when] if counts else 0
+    return module.memory_stats(device).get(f"{what}.all.{when}", 0)
+
+
 def allocated_by(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that torch allocates for a call and holds at once, at the most: results, and workspaces of libraries.
 
@@ -69,11 +83,10 @@ def allocated_by(call: Callable[[], object], device: torch.device) -> int:
         device: where it allocates.
     """
     if device.type != "cpu":
-        memory = torch.get_device_module(device)
-        memory.reset_peak_memory_stats(device)
-        before = memory.memory_allocated(device)
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+        before = _allocated(device, "current")
         call()
-        return memory.max_memory_allocated(device) - before
+        return _allocated(device, "peak") - before
     profile_memory()
     try:
         call()
@@ -89,7 +102,8 @@ def free_bytes(device: torch.device) -> int | None:
         if not hasattr(module, "mem_get_info"):
             return None
         # What the allocator keeps for later is free too.
-        return module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
+        reserved, allocated = (_counted(device, f"{what}_bytes", "current") for what in ("reserved", "allocated"))
+        return module.mem_get_info(device)[0] + reserved - allocated
     if not _MEMINFO.exists():
         return None
     lines = _MEMINFO.read_text().splitlines()

@@ -100,6 +100,11 @@ def registered(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
     return module._parameters, module._buffers
 
 
+def tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """All that a module holds by name: the modules in it, parameters, buffers, and attributes with these three."""
+    return module._modules, module._parameters, module._buffers, vars(module)
+
+
 def is_compiler_wrapped(module: nn.Module) -> bool:
     """Whether it is what torch.compile makes of a module."""
     return COMPILED_MODULE in module._modules

@@ -20,15 +20,16 @@ from halovae.base.compiled import is_compiled
 from halovae.base.private_diffusers import LIBRARY_HOOKS
 from halovae.base.private_torch import COMPILED_CALL, DeviceContext, any_global_hook, function_modes
 from halovae.base.trees import tensors_in
+from halovae.calls.module_facts import TELLING
 from halovae.calls.state import has_hooks
-from halovae.calls.target import PLAIN, Substitute, Target, told
+from halovae.calls.target import Substitute, Target, told
 from halovae.exact.shard_mode import RULES
 from halovae.kernels import autocast
 from halovae.kernels.fast_rules import RULES as KERNELS
 
 _DEEP = 3
 """Levels of objects within objects that are looked into."""
-_TOLD = (Tensor, torch.Generator, type(None), *PLAIN)
+_TOLD = (Tensor, torch.Generator, type(None), *TELLING)
 """Types of arguments that are told in full, or whose values a trial replaces."""
 _CONTAINER = "return_dict"
 """What diffusers calls the argument that says how a result is wrapped: that changes nothing in it."""
@@ -47,7 +48,7 @@ def words_of(target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str,
         if not all(isinstance(value, _TOLD) for value in (*args, *kwargs.values())):
             return None
         code = code_words(target.vae)
-        if code is None or is_compiled(target.vae, target.originals[half]):
+        if code is None or is_compiled(target.facts.modules(), target.originals[half]):
             return None
         tensors = [(tuple(t.shape), t.dtype, t.device.type) for t in tensors_in((args, kwargs))]
         named = {name: _described(value) for name, value in kwargs.items() if name != _CONTAINER}
@@ -105,7 +106,7 @@ def _is_patched(module: nn.Module, name: str, value: Any) -> bool:
 
 def _described(value: Any, depth: int = 0) -> str:
     """As `told`, and what objects hold too."""
-    if value is None or isinstance(value, PLAIN):
+    if value is None or isinstance(value, TELLING):
         return told(value)
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"

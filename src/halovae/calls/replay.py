@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from halovae.base.memory import PeakMemory, free_bytes
 from halovae.base.private_diffusers import has_library_hook
-from halovae.base.private_torch import registered
 from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.device_graphs import Tape, can_record
+from halovae.calls.module_facts import TELLING
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.state import Snapshot, has_hooks, unchanged, undone_by_failure
-from halovae.calls.target import PLAIN, Target
+from halovae.calls.target import Target
 from halovae.calls.verify import is_rounding
 from halovae.comm import Comm, Traffic
 from halovae.exact.layout import layout_of, mark
@@ -112,7 +112,7 @@ class Graphs:
             args: its arguments, cut.
             kwargs: likewise.
         """
-        key = kind, _settings(), read_by(self._target.vae)
+        key = kind, _settings(), self._target.facts.reading()
         ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
         if ways == {"replay"}:
             recording = self._recordings[half]
@@ -188,26 +188,10 @@ class Graphs:
         return KernelRecording(key, tape, (args, kwargs), result, max(0, memory.growth - held))
 
 
-def read_by(vae: nn.Module) -> tuple[Any, ...]:
-    """What a replay takes for what it was: where the tensors of all modules are and how they lie there, and numbers."""
-    found: list[Any] = []
-    for module in vae.modules():
-        found.append(id(module))
-        for values in (*registered(module), vars(module)):
-            # By name: an attribute that was away for a while stands in another place.
-            for name in sorted(values):
-                value = values[name]
-                if isinstance(value, Tensor):
-                    found.append((name, value.data_ptr(), value.stride(), value.dtype))
-                elif isinstance(value, PLAIN):
-                    found.append((name, value))
-    return tuple(found)
-
-
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call depends on nothing but its tensors on the device, and on what its kind tells."""
     return all(
-        can_record(value.device) if isinstance(value, Tensor) else isinstance(value, (*PLAIN, type(None)))
+        can_record(value.device) if isinstance(value, Tensor) else isinstance(value, (*TELLING, type(None)))
         for value in (*args, *kwargs.values())
     )
 

@@ -12,23 +12,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from halovae.base.private_diffusers import HOOK_OF_ACCELERATE, LIBRARY_HOOKS, OLD_FORWARD
-from halovae.base.private_torch import BUFFERS, CONVOLUTION_PADDING, HOOKS, changes
+from halovae.base.private_diffusers import HOOK_OF_ACCELERATE, OLD_FORWARD
+from halovae.base.private_torch import BUFFERS, HOOKS, changes
 from halovae.base.replaced import replaced
+from halovae.calls.module_facts import NO_STATE, PLAIN, ModuleFacts
 from halovae.kernels.lazy.deferred import Deferred, any_pending
 
 Place = tuple[int, str]
 """Number of the module or object, name of the attribute."""
 
 _MISSING = object()
-
-_OTHERS = frozenset(vars(nn.Module())) - {"training", BUFFERS} | {CONVOLUTION_PADDING, *LIBRARY_HOOKS}
-"""Attributes of modules that are no state: what torch keeps itself, and the hooks of libraries that move weights, which
-know where the weights are."""
-
-_PLAIN = frozenset((bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, nn.Parameter))
-"""Types that hold nothing which could change."""
-
 
 _DICTS = (dict, OrderedDict, defaultdict)
 
@@ -101,7 +94,7 @@ class _Quiet:
         )
 
 
-_ELSEWHERE = _OTHERS | {BUFFERS}
+_ELSEWHERE = NO_STATE | {BUFFERS}
 _LISTS = (list, tuple, type({}.values()))
 _NO_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device, Tensor, nn.Module)
 
@@ -168,7 +161,7 @@ class Snapshot:
     depth; tensors by their values, parameters excepted. Functions and library hooks are left alone.
 
     Args:
-        network: the network.
+        network: the network, or what is known of it.
         arguments: of a call; the containers among them count too, the tensors don't.
         values: whether tensors are copied, so that those which are written into can be put back too.
 
@@ -176,20 +169,14 @@ class Snapshot:
         tensors: those that it keeps, without parameters.
     """
 
-    def __init__(self, network: nn.Module, *arguments: Any, values: bool = True) -> None:
-        self._network = network
-        modules = list(network.modules())
-        self._code = {type(module).__module__.partition(".")[0] for module in modules} - {"torch"}
-        self._modules = [(module, dict(vars(module))) for module in modules]
+    def __init__(self, network: nn.Module | ModuleFacts, *arguments: Any, values: bool = True) -> None:
+        facts = network if isinstance(network, ModuleFacts) else ModuleFacts(network)
+        known = facts.now()
+        self._facts, self._code = facts, facts.code()
+        self._modules = [(each.module, each.attributes) for each in known]
         self._containers: list[tuple[Any, Any]] = []
         self._seen: set[int] = set()
-        tensors = self._walk(
-            value
-            for _, known in self._modules
-            for name, value in known.items()
-            # Nearly all are plain: told apart here, they cost least.
-            if type(value) not in _PLAIN and name not in _OTHERS and (name != BUFFERS or value)
-        )
+        tensors = self._walk(value for each in known for value in each.state)
         self.tensors = tensors
         self._copies = [(tensor, changes(tensor), tensor.detach().clone()) for tensor in tensors if values]
         self._walk(arguments)
@@ -209,7 +196,7 @@ class Snapshot:
             elif (held := self._content(value)) is not None:
                 self._containers.append((value, held))
                 waiting += [
-                    item for item in (held.values() if isinstance(held, dict) else held) if type(item) not in _PLAIN
+                    item for item in (held.values() if isinstance(held, dict) else held) if type(item) not in PLAIN
                 ]
         return found
 
@@ -237,14 +224,14 @@ class Snapshot:
     def has_gone_on(self) -> bool:
         """Whether the network keeps other tensors now, or other values in them."""
         known = set(map(id, self.tensors))
-        return self.written() or any(id(tensor) not in known for tensor in kept_tensors(self._network))
+        return self.written() or any(id(tensor) not in known for tensor in kept_tensors(self._facts))
 
     def restore(self) -> None:
         for module, held in self._modules:
             now = vars(module)
             for name in now.keys() | held.keys():
                 old, new = held.get(name, _MISSING), now.get(name, _MISSING)
-                if old is new or name in _OTHERS or _is_code(old) or _is_code(new):
+                if old is new or name in NO_STATE or _is_code(old) or _is_code(new):
                     continue
                 if old is _MISSING:
                     del now[name]
@@ -262,7 +249,7 @@ class Snapshot:
 def _fields(holder: Any) -> dict[str, Any]:
     """What a module or an object holds by name."""
     if isinstance(holder, nn.Module):
-        return {name: value for name, value in vars(holder).items() if name not in _OTHERS}
+        return {name: value for name, value in vars(holder).items() if name not in NO_STATE}
     slots = {name for kind in type(holder).__mro__ for name in _slots_of(kind) if hasattr(holder, name)}
     return {**getattr(holder, "__dict__", {}), **{name: getattr(holder, name) for name in slots}}
 
@@ -307,12 +294,12 @@ def _fill(container: Any, held: Any) -> None:
             _set_field(container, name, held.get(name, _MISSING))
 
 
-def kept_tensors(network: nn.Module) -> list[Tensor]:
+def kept_tensors(network: nn.Module | ModuleFacts) -> list[Tensor]:
     """The tensors that a network keeps now, without parameters."""
     return Snapshot(network, values=False).tensors
 
 
-def settle(network: nn.Module) -> None:
+def settle(network: nn.Module | ModuleFacts) -> None:
     """Compute what the network keeps and has not needed so far: after a call, its sources may be written into."""
     if any_pending():
         for tensor in kept_tensors(network):
@@ -321,7 +308,7 @@ def settle(network: nn.Module) -> None:
 
 
 @contextmanager
-def unchanged(network: nn.Module, *arguments: Any) -> Iterator[Snapshot]:
+def unchanged(network: nn.Module | ModuleFacts, *arguments: Any) -> Iterator[Snapshot]:
     """After it, the network keeps what it kept before, however it ends: a trial leaves no trace."""
     before = Snapshot(network, *arguments)
     try:
@@ -331,7 +318,7 @@ def unchanged(network: nn.Module, *arguments: Any) -> Iterator[Snapshot]:
 
 
 @contextmanager
-def undone_by_failure(network: nn.Module, *arguments: Any) -> Iterator[None]:
+def undone_by_failure(network: nn.Module | ModuleFacts, *arguments: Any) -> Iterator[None]:
     """After an exception in it, the network keeps what it kept before.
 
     Some networks keep caches and clear them at the end of a call, or go on with them in the next one; a call that is

@@ -22,6 +22,7 @@ from halovae.base.options import HALVES
 from halovae.base.private_torch import COMPILED_MODULE, changes, is_compiler_wrapped
 from halovae.base.replaced import replaced, value_here
 from halovae.base.trees import tensors_in
+from halovae.calls.module_facts import TELLING, ModuleFacts
 from halovae.comm import keeper_of_parts
 from halovae.kernels import autocast
 
@@ -29,9 +30,6 @@ _MODULES = {"encode": "encoder", "decode": "decoder"}
 
 _DEVICE = re.compile(r"\A([a-z]+):\d+\Z")
 """A device with its number, as text."""
-
-PLAIN = (bool, int, float, str)
-"""Types of values that say all about themselves."""
 
 Call = Callable[..., Any]
 
@@ -155,6 +153,7 @@ class Target:
 
     Attributes:
         originals: the VAE's own halves, whatever stands in for them now.
+        facts: what is known of the VAE's modules.
 
     Raises:
         InputError: it has neither, or this rank has a part of its weights only.
@@ -172,6 +171,7 @@ class Target:
         if not self._places:
             wanted = ", ".join([*halves, *(_MODULES[half] for half in halves)])
             raise InputError(f"{self.name} has none of {wanted}: it is not a VAE that can be run so")
+        self.facts = ModuleFacts(self.vae)
         self._standing: dict[str, Substitute] = {}
         self._digest: tuple[Any, str] | None = None
         self.originals: dict[str, Call] = {}
@@ -298,7 +298,7 @@ class Target:
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """The plain attributes of the VAE: what it does in a call may depend on them."""
-        plain = ((name, value_here(value)) for name, value in vars(self.vae).items() if isinstance(value, PLAIN))
+        plain = ((name, value_here(value)) for name, value in vars(self.vae).items() if isinstance(value, TELLING))
         return tuple(sorted(plain))
 
     def kind(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -372,7 +372,7 @@ class _Called(BaseException):
 
 def in_words(value: Any) -> str:
     """All of a plain value, of another one its type; the same on all ranks."""
-    return told(value) if value is None or isinstance(value, PLAIN) else type(value).__name__
+    return told(value) if value is None or isinstance(value, TELLING) else type(value).__name__
 
 
 def told(value: Any) -> str:

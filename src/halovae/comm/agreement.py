@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,10 +33,8 @@ class Glance:
         """Waits for the tensor to be computed."""
         if tensor.is_meta or tensor.is_complex() or not tensor.numel():
             return cls(())
-        # A stride without a common factor with any size: not all in one column.
-        places = torch.arange(_LOOKED_AT, device="cpu") * 2_654_435_761 % tensor.numel()
-        seen = tensor[torch.unravel_index(places.to(tensor.device), tensor.shape)] if tensor.ndim else tensor.reshape(1)
-        return cls(tuple(torch.nan_to_num(seen.double(), nan=0.0, posinf=1.0, neginf=-1.0).tolist()))
+        seen = (tensor[_places(tensor.shape, tensor.device)] if tensor.ndim else tensor.reshape(1)).cpu().double()
+        return cls(tuple(torch.nan_to_num(seen, nan=0.0, posinf=1.0, neginf=-1.0).tolist()))
 
     def is_near(self, other: Glance) -> bool:
         if len(self.values) != len(other.values):
@@ -44,6 +43,14 @@ class Glance:
 
     def __str__(self) -> str:
         return f"values like {', '.join(f'{value:.4g}' for value in self.values[:3])}"
+
+
+@functools.lru_cache(maxsize=16)
+def _places(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """Indices along each dimension. A device would take a millisecond to be asked for them in each call."""
+    # A stride without a common factor with any size: not all in one column.
+    places = torch.arange(_LOOKED_AT, device="cpu") * 2_654_435_761 % shape.numel()
+    return torch.unravel_index(places.to(device), shape)
 
 
 @dataclass(frozen=True)

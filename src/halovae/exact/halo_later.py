@@ -50,7 +50,8 @@ def extend_later(
         return None
     parts = parts_in(tensor)
     halo = _begin(mesh, parts, dim, have[0], sends, before, after)
-    inside = tuple(part.narrow(dim, kept[0] - have[0], kept[1] - kept[0]) for part in parts)
+    # A part that is whole stays the very tensor: it may have room around it.
+    inside = parts if kept == have else tuple(part.narrow(dim, kept[0] - have[0], kept[1] - kept[0]) for part in parts)
     around = {**pads, dim: (max(0, -low), max(0, high - size))}
     joined = Joined(inside, halo=halo).padded(around, fill)
     assert joined is not None, "there is no other padding"

@@ -127,9 +127,9 @@ def on_gpu(joined: Joined, window: Convolution) -> Tensor:
             frames.settled(), window.weight, window.bias, first_tap=window.first_tap, stride=window.stride[-1],
             before=(top, left), size=(size[-2], size[-1]),
         )  # fmt: skip
-    if zeros and (top, left) == (bottom, right):
-        return _by_library(frames.settled(), window, [*[0] * (n - 2), top, left])
-    return _by_library(joined.settled(), window, [0] * n)
+    even = [before if zeros and before == after else 0 for before, after in ((top, bottom), (left, right))]
+    pads = {dim: pad for dim, pad in joined.pads.items() if dim < n or not even[dim - n]}
+    return _by_library(replace(joined, pads=pads).settled(), window, [*[0] * (n - 2), *even])
 
 
 def _by_library(source: Tensor, window: Convolution, padding: Sequence[int]) -> Tensor:

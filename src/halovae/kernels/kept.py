@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from halovae.base.geometry import Extent
+
 Making = Callable[[], AbstractContextManager[Callable[[], None]]]
 """Makes what is entered while something is made of a weight; it yields what to call if that is not kept."""
 
@@ -49,8 +51,8 @@ class Kept:
     """Number of the call."""
     gains: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     """What was found out by trying, by question."""
-    frames: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict[tuple[int, ...], tuple[int, int]])
-    """How many frames were joined before and after a picture of this shape."""
+    rooms: dict[tuple[int, ...], tuple[Extent, ...]] = field(default_factory=dict[tuple[int, ...], tuple[Extent, ...]])
+    """How much was put around a picture of this shape, before and after it along each dimension."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -126,7 +126,7 @@ class Batches:
         count, size = len(waiting), len(tensors_in(waiting[0].leaves)[0])
         leaves = [_joined(size, places) for places in zip(*(one.leaves for one in waiting), strict=True)]
         args, kwargs = pytree.tree_unflatten(leaves, waiting[0].structure)
-        with nullcontext() if is_compiled(self._network) else FastMode():
+        with nullcontext() if is_compiled(self._network.modules()) else FastMode():
             result = self._network(*args, **kwargs)
         flat, structure = pytree.tree_flatten(result)
         parts = [_split(finished(leaf), count, size) if isinstance(leaf, Tensor) else [leaf] * count for leaf in flat]

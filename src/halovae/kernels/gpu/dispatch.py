@@ -169,47 +169,64 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
 
 
 def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
-    base = base.contiguous(memory_format=memory_format(base.ndim, True))
+    last = memory_format(base.ndim, True)
+    base = base.contiguous(memory_format=last)
     if out.is_meta:
-        operators.chain(_positions(base), _positions(out), **form)
-    else:
-        from halovae.kernels.gpu import triton_chain
+        whole = out if out.is_contiguous(memory_format=last) else getattr(out, "room", out)
+        operators.chain(_positions(base), _positions(whole)[: len(_positions(base))], **form)
+        return out
+    from halovae.kernels.gpu import triton_chain
 
+    if out.is_contiguous(memory_format=last):
         triton_chain.run(_positions(base), _positions(out), **form)
+    else:
+        height, width = out.shape[-2:]
+        room = Places(height, width, out.stride(2) if out.ndim == 5 else out.stride(0), out.stride(-2))
+        triton_chain.run(_positions(base), out, **form, room=room)
     return out
 
 
 def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised channels-last tensor of the shape of `base`, with room for frames to be joined to it."""
-    shape, last = list(base.shape), memory_format(base.ndim, True)
-    before, after = kept().frames.get(tuple(shape), (0, 0))
-    if not before and not after:
-        return torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
-    shape[2] += before + after
-    room = torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
-    out = room.narrow(2, before, base.shape[2])
+    """An uninitialised channels-last tensor of the shape of `base`, with as much room around as was asked for last."""
+    last = memory_format(base.ndim, True)
+    around = kept().rooms.get(tuple(base.shape))
+    if around is None:
+        return torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
+    shape = [size + before + after for size, (before, after) in zip(base.shape, around, strict=True)]
+    out = room = torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
+    for dim, (before, _) in enumerate(around):
+        out = out.narrow(dim, before, base.shape[dim])
     out.room = room  # type: ignore[attr-defined]
     return out
 
 
-def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
-    """Frames of one video joined in time by copying all parts but one into the room around that one.
+def room_of(part: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor | None:
+    """The memory around a part of a larger tensor, to join and pad the part there without copying it.
 
-    To be used at once: joining other frames to the same part overwrites them. None where there is no room.
+    To be used at once: who asks for it again writes over what is around the part.
+
+    Args:
+        part: what a kernel of ours has made.
+        starts: where it begins in the larger tensor, along each dimension.
+        shape: of the larger tensor.
+
+    Returns:
+        A tensor of that shape with the part in its place, the rest uninitialised; None where there is none. The next
+        such part will have it.
     """
-    if dim != 2 or len(parts) < 2 or parts[-1].ndim != 5 or len(parts[-1]) != 1:
+    one_video = part.ndim == 5 and len(part) == 1
+    if not (one_video or part.ndim == 4) or part.shape[:2] != tuple(shape[:2]):
         return None
-    lengths = [part.shape[2] for part in parts]
-    place = 1 if len(parts) == 2 else lengths.index(max(lengths))
-    main, before = parts[place], sum(lengths[:place])
-    room = getattr(main, "room", None)
-    if room is None or room.shape[2] != sum(lengths) or main.storage_offset() != before * room.stride(2):
-        kept().frames[tuple(main.shape)] = before, sum(lengths[place + 1 :])
-        return None
-    for part, target in zip(parts, room.split(lengths, 2), strict=True):
-        if part is not main:
-            target.copy_(part)
-    return room
+    room: Tensor | None = getattr(part, "room", None)
+    if room is not None and tuple(room.shape) == tuple(shape) and part.storage_offset() == _offset(room, starts):
+        return room
+    sizes = zip(starts, part.shape, shape, strict=True)
+    kept().rooms[tuple(part.shape)] = tuple((start, whole - size - start) for start, size, whole in sizes)
+    return None
+
+
+def _offset(tensor: Tensor, place: Sequence[int]) -> int:
+    return sum(start * step for start, step in zip(place, tensor.stride(), strict=True))
 
 
 def copy(target: Tensor, source: Tensor) -> None:
@@ -275,6 +292,18 @@ class Spread(NamedTuple):
     """The binary logarithm of the repeats in time, and so on."""
     down: int
     across: int
+
+
+class Places(NamedTuple):
+    """Where the positions of pictures lie in memory that has room around them."""
+
+    height: int
+    """Of a picture, as the next one."""
+    width: int
+    frame: int
+    """Elements from the beginning of one picture to that of the next."""
+    row: int
+    """Likewise of rows."""
 
 
 _SLOTS = (

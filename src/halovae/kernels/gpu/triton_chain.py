@@ -29,6 +29,7 @@ def run(
     more: Tensor | None = None,
     spread: Sequence[int] | None = None,
     silu: bool = False,
+    room: Sequence[int] | None = None,
 ) -> None:
     """Write `activation((normalized(positions + shift + other) * times + plus) * by + more)`.
 
@@ -36,7 +37,7 @@ def run(
 
     Args:
         positions: `[P, C]`, dense.
-        out: likewise, any floating dtype.
+        out: likewise, any floating dtype; where there is `room`, the first of the places that it tells.
         shift: in float32 `[C]`, or `[N, C]` for N pictures of equally many positions; or a number, or None.
         other: as `positions`, or None.
         normalize: least length to divide by; None: no norm.
@@ -47,17 +48,20 @@ def run(
         more: likewise.
         spread: how their positions stand for those of the video: `gpu.Spread`.
         silu: whether x * sigmoid(x) follows.
+        room: rows and columns of the pictures, and how far apart in `out` frames begin, and rows: `gpu.Places`.
     """
     count, channels = positions.shape
     padded = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // padded)
     each = count // max(len(p) if isinstance(p, Tensor) and p.ndim == 2 else 1 for p in (shift, times, plus))
     frames, height, width, small, first, time, down, across = spread or (1,) * 8
+    height, width, frame_step, row_step = room or (height, width, 0, 0)
     _chain[(triton.cdiv(count, rows),)](
         positions, out, shift, other, times, plus, by, more, count, each, normalize or 0.0, frames, height, width,
-        small, C=channels, PADDED=padded, ROWS=rows, SHIFT=_kind(shift), OTHER=other is not None,
+        small, frame_step, row_step, C=channels, PADDED=padded, ROWS=rows, SHIFT=_kind(shift), OTHER=other is not None,
         NORM=0 if normalize is None else 1 + mean, FACTOR=_kind(times), TERM=_kind(plus), BY=by is not None,
-        MORE=more is not None, FIRST=int(first), TIME=time, DOWN=down, ACROSS=across, SILU=silu, num_warps=4,
+        MORE=more is not None, FIRST=int(first), TIME=time, DOWN=down, ACROSS=across, SILU=silu,
+        ROOM=room is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -68,10 +72,11 @@ def _kind(parameter: Tensor | float | None) -> int:
 
 @triton.jit
 def _chain(
-    x, out, shift, other, factor, term, by, more, count, each, eps, frames, height, width, small, C: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, OTHER: tl.constexpr, NORM: tl.constexpr,
-    FACTOR: tl.constexpr, TERM: tl.constexpr, BY: tl.constexpr, MORE: tl.constexpr, FIRST: tl.constexpr,
-    TIME: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SILU: tl.constexpr,
+    x, out, shift, other, factor, term, by, more, count, each, eps, frames, height, width, small, frame_step, row_step,
+    C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, OTHER: tl.constexpr,
+    NORM: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr, BY: tl.constexpr, MORE: tl.constexpr,
+    FIRST: tl.constexpr, TIME: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SILU: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip  # pyright: ignore
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, PADDED)
@@ -103,6 +108,10 @@ def _chain(
             value = value + tl.load(more + spot, mask=live, other=0.0).to(tl.float32)
     if SILU:
         value = value / (1.0 + tl.exp(-value))
+    if ROOM:
+        line = row // width
+        start = line // height * frame_step + line % height * row_step + row % width * C
+        place = start[:, None] + channel[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=live)
 
 

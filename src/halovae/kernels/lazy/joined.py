@@ -122,9 +122,21 @@ class Joined:
         """Channels-last; the only part itself where nothing is joined or padded."""
         if len(self.parts) == 1 and self.is_bare:
             return self.parts[0].contiguous(memory_format=memory_format(len(self.shape), True))
-        if self.is_bare and (joined := dispatch.joined(self.parts, self.dim)) is not None:
-            return joined
-        return self.slab(-2, (0, self.shape[-2]), self.dtype, True)
+        joined = self._in_room() if self.dim == 2 else None
+        return self.slab(-2, (0, self.shape[-2]), self.dtype, True) if joined is None else joined
+
+    def _in_room(self) -> Tensor | None:
+        """In the memory around the longest part, where whoever made that has left enough."""
+        lengths, valid = [part.shape[2] for part in self.parts], self._inside()
+        # Of two, the first is what a network has kept of earlier frames.
+        place = 1 if len(lengths) == 2 else lengths.index(max(lengths))
+        main, starts = list(self._blocks())[place]
+        starts = [start + low for start, (low, _) in zip(starts, valid, strict=True)]
+        if (room := dispatch.room_of(main, starts, self.shape)) is None:
+            return None
+        self._copy(region_of(room, valid), 2, 0, self.inner[2], but=main)
+        self._fill(room, valid)
+        return room
 
     def slab(self, dim: int, extent: Extent, dtype: torch.dtype, channels_last: bool) -> Tensor:
         """Padded rows or columns (`dim`) of an extent, in one new tensor."""
@@ -136,17 +148,35 @@ class Joined:
             shape, dtype=dtype, device=self.device, memory_format=memory_format(len(shape), channels_last)
         )
         first, last = min(max(low - before, 0), size - 1), max(min(high - before, size), 1)
-        valid = [(self.pads.get(d, (0, 0))[0],) * 2 for d in range(len(shape))]
-        valid = [(start, start + length) for (start, _), length in zip(valid, self.inner, strict=True)]
+        valid = self._inside()
         valid[dim] = (max(first + before - low, 0), min(last + before - low, high - low))
         self._copy(region_of(buffer, valid), dim, first, last)
-        for d in sorted(self.pads):
-            fill_outside(buffer, d, valid, self.beyond.get(d, self.fill))
+        self._fill(buffer, valid)
         return buffer
 
-    def _copy(self, inside: Tensor, dim: int, first: int, last: int) -> None:
-        """Write what is unpadded from `first` to `last`; wait for the halo only where some of that is in it."""
+    def _inside(self) -> list[Extent]:
+        """Where in the whole the unpadded is, along each dimension."""
+        before = (self.pads.get(dim, (0, 0))[0] for dim in range(len(self.shape)))
+        return [(start, start + size) for start, size in zip(before, self.inner, strict=True)]
+
+    def _fill(self, buffer: Tensor, valid: list[Extent]) -> None:
+        """Write the padding."""
+        for dim in sorted(self.pads):
+            fill_outside(buffer, dim, valid, self.beyond.get(dim, self.fill))
+
+    def _copy(self, inside: Tensor, dim: int, first: int, last: int, but: Tensor | None = None) -> None:
+        """Write what is unpadded from `first` to `last`; wait for the halo only where some of that is in it.
+
+        Args:
+            inside: where to write it.
+            dim: along which `first` and `last` are meant.
+            first: position.
+            last: position behind the last one.
+            but: a part that is there already.
+        """
         for block, starts in self._blocks():
+            if block is but:
+                continue
             low, high = max(first, starts[dim]), min(last, starts[dim] + block.shape[dim])
             if low >= high:
                 continue
