@@ -62,9 +62,6 @@ def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle
     """Encode and decode `clip`, which is padded already.
 
     Args:
-        session: of this rank.
-        loaded: the VAE.
-        fit: how the clip was padded.
         clip: (3, frames, height, width).
         handle: of the parallel VAE, None for the VAE itself.
         label: after the names of the stages.
@@ -89,10 +86,7 @@ def told(
     """What is said of a run, next to one rank alone where that ran too.
 
     Args:
-        session: of the first rank.
         source: (frames, height, width, 3), levels of 0 to 255.
-        result: of the ranks.
-        alone: of the VAE as it is on one rank.
         peak: bytes, the most that any rank took.
         lost: what writing changes the pixels by, see `clip_files.loss`.
     """

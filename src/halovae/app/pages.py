@@ -44,10 +44,7 @@ def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[CutLines, str]
     """Where the last call cut the picture, in pixels, and what these borders are called.
 
     Args:
-        vae: the VAE.
         handle: of the parallel VAE after a decode; None where one rank ran it as it is.
-        ratio: pixels per latent.
-        fit: the sizes of the clip.
     """
     size = fit.height, fit.width
     if handle is None or handle.last is None:
@@ -88,14 +85,7 @@ class Run:
 
 
 def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Report:
-    """The report of `halovae roundtrip`.
-
-    Args:
-        session: of the first rank.
-        loaded: the VAE.
-        fit: the sizes of the clip.
-        run: what was done.
-    """
+    """The report of `halovae roundtrip`."""
     clip, result, alone, told = run.clip, run.result, run.alone, run.told
     cut = borders(loaded.vae, run.handle, loaded.limits.ratio, fit)
     ranks = counted(session.group.size, "rank")

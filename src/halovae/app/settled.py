@@ -27,11 +27,6 @@ def planned(
 ) -> tuple[Limits, TokenGrid, Generation]:
     """Check all that configs can tell of a run.
 
-    Args:
-        source: where the pipeline is.
-        components: of the pipeline; weights are not needed.
-        job: what was asked for.
-
     Returns:
         What the VAE takes, how pixels become tokens, and the job's settings as by `settled`.
 
@@ -58,12 +53,6 @@ def planned(
 
 def settled(cls: Any, components: Mapping[str, Any], grid: TokenGrid, job: PipelineJob) -> Generation:
     """The job's settings with its images, and with sizes that this pipeline takes.
-
-    Args:
-        cls: of the pipeline.
-        components: of the pipeline; their weights are not touched.
-        grid: of the pipeline.
-        job: what was asked for.
 
     Raises:
         InputError: a setting that can't be honoured, or a size that doesn't fit.

@@ -67,11 +67,6 @@ class Survey:
 
     Args:
         vae: it may be without weights.
-        limits: of the VAE.
-        fit: of the clip.
-        dtypes: of weights and pictures, by half.
-        speed: of each rank's device.
-        link: between the ranks.
     """
 
     def __init__(
@@ -104,7 +99,6 @@ class Survey:
         """What each way to run each half takes, in this order.
 
         Args:
-            ways: by half.
             processes: that share the work. More than one only where a given speed tells the times, so that nothing
                 that they try out disturbs them, and on a CPU of one thread, since neither an accelerator nor a pool of
                 threads survives a fork.

@@ -70,7 +70,6 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     """Refuse an output path before any work is done for it.
 
     Args:
-        path: where the output shall go.
         suffixes: what its name may end with, in lower case.
 
     Raises:

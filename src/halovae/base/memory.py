@@ -20,11 +20,7 @@ _TELLING = 256 * 2**20
 
 
 class PeakMemory:
-    """The most memory in use since it was made: the accelerator's, or this process's resident memory on a CPU.
-
-    Args:
-        device: where the work runs.
-    """
+    """The most memory in use since it was made: the accelerator's, or this process's resident memory on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -77,10 +73,6 @@ def allocated_by(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that torch allocates for a call and holds at once, at the most: results, and workspaces of libraries.
 
     The resident memory would not tell, since the C library reuses what has been freed.
-
-    Args:
-        call: what to run.
-        device: where it allocates.
     """
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats(device)
@@ -120,8 +112,6 @@ class Needs:
         """Take in the peak of a call.
 
         Args:
-            half: "encode" or "decode".
-            positions: elements of the rank's part of the input.
             growth: bytes at the peak above those before.
         """
         if growth >= _TELLING:

@@ -107,9 +107,6 @@ def replaced(owner: Any, name: str, value: Any, *, here: bool = False) -> Iterat
     """Within it, an attribute of an object is another one.
 
     Args:
-        owner: the object.
-        name: of the attribute.
-        value: what it is.
         here: for this thread alone; the value is a bool or a function.
     """
     layer = _Layer(value, threading.get_ident() if here else None)

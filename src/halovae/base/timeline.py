@@ -48,13 +48,7 @@ def recording() -> Iterator[Timeline]:
 
 
 def note(name: str, start: float, end: float | None = None) -> None:
-    """Keep a span, if there is a recording.
-
-    Args:
-        name: see `Span`.
-        start: as `time.perf_counter` gives it.
-        end: likewise; now, by default.
-    """
+    """Keep a span, if there is a recording."""
     timeline = _current.get()
     if timeline is not None:
         end = time.perf_counter() if end is None else end

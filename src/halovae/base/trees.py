@@ -114,7 +114,6 @@ def _with(value: Any, blank: Any, new: list[Any]) -> Any:
     """A copy with other contents.
 
     Args:
-        value: a container or an object.
         blank: what is to become the copy, if there is something that refers to it.
         new: as `contents` of it gives them.
     """

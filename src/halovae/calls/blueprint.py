@@ -36,14 +36,7 @@ _CONTAINER = "return_dict"
 
 
 def words_of(target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """What a trial with these arguments depends on besides the values of its pictures; None where that can't be told.
-
-    Args:
-        target: the VAE.
-        half: "encode" or "decode".
-        args: of the trial.
-        kwargs: likewise.
-    """
+    """What a trial depends on besides the values of its pictures; None where that can't be told."""
     try:
         if not all(isinstance(value, _TOLD) for value in (*args, *kwargs.values())):
             return None

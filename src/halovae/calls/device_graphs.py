@@ -47,10 +47,6 @@ def _graph_of(device: torch.device) -> str:
 class Tape(SoloComm):
     """Stands for a group while a call is recorded: nothing runs and nothing is sent before `replay`.
 
-    Args:
-        comm: the group.
-        device: where the call runs.
-
     Attributes:
         traffic: of the recording itself, so nothing.
     """

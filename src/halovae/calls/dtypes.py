@@ -27,7 +27,6 @@ class HalfDtypes:
     neither half uses stay as they are.
 
     Args:
-        vae: the VAE.
         wanted: one format for all `halves`, or by half. A half left out keeps the format that it has.
         halves: that may be cast.
 

@@ -22,14 +22,8 @@ class ExactCall(ABC, Generic[Told]):
     """One encode or decode in exact mode, as one rank takes part in it.
 
     Args:
-        target: the VAE.
         joiner: decides how many steps in time go in each call of the network.
-        half: "encode" or "decode".
-        args: its arguments, whole, the same on every rank.
-        kwargs: likewise.
         ranks: how many may have a shard.
-        axis: what to cut.
-        keep: who holds the result: "all", "first" or "shard".
 
     Attributes:
         comm: the group.

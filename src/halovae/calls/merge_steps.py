@@ -52,8 +52,6 @@ class Merger:
     """Decides how many steps of a VAE go in one call of its network. Every rank of the group makes one.
 
     Args:
-        comm: the group.
-        target: the VAE.
         frames: latent frames in one call at the most; "auto": as many as fill the device, one step on a CPU.
 
     Attributes:
@@ -68,13 +66,6 @@ class Merger:
 
     def steps(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
         """The steps of a call; the same on every rank of the group, which all call this with equal arguments.
-
-        Args:
-            half: "encode" or "decode".
-            plan: how the picture is cut.
-            ratio: tells pixels per latent for encode, 1 for decode.
-            args: of the call.
-            kwargs: likewise.
 
         Returns:
             Nothing where the VAE is to walk by itself.
@@ -181,8 +172,6 @@ class Rehearsal:
     Whether a network takes several steps at once is a matter of its architecture.
 
     Args:
-        target: the VAE.
-        device: that calls would run on.
         frames: latent frames in one call, as for `Merger`.
     """
 
@@ -253,8 +242,6 @@ def merged(target: Target, half: str, steps: Steps, walker: Callable[..., Any] |
     """The un-parallel half without spatial tiles, with so many steps in each call of its network.
 
     Args:
-        target: the VAE.
-        half: "encode" or "decode".
         steps: how many in each call; nothing: as the VAE does itself.
         walker: calls the half, given first, in place of the caller.
     """

@@ -13,12 +13,7 @@ from halovae.comm import default_generator
 
 
 class Generators:
-    """The default generators and those passed as arguments, with the states they are in now.
-
-    Args:
-        device: where the call runs.
-        values: its arguments.
-    """
+    """The default generators and those passed as arguments, with the states they are in now."""
 
     def __init__(self, device: torch.device, *values: Any) -> None:
         found = [default_generator(torch.device("cpu")), default_generator(device)]

@@ -64,9 +64,7 @@ class NetworkCall:
         """A result of the network, put together.
 
         Args:
-            used: the used leaves.
             others: a result to take the other leaves from; None: zeros that take no memory.
-            device: where these zeros are.
         """
         if others is None:
             leaves = [leaf.zeros(device) if isinstance(leaf, Spec) else leaf for leaf in self.leaves]
@@ -94,8 +92,6 @@ class Recorder:
 
     Args:
         vae: the VAE; after a recording it is as before.
-        half: "encode" or "decode".
-        method: the VAE's own method of that half.
     """
 
     def __init__(self, vae: nn.Module, half: str, method: Function) -> None:
@@ -106,10 +102,6 @@ class Recorder:
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
         """Run the VAE's own method on shapes alone.
-
-        Args:
-            args: its arguments; tensors count by shape only.
-            kwargs: likewise.
 
         Raises:
             TilingError: what the network gets depends on what it gave before, or can't be told.

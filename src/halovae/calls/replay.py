@@ -65,7 +65,6 @@ class Graphs:
 
     Args:
         comm: the group. All its ranks have a shard.
-        target: the VAE.
         always: record whatever can be; else only where that pays and little memory is kept.
 
     Attributes:
@@ -105,12 +104,7 @@ class Graphs:
         """As `on_shards`; all ranks replay, record, or do neither.
 
         Args:
-            half: "encode" or "decode".
             kind: what the call depends on besides the weights and the values of its tensors.
-            mesh: this rank's place.
-            call: the un-parallel half.
-            args: its arguments, cut.
-            kwargs: likewise.
         """
         key = kind, _settings(), self._target.facts.reading()
         ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))

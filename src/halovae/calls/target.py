@@ -45,13 +45,6 @@ class Holder(Protocol):
 class Substitute:
     """Stands in a module for one of its methods. Copies and pickles of the module have the method itself.
 
-    Args:
-        owner: the module.
-        name: of the method.
-        call: what is called instead.
-        half: "encode" or "decode".
-        holder: whose call it is.
-
     Attributes:
         original: the method.
         own: what the module's `__dict__` had of that name before: nothing, or what compilers and hooks had put there.

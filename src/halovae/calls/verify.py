@@ -53,7 +53,6 @@ def compression(target: Target, picture: Tensor) -> int:
     """Pixels per latent along height and width, measured by encoding zeros: on shapes alone where the code allows it.
 
     Args:
-        target: the VAE.
         picture: what is going to be encoded; its channels, frames, dtype and device count.
 
     Raises:
@@ -101,9 +100,6 @@ def tried(vae: nn.Module, device: torch.device, run: Callable[[], Any], hooks: b
     """What a trial gives, and whether hooks on submodules took part. It leaves no trace in the VAE and in generators.
 
     Args:
-        vae: the VAE.
-        device: where it runs.
-        run: the trial.
         hooks: whether hooks take part; None: where it fails without them, as some of them put weights in place.
     """
     try:
@@ -163,11 +159,6 @@ def make_probe(
     Height and width differ, and both differ from every number of shards, so that no mistake hides behind equal sizes.
 
     Args:
-        shape: rows and columns of shards.
-        ratio: pixels per latent for encode, 1 for decode.
-        args: of the call.
-        kwargs: likewise.
-        more_frames: see above.
         scales: by how much the noise of each picture is multiplied (`scales_of`); without them it is of variance one.
     """
     main = pictures_in((args, kwargs))[0]

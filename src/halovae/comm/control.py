@@ -37,8 +37,6 @@ class Link:
     """One rank's end of it. Every rank of the group makes one.
 
     Args:
-        rank: index of this process in the group.
-        size: number of ranks.
         share: gives every rank's small value; used to connect.
         on_failure: called, on any thread, when a failure of the era gets known.
 
@@ -117,7 +115,6 @@ class Link:
         """Until `ready`, which is asked again whenever there is news.
 
         Args:
-            ready: whether it is.
             complain: called when that has taken too long; has to end in news of who is to blame.
 
         Raises:

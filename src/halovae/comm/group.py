@@ -65,9 +65,6 @@ class GroupComm:
     Where a backend can't move the device's tensors (gloo with accelerator tensors), messages are staged through host
     memory.
 
-    Args:
-        group: the process group this process belongs to.
-
     Attributes:
         under_way: what is posted and not waited for. Their memory must outlive them, also where nobody waits.
 

@@ -30,8 +30,6 @@ def star(rank: int, size: int, share: Share) -> dict[int, Connection]:
     """Connect the first rank with each other one. Called on every rank.
 
     Args:
-        rank: this one.
-        size: of the group.
         share: used twice, to tell the others where to connect.
 
     Returns:

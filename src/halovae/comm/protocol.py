@@ -80,10 +80,6 @@ class Comm(Protocol):
         """Begin an exchange and return at once.
 
         Exchanges between ranks pair up in the order they are posted, so all ranks post theirs in the same order.
-
-        Args:
-            sends: as for `exchange`.
-            receives: likewise.
         """
         ...
 

@@ -111,8 +111,6 @@ def compare_clips(
     Args:
         reference: (frames, height, width, 3), levels of 0 to 255.
         result: likewise, of the same shape.
-        grid: where to measure seams, if anywhere.
-        advance: called after each frame.
     """
     scores: list[FrameScores] = []
     energy, before = 0.0, None

@@ -42,11 +42,6 @@ class Gate:
 def clip_gates(found: ClipComparison, *, min_ssim: float | None = None, min_psnr: float | None = None) -> list[Gate]:
     """The gates that were asked for.
 
-    Args:
-        found: the comparison.
-        min_ssim: lowest SSIM of any frame.
-        min_psnr: lowest PSNR of any frame, in dB.
-
     Raises:
         InputError: the frames are too small for SSIM.
     """

@@ -63,7 +63,6 @@ def compare_latents(reference: Tensor, result: Tensor) -> LatentComparison:
     Args:
         reference: (batch, channels, height, width), where the batch are the frames of a VAE of images, or
             (batch, channels, frames, height, width).
-        result: likewise.
 
     Raises:
         InputError: they are of two shapes.

@@ -61,9 +61,6 @@ def score_frame(reference: Frame, result: Frame, number: int = 0, before: Frame 
     """Score one frame.
 
     Args:
-        reference: (height, width, 3).
-        result: likewise.
-        number: of the frame.
         before: result - reference of the frame before, for flicker.
     """
     a, b = as_floats(reference), as_floats(result)

@@ -67,8 +67,6 @@ def seam_energy(energy: NDArray[Any], grid: CutLines, reach: int = REACH) -> flo
 
     Args:
         energy: (height, width), squared difference per position.
-        grid: the lines.
-        reach: how far from a line counts as near.
 
     Returns:
         The ratio, infinite if there is a difference near the lines only; None if there is no difference, no line, or

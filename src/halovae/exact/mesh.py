@@ -43,8 +43,6 @@ def plan_shards(height: int, width: int, ratio: int, ranks: int, axis: Axis = "a
     """Cut an input of `height` x `width` for up to `ranks` ranks.
 
     Args:
-        height: rows of the input (pixels for encode, latents for decode).
-        width: columns of the input.
         ratio: input rows per latent row: the spatial compression for encode, 1 for decode. Cuts fall on multiples.
         ranks: ranks that may work.
         axis: "height", "width", (rows, columns), or "auto": the smallest largest shard with the

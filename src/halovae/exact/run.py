@@ -130,9 +130,6 @@ class Given:
     Pictures of another size than the first one are cut at the same relative places.
 
     Args:
-        mesh: the grid of shards.
-        args: whole, the same on every rank.
-        kwargs: likewise.
         bounds: where the first picture is cut.
     """
 
@@ -212,10 +209,6 @@ class GroupRun:
     """One call on the first rows * cols ranks of a group; ranks beyond wait and share the result.
 
     Args:
-        comm: the group; every rank of it makes one.
-        plan: how the first picture is cut.
-        args: of the call, whole, the same on every rank.
-        kwargs: likewise.
         keep: "all", "first" or "shard": who holds the whole result.
 
     Attributes:
@@ -236,12 +229,7 @@ class GroupRun:
         self.network_seconds = self.gather_seconds = 0.0
 
     def run(self, call: Call, run: Runner = on_shards) -> None:
-        """Cut the arguments and run the network.
-
-        Args:
-            call: the un-parallel half.
-            run: makes the call on shards.
-        """
+        """Cut the arguments and run the network."""
         if self._mesh is None:
             return
         started, args, kwargs = time.perf_counter(), self._args, self._kwargs

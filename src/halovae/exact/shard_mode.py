@@ -52,9 +52,6 @@ def let_stand_for(tensor: Tensor, known: StandIn) -> Tensor:
 class ShardMode(TorchFunctionMode):
     """Within it, torch functions treat tensors that carry a layout as shards of a whole.
 
-    Args:
-        mesh: the grid of shards.
-
     Raises:
         NotExactError: (while running) a function that mixes positions and has no rule met a sharded tensor.
         RankFailedError: (while running) another rank has failed.

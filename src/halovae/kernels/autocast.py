@@ -63,9 +63,6 @@ def run_cast(run: Run, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     Args:
         run: runs torch functions, given with their arguments and a dict of keyword arguments.
-        func: the function.
-        args: its arguments.
-        kwargs: likewise.
     """
     tensors = [tensor for tensor in _tensors((*args, *kwargs.values())) if tensor.is_floating_point()]
     picture = next((tensor for tensor in tensors if tensor.is_meta), tensors[0] if tensors else None)

@@ -180,10 +180,6 @@ def _by_pieces(
     """Some rows or columns at a time, so that only they exist joined and padded, and in the working dtype.
 
     Args:
-        joined: the input.
-        line: along which to cut.
-        shape: of the result.
-        work: the dtype to convolve in.
         step: rows or columns of the result at a time.
         run: convolves a slab that is joined and padded, and writes the result into its second argument.
     """

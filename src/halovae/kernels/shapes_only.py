@@ -21,9 +21,6 @@ Piece = TypeVar("Piece")
 class DeviceStandIn:
     """What tensors of the meta device stand for.
 
-    Args:
-        device: that they stand for.
-
     Attributes:
         turns: how many equal pieces of work the present one stands for.
     """

@@ -39,7 +39,6 @@ def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
     on disk.
 
     Args:
-        question: which ways these are.
         ways: prepares them. Modes do not see what it or they call.
     """
     gains = kept().gains

@@ -87,9 +87,6 @@ class TokenGrid:
         """Refuse a picture whose tokens can't be shared.
 
         Args:
-            height: in pixels, as the grid takes it.
-            width: likewise.
-            frames: likewise.
             parts: ranks that share them.
             mark: before the names of height and width in the message.
 

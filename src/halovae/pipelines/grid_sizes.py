@@ -17,10 +17,6 @@ from halovae.pipelines.transformers import degree, patch
 def grid_of(components: Mapping[str, Any], limits: Limits | None = None) -> TokenGrid:
     """Learn it from the VAE's own code and the denoiser's config. Weights are not touched.
 
-    Args:
-        components: of a pipeline, by name.
-        limits: of the VAE; None: not known yet.
-
     Raises:
         InputError: the VAE takes no RGB images or clips.
     """
@@ -44,9 +40,6 @@ def fill_in(cls: Any, grid: TokenGrid, generation: Generation, image_size: tuple
     """Choose the sizes that were not asked for: the image's proportions at about the pipeline's own number of pixels.
 
     Args:
-        cls: of the pipeline.
-        grid: of the pipeline.
-        generation: what was asked for.
         image_size: height and width of the image, None where there is none.
     """
     known = parameters(cls)

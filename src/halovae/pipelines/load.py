@@ -150,7 +150,6 @@ def outline(source: PipelineSource, with_encoders: bool = True) -> dict[str, Any
     Tokenizers and other parts that are no networks are left out.
 
     Args:
-        source: where the pipeline is.
         with_encoders: whether the parts that come from transformers, which encode text and images, are in it.
 
     Raises:

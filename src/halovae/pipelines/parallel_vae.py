@@ -34,8 +34,6 @@ def parallel_vae(
 
     Args:
         vae: of the pipeline, with its weights in place, and in the formats that `setup` asks for.
-        setup: what was asked for.
-        comm: the world.
         on_call: gets "encode" or "decode" and the report of each parallel call.
 
     Raises:

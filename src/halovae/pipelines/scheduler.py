@@ -35,11 +35,6 @@ def prepare_scheduler(pipeline: Any, setup: Setup) -> None:
 def check_boundary(cls: Any, components: Mapping[str, Any], setup: Setup) -> None:
     """Refuse a boundary between two experts where there is one.
 
-    Args:
-        cls: of the pipeline.
-        components: of the pipeline; their weights are not touched.
-        setup: what was asked for.
-
     Raises:
         InputError: there is one expert only.
     """
@@ -68,9 +63,7 @@ def check_steps(cls: Any, scheduler: Any, generation: Generation) -> None:
     """Refuse a number of denoising steps that the scheduler can't take, before any work is done for it.
 
     Args:
-        cls: of the pipeline.
         scheduler: of the pipeline, with its shift. It is not changed.
-        generation: what was asked for.
 
     Raises:
         InputError: tells the nearest number that it takes.

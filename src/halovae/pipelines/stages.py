@@ -25,11 +25,7 @@ STAGES = (TEXT_ENCODE, VAE_ENCODE, DENOISE, VAE_DECODE, PROBE, OTHER)
 
 
 class StageTimeline:
-    """Seconds and peak memory of the stages of one run on this rank. A stage within a stage counts for itself alone.
-
-    Args:
-        device: where the work runs.
-    """
+    """Seconds and peak memory of the stages of one run on this rank. A stage within a stage counts for itself alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -79,8 +75,6 @@ def watched(pipeline: Any, timeline: StageTimeline, on_step: Callable[[int, int 
     """Within it, the pipeline's calls are accounted for.
 
     Args:
-        pipeline: any of diffusers.
-        timeline: gets the seconds.
         on_step: called with the number of denoising steps done and of all; all is None where it is unknown.
     """
     with ExitStack() as stack:

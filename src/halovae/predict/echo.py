@@ -247,10 +247,7 @@ def echoing(vae: nn.Module, half: str, meter: Meter, comm: MeteredComm, known: E
     """Within it, the VAE's network is followed once for calls of each kind.
 
     Args:
-        vae: the VAE.
-        half: "encode" or "decode".
         meter: whose clock and memory are to be right.
-        comm: the group on paper.
         known: what calls did, for runs in which calls of one kind do the same.
     """
     network = getattr(vae, NETWORKS[half], None)

@@ -75,7 +75,6 @@ class MeasuredSpeed:
     """A device known by trials: each kind of operator runs on it, on random numbers.
 
     Args:
-        device: that runs the trials.
         dtype: of most of what the network computes with.
 
     Attributes:

@@ -26,11 +26,7 @@ _NO_LINK = LinkSpeed(latency=0.0, bandwidth=inf)
 
 
 class Room:
-    """Checks the calls of either mode on one rank.
-
-    Args:
-        target: the VAE.
-    """
+    """Checks the calls of either mode on one rank."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -46,15 +42,6 @@ class Room:
         args: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         """Refuse a call that needs more than is free: by what earlier calls took, else by a run on shapes alone.
-
-        Args:
-            half: "encode" or "decode".
-            plan: how the picture is cut.
-            ratio: pixels per latent for encode, 1 for decode.
-            gather: who holds the result.
-            picture: the first one of the arguments.
-            args: of the call.
-            kwargs: likewise.
 
         Raises:
             TooLittleMemoryError: it does; with what would do.
@@ -95,14 +82,9 @@ class Room:
         """Refuse a call in tiles that needs more than is free, by a run on shapes alone.
 
         Args:
-            half: "encode" or "decode".
             settings: of the tiles, where they differ from the VAE's.
             ranks: how many run tiles.
             ratio: tells pixels per latent for encode, 1 for decode; asked only where memory is short.
-            gather: who holds the result.
-            picture: the first one of the arguments.
-            args: of the call.
-            kwargs: likewise.
 
         Raises:
             TooLittleMemoryError: it does; with what would do.

@@ -30,11 +30,7 @@ Cost = tuple[float, int, int]
 
 
 class Costs:
-    """What operators return and take, by the shapes of their arguments. Runs for one device share it.
-
-    Args:
-        speed: of the device.
-    """
+    """What operators return and take, by the shapes of their arguments. Runs for one device share it."""
 
     def __init__(self, speed: Speed) -> None:
         self.device = speed.device
@@ -114,9 +110,6 @@ class Reading:
 
 class Meter(TorchDispatchMode):
     """Within it, what meets a tensor of the meta device runs there, and takes time and memory on paper.
-
-    Args:
-        costs: of operators on the device that the run is predicted for.
 
     Attributes:
         seconds: the clock.
@@ -292,14 +285,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 
 
 class MeteredComm(SoloComm):
-    """Stands for one rank of a group whose other ranks run alongside: messages take time on the meter's clock.
-
-    Args:
-        rank: of the group.
-        size: of the group.
-        link: how fast messages are.
-        meter: whose clock it is.
-    """
+    """Stands for one rank of a group whose other ranks run alongside: messages take time on the meter's clock."""
 
     def __init__(self, rank: int, size: int, link: LinkSpeed, meter: Meter) -> None:
         super().__init__()

@@ -72,8 +72,6 @@ class Predictor:
 
     Args:
         target: the VAE; its weights may be on the meta device, and are not read anywhere else.
-        speed: of each rank's device.
-        link: between the ranks.
         frames: latent frames in one call of the network in exact mode, as for `parallelize`.
     """
 
@@ -90,15 +88,6 @@ class Predictor:
     ) -> Prediction:  # fmt: skip
         """Exact mode; on one rank what `parallelize` does in a world of one: the whole picture, by the kernels.
 
-        Args:
-            half: "encode" or "decode".
-            args: its arguments; tensors count by shape only.
-            kwargs: likewise.
-            ranks: in the group.
-            axis: what to cut.
-            ratio: pixels per latent for encode, 1 for decode.
-            gather: who holds the result.
-
         Raises:
             NotExactError: exact mode refuses the VAE.
             InputError: the VAE's code needs values where there are only shapes.
@@ -114,13 +103,6 @@ class Predictor:
         self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int = 1, gather: str = "all"
     ) -> Prediction:
         """Tile mode; on one rank, the VAE's own tiled half.
-
-        Args:
-            half: "encode" or "decode".
-            args: its arguments; tensors count by shape only.
-            kwargs: likewise.
-            ranks: in the group.
-            gather: who holds the result.
 
         Raises:
             TilingError: the half has no tiles, or they give a picture of a wrong size.

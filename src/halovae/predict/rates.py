@@ -1,4 +1,4 @@
-"""How long an operator takes on a device, from given rates. `measured_speed.py` tells it from trying it there."""
+"""How long an operator takes on a device, from given rates. `measured_rates.py` tells it from trying it there."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ class Operation:
     """One call of an operator, with its arguments and result known by shape.
 
     Args:
-        func: the operator.
-        args: its arguments.
-        kwargs: likewise.
-        result: what it returns.
         makes: whether the result is new memory; views and writes into an argument are not.
     """
 

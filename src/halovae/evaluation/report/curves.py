@@ -65,8 +65,6 @@ def curve(title: str, unit: str, series: Mapping[str, Values], with_zero: bool =
     """A plot of lines over frames; None where nothing is to be seen: one frame, or no value.
 
     Args:
-        title: of the plot.
-        unit: of the values.
         series: lines by the name of their colour.
         with_zero: whether the axis has to show 0.
     """

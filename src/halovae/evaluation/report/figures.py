@@ -46,12 +46,7 @@ def level(value: float | None) -> str:
 
 
 def drawn_words(gain: float, largest: float) -> str:
-    """What the picture of the difference shows.
-
-    Args:
-        gain: how many times the difference is amplified.
-        largest: difference, in levels.
-    """
+    """What the picture of the difference shows."""
     if gain == 1:
         return "The difference is drawn as it is: white is 255 levels, which is the most that there can be."
     words = (

@@ -44,10 +44,6 @@ def check_report(folder: Path) -> None:
 def write_report(folder: Path, report: Report) -> Path:
     """Write the numbers, then the page.
 
-    Args:
-        folder: made if it is not there.
-        report: what to say.
-
     Returns:
         The page's path.
 

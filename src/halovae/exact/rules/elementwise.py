@@ -121,8 +121,6 @@ def fit(mesh: Mesh, tensor: Tensor, places: dict[int, Dim]) -> Tensor:
     """The tensor, cut where it is whole and others are sharded.
 
     Args:
-        mesh: the grid of shards.
-        tensor: of any layout, or none.
         places: how the others are cut, by the place of the dimension counted from the last one.
     """
     layout = layout_of(tensor)

@@ -100,10 +100,8 @@ def prepared(
     made, the weight is left as it is.
 
     Args:
-        weight: of the model.
         kind: says what `make` does with it. The result is kept for small pictures, if there is room.
         make: converts it, or cuts off what is not needed.
-        geometry: of the convolution.
         made: what was made for other pieces of the same picture.
     """
     packs = _packs(weight, geometry.dtype)

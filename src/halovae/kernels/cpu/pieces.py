@@ -52,14 +52,7 @@ class Line:
 
 
 def line_of(joined: Joined, shape: Sequence[int], stride: Sequence[int], reach: Sequence[int]) -> Line:
-    """Along the halo if much can be computed without it, else along the height.
-
-    Args:
-        joined: the input.
-        shape: of the result.
-        stride: by dimension of the window.
-        reach: likewise.
-    """
+    """Along the halo if much can be computed without it, else along the height."""
     height = len(shape) - 2
     dims = [height] if joined.halo is None or joined.halo.dim == height else [joined.halo.dim, height]
     lines = [_along(joined, dim, shape[dim], stride[dim - 2], reach[dim - 2]) for dim in dims]
