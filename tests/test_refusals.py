@@ -210,6 +210,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a boolean mask": (lambda x: x[x > 0], "getitem"),
     "positions as index": (lambda x: draw(4, 3)[x.argmax(1)], "getitem"),
     "positions in a tuple": (lambda x: draw(4, 3)[x.argmax(1), 0], "getitem"),
+    "positions by index_select": (lambda x: draw(4, 3).index_select(0, x[0].argmax(0).flatten()), "made of shards"),
+    "the larger of an ordinary tensor": (lambda x: torch.max(draw(2, 4, 12, 18), x), "knows nothing"),
     "narrow to a constant": (lambda x: x.narrow(2, 0, 4), "narrow"),
     "select a row": (lambda x: x.select(-1, 0), "select"),
     "split rows": (lambda x: x.split(6, dim=2), "split"),

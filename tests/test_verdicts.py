@@ -182,6 +182,16 @@ def test_a_change_around_the_vae_is_another_question(cache: Path, monkeypatch: p
     assert _words(vae) == before
 
 
+def test_a_change_of_the_program_is_another_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = tmp_path / "kernels" / "some.py"
+    kernel.parent.mkdir()
+    kernel.write_text("FAST = 1")
+    monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "base" / "verdicts.py"))
+    before = verdicts._program.__wrapped__()
+    kernel.write_text("FAST = 2")
+    assert verdicts._program.__wrapped__() != before
+
+
 # ---- other processes -------------------------------------------------------------------------------------------------
 
 

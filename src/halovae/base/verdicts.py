@@ -135,7 +135,7 @@ def _make_room(place: Path) -> None:
 @functools.cache
 def _program() -> tuple[str, ...]:
     """What is run: halovae's own code by its content, since it may be a checkout at work, and versions."""
-    source = Path(__file__).parent
+    source = Path(__file__).parents[1]
     code = hashlib.sha256()
     for path in sorted(source.rglob("*.py")):
         code.update(f"{path.relative_to(source)}\n".encode() + path.read_bytes())

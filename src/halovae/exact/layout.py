@@ -183,14 +183,18 @@ def require_rows(thinnest: int) -> None:
         raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
 
 
-def require_whole(*weights: object) -> None:
-    """Check that what an operator takes for its weights is the same on every rank.
+def require_layout(tensor: Tensor, *weights: object) -> Layout:
+    """The layout of what an operator works on.
 
     Raises:
-        NotExactError: it is made of shards.
+        NotExactError: it is whole where something else is a shard, or its weights are made of shards.
     """
     if any(map(layout_of, weights)):
         raise NotExactError("its weights are made of shards")
+    layout = layout_of(tensor)
+    if layout is None:
+        raise NotExactError("a tensor that knows nothing of the shards meets one")
+    return layout
 
 
 def mark(tensor: Tensor, layout: Layout | None) -> Tensor:

@@ -21,8 +21,15 @@ from halovae.kernels import autocast
 RULES: dict[Any, Callable[..., Any]] = {}
 rule = registrar(RULES)
 """Registers a rule for torch functions. It takes the mesh, the function and its arguments, and returns what the
-function would return on this rank's shard, with layouts marked. A function without a rule is refused as soon as a shard
-reaches it."""
+function would return on this rank's shard, with layouts marked. It is asked where one of these is a shard. A function
+without a rule is refused there."""
+_makers: set[Any] = set()
+
+
+def maker(*functions: Any) -> Callable[..., Any]:
+    """As `rule`, of functions that may make a shard of none, by the sizes that they get: always asked."""
+    _makers.update(functions)
+    return rule(*functions)
 
 
 class StandIn(Protocol):
@@ -84,14 +91,14 @@ class ShardMode(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
         if stand_in := next(filter(None, map(stand_in_of, tensors)), None):
             return stand_in.run(self._mesh, func, args, kwargs)
-        rule, sharded = RULES.get(func), any(map(layout_of, tensors))
+        sharded = any(map(layout_of, tensors))
+        if not sharded and func not in _makers:
+            return func(*args, **kwargs)
         if sharded and kwargs.get("out") is not None:
             raise NotExactError("it writes into out=")
-        if rule is not None:
-            return rule(self._mesh, func, *args, **kwargs)
-        if sharded:
+        if func not in RULES:
             raise NotExactError("no rule says how it acts on shards")
-        return func(*args, **kwargs)
+        return RULES[func](self._mesh, func, *args, **kwargs)
 
 
 @outside_modes

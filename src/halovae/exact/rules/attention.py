@@ -34,13 +34,13 @@ from halovae.exact.layout import (
     layout_of,
     mark,
     plain,
-    require_whole,
+    require_layout,
     shape_of,
 )
 from halovae.exact.mesh import Mesh
 from halovae.exact.rules.elementwise import align, broadcast, elementwise_layout, fit
 from halovae.exact.rules.norms import sum_over_ranks
-from halovae.exact.shard_mode import let_stand_for, rule, stand_in_of
+from halovae.exact.shard_mode import let_stand_for, maker, rule, stand_in_of
 
 
 @rule(F.scaled_dot_product_attention)
@@ -61,12 +61,10 @@ def attention(
     becomes one attention per frame over the frames it sees, so it is never written out.
     """
     layouts = [layout_of(t) for t in (query, key, value)]
-    if dropout_p and any(layouts):
+    if dropout_p:
         raise NotExactError("dropout is active: call vae.eval() first")
     if by_frame := mask_of(attn_mask):
         return _by_frame(mesh, func, query, key, value, by_frame, **kwargs)
-    if not any(layouts):
-        return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
     if any(layout and is_sharded(layout.dims[-1]) for layout in layouts):
         raise NotExactError("the channels of an attention are sharded")
     tokens = any(layout and is_sharded(layout.dims[-2]) for layout in layouts)
@@ -253,8 +251,6 @@ def baddbmm(
 
 def _product(mesh: Mesh, func: Any, left: Tensor, right: Tensor) -> Tensor:
     a, b = layout_of(left), layout_of(right)
-    if a is None and b is None:
-        return func(left, right)
     if left.ndim < 2 or right.ndim < 2:
         raise NotExactError("a product with a vector")
     batches = [{p: d for p, d in layout.sharded_places.items() if p < -2} for layout in (a, b) if layout]
@@ -304,29 +300,24 @@ def _batch_layout(left: Tensor, right: Tensor, result: Tensor, rows: Dim, column
 
 @rule(torch.cdist)
 def cdist(mesh: Mesh, func: Any, left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    a, b = layout_of(left), layout_of(right)
-    if b or (a and is_sharded(a.dims[-1])):
+    layout = require_layout(left, right)
+    if is_sharded(layout.dims[-1]):
         raise NotExactError("distances between sharded points")
-    result = func(left, right, *args, **kwargs)
-    return result if a is None else mark(result, a.replace(-1, plain(right.shape[-2])))
+    return mark(func(left, right, *args, **kwargs), layout.replace(-1, plain(right.shape[-2])))
 
 
 @rule(F.linear)
 def linear(mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    layout = layout_of(tensor)
-    require_whole(weight, bias)
-    if layout and is_sharded(layout.dims[-1]):
+    layout = require_layout(tensor, weight, bias)
+    if is_sharded(layout.dims[-1]):
         raise NotExactError("the channels of a linear layer are sharded")
-    result = func(tensor, weight, bias)
-    return result if layout is None else mark(result, layout.replace(-1, plain(weight.shape[0])))
+    return mark(func(tensor, weight, bias), layout.replace(-1, plain(weight.shape[0])))
 
 
 @rule(F.embedding)
 def embedding(mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    layout = layout_of(tensor)
-    require_whole(weight)
-    result = func(tensor, weight, *args, **kwargs)
-    return result if layout is None else mark(result, Layout((*layout.dims, plain(weight.shape[1]))))
+    layout = require_layout(tensor, weight)
+    return mark(func(tensor, weight, *args, **kwargs), Layout((*layout.dims, plain(weight.shape[1]))))
 
 
 # ---- masks by frame --------------------------------------------------------------------------------------------------
@@ -453,7 +444,7 @@ def remember_runs(func: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: dict
     return result
 
 
-@rule(torch.meshgrid)
+@maker(torch.meshgrid)
 def meshgrid(mesh: Mesh, func: Any, *tensors: Any, **kwargs: Any) -> Any:
     vectors = list(tensors[0]) if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else list(tensors)
     runs = [run for vector in vectors if (run := getattr(vector, _RUNS, None))]

@@ -53,8 +53,6 @@ SELF_SHAPED = (
 @rule(*named(*BROADCASTING))
 def broadcasting(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
     operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not any(map(layout_of, operands)):
-        return func(*args, **kwargs)
     aligned = align(mesh, operands)
     if aligned is not operands:
         if aligned[0] is not operands[0] and writes(func):
@@ -73,20 +71,15 @@ def broadcasting(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*named(*SELF_SHAPED))
 def self_shaped(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return mark_like(func(tensor, *args, **kwargs), tensor)
+    result = func(tensor, *args, **kwargs)
+    return mark(result, layout_of(tensor)) if isinstance(result, Tensor) else result
 
 
 @rule(*named("dropout"), F.dropout1d, F.dropout2d, F.dropout3d)
 def dropout(mesh: Mesh, func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if training and p and layout_of(tensor):
+    if training and p:
         raise NotExactError("dropout is active: call vae.eval() first")
-    return mark_like(func(tensor, p, training, inplace), tensor) if training else tensor
-
-
-def mark_like(result: Any, tensor: Tensor) -> Any:
-    """`result` with the layout of `tensor`, whose positions it has."""
-    layout = layout_of(tensor)
-    return mark(result, layout) if layout and isinstance(result, Tensor) else result
+    return tensor
 
 
 def elementwise_layout(operands: list[Tensor], shape: tuple[int, ...]) -> Layout:

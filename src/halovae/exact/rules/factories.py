@@ -34,12 +34,12 @@ from halovae.exact.layout import (
     mark,
     merge_factors,
     plain,
+    require_layout,
     split_factor,
 )
 from halovae.exact.mesh import Mesh
 from halovae.exact.rules.attention import prefix_mask
-from halovae.exact.rules.elementwise import mark_like
-from halovae.exact.shard_mode import rule
+from halovae.exact.shard_mode import maker, rule
 
 
 class CutSize(int):
@@ -110,42 +110,34 @@ def sizes_of(mesh: Mesh, layout: Layout) -> torch.Size:
 
 @rule(getattr(Tensor, "shape").__get__)  # noqa: B009
 def shape(mesh: Mesh, func: Any, tensor: Tensor) -> torch.Size:
-    layout = layout_of(tensor)
-    return func(tensor) if layout is None else sizes_of(mesh, layout)
+    return sizes_of(mesh, require_layout(tensor))
 
 
 @rule(Tensor.size)
 def size(mesh: Mesh, func: Any, tensor: Tensor, dim: SupportsIndex | None = None) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor) if dim is None else func(tensor, dim)
+    layout = require_layout(tensor)
     return sizes_of(mesh, layout) if dim is None else sizes_of(mesh, layout)[dim]
 
 
 @rule(Tensor.__len__)
 def rows(mesh: Mesh, func: Any, tensor: Tensor) -> int:
-    layout = layout_of(tensor)
-    return func(tensor) if layout is None or not layout.dims else int(layout.whole[0])
+    return int(require_layout(tensor).whole[0])
 
 
 @rule(Tensor.numel, Tensor.nelement, torch.numel)
 def numel(mesh: Mesh, func: Any, tensor: Tensor) -> int:
-    layout = layout_of(tensor)
-    return func(tensor) if layout is None else prod(layout.whole)
+    return prod(require_layout(tensor).whole)
 
 
 @rule(getattr(Tensor, "nbytes").__get__)  # noqa: B009
 def nbytes(mesh: Mesh, func: Any, tensor: Tensor) -> int:
-    layout = layout_of(tensor)
-    return func(tensor) if layout is None else prod(layout.whole) * tensor.element_size()
+    return prod(require_layout(tensor).whole) * tensor.element_size()
 
 
 @rule(Tensor.stride)
 def stride(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None) -> Any:
     """Of the whole, which lies in memory as its shards do where these have no gaps."""
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor) if dim is None else func(tensor, dim)
+    layout = require_layout(tensor)
     own, strides = tensor.stride(), [0] * tensor.ndim
     here = there = 1
     for d in sorted(range(tensor.ndim - 1, -1, -1), key=lambda d: own[d]):
@@ -159,22 +151,22 @@ def stride(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None) -> Any
 # ---- blanks of a shard's size, random numbers cut to it -------------------------------------------------------------
 
 
-@rule(torch.zeros, torch.ones, torch.empty)
+@maker(torch.zeros, torch.ones, torch.empty)
 def constant(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
     return _made(mesh, func, (), size or (kwargs.pop("size"),), (), kwargs)
 
 
-@rule(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty)
+@maker(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty)
 def new_constant(mesh: Mesh, func: Any, tensor: Tensor, *size: Any, **kwargs: Any) -> Tensor:
     return _made(mesh, func, (tensor,), size or (kwargs.pop("size"),), (), kwargs)
 
 
-@rule(Tensor.new_full)
+@maker(Tensor.new_full)
 def new_full(mesh: Mesh, func: Any, tensor: Tensor, size: Any, fill_value: Any, **kwargs: Any) -> Tensor:
     return _made(mesh, func, (tensor,), (size,), (fill_value,), kwargs)
 
 
-@rule(torch.full)
+@maker(torch.full)
 def full(mesh: Mesh, func: Any, size: Any, fill_value: Any, **kwargs: Any) -> Tensor:
     if len(size) == 2 and isinstance(size[0], CutSize) and size[0] == size[1] and fill_value == float("-inf"):
         return prefix_mask(size[0], kwargs.get("dtype"), kwargs.get("device"))
@@ -192,17 +184,15 @@ def _made(
 
 @rule(torch.tensor, torch.as_tensor)
 def from_numbers(mesh: Mesh, func: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-    if layout_of(data):
-        raise NotExactError("it copies a shard into an ordinary tensor")
-    return func(data, *args, **kwargs)
+    raise NotExactError("it copies a shard into an ordinary tensor")
 
 
 @rule(torch.zeros_like, torch.ones_like, torch.full_like)
 def constant_like(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return mark_like(func(tensor, *args, **kwargs), tensor)
+    return mark(func(tensor, *args, **kwargs), require_layout(tensor))
 
 
-@rule(torch.randn, torch.rand)
+@maker(torch.randn, torch.rand)
 def random(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
     """Noise for a shard is cut out of noise drawn for the whole picture, from the first rank's generator."""
     sizes = tuple(size[0] if size and not isinstance(size[0], int) else size or kwargs.pop("size"))
@@ -228,7 +218,7 @@ def _share(mesh: Mesh, generator: torch.Generator, device: torch.device) -> None
         generator.set_state(state.cpu())
 
 
-@rule(*named("randn_like", "rand_like", "randint_like", "bernoulli", "normal", "uniform", "exponential", "random",
+@maker(*named("randn_like", "rand_like", "randint_like", "bernoulli", "normal", "uniform", "exponential", "random",
              "randint", "randperm", "multinomial"))  # fmt: skip
 def unshaped_random(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Any:
     tensors = [value for value in args if isinstance(value, Tensor)]

@@ -20,6 +20,7 @@ from halovae.exact.layout import (
     length,
     mark,
     plain,
+    require_layout,
     shape_of,
     with_shape,
 )
@@ -29,14 +30,10 @@ from halovae.exact.shard_mode import rule
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
-def cat(
-    mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0, axis: int | None = None, out: Tensor | None = None
-) -> Any:
+def cat(mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0, axis: int | None = None) -> Any:
     dim = dim if axis is None else axis
     # Causal caches start as empty one-dimensional tensors, which cat ignores.
     tensors = [t for t in tensors if layout_of(t) or shape_of(t) != (0,)] or list(tensors)
-    if not any(layout_of(t) for t in tensors):
-        return func(tensors, dim) if out is None else func(tensors, dim, out=out)
     if any((layout := layout_of(t)) and is_sharded(layout.dims[dim]) for t in tensors):
         raise NotExactError("tensors are joined along a sharded dimension")
     tensors = align(mesh, tensors)
@@ -48,8 +45,6 @@ def cat(
 
 @rule(torch.stack)
 def stack(mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    if not any(layout_of(t) for t in tensors):
-        return func(tensors, dim)
     tensors = align(mesh, list(tensors))
     result = func(tensors, dim)
     dims = list(_common_layout(tensors, None).dims)
@@ -72,10 +67,8 @@ def _common_layout(tensors: Sequence[Tensor], skip: int | None) -> Layout:
 
 @rule(*named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"))
 def split(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(tensor)
+    layout = require_layout(tensor)
     parts = func(tensor, *args, **kwargs)
-    if layout is None:
-        return parts
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     _require_plain(layout, dim)
     for part in parts:
@@ -85,29 +78,24 @@ def split(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> A
 
 @rule(*named("unbind"))
 def unbind(mesh: Mesh, func: Any, tensor: Tensor, dim: int = 0) -> Any:
-    layout = layout_of(tensor)
+    layout = require_layout(tensor)
+    _require_plain(layout, dim)
     parts = func(tensor, dim)
-    if layout is not None:
-        _require_plain(layout, dim)
-        for part in parts:
-            mark(part, _without(layout, dim))
+    for part in parts:
+        mark(part, _without(layout, dim))
     return parts
 
 
 @rule(*named("select"))
 def select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: int) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, dim, index)
+    layout = require_layout(tensor)
     _require_plain(layout, dim)
     return mark(func(tensor, dim, index), _without(layout, dim))
 
 
 @rule(*named("narrow"))
 def narrow(mesh: Mesh, func: Any, tensor: Tensor, dim: int, start: int, length: int) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, dim, start, length)
+    layout = require_layout(tensor)
     if (start, length) == (0, layout.whole[dim]):
         return mark(func(tensor, dim, start, layout.shape[dim]), layout)
     _require_plain(layout, dim)
@@ -116,20 +104,17 @@ def narrow(mesh: Mesh, func: Any, tensor: Tensor, dim: int, start: int, length: 
 
 @rule(*named("index_select"))
 def index_select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: Tensor) -> Any:
-    layout = layout_of(tensor)
-    if layout is not None:
-        _require_plain(layout, dim)
+    layout = require_layout(tensor, index)
+    _require_plain(layout, dim)
     result = func(tensor, dim, index)
-    return result if layout is None else mark(result, layout.replace(dim, plain(result.shape[dim])))
+    return mark(result, layout.replace(dim, plain(result.shape[dim])))
 
 
 @rule(Tensor.__getitem__)
 def getitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any) -> Any:
     layout = layout_of(tensor)
     if layout is None:
-        if any(layout_of(entry) for entry in (index if isinstance(index, tuple) else (index,))):
-            raise NotExactError("positions of a sharded tensor index another one")
-        return func(tensor, index)
+        raise NotExactError("positions of a sharded tensor index another one")
     result = func(tensor, index)
     return mark(result, indexed(layout, index, shape_of(result)))
 
@@ -138,9 +123,7 @@ def getitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any) -> Any:
 def setitem(mesh: Mesh, func: Any, tensor: Tensor, index: Any, value: Any) -> Any:
     layout = layout_of(tensor)
     if layout is None:
-        if layout_of(value) or any(map(layout_of, index if isinstance(index, tuple) else (index,))):
-            raise NotExactError("shards are written into a tensor that knows nothing of them")
-        return func(tensor, index, value)
+        raise NotExactError("shards are written into a tensor that knows nothing of them")
     into = indexed(layout, index, tuple(tensor[index].shape))
     if isinstance(value, Tensor):
         value = fit(mesh, value, into.sharded_places)

@@ -20,11 +20,10 @@ from halovae.exact.layout import (
     axes_in,
     global_length,
     is_sharded,
-    layout_of,
     length,
     mark,
     plain,
-    require_whole,
+    require_layout,
 )
 from halovae.exact.mesh import Mesh
 from halovae.exact.shard_mode import rule
@@ -45,10 +44,9 @@ def group_norm(
 
     Count, mean and sum of squared deviations of the shards are merged exactly, in float32 or better.
     """
-    layout = layout_of(tensor)
-    require_whole(weight, bias)
-    axes = axes_in(layout.dims[1:]) if layout else set[int]()
-    if layout is None or not axes or 0 in layout.shape:
+    layout = require_layout(tensor, weight, bias)
+    axes = axes_in(layout.dims[1:])
+    if not axes or 0 in layout.shape:
         return mark(func(tensor, num_groups, weight, bias, eps), layout)
     if is_sharded(layout.dims[1]):
         raise NotExactError("the channels of a group norm are sharded")
@@ -62,27 +60,25 @@ def group_norm(
 def over_last_dims(
     mesh: Mesh, func: Any, tensor: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> Any:
-    layout = layout_of(tensor)
-    require_whole(*args, *kwargs.values())
-    if layout and any(is_sharded(dim) for dim in layout.dims[-len(normalized_shape) :]):
+    layout = require_layout(tensor, *args, *kwargs.values())
+    if any(is_sharded(dim) for dim in layout.dims[-len(normalized_shape) :]):
         raise NotExactError("it normalises over a sharded dimension")
     return mark(func(tensor, normalized_shape, *args, **kwargs), layout)
 
 
 @rule(F.batch_norm)
 def batch_norm(mesh: Mesh, func: Any, tensor: Tensor, mean: Any, var: Any, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(tensor)
-    require_whole(mean, var, *args, *kwargs.values())
+    layout = require_layout(tensor, mean, var, *args, *kwargs.values())
     training = kwargs.get("training", args[2] if len(args) > 2 else False)
-    if layout and (training or is_sharded(layout.dims[1])):
+    if training or is_sharded(layout.dims[1]):
         raise NotExactError("batch statistics are in use: call vae.eval() first")
     return mark(func(tensor, mean, var, *args, **kwargs), layout)
 
 
 @rule(F.instance_norm)
 def instance_norm(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(tensor)
-    if layout and any(is_sharded(dim) and length(dim) for dim in layout.dims[2:]):
+    layout = require_layout(tensor, *args, *kwargs.values())
+    if any(is_sharded(dim) and length(dim) for dim in layout.dims[2:]):
         raise NotExactError("it normalises over sharded dimensions")
     return mark(func(tensor, *args, **kwargs), layout)
 
@@ -97,9 +93,7 @@ def sum_over_ranks(mesh: Mesh, partial: Tensor, axes: set[int]) -> Tensor:
 
 @rule(*named("sum", "mean"))
 def sum_or_mean(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, *args, **kwargs)
+    layout = require_layout(tensor)
     dims, keepdim, dtype = _asked(tensor.ndim, *args, **kwargs)
     if not any(is_sharded(layout.dims[d]) for d in dims):
         return mark(func(tensor, dims, keepdim, dtype=dtype), _reduced(layout, dims, keepdim))
@@ -134,9 +128,7 @@ def along_second(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: An
 
 
 def _along(func: Any, tensor: Tensor, dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, *args, **kwargs)
+    layout = require_layout(tensor)
     dim = kwargs.get("dim", kwargs.get("axis", dim))
     dims = _dims(None if isinstance(dim, (bool, Tensor)) else dim, tensor.ndim)
     if any(isinstance(a, Tensor) for a in args) or any(is_sharded(layout.dims[d]) for d in dims):
@@ -154,10 +146,10 @@ def _along(func: Any, tensor: Tensor, dim: Any, args: tuple[Any, ...], kwargs: d
 @rule(*named("softmax", "log_softmax"))
 def softmax(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """Over a sharded dimension, largest values and sums are completed over the ranks, in float32 or better."""
-    layout = layout_of(tensor)
+    layout = require_layout(tensor)
     if dim is None:
         dim = 0 if tensor.ndim in (0, 1, 3) else 1  # torch's old choice
-    if layout is None or not is_sharded(layout.dims[dim]):
+    if not is_sharded(layout.dims[dim]):
         return mark(func(tensor, dim, *args, **kwargs), layout)
     wanted = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), tensor.dtype)
     tensor, layout = own(mesh, tensor, layout)
@@ -174,8 +166,8 @@ def softmax(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None, *args
 def normalize(
     mesh: Mesh, func: Any, tensor: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Tensor:
-    layout = layout_of(tensor)
-    if layout and any(is_sharded(layout.dims[d]) for d in _dims(dim, layout.ndim)):
+    layout = require_layout(tensor)
+    if any(is_sharded(layout.dims[d]) for d in _dims(dim, layout.ndim)):
         raise NotExactError("it normalises over a sharded dimension")
     return mark(func(tensor, p, dim, eps, out), layout)
 

@@ -27,6 +27,7 @@ from halovae.exact.layout import (
     permuted,
     plain,
     require_axis,
+    require_layout,
     reshaped,
     shape_of,
     split_factor,
@@ -34,14 +35,12 @@ from halovae.exact.layout import (
 from halovae.exact.mesh import Mesh
 from halovae.exact.rules.attention import remember_runs
 from halovae.exact.rules.factories import cut_as, sizes_of
-from halovae.exact.shard_mode import rule
+from halovae.exact.shard_mode import maker, rule
 
 
 @rule(*named("flatten", "squeeze", "unsqueeze", "ravel"))
 def regroup(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, *args, **kwargs)
+    layout = require_layout(tensor)
     viewed = reshaped(layout, _regrouped(func, layout.whole, *_given(args, kwargs)))
     return mark(func(tensor, *args, **kwargs), viewed)
 
@@ -68,9 +67,7 @@ def _hashable(value: Any) -> Any:
 @rule(*named("reshape", "view"))
 def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The sizes are those of the whole: the layout tells what they are on the shard."""
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, *args, **kwargs)
+    layout = require_layout(tensor)
     sizes = args or tuple(kwargs.values())
     if isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
@@ -81,9 +78,7 @@ def reshape(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
 
 @rule(*named("unflatten"))
 def unflatten(mesh: Mesh, func: Any, tensor: Tensor, dim: int, sizes: Any) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, dim, sizes)
+    layout = require_layout(tensor)
     dim %= layout.ndim
     return _viewed(tensor, layout, (*layout.whole[:dim], *sizes, *layout.whole[dim + 1 :]))
 
@@ -117,10 +112,8 @@ def _layout_of_view(layout: Layout, sizes: tuple[int, ...]) -> Layout:
 
 @rule(*named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t"), Tensor.mT.__get__, Tensor.T.__get__)  # type: ignore[attr-defined]
 def permute(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    layout = require_layout(tensor)
     result = func(tensor, *args, **kwargs)
-    layout = layout_of(tensor)
-    if layout is None:
-        return result
     return mark(result, permuted(layout, _order(func, layout.ndim, *_given(args, kwargs))))
 
 
@@ -132,9 +125,7 @@ def _order(func: Any, ndim: int, args: tuple[Any, ...], kwargs: tuple[tuple[str,
 
 @rule(*named("expand", "broadcast_to"))
 def expand(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, *args, **kwargs)
+    layout = require_layout(tensor)
     sizes = args or (kwargs["size"],)
     return _expanded(mesh, tensor, layout, tuple(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes)
 
@@ -166,10 +157,8 @@ def _expanded(mesh: Mesh, tensor: Tensor, layout: Layout, sizes: Sequence[int]) 
 
 @rule(*named("repeat", "tile"))
 def repeat(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    layout = require_layout(tensor)
     result = func(tensor, *args, **kwargs)
-    layout = layout_of(tensor)
-    if layout is None:
-        return result
     dims: list[Dim] = [plain(size) for size in result.shape[: result.ndim - tensor.ndim]]
     for dim, size in zip(layout.dims, result.shape[len(dims) :], strict=True):
         if is_sharded(dim) and size != length(dim):
@@ -178,7 +167,7 @@ def repeat(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> 
     return mark(result, Layout(tuple(dims)))
 
 
-@rule(*named("repeat_interleave"))
+@maker(*named("repeat_interleave"))
 def repeat_interleave(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     layout = layout_of(tensor)
     if layout is None:
@@ -193,10 +182,8 @@ def repeat_interleave(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwarg
 
 @rule(*named("pixel_shuffle"))
 def pixel_shuffle(mesh: Mesh, func: Any, tensor: Tensor, factor: int) -> Any:
+    layout = require_layout(tensor)
     result = func(tensor, factor)
-    layout = layout_of(tensor)
-    if layout is None:
-        return result
     if is_sharded(layout.dims[-3]):
         raise NotExactError("the channels are sharded")
     height, width = (merge_factors((*dim, Factor(factor))) for dim in layout.dims[-2:])
@@ -205,9 +192,7 @@ def pixel_shuffle(mesh: Mesh, func: Any, tensor: Tensor, factor: int) -> Any:
 
 @rule(*named("pixel_unshuffle"))
 def pixel_unshuffle(mesh: Mesh, func: Any, tensor: Tensor, factor: int) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, factor)
+    layout = require_layout(tensor)
     if is_sharded(layout.dims[-3]) or any(global_length(dim) % factor for dim in layout.dims[-2:]):
         raise NotExactError("the channels are sharded, or the picture does not divide")
     for dim in (dim for dim in (-2, -1) if is_sharded(layout.dims[dim])):
@@ -220,9 +205,7 @@ def pixel_unshuffle(mesh: Mesh, func: Any, tensor: Tensor, factor: int) -> Any:
 
 @rule(*named("flip"))
 def flip(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, *args, **kwargs)
+    layout = require_layout(tensor)
     dims = args[0] if args and isinstance(args[0], (list, tuple)) else args or kwargs["dims"]
     if any(is_sharded(layout.dims[dim]) for dim in ([dims] if isinstance(dims, int) else dims)):
         raise NotExactError("it reverses a sharded dimension")

@@ -29,12 +29,11 @@ from halovae.exact.layout import (
     each,
     global_length,
     is_sharded,
-    layout_of,
     mark,
     plain,
     require_axis,
+    require_layout,
     require_rows,
-    require_whole,
     with_lengths,
 )
 from halovae.exact.mesh import Mesh
@@ -59,10 +58,7 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    layout = layout_of(tensor)
-    require_whole(weight, bias)
-    if layout is None:
-        return func(tensor, weight, bias, stride, padding, dilation, groups)
+    layout = require_layout(tensor, weight, bias)
     n = CONVOLUTIONS[func]
     if isinstance(padding, str):
         padding = _named_padding(padding, weight.shape[2:], each(dilation, n))
@@ -96,10 +92,7 @@ def transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Tensor:
-    layout = layout_of(tensor)
-    require_whole(weight, bias)
-    if layout is None:
-        return func(tensor, weight, bias, stride, padding, output_padding, groups, dilation)
+    layout = require_layout(tensor, weight, bias)
     n = TRANSPOSED[func]
     steps, pads, extras, dilations = (each(v, n) for v in (stride, padding, output_padding, dilation))
     geometry = list(zip(weight.shape[2:], steps, pads, dilations, extras, strict=True))
@@ -125,9 +118,7 @@ def transposed_convolution(
 def pad(
     mesh: Mesh, func: Any, tensor: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Tensor:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, pad, mode, value)
+    layout = require_layout(tensor)
     amounts = {layout.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
     sharded = {dim: amount for dim, amount in amounts.items() if is_sharded(layout.dims[dim]) and amount != (0, 0)}
     if not sharded:
@@ -169,9 +160,7 @@ def average_pool(
 ) -> Tensor:
     n = AVERAGES[func]
     extra = () if n == 1 else (divisor_override,)
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
+    layout = require_layout(tensor)
     if any(each(padding, n)) and (not count_include_pad or ceil_mode):
         raise NotExactError("an average that leaves out the padding")
     result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, 1, ceil_mode, ZEROS)
@@ -191,9 +180,7 @@ def max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor:
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    layout = require_layout(tensor)
     if return_indices:
         raise NotExactError("positions in a shard are not positions in the picture")
     n, lowest = MAXIMA[func], Fill(value=float("-inf"))
@@ -269,9 +256,7 @@ def interpolate(
 ) -> Tensor:
     """Nearest by whole factors is local; linear modes need one row on each side, cropped afterwards."""
     options = (mode, align_corners, recompute_scale_factor, antialias)
-    layout = layout_of(tensor)
-    if layout is None:
-        return func(tensor, size, scale_factor, *options)
+    layout = require_layout(tensor)
     tensor, layout = own(mesh, tensor, layout)
     n = layout.ndim - 2
     wholes = [global_length(dim) for dim in layout.dims[2:]]
