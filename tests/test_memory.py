@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halovae.base.errors import RankFailedError, TooLittleMemoryError
-from halovae.base.memory import Needs, PeakMemory, free_bytes, is_shortage
+from halovae.base.memory import PeakMemory, free_bytes, is_shortage
 
 GIB = 2**30
 
@@ -24,16 +24,6 @@ def test_a_peak_is_seen() -> None:
 def test_free_memory_is_known() -> None:
     free = free_bytes(torch.device("cpu"))
     assert free is None or free > 2**20
-
-
-def test_what_is_needed_grows_with_the_picture() -> None:
-    needs = Needs()
-    assert needs.expected("decode", 10**12) is None  # Nothing is known yet.
-    needs.learn("decode", 100, 2**20)  # Too little to tell.
-    assert needs.expected("decode", 100) is None
-    needs.learn("decode", 1000, GIB)
-    assert needs.expected("decode", 3000) == pytest.approx(3 * GIB, rel=1e-6)
-    assert needs.expected("encode", 3000) is None
 
 
 def allocate(size: int) -> None:

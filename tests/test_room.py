@@ -103,6 +103,7 @@ class Peeking(nn.Module):
 def test_what_cannot_be_followed_is_learned(free: Callable[[int], None]) -> None:
     checked = Room(Target(Peeking()))
     free(2**20)
+    checked.learn("decode", PLAN, LATENT, 2**21)  # Too little to tell.
     check(checked)
     checked.learn("decode", PLAN, LATENT, 2**30)
     free(2**29)

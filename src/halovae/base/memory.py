@@ -1,4 +1,4 @@
-"""How much memory a call took at its peak, and whether the next one has enough."""
+"""How much memory a call took at its peak, how much is free, and whether an error says that it was too little."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 _SHORTAGE = "out of memory", "can't allocate memory"
 """What backends say that have no error class for it."""
-_TELLING = 256 * 2**20
-"""Bytes below which a peak says more of caches and libraries than of the picture."""
 
 
 class PeakMemory:
@@ -100,27 +98,6 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     lines = _MEMINFO.read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-class Needs:
-    """What calls of each half have taken, and so what a call of another size will: memory grows with the positions."""
-
-    def __init__(self) -> None:
-        self._per_position: dict[str, float] = {}
-
-    def learn(self, half: str, positions: int, growth: int) -> None:
-        """Take in the peak of a call.
-
-        Args:
-            growth: bytes at the peak above those before.
-        """
-        if growth >= _TELLING:
-            self._per_position[half] = growth / positions
-
-    def expected(self, half: str, positions: int) -> int | None:
-        """Bytes, or None before the first call that told."""
-        per_position = self._per_position.get(half)
-        return None if per_position is None else int(per_position * positions)
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -13,20 +14,9 @@ def quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub import logging as hub_logging
 
-    level, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
-    hub_level = hub_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers_logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if bars:
-            diffusers_logging.enable_progress_bar()
+    with _silent(diffusers_logging), _silent(hub_logging), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -34,14 +24,20 @@ def all_quiet() -> Iterator[None]:
     """The same, and none of transformers, which only whole pipelines import."""
     from transformers.utils import logging as transformers_logging
 
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    with quiet(), _silent(transformers_logging):
+        yield
+
+
+@contextmanager
+def _silent(logging: Any) -> Iterator[None]:
+    """As the `logging` modules of these libraries have it; the hub's knows no bars."""
+    level, bars = logging.get_verbosity(), hasattr(logging, "enable_progress_bar") and logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
     try:
-        with quiet():
-            yield
+        yield
     finally:
-        transformers_logging.set_verbosity(level)
+        logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            logging.enable_progress_bar()

@@ -6,8 +6,9 @@ meanwhile was meant to stay.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,14 @@ def replaced(owner: Any, name: str, value: Any, *, here: bool = False) -> Iterat
                 stack.show(owner)
             if not stack.layers and stacks.get(name) is stack:
                 del stacks[name]
+
+
+@contextmanager
+def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Within it, calls of a method go to `around`, which gets the method itself and then their arguments."""
+    original = getattr(owner, name)
+    with replaced(owner, name, functools.update_wrapper(functools.partial(around, original), original)):
+        yield
 
 
 def value_here(value: Any) -> Any:

@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from halovae.api.handle import Handle
 from halovae.api.parallelize import parallelize
 from halovae.base.errors import InputError
 from halovae.base.options import HALVES, CallReport, Gather, Half, Mode
-from halovae.base.replaced import replaced
+from halovae.base.replaced import wrapped
 from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.target import Target
@@ -52,13 +49,13 @@ def parallel_vae(
                 )
             )
             for half in halves:
-                stack.enter_context(_reported(vae, half, handle, on_call))
+                stack.enter_context(wrapped(vae, half, functools.partial(_reported, handle, on_call, half)))
             if setup.vae_decode:
-                stack.enter_context(_blank_but_first(vae, comm))
+                stack.enter_context(wrapped(vae, "decode", functools.partial(_blank_but_first, comm)))
         if len(set(dtypes.values())) > 1:
             # Pipelines cast what a half gets to the one `dtype` of the VAE.
             for half in HALVES:
-                stack.enter_context(_cast(vae, half, HalfDtypes(vae, dtypes)))
+                stack.enter_context(wrapped(vae, half, functools.partial(_cast, HalfDtypes(vae, dtypes), half)))
         yield
 
 
@@ -93,49 +90,22 @@ def _switch(vae: Any, setup: Setup) -> None:
         vae.use_tiling = False
 
 
-@contextmanager
-def _cast(vae: Any, half: str, dtypes: HalfDtypes) -> Iterator[None]:
-    original = getattr(vae, half)
-
-    @functools.wraps(original)
-    def cast(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = dtypes.given(half, args, kwargs)
-        return original(*args, **kwargs)
-
-    with replaced(vae, half, cast):
-        yield
+def _cast(dtypes: HalfDtypes, half: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = dtypes.given(half, args, kwargs)
+    return original(*args, **kwargs)
 
 
-@contextmanager
-def _reported(vae: Any, half: str, handle: Handle, on_call: Callable[[str, CallReport], None]) -> Iterator[None]:
-    original = getattr(vae, half)
-
-    @functools.wraps(original)
-    def reported(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if handle.last is not None:
-            on_call(half, handle.last)
-        return result
-
-    with replaced(vae, half, reported):
-        yield
+def _reported(
+    handle: Handle, on_call: Callable[[str, CallReport], None], half: str, original: Callable[..., Any],
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    result = original(*args, **kwargs)
+    if handle.last is not None:
+        on_call(half, handle.last)
+    return result
 
 
-@contextmanager
-def _blank_but_first(vae: Any, comm: Comm) -> Iterator[None]:
-    original = vae.decode
-
-    @functools.wraps(original)
-    def decode(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        shapes = comm.all_gather_object([tuple(tensor.shape) for tensor in tensors_in(result)])[0]
-        if comm.rank == 0:
-            return result
-        return map_tensors(lambda t: _blank(t, shapes.pop(0)), result)
-
-    with replaced(vae, "decode", decode):
-        yield
-
-
-def _blank(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(shape)
+def _blank_but_first(comm: Comm, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    shapes = comm.all_gather_object([tuple(tensor.shape) for tensor in tensors_in(result)])[0]
+    return result if comm.rank == 0 else map_tensors(lambda t: t.new_zeros(()).expand(shapes.pop(0)), result)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from halovae.base.memory import PeakMemory
-from halovae.base.replaced import replaced
+from halovae.base.replaced import replaced, wrapped
 from halovae.base.timeline import note
 
 TEXT_ENCODE, VAE_ENCODE, DENOISE, VAE_DECODE, OTHER = "text encode", "vae encode", "denoise", "vae decode", "other"
@@ -77,25 +77,18 @@ def watched(pipeline: Any, timeline: StageTimeline, on_step: Callable[[int, int 
     Args:
         on_step: called with the number of denoising steps done and of all; all is None where it is unknown.
     """
-    with ExitStack() as stack:
-        if callable(getattr(pipeline, "encode_prompt", None)):
-            stack.enter_context(_in_stage(pipeline, "encode_prompt", timeline, TEXT_ENCODE))
-        stack.enter_context(_in_stage(pipeline.vae, "encode", timeline, VAE_ENCODE))
-        stack.enter_context(_in_stage(pipeline.vae, "decode", timeline, VAE_DECODE))
-        stack.enter_context(replaced(pipeline, "progress_bar", functools.partial(_Bar, timeline, on_step)))
-        yield
 
-
-@contextmanager
-def _in_stage(owner: Any, name: str, timeline: StageTimeline, stage: str) -> Iterator[None]:
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(stage: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with timeline.stage(stage):
             return original(*args, **kwargs)
 
-    with replaced(owner, name, timed):
+    stages = (pipeline.vae, "encode", VAE_ENCODE), (pipeline.vae, "decode", VAE_DECODE)
+    with ExitStack() as stack:
+        if callable(getattr(pipeline, "encode_prompt", None)):
+            stages += ((pipeline, "encode_prompt", TEXT_ENCODE),)
+        for owner, name, stage in stages:
+            stack.enter_context(wrapped(owner, name, functools.partial(timed, stage)))
+        stack.enter_context(replaced(pipeline, "progress_bar", functools.partial(_Bar, timeline, on_step)))
         yield
 
 

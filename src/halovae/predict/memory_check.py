@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from math import ceil, inf, prod
+from math import inf, prod
 from typing import Any
 
 from torch import Tensor
 
 from halovae.base.errors import HalovaeError, TooLittleMemoryError
-from halovae.base.memory import Needs, free_bytes
+from halovae.base.memory import free_bytes
 from halovae.base.trees import tensors_in
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
@@ -21,6 +22,8 @@ from halovae.tiles.tile_settings import applied, described
 
 _GROWTH = {"encode": 2**10, "decode": 2**15}
 """Bytes at the peak per byte of input, more than known networks take: below that there is nothing to predict."""
+_TELLING = 256 * 2**20
+"""Bytes below which a peak says more of caches and libraries than of the picture."""
 _NO_TIME = {"flops": inf, "bandwidth": inf, "overhead": 0.0}
 _NO_LINK = LinkSpeed(latency=0.0, bandwidth=inf)
 
@@ -30,12 +33,13 @@ class Room:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._needs = Needs()
+        self._per_position: dict[str, float] = {}
         self._predicted: dict[Any, int | None] = {}
 
     def learn(self, half: str, plan: ShardPlan, picture: Tensor, growth: int) -> None:
-        """Take in by how many bytes a call has grown at its peak."""
-        self._needs.learn(half, _largest_part(plan, picture), growth)
+        """Take in by how many bytes a call has grown at its peak: memory grows with the positions."""
+        if growth >= _TELLING:
+            self._per_position[half] = growth / _largest_part(plan, picture)
 
     def check(
         self, half: str, plan: ShardPlan, ratio: int, gather: str, picture: Tensor,
@@ -49,31 +53,25 @@ class Room:
         part, ranks, free = _largest_part(plan, picture), prod(plan.shape), free_bytes(picture.device)
         if free is None:
             return
-        learned = self._needs.expected(half, part)
+        ask = functools.partial(self._predict, half, args, kwargs)
+        exact = functools.partial(ask, "exact", ratio=ratio, gather=gather)
+        learned = self._per_position.get(half)
         if learned is not None:
-            if learned > free:
-                fits = [f"{ceil(ranks * learned / max(free, 1))} ranks", *self._tiles(half, ranks, free, args, kwargs)]
-                raise _too_little(half, learned, ranks, free, fits)
+            needed = int(learned * part)
+        elif part * picture.element_size() * _GROWTH[half] <= free:
             return
-        if part * picture.element_size() * _GROWTH[half] <= free:
+        else:
+            needed = exact(ranks=ranks, axis=plan.shape)
+        if needed is None or needed <= free:
             return
-
-        def exact(count: int, axis: Any) -> int | None:
-            options = {"ranks": count, "axis": axis, "ratio": ratio, "gather": gather}
-            return self._predict("exact", half, args, kwargs, options)
-
-        needed = exact(ranks, plan.shape)
-        if needed is not None and needed > free:
-            fits = [f"{n} ranks" for n in (2 * ranks, 4 * ranks, 8 * ranks) if (exact(n, "auto") or inf) <= free][:1]
-            fits += self._tiles(half, ranks, free, args, kwargs)
-            raise _too_little(half, needed, ranks, free, fits)
-
-    def _tiles(
-        self, half: str, ranks: int, free: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[str]:  # fmt: skip
-        """The VAE's own tiles as a remedy, where they are one."""
-        needed = self._predict("tile", half, args, kwargs, {"ranks": ranks, "gather": "all"})
-        return ["mode='tile'"] if needed is not None and needed <= free else []
+        more = 2 * ranks, 4 * ranks, 8 * ranks
+        enough = (
+            [n for n in more if (exact(ranks=n) or inf) <= free] if learned is None else [-(-ranks * needed // free)]
+        )
+        fits = [f"{n} ranks" for n in enough[:1]]
+        if (ask("tile", ranks=ranks) or inf) <= free:
+            fits.append("mode='tile'")
+        raise _too_little(half, needed, ranks, free, fits)
 
     def check_tiles(
         self, half: str, settings: dict[str, Any], ranks: int, ratio: Callable[[], int], gather: str, picture: Tensor,
@@ -84,7 +82,7 @@ class Room:
         Args:
             settings: of the tiles, where they differ from the VAE's.
             ranks: how many run tiles.
-            ratio: tells pixels per latent for encode, 1 for decode; asked only where memory is short.
+            ratio: asked only where memory is short.
 
         Raises:
             TooLittleMemoryError: it does; with what would do.
@@ -92,28 +90,26 @@ class Room:
         free = free_bytes(picture.device)
         if free is None or picture.nbytes * _GROWTH[half] <= free:
             return
-
-        def tile(count: int) -> int | None:
-            return self._predict("tile", half, args, kwargs, {"ranks": count, "gather": gather})
+        ask = functools.partial(self._predict, half, args, kwargs)
+        tile = functools.partial(ask, "tile", gather=gather)
 
         def exact(count: int) -> int | None:
             try:
-                options = {"ranks": count, "axis": "auto", "ratio": ratio(), "gather": gather}
+                return ask("exact", ranks=count, ratio=ratio(), gather=gather)
             except Exception:  # The refusal says more than why one remedy isn't known.
                 return None
-            return self._predict("exact", half, args, kwargs, options)
 
         with applied(self._target.vae, settings):
-            needed = tile(ranks)
+            needed = tile(ranks=ranks)
             if needed is None or needed <= free:
                 return
             more = ranks, 2 * ranks, 4 * ranks, 8 * ranks
-            fits = [f"{n} ranks" for n in more[1:] if (tile(n) or inf) <= free][:1]
+            fits = [f"{n} ranks" for n in more[1:] if (tile(ranks=n) or inf) <= free][:1]
             fits += [f"mode='exact' on {n} ranks" for n in more if (exact(n) or inf) <= free][:1]
         raise _too_little(f"{half} in tiles", needed, ranks, free, [*fits, "smaller tiles"])
 
     def _predict(
-        self, mode: str, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, **options: Any
     ) -> int | None:
         """Bytes besides the arguments, which are there already; None where it can't be told. Once per shape."""
         given = tensors_in((args, kwargs))
