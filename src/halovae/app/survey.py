@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halovae.app import launch
 from halovae.base.errors import HalovaeError, InputError
-from halovae.base.options import HALVES, MOST_RANKS, Axis, Half
+from halovae.base.options import MOST_RANKS, Axis, Half
 from halovae.base.quiet import quiet
 from halovae.base.trees import on_meta
 from halovae.calls.dtypes import set_dtypes
@@ -166,7 +166,11 @@ class Survey:
         )  # fmt: skip
         row = Row(half=half, mode=mode, ranks=ranks, prediction=found, memory=self.weights + found.memory)
         alone = row if (mode, ranks) == ("exact", 1) else self.exact(half, 1)
-        return row if alone.prediction is None else replace(row, efficiency=_efficiency(alone.prediction, found))
+        return (
+            row
+            if alone.prediction is None
+            else replace(row, efficiency=alone.prediction.seconds / (ranks * found.seconds))
+        )
 
     def _clip(self) -> tuple[Tensor, int]:
         """What encode gets, and how often it is called."""
@@ -209,17 +213,10 @@ def _share(half: str, ways: list[Way]) -> list[Row]:
     return [replace(row, prediction=row.prediction and replace(row.prediction, result=None)) for row in rows]
 
 
-def _efficiency(alone: Prediction, found: Prediction) -> float:
-    return alone.seconds / (found.ranks * found.seconds)
-
-
 def _cuts(ranks: int) -> tuple[Axis, ...]:
     """By default, along each axis, and along both in the squarest way that takes all ranks."""
     rows = next(rows for rows in range(isqrt(ranks), 0, -1) if ranks % rows == 0)
     return "auto", "height", "width", (rows, ranks // rows)
-
-
-__all__ = ["HALVES", "Row", "Survey", "Way"]
 
 
 def processes(device: torch.device) -> int:

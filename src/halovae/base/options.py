@@ -21,6 +21,8 @@ MOST_RANKS = 1024
 """For which a plan is made at the most."""
 HALVES: tuple[Half, ...] = get_args(Half)
 MODES: tuple[Mode, ...] = get_args(Mode)
+NETWORKS = {"encode": "encoder", "decode": "decoder"}
+"""Name of the network that each half calls."""
 AXES = ("auto", "height", "width")
 GATHERS: tuple[Holders, ...] = get_args(Holders)
 TILES: tuple[Tiles, ...] = get_args(Tiles)
@@ -57,7 +59,9 @@ class Options:
 
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
-        _check_frames(self.frames_per_call)
+        frames = self.frames_per_call
+        if frames != "auto" and (type(frames) is not int or frames < 1):
+            raise InputError(f"frames_per_call is {frames!r}: give a number of latent frames, at least 1, or 'auto'")
         if type(self.graphs) is not bool and self.graphs != "auto":
             raise InputError(f"graphs is {self.graphs!r}: give True, False or 'auto'")
         if type(self.same_bits) is not bool:
@@ -124,11 +128,6 @@ def _check_gather(gather: Gather) -> None:
             _one_of("a half of gather", half, HALVES)
     for half in HALVES:
         _one_of("gather", gather_of(gather, half), GATHERS)
-
-
-def _check_frames(frames: int | str) -> None:
-    if frames != "auto" and (type(frames) is not int or frames < 1):
-        raise InputError(f"frames_per_call is {frames!r}: give a number of latent frames, at least 1, or 'auto'")
 
 
 def checked_halves(halves: Sequence[Half]) -> tuple[Half, ...]:

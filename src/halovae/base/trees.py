@@ -219,3 +219,27 @@ def is_picture(value: object) -> bool:
 def pictures_in(value: Any) -> list[Tensor]:
     """The picture-like tensors (4-D or 5-D) in a value."""
     return [tensor for tensor in tensors_in(value) if is_picture(tensor)]
+
+
+# ---- an operator's arguments or results, which are simpler -----------------------------------------------------------
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in cast("list[Any]", value):
+            yield from tensors_of(item)
+    elif isinstance(value, dict):
+        yield from tensors_of(list(cast("dict[str, Any]", value).values()))
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Lists, tuples and dicts with every leaf replaced, whatever it is."""
+    if isinstance(value, (list, tuple)):
+        items = [mapped(function, item) for item in cast("list[Any]", value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {name: mapped(function, item) for name, item in cast("dict[str, Any]", value).items()}
+    return function(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from halovae.base.private_torch import TorchDispatchMode, decomposes, schema
+from halovae.base.trees import mapped, tensors_of
 
 Origin = frozenset[int]
 """Numbers of the network calls that a tensor comes from."""
@@ -128,27 +129,6 @@ class Dataflow(TorchDispatchMode):
         for tensor in tensors_of(result):
             self.follow(tensor, origin | self.origin(tensor))
         return result
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in an operator's arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in cast("list[Any]", value):
-            yield from tensors_of(item)
-    elif isinstance(value, dict):
-        yield from tensors_of(list(cast("dict[str, Any]", value).values()))
-
-
-def mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """An operator's arguments or results with every leaf replaced."""
-    if isinstance(value, (list, tuple)):
-        items = [mapped(function, item) for item in cast("list[Any]", value)]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, dict):
-        return {name: mapped(function, item) for name, item in cast("dict[str, Any]", value).items()}
-    return function(value)
 
 
 def key_of(value: Any) -> Any:

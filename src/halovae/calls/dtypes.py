@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from halovae.base.errors import InputError
-from halovae.base.options import HALVES, Half
+from halovae.base.options import HALVES, NETWORKS, Half
 from halovae.base.private_diffusers import HOOK_OF_DIFFUSERS
 from halovae.base.trees import map_tensors
 from halovae.calls.state import fetches_weights
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NETWORKS = {"encoder": "encode", "decoder": "decode"}
 
 
 class HalfDtypes:
@@ -131,7 +130,7 @@ def _floats(vae: nn.Module, half: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in (*vae.named_parameters(), *vae.named_buffers()):
         part = name.partition(".")[0]
-        if tensor.is_floating_point() and (_NETWORKS[part] == half if part in _NETWORKS else part in named):
+        if tensor.is_floating_point() and (part == NETWORKS[half] if part in NETWORKS.values() else part in named):
             found[name] = tensor
     return found
 

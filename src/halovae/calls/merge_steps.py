@@ -151,12 +151,13 @@ class Merger:
 
     def _takes(self, half: str, steps: Steps, probe: Probe) -> bool:
         """Whether the network gives the same for the probe in merged calls."""
-        given, alone = tuple(map(_uneven, probe.fresh_args())), Mesh(SoloComm(), (1, 1))
+        alone = Mesh(SoloComm(), (1, 1))
         results: list[Tensor] = []
         try:
             for each in ((), steps):
                 call = merged(self._target, half, each)
-                run = functools.partial(run_sharded, alone, call, given, probe.fresh_kwargs(), probe.bounds)
+                args, more = probe.fresh()
+                run = functools.partial(run_sharded, alone, call, tuple(map(_uneven, args)), more, probe.bounds)
                 results.append(first_tensor(tried(self._target.vae, probe.device, run)[0]))
         except Exception as error:  # Of a network that doesn't take it.
             if is_shortage(error):

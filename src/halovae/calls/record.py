@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from halovae.base.compiled import as_written
 from halovae.base.errors import TilingError
 from halovae.base.functions import outside_modes
+from halovae.base.options import NETWORKS as NETWORKS
 from halovae.base.private_torch import pytree, version, without_modes
 from halovae.base.replaced import replaced
 from halovae.base.trees import on_meta, tensors_in
@@ -24,9 +25,6 @@ from halovae.calls.dataflow import Dataflow, Draw, Origin, Spec
 from halovae.calls.state import ModuleState, kept_tensors, refill, unchanged, without_fetching
 from halovae.kernels import autocast
 from halovae.kernels.shapes_only import standing_in
-
-NETWORKS = {"encode": "encoder", "decode": "decoder"}
-"""Name of the network that each half calls."""
 
 Function = Callable[..., Any]
 

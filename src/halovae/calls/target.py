@@ -18,15 +18,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.functions import outside_modes
-from halovae.base.options import HALVES
+from halovae.base.options import HALVES, NETWORKS
 from halovae.base.private_torch import COMPILED_MODULE, changes, is_compiler_wrapped
 from halovae.base.replaced import replaced, value_here
 from halovae.base.trees import tensors_in
 from halovae.calls.module_facts import TELLING, ModuleFacts
 from halovae.comm import keeper_of_parts
 from halovae.kernels import autocast
-
-_MODULES = {"encode": "encoder", "decode": "decoder"}
 
 _DEVICE = re.compile(r"\A([a-z]+):\d+\Z")
 """A device with its number, as text."""
@@ -129,7 +127,7 @@ def _places(vae: nn.Module, halves: Sequence[str]) -> dict[str, tuple[nn.Module,
     """Module and name of the method that runs each half, where there is one."""
     found: dict[str, tuple[nn.Module, str]] = {}
     for half in halves:
-        module = getattr(vae, _MODULES[half], None)
+        module = getattr(vae, NETWORKS[half], None)
         if callable(getattr(vae, half, None)):
             found[half] = vae, half
         elif isinstance(module, nn.Module):
@@ -162,7 +160,7 @@ class Target:
             )
         self._places = _places(self.vae, halves)
         if not self._places:
-            wanted = ", ".join([*halves, *(_MODULES[half] for half in halves)])
+            wanted = ", ".join([*halves, *(NETWORKS[half] for half in halves)])
             raise InputError(f"{self.name} has none of {wanted}: it is not a VAE that can be run so")
         self.facts = ModuleFacts(self.vae)
         self._standing: dict[str, Substitute] = {}
@@ -270,7 +268,7 @@ class Target:
     @outside_modes
     def _refuses(self, tiled: bool, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the VAE says that it is not implemented, before it has called its network."""
-        network = dict(self.vae.named_children()).get(_MODULES[half])
+        network = dict(self.vae.named_children()).get(NETWORKS[half])
         if network is None or "use_tiling" not in vars(self.vae):
             return False
 
@@ -279,7 +277,7 @@ class Target:
 
         hook = network.register_forward_pre_hook(stop)
         try:
-            with self._tiled(tiled), replaced(self.vae, _MODULES[half], network):  # Past what stands in for it.
+            with self._tiled(tiled), replaced(self.vae, NETWORKS[half], network):  # Past what stands in for it.
                 self.originals[half](*args, **kwargs)
         except NotImplementedError:
             return True

@@ -132,12 +132,9 @@ class Probe:
     def device(self) -> torch.device:
         return pictures_in((self.args, self.kwargs))[0].device
 
-    def fresh_args(self) -> tuple[Any, ...]:
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copies of the arguments: no run uses up another run's random numbers, or finds what it has written."""
-        return map_tensors(_copied, self.args, (Tensor, torch.Generator))
-
-    def fresh_kwargs(self) -> dict[str, Any]:
-        return map_tensors(_copied, self.kwargs, (Tensor, torch.Generator))
+        return map_tensors(_copied, (self.args, self.kwargs), (Tensor, torch.Generator))
 
 
 def _copied(value: Any) -> Any:
@@ -217,7 +214,7 @@ def run_alone(target: Target, half: str, probe: Probe) -> Alone:
     """
     call = functools.partial(target.run_untiled, half)
     try:
-        result, hooks = tried(target.vae, probe.device, lambda: call(*probe.fresh_args(), **probe.fresh_kwargs()))
+        result, hooks = tried(target.vae, probe.device, lambda: _called(call, probe))
     except NotExactError:
         raise
     except Exception as error:
@@ -230,6 +227,11 @@ def run_alone(target: Target, half: str, probe: Probe) -> Alone:
     return Alone(first_tensor(result), hooks)
 
 
+def _called(call: Call, probe: Probe) -> Any:
+    args, kwargs = probe.fresh()
+    return call(*args, **kwargs)
+
+
 def verify(mesh: Mesh, target: Target, half: str, probe: Probe, alone: Alone) -> VerificationError | None:
     """Compare the un-parallel and the sharded result of a probe.
 
@@ -239,7 +241,7 @@ def verify(mesh: Mesh, target: Target, half: str, probe: Probe, alone: Alone) ->
     call = functools.partial(target.run_untiled, half)
 
     def on_shards() -> Any:
-        found = run_sharded(mesh, call, probe.fresh_args(), probe.fresh_kwargs(), probe.bounds)
+        found = run_sharded(mesh, call, *probe.fresh(), probe.bounds)
         return map_tensors(lambda t: gather(mesh, t), found)
 
     expected, found = alone.result, first_tensor(tried(target.vae, probe.device, on_shards, alone.hooks)[0])
@@ -299,11 +301,11 @@ def _first_difference(mesh: Mesh, vae: nn.Module, call: Call, probe: Probe, hook
 
     def alone() -> None:
         with _outputs(vae, plain, lambda t: t):
-            call(*probe.fresh_args(), **probe.fresh_kwargs())
+            _called(call, probe)
 
     def on_shards() -> None:
         with _outputs(vae, sharded, lambda t: gather(mesh, t)):
-            run_sharded(mesh, call, probe.fresh_args(), probe.fresh_kwargs(), probe.bounds)
+            run_sharded(mesh, call, *probe.fresh(), probe.bounds)
 
     tried(vae, probe.device, alone, hooks)
     tried(vae, probe.device, on_shards, hooks)

@@ -81,8 +81,9 @@ def _on_rank(session: Session, job: _Job) -> None:
 
 
 def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
-    from halovae.app.survey import HALVES, Survey, processes
+    from halovae.app.survey import Survey, processes
     from halovae.base.files import write_json
+    from halovae.base.options import HALVES
     from halovae.media import models, vae_limits
     from halovae.predict.measured_rates import MeasuredSpeed
     from halovae.predict.rates import GivenSpeed

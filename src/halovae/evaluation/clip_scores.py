@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from halovae.evaluation.numbers import finite, mean, mean_known
+from halovae.evaluation.numbers import finite, mean_known
 from halovae.evaluation.scores import FrameScores, as_floats, psnr, score_frame
 from halovae.evaluation.seams import CutLines, Map, seam_energy
 
@@ -57,12 +58,12 @@ class ClipComparison:
     @property
     def mean(self) -> float:
         """Mean absolute difference in levels."""
-        return mean([scores.mean for scores in self.frames])
+        return fmean([scores.mean for scores in self.frames])
 
     @property
     def share_off(self) -> float:
         """Share of pixels off by more than 1%."""
-        return mean([scores.share_off for scores in self.frames])
+        return fmean([scores.share_off for scores in self.frames])
 
     @property
     def flicker(self) -> float | None:
@@ -72,7 +73,7 @@ class ClipComparison:
     @property
     def colour_shift(self) -> tuple[float, float, float]:
         """Mean of result - reference in red, green and blue, in levels."""
-        red, green, blue = (mean([scores.colour_shift[i] for scores in self.frames]) for i in range(3))
+        red, green, blue = (fmean([scores.colour_shift[i] for scores in self.frames]) for i in range(3))
         return red, green, blue
 
     @property

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+from statistics import fmean
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:
     """Mean of the values that there are; None where there is none."""
     known = [value for value in values if value is not None]
-    return mean(known) if known else None
+    return fmean(known) if known else None
 
 
 def finite(value: float | None) -> float | None:

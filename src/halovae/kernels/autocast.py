@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from halovae.base.functions import outside_modes
 from halovae.base.private_torch import FAKE_LOGGER, FakeTensorMode, TorchDispatchMode, without_modes
 from halovae.base.private_torch import autocast_is_on as is_on
+from halovae.base.trees import mapped, tensors_of
 from halovae.kernels.shapes_only import alike, device_type
 from halovae.kernels.weight_cache import derived
 
@@ -64,7 +65,7 @@ def run_cast(run: Run, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any])
     Args:
         run: runs torch functions, given with their arguments and a dict of keyword arguments.
     """
-    tensors = [tensor for tensor in _tensors((*args, *kwargs.values())) if tensor.is_floating_point()]
+    tensors = [tensor for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point()]
     picture = next((tensor for tensor in tensors if tensor.is_meta), tensors[0] if tensors else None)
     low = None if picture is None else dtype_of(picture.device)
     to = None if picture is None or low is None else _casts_to(func, args, kwargs, tensors, device_type(picture.device))
@@ -72,15 +73,15 @@ def run_cast(run: Run, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any])
         if to is None or picture is None:
             return run(func, args, kwargs)
 
-        def cast(tensor: Tensor) -> Tensor:
-            if tensor.dtype in (to, torch.float64) or not tensor.is_floating_point():
+        def cast(tensor: Any) -> Any:
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype in (to, torch.float64):
                 return tensor
             if isinstance(tensor, torch.nn.Parameter):
                 weight = alike(tensor, picture)
                 return derived(weight, ("cast", to), outside_modes(lambda: weight.to(to)))
             return run(Tensor.to, (tensor, to), {})
 
-        return run(func, _mapped(cast, args), {name: _mapped(cast, value) for name, value in kwargs.items()})
+        return run(func, mapped(cast, args), mapped(cast, kwargs))
 
 
 def _casts_to(
@@ -114,13 +115,14 @@ class _Casts(TorchDispatchMode):
     def of(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.dtype]:
         """A function that can't run on these shapes, as on a shard without halo, has been cast before it says so."""
 
-        def fake(tensor: Tensor) -> Tensor:
-            return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=self._kind)
+        def fake(leaf: Any) -> Any:
+            is_tensor = isinstance(leaf, Tensor)
+            return torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device=self._kind) if is_tensor else leaf
 
         with without_modes(), FakeTensorMode(), off(), suppress(Exception), _silent():
-            given = _mapped(fake, args), {name: _mapped(fake, value) for name, value in kwargs.items()}
+            args, kwargs = mapped(fake, args), mapped(fake, kwargs)
             with torch.autocast(self._kind, self._low, enabled=self._cast), self:
-                func(*given[0], **given[1])
+                func(*args, **kwargs)
         return self._seen
 
 
@@ -133,24 +135,6 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-    return found
-
-
-def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(function, item) for item in value)
-    return value
 
 
 class Autocast(TorchFunctionMode):

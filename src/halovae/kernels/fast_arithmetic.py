@@ -159,7 +159,11 @@ def mean(input: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> A
     dims = tuple(dim) if isinstance(dim, (list, tuple)) else (dim,)
     if not isinstance(recipe, MeanSquare) or recipe.dim is not None or kwargs or not keepdim:
         return NotImplemented
-    return Deferred(recipe.mean(dims[0])) if dims in ((1,), (-1,), (input.ndim - 1,)) else NotImplemented
+    return (
+        Deferred(replace(recipe, dim=dims[0] % input.ndim))
+        if dims in ((1,), (-1,), (input.ndim - 1,))
+        else NotImplemented
+    )
 
 
 @rule(*(f for f in named("sqrt") if not writes(f)))
@@ -176,7 +180,7 @@ def _raised(input: Any, power: float) -> Any:
     recipe = recipe_of(input)
     if not isinstance(recipe, MeanSquare) or recipe.dim is None or recipe.is_root:
         return NotImplemented
-    return Deferred(recipe.raised(power))
+    return Deferred(replace(recipe, power=power))
 
 
 def _by_rms(input: Any, root: MeanSquare, power: float) -> Any:
@@ -261,7 +265,7 @@ def add(input: Any, other: Any, **kwargs: Any) -> Any:
     recipe = recipe_of(input)
     if isinstance(recipe, MeanSquare):
         waits = recipe.dim is not None and not recipe.is_root and isinstance(other, (int, float))
-        return Deferred(recipe.plus(float(other))) if waits else NotImplemented
+        return Deferred(replace(recipe, added=recipe.added + other)) if waits else NotImplemented
     for combined in (tokens.summed, tokens.turned):
         if (found := combined(input, other)) is not None:
             return found

@@ -5,7 +5,7 @@ Each of these waits for the next one, and the division by the root becomes one s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,15 +42,6 @@ class MeanSquare:
     @property
     def sources(self) -> tuple[Tensor, ...]:
         return self.chain.sources
-
-    def mean(self, dim: int) -> MeanSquare:
-        return replace(self, dim=dim % len(self.chain.shape))
-
-    def plus(self, number: float) -> MeanSquare:
-        return replace(self, added=self.added + number)
-
-    def raised(self, power: float) -> MeanSquare:
-        return replace(self, power=power)
 
     @property
     def is_root(self) -> bool:

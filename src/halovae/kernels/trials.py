@@ -9,8 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
@@ -45,19 +44,17 @@ def gain(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
     if question not in gains:
         with _one_at_a_time:
             if question not in _timed_here:
-                _timed_here[question] = _known_before(question) or _timed_now(question, ways)
+                _timed_here[question] = _found_out(question, ways)
         gains[question] = _timed_here[question]
     return gains[question]
 
 
-def _known_before(question: Hashable) -> float | None:
-    """What a process before this one has found out on such a machine."""
-    found = verdicts.read(_name(question))
-    return found if isinstance(found, float) and found > 0 else None
-
-
-def _timed_now(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
-    with _undisturbed():
+def _found_out(question: Hashable, ways: Callable[[], tuple[Way, Way]]) -> float:
+    """By a process before this one on such a machine, or now: torch runs without the modes around, which take time."""
+    kept_on_disk = verdicts.read(_name(question))
+    if isinstance(kept_on_disk, float) and kept_on_disk > 0:
+        return kept_on_disk
+    with without_modes(), off(), torch.inference_mode(), without_functions():
         first, second = _seconds(ways())
     verdicts.write(_name(question), first / second)
     return first / second
@@ -99,10 +96,3 @@ def _timed(way: Way) -> float:
     started = time.thread_time()
     way()
     return max(time.thread_time() - started, _TICK)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Within it, torch runs without the modes around: they take time, and an answer is kept for other calls."""
-    with without_modes(), off(), torch.inference_mode(), without_functions():
-        yield

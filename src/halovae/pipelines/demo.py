@@ -130,19 +130,35 @@ def untrained_pipeline(task: str) -> Any:
 
 def _still(vae: Any) -> Any:
     """A video of the image."""
-    text_encoder = UMT5EncoderModel(_text_config()).eval()
     # Noisy latents, then four channels that tell which frames are given, then the given latents.
-    transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, 2 * vae.config.z_dim + 4)).eval()
-    parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
-    return WanImageToVideoPipeline(tokenizer=_tokenizer(), scheduler=_scheduler("sample"), **parts)
+    return _wan(WanImageToVideoPipeline, vae, 2 * vae.config.z_dim + 4, "sample")
 
 
 def _clouds(vae: Any) -> Any:
     """A video of smooth noise."""
-    text_encoder = UMT5EncoderModel(_text_config()).eval()
-    transformer: Any = WanTransformer3DModel(**_transformer_config(vae.config.z_dim, vae.config.z_dim)).eval()
-    parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "transformer": transformer}
-    return WanPipeline(tokenizer=_tokenizer(), scheduler=_scheduler("flow_prediction"), **parts)
+    return _wan(WanPipeline, vae, vae.config.z_dim, "flow_prediction")
+
+
+def _wan(pipeline: Any, vae: Any, in_channels: int, predicts: Literal["sample", "flow_prediction"]) -> Any:
+    """A pipeline of this class, with a scheduler as checkpoints of it have."""
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    ).eval()
+    transformer: Any = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=WIDTH, in_channels=in_channels,
+        out_channels=vae.config.z_dim, text_dim=32, freq_dim=32, ffn_dim=8 * vae.config.z_dim, num_layers=1,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    scheduler = UniPCMultistepScheduler(
+        prediction_type=predicts, use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    )
+    return pipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        transformer=transformer.eval(),
+        tokenizer=byte_tokenizer(),
+        scheduler=scheduler,
+    )
 
 
 def _soft(vae: Any) -> Any:
@@ -171,18 +187,6 @@ def _soft(vae: Any) -> Any:
     )  # fmt: skip
 
 
-def _tokenizer() -> Any:
-    """The pipelines name a factory, which is no class of tokenizers."""
-    return byte_tokenizer()
-
-
-def _scheduler(predicts: Literal["sample", "flow_prediction"]) -> Any:
-    """As checkpoints of these pipelines have it."""
-    return UniPCMultistepScheduler(
-        prediction_type=predicts, use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
-    )
-
-
 def byte_tokenizer(length: int = 512) -> PreTrainedTokenizerFast:
     """One token per byte of UTF-8: nothing to download, and no word is unknown."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -196,26 +200,6 @@ def byte_tokenizer(length: int = 512) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
     )
-
-
-def _text_config() -> UMT5Config:
-    return UMT5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-
-
-def _transformer_config(latent_channels: int, in_channels: int) -> dict[str, Any]:
-    return {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": HEADS,
-        "attention_head_dim": WIDTH,
-        "in_channels": in_channels,
-        "out_channels": latent_channels,
-        "text_dim": 32,
-        "freq_dim": 32,
-        "ffn_dim": 8 * latent_channels,
-        "num_layers": 1,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-    }
 
 
 def _card(pipeline: Any, task: str) -> str:

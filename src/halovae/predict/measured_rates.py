@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.base.memory import allocated_by, free_bytes, is_shortage
-from halovae.calls.dataflow import Spec, key_of, mapped, to_meta
+from halovae.base.trees import mapped
+from halovae.calls.dataflow import Spec, key_of, to_meta
 from halovae.calls.randomness import frozen_generators
 from halovae.kernels.cpu.packed import PACKED_CONVOLUTION, Geometry
 from halovae.predict.rates import ATTENTION, KEPT, GivenSpeed, Operation

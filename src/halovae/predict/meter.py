@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from halovae.base.private_torch import TorchDispatchMode, number_of_storage, schema, without_functions
-from halovae.calls.dataflow import Shapes, fresh, has_meta, key_of, meets_meta, tensors_of
+from halovae.base.trees import tensors_of
+from halovae.calls.dataflow import Shapes, fresh, has_meta, key_of, meets_meta
 from halovae.comm import Message, Pending, SoloComm
 from halovae.comm.bandwidth import LinkSpeed
 from halovae.kernels import autocast
@@ -267,9 +268,7 @@ class _OnShapes(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if autocast.is_on():
             return autocast.run_cast(_run, func, args, kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return _run(func, args, kwargs or {})
 
 
 def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

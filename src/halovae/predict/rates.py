@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halovae.base.private_torch import schema
-from halovae.calls.dataflow import tensors_of
+from halovae.base.trees import tensors_of
 from halovae.kernels.cpu.packed import PACKED_CONVOLUTION
 
 _CPU = torch.device("cpu")

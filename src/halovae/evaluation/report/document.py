@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from halovae.evaluation import ClipComparison, CutLines, Frames, Gate, LatentComparison
 from halovae.evaluation.report.lanes import Lane, balance
-from halovae.evaluation.report.machine import command, machine
+from halovae.evaluation.report.machine import machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,8 @@ class Report:
     """Of the timeline."""
     lanes: Sequence[Lane] = ()
     machine: dict[str, str] = field(default_factory=machine)
-    command: str = field(default_factory=command)
+    command: str = ""
+    """The command line, as it can be typed again."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shlex
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 _PACKAGES = ("halovae", "torch", "diffusers", "av")
@@ -27,11 +25,6 @@ def machine() -> dict[str, str]:
         "Python": platform.python_version(),
     }
     return facts | {name: _version(name) for name in _PACKAGES}
-
-
-def command() -> str:
-    """How this process was started, as it can be typed again."""
-    return shlex.join(["halovae", *sys.argv[1:]])
 
 
 def _version(name: str) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, check_output, reason, write_json
-from halovae.evaluation.report.curves import Curve, clip_curves, latent_curves
-from halovae.evaluation.report.document import ClipSection, LatentSection, Report
+from halovae.evaluation.report.curves import clip_curves, latent_curves
+from halovae.evaluation.report.document import ClipSection, Report
 from halovae.evaluation.report.figures import (
-    Figure,
     clip_figures,
     drawn_words,
     fixed,
@@ -25,7 +24,7 @@ from halovae.evaluation.report.figures import (
     seconds,
 )
 from halovae.evaluation.report.lanes import INTERVALS, KINDS, WHOLES, Lane, balance
-from halovae.evaluation.report.pictures import HeatMap, Triple, gain, heat_map, heat_scale, singles, triples
+from halovae.evaluation.report.pictures import gain, heat_map, heat_scale, singles, triples
 
 PAGE, NUMBERS = "index.html", "report.json"
 
@@ -61,27 +60,6 @@ def write_report(folder: Path, report: Report) -> Path:
     return folder / PAGE
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Clip:
-    """A section with everything drawn."""
-
-    said: ClipSection
-    gain: float
-    drawn: str
-    """What the picture of the difference shows, in words."""
-    frames: list[Triple]
-    worst: Triple
-    figures: list[Figure]
-    curves: list[Curve]
-    heat: HeatMap
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Latents:
-    said: LatentSection
-    curves: list[Curve]
-
-
 def render(report: Report) -> str:
     """The page's HTML."""
     environment = Environment(
@@ -105,7 +83,7 @@ def render(report: Report) -> str:
         report=report,
         clips=[_drawn(section) for section in report.clips],
         pictures=[(section, singles(section.frames)) for section in report.pictures],
-        latents=[_Latents(said=section, curves=latent_curves(section.found)) for section in report.latents],
+        latents=[{"said": section, "curves": latent_curves(section.found)} for section in report.latents],
         kinds=_kinds(report.lanes),
         wholes=WHOLES,
         intervals=INTERVALS,
@@ -114,19 +92,20 @@ def render(report: Report) -> str:
     )
 
 
-def _drawn(section: ClipSection) -> _Clip:
+def _drawn(section: ClipSection) -> dict[str, Any]:
+    """A section with everything drawn."""
     frames = triples(section.reference, section.result, section.found)
     factor = gain(section.reference, section.result)
-    return _Clip(
-        said=section,
-        gain=factor,
-        drawn=drawn_words(factor, section.found.largest),
-        frames=frames,
-        worst=next(frame for frame in frames if frame.frame == section.found.frames[section.found.worst].frame),
-        figures=clip_figures(section.found),
-        curves=clip_curves(section.found),
-        heat=heat_map(section.found.energy),
-    )
+    return {
+        "said": section,
+        "gain": factor,
+        "drawn": drawn_words(factor, section.found.largest),
+        "frames": frames,
+        "worst": next(frame for frame in frames if frame.frame == section.found.frames[section.found.worst].frame),
+        "figures": clip_figures(section.found),
+        "curves": clip_curves(section.found),
+        "heat": heat_map(section.found.energy),
+    }
 
 
 def _kinds(lanes: Sequence[Lane]) -> dict[str, str]:

@@ -54,14 +54,9 @@ def stack(mesh: Mesh, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any
 
 def _common_layout(tensors: Sequence[Tensor], skip: int | None) -> Layout:
     """The layout shared by tensors that are to be joined, but for the dimension `skip`."""
-    layouts = [layout for t in tensors if (layout := layout_of(t))]
-    first = layouts[0]
-    for tensor in tensors:
-        if layout_of(tensor) is None:
-            raise NotExactError("a tensor that knows nothing of the shards is joined to shards")
-    for dim in range(len(first.dims)):
-        if dim != skip and any(layout.dims[dim] != first.dims[dim] for layout in layouts):
-            raise NotExactError("the joined tensors are cut differently")
+    first, *others = map(require_layout, tensors)
+    if any(layout.dims[dim] != first.dims[dim] for layout in others for dim in range(first.ndim) if dim != skip):
+        raise NotExactError("the joined tensors are cut differently")
     return first
 
 
