@@ -1,6 +1,7 @@
 """Every error halovae raises, as one tree.
 
-All of them carry one line for each fault: what is wrong, which value, what is allowed, what to do.
+All of them carry one line for each fault: what is wrong, which value, what is allowed, what to do. Functions named
+`check_...` raise an `InputError` where they refuse.
 """
 
 from __future__ import annotations

@@ -71,9 +71,6 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
 
     Args:
         suffixes: what its name may end with, in lower case.
-
-    Raises:
-        InputError: another suffix, a folder of that name, or a parent folder that is missing or read-only.
     """
     if path.suffix.lower() not in suffixes:
         raise InputError(f"output {path}: the name must end with {' or '.join(suffixes)}")
@@ -93,22 +90,14 @@ def _check_parent(path: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a place for a new folder before any work is done for it.
-
-    Raises:
-        InputError: something of that name is there already, or its parent is missing or read-only.
-    """
+    """Refuse a place for a new folder before any work is done for it."""
     if folder.exists():
         raise InputError(f"{folder} is there already: give the name of a new folder")
     _check_parent(folder)
 
 
 def check_input(path: Path) -> None:
-    """Refuse what is no readable, non-empty file.
-
-    Raises:
-        InputError: missing, a folder, empty or unreadable.
-    """
+    """Refuse what is no readable, non-empty file."""
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder: give a file")
@@ -122,11 +111,7 @@ def check_input(path: Path) -> None:
 
 
 def check_model(model: str) -> None:
-    """Refuse what can't be a model, before any library is imported for it.
-
-    Raises:
-        InputError: it is neither a path that exists nor a hub id.
-    """
+    """Refuse what can't be a model, before any library is imported for it."""
     if not Path(model).expanduser().exists() and not _HUB_ID.fullmatch(model):
         raise InputError(f"--model {model}: no such folder, and no hub id of the form owner/name")
 

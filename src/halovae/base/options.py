@@ -99,11 +99,7 @@ class AllOptions(Options):
             raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
 
     def check_ranks(self, ranks: int) -> None:
-        """Check the choices against the number of ranks in the group.
-
-        Raises:
-            InputError: more ranks are asked for than there are.
-        """
+        """Check the choices against the number of ranks in the group."""
         if self.size is not None and self.size > ranks:
             raise InputError(f"size is {self.size} but the group has {ranks} ranks: use at most {ranks}")
         usable = self.size or ranks

@@ -215,9 +215,6 @@ class Target:
         Args:
             asked: how exact mode was asked for.
             otherwise: what to do for the un-tiled result.
-
-        Raises:
-            InputError: the VAE comes tiled.
         """
         if self.tiles_only:
             raise InputError(f"{asked}: {self.name} runs in tiles only, there is no un-tiled result; leave {asked} out")
@@ -228,11 +225,7 @@ class Target:
             )
 
     def check_no_gradients(self, tensors: list[Tensor]) -> None:
-        """Refuse to run where the un-parallel VAE would record a graph.
-
-        Raises:
-            InputError: gradients are on and an input or a parameter asks for them.
-        """
+        """Refuse to run where the un-parallel VAE would record a graph."""
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return
         if any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.vae.parameters()):

@@ -100,9 +100,6 @@ def _accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int,
         listener: where they come to.
         ranks: who is to come.
         token: that they have to know.
-
-    Raises:
-        InputError: some did not come.
     """
     found: dict[int, socket.socket] = {}
     deadline = time.monotonic() + CONNECT_SECONDS
@@ -133,11 +130,7 @@ def _accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int,
 
 
 def _greet(peer: socket.socket, rank: int, token: bytes) -> None:
-    """Say who this is to a rank that accepts, and be sure of it.
-
-    Raises:
-        OSError: it has not answered, or not with the token.
-    """
+    """Say who this is to a rank that accepts, and be sure of it."""
     peer.sendall(_HELLO.pack(token, rank))
     if not hmac.compare_digest(_read(peer, _TOKEN_BYTES), token):
         raise OSError("a stranger answered")

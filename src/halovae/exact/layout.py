@@ -174,11 +174,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def require_rows(thinnest: int) -> None:
-    """Check that no part is so thin that its size is ambiguous; the same answer on every rank.
-
-    Raises:
-        NotExactError: one is.
-    """
+    """Check that no part is so thin that its size is ambiguous; the same answer on every rank."""
     if thinnest < MIN_ROWS:
         raise NotExactError(f"a shard would have fewer than {MIN_ROWS} rows: use fewer ranks")
 

@@ -37,22 +37,14 @@ class TokenGrid:
         return self.ratio * self.patch_side
 
     def check_side(self, name: str, size: int | None) -> None:
-        """Refuse a height or width (None: not known yet) that would be changed.
-
-        Raises:
-            InputError: tells the nearest that fit.
-        """
+        """Refuse a height or width (None: not known yet) that would be changed."""
         if size is not None and size % self.multiple:
             lower = size // self.multiple * self.multiple
             nearest = [str(n) for n in (lower, lower + self.multiple) if n]
             raise InputError(f"{name} {size} is not a multiple of {self.multiple}: use {' or '.join(nearest)}")
 
     def check_count(self, name: str, frames: int) -> None:
-        """Refuse a count of frames that would be changed.
-
-        Raises:
-            InputError: as above.
-        """
+        """Refuse a count of frames that would be changed."""
         nearest = self._nearest_counts(frames)
         if frames not in nearest:
             raise InputError(f"{name} {frames}: the VAE would change it, use {' or '.join(map(str, nearest))}")
@@ -89,9 +81,6 @@ class TokenGrid:
         Args:
             parts: ranks that share them.
             mark: before the names of height and width in the message.
-
-        Raises:
-            InputError: tells the nearest heights and widths that can.
         """
         if self.tokens(height, width, frames) % parts == 0:
             return

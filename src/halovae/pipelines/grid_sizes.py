@@ -59,11 +59,7 @@ def fill_in(cls: Any, grid: TokenGrid, generation: Generation, image_size: tuple
 
 
 def check_sizes(cls: Any, grid: TokenGrid, generation: Generation, setup: Setup) -> None:
-    """Refuse sizes that the pipeline would change or can't spread, with the nearest that it takes.
-
-    Raises:
-        InputError: says which.
-    """
+    """Refuse sizes that the pipeline would change or can't spread, with the nearest that it takes."""
     known, faults = parameters(cls), Faults()
     for name in ("height", "width"):
         with faults.noted():

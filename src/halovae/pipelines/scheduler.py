@@ -33,11 +33,7 @@ def prepare_scheduler(pipeline: Any, setup: Setup) -> None:
 
 
 def check_boundary(cls: Any, components: Mapping[str, Any], setup: Setup) -> None:
-    """Refuse a boundary between two experts where there is one.
-
-    Raises:
-        InputError: there is one expert only.
-    """
+    """Refuse a boundary between two experts where there is one."""
     takes_one = "boundary_ratio" in inspect.signature(cls.__init__).parameters
     if setup.boundary_ratio is not None and not (takes_one and components.get("transformer_2") is not None):
         raise InputError(f"--boundary-ratio can't be honoured: this {cls.__name__} has one expert only; leave it out")
@@ -64,9 +60,6 @@ def check_steps(cls: Any, scheduler: Any, generation: Generation) -> None:
 
     Args:
         scheduler: of the pipeline, with its shift. It is not changed.
-
-    Raises:
-        InputError: tells the nearest number that it takes.
     """
     known = parameters(cls)
     steps = generation.num_inference_steps or default(known, "num_inference_steps")

@@ -62,11 +62,7 @@ def degree(setup: Setup) -> int:
 
 
 def check_backend(components: Mapping[str, Any], setup: Setup) -> None:
-    """Refuse an attention that diffusers does not know, or a denoiser that has no choice.
-
-    Raises:
-        InputError: tells the names that there are.
-    """
+    """Refuse an attention that diffusers does not know, or a denoiser that has no choice."""
     name = setup.attention_backend
     if name is None:
         return
@@ -89,11 +85,7 @@ def _set_backend(part: Any, name: str) -> None:
 
 
 def check_degrees(components: Mapping[str, Any], setup: Setup) -> None:
-    """Refuse to spread what can't be spread, from the parts' configs alone.
-
-    Raises:
-        InputError: diffusers has no plan for a denoiser, or its heads don't divide.
-    """
+    """Refuse to spread what can't be spread, from the parts' configs alone."""
     if degree(setup) == 1:
         return
     for part in denoisers(components).values():

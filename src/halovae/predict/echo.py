@@ -103,11 +103,7 @@ class _Before:
                     self._memories.setdefault(self.memory_of(_plain(leaf)), place)
 
     def place_of(self, tensor: Tensor) -> int | None:
-        """Which of them a tensor is.
-
-        Raises:
-            _NotAgain: the call has computed it.
-        """
+        """Which of them a tensor is."""
         place, known, waited = self._leaves.get(id(tensor), (None, None, False))
         if known is None or known() is not tensor:
             return None
@@ -264,11 +260,7 @@ def _learned() -> Any:
 
 
 def _described(leaf: Any) -> Any:
-    """What tells a leaf from others.
-
-    Raises:
-        _NotAgain: it is still to be computed, and not by a mere join.
-    """
+    """What tells a leaf from others."""
     if not isinstance(leaf, Tensor):
         return type(leaf), leaf
     _check_marks(leaf)
@@ -286,11 +278,7 @@ def _described(leaf: Any) -> Any:
 
 
 def _check_marks(tensor: Tensor) -> None:
-    """Check that nothing is known of a tensor but what is repeated.
-
-    Raises:
-        _NotAgain: there is.
-    """
+    """Check that nothing is known of a tensor but what is repeated."""
     own = 2 if isinstance(tensor, Deferred) else 0
     if len(vars(tensor)) > own + (layout_of(tensor) is not None):
         raise _NotAgain
@@ -311,11 +299,7 @@ def _expanded(leaves: Iterable[Any]) -> Iterator[Any]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """What has memory.
-
-    Raises:
-        _NotAgain: it is not computed yet.
-    """
+    """What has memory."""
     if not isinstance(tensor, Deferred):
         return tensor
     if tensor.value is None:

@@ -45,11 +45,7 @@ class Room:
         self, half: str, plan: ShardPlan, ratio: int, gather: str, picture: Tensor,
         args: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
-        """Refuse a call that needs more than is free: by what earlier calls took, else by a run on shapes alone.
-
-        Raises:
-            TooLittleMemoryError: it does; with what would do.
-        """
+        """Refuse a call that needs more than is free: by what earlier calls took, else by a run on shapes alone."""
         part, ranks, free = _largest_part(plan, picture), prod(plan.shape), free_bytes(picture.device)
         if free is None:
             return
@@ -83,9 +79,6 @@ class Room:
             settings: of the tiles, where they differ from the VAE's.
             ranks: how many run tiles.
             ratio: asked only where memory is short.
-
-        Raises:
-            TooLittleMemoryError: it does; with what would do.
         """
         free = free_bytes(picture.device)
         if free is None or picture.nbytes * _GROWTH[half] <= free:

@@ -30,11 +30,7 @@ PAGE, NUMBERS = "index.html", "report.json"
 
 
 def check_report(folder: Path) -> None:
-    """Refuse a folder that the report can't be written to, before any work is done for it.
-
-    Raises:
-        InputError: it is a file, its parent is missing, or one of them can't be written.
-    """
+    """Refuse a folder that the report can't be written to, before any work is done for it."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--report {folder} is a file: give a folder")
     check_output(folder / PAGE if folder.exists() else folder.parent / PAGE, (".html",))

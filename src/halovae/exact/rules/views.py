@@ -98,11 +98,7 @@ def _viewed(tensor: Tensor, layout: Layout, sizes: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _layout_of_view(layout: Layout, sizes: tuple[int, ...]) -> Layout:
-    """The layout of a view by sizes of the whole, one of which may be -1.
-
-    Raises:
-        NotExactError: they are no view of such a shape, or cut through an axis.
-    """
+    """The layout of a view by sizes of the whole, one of which may be -1."""
     count, known = prod(layout.whole), prod(size for size in sizes if size != -1)
     rest = count // known if known and -1 in sizes else 1
     if known * rest != count or sizes.count(-1) > 1 or (not known and -1 in sizes):
