@@ -287,7 +287,7 @@ def test_a_stopped_rank_is_named_after_the_time_out(victim: int) -> None:
 def large_message(rank: int, stopped: int) -> tuple[float, int, str]:
     """One rank is stopped while it waits; then the other one tells it more than the system keeps for it."""
     comm = connect()
-    comm.patience = 2.0
+    comm.set_patience(2.0)
     if rank == stopped:
         subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -STOP {os.getpid()}"])
     else:

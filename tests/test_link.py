@@ -115,7 +115,8 @@ def test_a_shorter_patience_is_kept_to_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Link, "_take_beat", lambda made: heard.append(made))
 
     def work(made: Link, rank: int) -> bool:
-        made.patience, deadline = 0.4, time.monotonic() + 3
+        made.set_patience(0.4)
+        deadline = time.monotonic() + 3
         while made not in heard and time.monotonic() < deadline:
             time.sleep(0.01)
         return made in heard

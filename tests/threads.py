@@ -46,10 +46,6 @@ class ThreadComm:
         self.traffic = Traffic()
         self._last: ThreadPending | None = None
 
-    @property
-    def key(self) -> object:
-        return self
-
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.post(sends, receives).wait()
 

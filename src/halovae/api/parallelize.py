@@ -133,7 +133,7 @@ def parallelize(
             name = f"{target.name} ({', '.join(target.originals)})"
             said.update({"options": chosen, "VAE": name, "mode": current_mode(chosen, target), "dtype": dtypes})
             said["weights"] = target.digest()
-        comm.patience = chosen.timeout
+        comm.set_patience(chosen.timeout)
         return Handle(target, comm, chosen, dtypes)
     except BaseException:
         comm.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from halovae.app.clip_files import loss, lossy_words
 from halovae.app.pages import command, memory_words
-from halovae.app.tables import Row, mebibytes, table
+from halovae.app.tables import Row, counted, mebibytes, place_of, table
 from halovae.evaluation.report import PictureSection, Report, lanes
 from halovae.pipelines.stages import LOAD, STAGES, WRITE
 
@@ -52,14 +53,14 @@ def text(session: Session, job: PipelineJob, made: PipelineRun) -> str:
     frames = made.result.frames
     assert frames is not None
     count, height, width = frames.shape[:3]
-    what = f"{count} frame{'s' * (count != 1)} of {width}x{height}"
+    what = f"{counted(count, 'frame')} of {width}x{height}"
     what += "" if job.task == "image-to-image" else f", {job.fps} per second"
     return "".join(
         f"{line}\n"
         for line in (
             f"{job.output}: {what}, seed {made.result.seed}",
-            f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {_where(session)}",
-            *_vae_lines(made),
+            f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {place_of(session)}",
+            *dict.fromkeys(f"VAE {report}" for _, report in made.result.calls),
         )
     ) + table(stage_rows(made.document)) + _memory_line(made.document)  # fmt: skip
 
@@ -69,11 +70,10 @@ def page(session: Session, job: PipelineJob, made: PipelineRun) -> Report:
     frames = made.result.frames
     assert frames is not None
     lost = loss(job.output, job.crf, job.lossless)
-    found, lanes_seconds = made.document["seconds"], lanes(made.spans)
-    seconds = {name: found[name] for name in (LOAD, *STAGES, WRITE) if name in found}
+    seconds, (timeline_seconds, found_lanes) = _seconds(made.document), lanes(made.spans)
     facts = {
-        "Pipeline": f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {_where(session)}",
-        "Result": f"{len(frames)} frame{'s' * (len(frames) != 1)} of {frames.shape[2]}x{frames.shape[1]}",
+        "Pipeline": f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {place_of(session)}",
+        "Result": f"{counted(len(frames), 'frame')} of {frames.shape[2]}x{frames.shape[1]}",
         **({"Prompt": made.generation.prompt} if made.generation.prompt else {}),
         "Seed": str(made.result.seed),
         "File": f"{job.output.name}, {lossy_words(lost)}" if lost else f"{job.output.name}, which keeps every pixel",
@@ -86,53 +86,43 @@ def page(session: Session, job: PipelineJob, made: PipelineRun) -> Report:
         frames=frames,
     )
     return Report(
-        title=f"{job.output.name}: {job.task} on {session.group.size} rank{'s' * (session.group.size != 1)}",
+        title=f"{job.output.name}: {job.task} on {counted(session.group.size, 'rank')}",
         verdict=f"{sum(seconds.values()):.1f} s in all, {in_vae:.1f} s of them in the VAE.",
         facts=facts,
         costs=[(name.replace("vae", "VAE"), *values) for name, *values in stage_rows(made.document)],
         costs_text=f"{memory_words(session.device)} The probe is what only the first call of a kind does.",
         pictures=[section],
-        seconds=lanes_seconds[0],
-        lanes=lanes_seconds[1],
+        seconds=timeline_seconds,
+        lanes=found_lanes,
         command=command(job.words),
     )
 
 
 def stage_rows(found: dict[str, Any]) -> list[Row]:
     """Seconds, shares and the largest peak memory of all ranks, stage by stage, from a run's document."""
-    seconds = {name: found["seconds"][name] for name in (LOAD, *STAGES, WRITE) if name in found["seconds"]}
+    seconds, ranks = _seconds(found), [rank["peak_memory"] for rank in found["per_rank"]]
     total = sum(seconds.values())
     rows: list[Row] = [("stage", "seconds", "share", "peak memory")]
     for name, value in seconds.items():
-        rows.append((name, f"{value:.2f}", f"{100 * value / total:.0f} %", _largest(found, name)))
-    peaks = _peaks(found)
-    rows.append(("total", f"{total:.2f}", "", mebibytes(max(peaks)) if peaks else ""))
+        peak = _most(rank[name] for rank in ranks if name in rank)
+        rows.append((name, f"{value:.2f}", f"{100 * value / total:.0f} %", peak))
+    rows.append(("total", f"{total:.2f}", "", _most(max(rank.values()) for rank in ranks if rank)))
     return rows
 
 
-def _largest(found: dict[str, Any], stage: str) -> str:
-    values = [rank["peak_memory"][stage] for rank in found["per_rank"] if stage in rank["peak_memory"]]
-    return mebibytes(max(values)) if values else ""
+def _seconds(found: dict[str, Any]) -> dict[str, float]:
+    """Of the stages, in their order."""
+    return {name: found["seconds"][name] for name in (LOAD, *STAGES, WRITE) if name in found["seconds"]}
 
 
-def _peaks(found: dict[str, Any]) -> list[int]:
-    """Bytes of each rank where it is known."""
-    return [max(rank["peak_memory"].values()) for rank in found["per_rank"] if rank["peak_memory"]]
+def _most(peaks: Iterable[int]) -> str:
+    """The largest, in words; nothing where the system can't tell."""
+    largest = max(peaks, default=None)
+    return "" if largest is None else mebibytes(largest)
 
 
 def _memory_line(found: dict[str, Any]) -> str:
-    peaks = _peaks(found)
+    peaks = [max(rank["peak_memory"].values()) for rank in found["per_rank"] if rank["peak_memory"]]
     if not peaks:
         return ""
     return "peak memory of each rank: " + ", ".join(f"{peak / 2**20:.0f}" for peak in peaks) + " MiB\n"
-
-
-def _where(session: Session) -> str:
-    ranks, device = session.group.size, session.device.type
-    threads = f", {session.threads} thread{'s' * (session.threads != 1)} each" if device == "cpu" else ""
-    return f"{ranks} rank{'s' * (ranks != 1)} on {device}{threads}"
-
-
-def _vae_lines(made: PipelineRun) -> list[str]:
-    """One line for each kind of parallel call of the VAE."""
-    return list(dict.fromkeys(f"VAE {report}" for _, report in made.result.calls))

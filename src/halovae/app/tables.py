@@ -43,12 +43,15 @@ def described(session: Session, loaded: Loaded, half: Half) -> str:
     """One line on what ran where."""
     ranks = session.group.size
     cut = ", " * bool(half.cut(ranks)) + half.cut(ranks)
-    where = session.device.type
-    if where == "cpu":
-        where += f", {session.threads} thread{'s' * (session.threads != 1)} each"
     chosen = f"\nauto: {half.choice}" if half.choice else ""
     model = f"{loaded.source.model} ({loaded.source.class_name}), {session.dtype_words}"
-    return f"{model}, {counted(ranks, 'rank')} on {where}{cut}{chosen}"
+    return f"{model}, {place_of(session)}{cut}{chosen}"
+
+
+def place_of(session: Session) -> str:
+    """How many ranks, and on what."""
+    threads = f", {counted(session.threads, 'thread')} each" if session.device.type == "cpu" else ""
+    return f"{counted(session.group.size, 'rank')} on {session.device.type}{threads}"
 
 
 def clip_line(fit: Fit, fps: Any) -> str:

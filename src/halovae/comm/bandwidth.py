@@ -1,9 +1,8 @@
-"""How fast messages between ranks are: measured once per group, or taken from a table."""
+"""How fast messages between ranks are: measured, or taken from a table."""
 
 from __future__ import annotations
 
 import time
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -41,24 +40,11 @@ LINKS = {
 """Round figures for planning: NVLink 4 and PCIe 4 x16 at two thirds of their nominal rate each way, 10 gigabit
 Ethernet; latencies of one exchange through NCCL or gloo."""
 
-_measured: weakref.WeakKeyDictionary[object, LinkSpeed] = weakref.WeakKeyDictionary()
-
 
 def measure(comm: Comm, device: torch.device) -> LinkSpeed:
-    """The slowest link between neighbours of the group, measured the first time and known afterwards.
-
-    Called by all ranks at once; the same on all of them.
-
-    Args:
-        comm: the group, of two ranks or more.
-        device: whose memory messages come from.
-    """
-    if comm.key not in _measured:
-        links = measure_all(comm, device)
-        _measured[comm.key] = LinkSpeed(
-            latency=max(link.latency for link in links), bandwidth=min(link.bandwidth for link in links)
-        )
-    return _measured[comm.key]
+    """The slowest link between neighbours of a group of two ranks or more. Called by all; the same on all of them."""
+    links = measure_all(comm, device)
+    return LinkSpeed(latency=max(link.latency for link in links), bandwidth=min(link.bandwidth for link in links))
 
 
 def measure_all(comm: Comm, device: torch.device) -> list[LinkSpeed]:

@@ -52,7 +52,7 @@ class Link:
         self._peers = star(rank, size, share)
         self._heard = dict.fromkeys(self._peers, time.monotonic())
         self._awake, self._end = connection.Pipe(duplex=False)
-        self.patience = PATIENCE
+        self.set_patience(PATIENCE)
         self._news = threading.Condition(threading.RLock())
         self._sending = {peer: threading.Lock() for peer in self._peers}
         self._agreements = 0
@@ -68,13 +68,8 @@ class Link:
         self._thread.start()
         owned_here(self, Link._disown)
 
-    @property
-    def patience(self) -> float:
-        """Seconds without a sign of life after which a rank counts as stopped."""
-        return self._patience
-
-    @patience.setter
-    def patience(self, seconds: float) -> None:
+    def set_patience(self, seconds: float) -> None:
+        """After how long without a sign of life a rank counts as stopped."""
         self._patience = seconds
         for peer in self._peers.values():
             # A large message to a stopped rank must not silence this one for so long that it counts as stopped itself.
@@ -258,7 +253,7 @@ class Link:
         alive = dict(self._peers)
         seen = time.monotonic()
         while not self._closed:
-            beat = min(5.0, self.patience / 4)
+            beat = min(5.0, self._patience / 4)
             ready = connection.wait([*alive.values(), self._awake], beat)
             if self._awake in ready:
                 with suppress(EOFError, OSError):
@@ -290,10 +285,10 @@ class Link:
 
     def _beat(self, alive: dict[int, Connection], now: float) -> None:
         for rank in alive:
-            if now - self._heard[rank] <= self.patience:
+            if now - self._heard[rank] <= self._patience:
                 self._send(rank, ("beat",))
             elif self.busy and not self.troubled:
-                silence = f"no sign of life for {self.patience:g} s: it is stopped, or its machine is"
+                silence = f"no sign of life for {self._patience:g} s: it is stopped, or its machine is"
                 self._tell("fail", self.era, rank, silence, "")
 
     def _send(self, rank: int, message: tuple[Any, ...]) -> None:

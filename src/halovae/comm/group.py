@@ -98,17 +98,8 @@ class GroupComm:
         owned_here(self, GroupComm._disown)
         self._connect()
 
-    @property
-    def patience(self) -> float:
-        return self._link.patience
-
-    @patience.setter
-    def patience(self, seconds: float) -> None:
-        self._link.patience = seconds
-
-    @property
-    def key(self) -> object:
-        return self._group
+    def set_patience(self, seconds: float) -> None:
+        self._link.set_patience(seconds)
 
     # ---- tensors -------------------------------------------------------------------------------------------------
 

@@ -48,23 +48,15 @@ class Comm(Protocol):
         rank: index of this process in the group.
         size: number of ranks in the group.
         traffic: counters of this rank, replaced by who counts anew.
-        key: the same object for every `Comm` of one group, for as long as the group lives.
     """
 
     rank: int
     size: int
     traffic: Traffic
 
-    @property
-    def patience(self) -> float:
-        """Seconds without a sign of life after which a rank counts as stopped."""
+    def set_patience(self, seconds: float) -> None:
+        """After how long without a sign of life a rank counts as stopped."""
         ...
-
-    @patience.setter
-    def patience(self, seconds: float) -> None: ...
-
-    @property
-    def key(self) -> object: ...
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Send contiguous tensors to peers and fill contiguous buffers from peers; returns when all are done.
@@ -141,11 +133,10 @@ class SoloComm:
     size = 1
 
     def __init__(self) -> None:
-        self.traffic, self.patience = Traffic(), 0.0
+        self.traffic = Traffic()
 
-    @property
-    def key(self) -> object:
-        return self
+    def set_patience(self, seconds: float) -> None:
+        return
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.post(sends, receives).wait()
