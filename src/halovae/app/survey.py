@@ -110,21 +110,16 @@ class Survey:
         for half in ways:
             self.exact(half, 1)  # which all others are compared with
         context: Any = multiprocessing.get_context("fork")  # nothing has to be imported again, nor found out
+        shares = [(half, share) for half, each in ways.items() for share in _shares(each)]
         with _at_work(self), context.Pool(processes) as pool:
-            # Those of tiles have much in common.
-            tiles = {half: [way for way in each if way.mode == "tile"] for half, each in ways.items()}
-            shares = {half: [[way] for way in each if way.mode != "tile"] for half, each in ways.items()}
-            first, *others = ways
-            # The longest ones are not begun last.
-            order = [*((first, share) for share in shares[first]), *tiles.items()]
-            order += [(half, share) for half in others for share in shares[half]]
-            under_way = {(half, share[0]): pool.apply_async(_share, (half, share)) for half, share in order if share}
-            for half in ways:
-                for share in [*shares[half], *filter(None, [tiles[half]])]:
-                    for way, row in zip(share, under_way[half, share[0]].get(), strict=True):
-                        if way.mode == "exact":
-                            self._exact.setdefault((half, way.ranks, self._plan(half, way.ranks, way.axis)), row)
-                        yield row
+            # The longest ones are begun first.
+            order = sorted(range(len(shares)), key=lambda number: -len(shares[number][1]))
+            under_way = {number: pool.apply_async(_share, shares[number]) for number in order}
+            for number, (half, share) in enumerate(shares):
+                for way, row in zip(share, under_way[number].get(), strict=True):
+                    if way.mode == "exact":
+                        self._exact.setdefault((half, way.ranks, self._plan(half, way.ranks, way.axis)), row)
+                    yield row
 
     def exact(self, half: str, ranks: int, axis: Axis = "auto") -> Row:
         key = half, ranks, self._plan(half, ranks, axis)
@@ -205,6 +200,11 @@ def _at_work(survey: Survey) -> Iterator[None]:
         yield
     finally:
         _working.pop()
+
+
+def _shares(ways: Sequence[Way]) -> list[list[Way]]:
+    """What one process works on at a time: those of tiles have much in common."""
+    return [*([way] for way in ways if way.mode == "exact"), [way for way in ways if way.mode == "tile"]]
 
 
 def _share(half: str, ways: list[Way]) -> list[Row]:

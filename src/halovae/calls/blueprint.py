@@ -31,6 +31,8 @@ _DEEP = 3
 """Levels of objects within objects that are looked into."""
 _TOLD = (Tensor, torch.Generator, type(None), *TELLING)
 """Types of arguments that are told in full, or whose values a trial replaces."""
+_TOLD_BY_NAME = (Mapping, nn.Module, type, FunctionType)
+"""What is not looked into, though it has attributes."""
 _CONTAINER = "return_dict"
 """What diffusers calls the argument that says how a result is wrapped: that changes nothing in it."""
 
@@ -99,15 +101,11 @@ def _is_patched(module: nn.Module, name: str, value: Any) -> bool:
 
 def _described(value: Any, depth: int = 0) -> str:
     """As `told`, and what objects hold too."""
-    if value is None or isinstance(value, TELLING):
-        return told(value)
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_described(item, depth) for item in cast('list[Any]', value))}]"
-    if isinstance(value, (Mapping, nn.Module)) or depth == _DEEP or not hasattr(value, "__dict__"):
-        return told(value)
-    if isinstance(value, (type, FunctionType)):
+    if depth == _DEEP or not hasattr(value, "__dict__") or isinstance(value, _TOLD_BY_NAME):
         return told(value)
     held = sorted(vars(value).items())
     return f"{told(value)}({', '.join(f'{name}={_described(item, depth + 1)}' for name, item in held)})"

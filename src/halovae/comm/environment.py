@@ -40,7 +40,7 @@ def launched_ranks() -> int:
 
 def shutdown() -> None:
     """Leave the default process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -80,4 +80,4 @@ def keeper_of_parts(module: torch.nn.Module) -> str | None:
 
 def backend_name() -> str:
     """The default group's backend, or "none" in a world of one."""
-    return str(dist.get_backend()) if dist.is_available() and dist.is_initialized() else "none"
+    return str(dist.get_backend()) if dist.is_initialized() else "none"

@@ -221,7 +221,7 @@ def connect(group: Group | None = None) -> Comm:
             )
         group = group.get_group()
     if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not dist.is_initialized():
             if launched_ranks() > 1:
                 raise InputError(
                     f"{launched_ranks()} processes were started (WORLD_SIZE), but this one has joined no group of them "
@@ -240,7 +240,7 @@ def connect(group: Group | None = None) -> Comm:
 
 
 def _inherit_world(torch_distributed: Any) -> None:
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         _inherited.append(dist.group.WORLD)
 
 

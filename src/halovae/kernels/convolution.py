@@ -13,7 +13,7 @@ from torch import Tensor
 from halovae.kernels.cpu import winograd
 from halovae.kernels.cpu.packed import Geometry, convolve, prepared
 from halovae.kernels.cpu.pieces import Line, line_of
-from halovae.kernels.cpu.slabs import WINDOW_BYTES, threads
+from halovae.kernels.cpu.slabs import WINDOW_BYTES
 from halovae.kernels.cpu.still import copies, is_still, with_frames
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
@@ -97,7 +97,7 @@ def _on_cpu(joined: Joined, window: Convolution) -> Tensor:
             return _inside_first(joined, window, line, work)
     zeros = [0] * (len(shape) - 2)
     across = prod(joined.shape) // joined.shape[line.dim]
-    step = max(4, WINDOW_BYTES * threads() // (work.itemsize * line.stride * across))
+    step = max(4, WINDOW_BYTES * torch.get_num_threads() // (work.itemsize * line.stride * across))
     if step >= line.size and not joined.halo:
         result = _run(joined.slab(line.dim, line.source((0, line.size)), work, True), window, zeros, work)
         return result.to(joined.dtype, memory_format=memory_format(len(shape), True))

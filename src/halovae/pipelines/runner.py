@@ -112,11 +112,13 @@ class Runner:
         )
 
     def _called(self, chosen: dict[str, Any], seed: int) -> Any:
+        # On the CPU, so that a seed means the same noise on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
         try:
             with self._timeline.stage(OTHER):
-                return self.pipeline(**chosen, generator=generator(seed), output_type="np")
+                return self.pipeline(**chosen, generator=generator, output_type="np")
         except ValueError as error:
-            if _CHECKS & _functions(error):
+            if _CHECKS & {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
                 raise InputError(f"{type(self.pipeline).__name__}: {first_line(error)}") from error
             raise
 
@@ -139,20 +141,11 @@ def to_frames(pictures: Any) -> NDArray[np.uint8]:
     return (values.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _functions(error: BaseException) -> set[str]:
-    return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-
-
 def agreed_seed(comm: Comm, seed: int | None) -> int:
     """`seed`, or one that the first rank draws: with different ones, each rank would denoise another video. Called on
     every rank.
     """
     return comm.all_gather_object(secrets.randbelow(2**31) if seed is None else seed)[0]
-
-
-def generator(seed: int) -> torch.Generator:
-    """On the CPU, so that a seed means the same noise on every device."""
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 def place(pipeline: Any, setup: Setup, device: torch.device) -> None:

@@ -89,18 +89,22 @@ class _Given:
 
 
 class _Before:
-    """The tensors that were there before a call, which may let go of them."""
+    """The tensors that were there before a call, which may let go of them.
+
+    Attributes:
+        owners: which of them has had a memory.
+    """
 
     @outside_modes
     def __init__(self, leaves: list[Any], meter: Meter) -> None:
         self._meter = meter
         self._leaves: dict[int, tuple[int, weakref.ref[Tensor], bool]] = {}
-        self._memories: dict[Any, int] = {}
+        self.owners: dict[Any, int] = {}
         for place, leaf in enumerate(_expanded(leaves)):
             if isinstance(leaf, Tensor):
                 self._leaves[id(leaf)] = place, weakref.ref(leaf), (waits := _join_in(leaf) is not None)
                 if not waits:
-                    self._memories.setdefault(self.memory_of(_plain(leaf)), place)
+                    self.owners.setdefault(self.memory_of(_plain(leaf)), place)
 
     def place_of(self, tensor: Tensor) -> int | None:
         """Which of them a tensor is."""
@@ -110,10 +114,6 @@ class _Before:
         if waited and _join_in(tensor) is None:
             raise _NotAgain
         return place
-
-    def owner_of(self, memory: Any) -> int | None:
-        """Which of them has had this memory."""
-        return self._memories.get(memory)
 
     def memory_of(self, tensor: Tensor) -> Any:
         number = self._meter.memory_of(tensor)
@@ -197,7 +197,7 @@ class _Notes:
             return _Waiting(replace(join, parts=()), tuple(map(self._leaf, join.parts)), layout)
         tensor = _plain(leaf)
         memory = self._before.memory_of(tensor)
-        owner = self._before.owner_of(memory)
+        owner = self._before.owners.get(memory)
         if owner is None and isinstance(memory, _Given):
             raise _NotAgain  # of a weight
         number = -1 if owner is not None else self._new.setdefault(memory, len(self._new))

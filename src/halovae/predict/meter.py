@@ -36,27 +36,19 @@ class Costs:
     def __init__(self, speed: Speed) -> None:
         self.device = speed.device
         self._speed = speed
-        self._shapes = Shapes({})
+        self.shapes = Shapes({})
         self._known: dict[Any, tuple[Any, Cost]] = {}
         self._views: dict[Any, Cost] = {}
 
-    def makes(self, func: Any) -> bool:
-        """Whether an operator makes new memory, and nothing else."""
-        return self._shapes.makes(func)
-
-    def shape_of(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operator's result on the meta device."""
-        return self._shapes.run(func, args, kwargs)
-
     def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
         """An operator's result on the meta device, and what one call of it costs."""
-        makes = self._shapes.makes(func)
+        makes = self.shapes.makes(func)
         if not makes and not schema(func).is_mutable:
             return self._view(func, args, kwargs)
         key = func, key_of(args), key_of(kwargs) if kwargs else ()
         known = self._known.get(key)
         if known is None:
-            result = self._shapes.run(func, args, kwargs)
+            result = self.shapes.run(func, args, kwargs)
             cost = self._of(Operation(func, args, kwargs, result, makes))
             # What writes into an argument is not run again, unless that has another shape then.
             same = (key_of(args), key_of(kwargs) if kwargs else ()) == key[1:]
@@ -66,12 +58,12 @@ class Costs:
         if makes:
             return fresh(found), cost
         if found is None:
-            return self._shapes.run(func, args, kwargs), cost
+            return self.shapes.run(func, args, kwargs), cost
         return (args if isinstance(found, int) else kwargs)[found], cost
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
         """Views of one kind all cost the same: the call."""
-        result = self._shapes.run(func, args, kwargs)
+        result = self.shapes.run(func, args, kwargs)
         if func not in self._views:
             self._views[func] = self._of(Operation(func, args, kwargs, result, makes=False))
         return result, self._views[func]
@@ -147,11 +139,11 @@ class Meter(TorchDispatchMode):
 
     def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on shapes, and count it."""
-        if not has_meta(args) and _has_values(func) and _is_constant(self._costs.shape_of(func, args, kwargs)):
+        if not has_meta(args) and _has_values(func) and _is_constant(self._costs.shapes.run(func, args, kwargs)):
             # Real, wherever it was asked for: code may look at the values of what doesn't depend on the picture.
             return func(*args, **{**kwargs, "device": "cpu"})
         result, (seconds, flops, workspace) = self._costs.run(func, args, kwargs)
-        if self._costs.makes(func):
+        if self._costs.shapes.makes(func):
             for tensor in tensors_of(result):
                 self.follow(tensor)
         seconds, flops = self._stand_in.turns * seconds, self._stand_in.turns * flops

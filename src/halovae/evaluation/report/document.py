@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 
+from halovae.base.verdicts import processor
 from halovae.evaluation import ClipComparison, CutLines, Frames, Gate, LatentComparison
 from halovae.evaluation.report.lanes import Lane, balance
-from halovae.evaluation.report.machine import machine
+
+_PACKAGES = ("halovae", "torch", "diffusers", "av")
+
+
+def machine() -> dict[str, str]:
+    """Names and values, for people."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    facts = {
+        "Date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+        "System": platform.platform(),
+        "Processor": f"{processor()}, {os.cpu_count()} cores",
+        "Accelerator": "none" if accelerator is None else f"{torch.accelerator.device_count()} {accelerator.type}",
+        "Python": platform.python_version(),
+    }
+    return facts | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @dataclass(frozen=True, kw_only=True)

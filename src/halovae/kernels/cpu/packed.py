@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.cpu.slabs import threads
 from halovae.kernels.memory_format import memory_format
 from halovae.kernels.shapes_only import device_type
 from halovae.kernels.weight_cache import derived, keeps
@@ -105,7 +104,7 @@ def prepared(
         made: what was made for other pieces of the same picture.
     """
     packs = _packs(weight, geometry.dtype)
-    order = order_of(geometry, threads()) if packs else None
+    order = order_of(geometry, torch.get_num_threads()) if packs else None
     if order not in made:
 
         def ordered() -> Tensor:

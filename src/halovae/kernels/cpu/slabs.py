@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-import torch
 from torch import Tensor
 
 CHAIN_ELEMENTS = 1 << 17
@@ -44,7 +43,3 @@ def cut_out(tensor: Tensor, piece: Piece) -> Tensor:
     for dim, low, count in piece:
         tensor = tensor.narrow(dim, low, count)
     return tensor
-
-
-def threads() -> int:
-    return max(1, torch.get_num_threads())

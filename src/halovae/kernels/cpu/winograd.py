@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.kernels.cpu import packed
-from halovae.kernels.cpu.slabs import threads
 from halovae.kernels.memory_format import memory_format
 from halovae.kernels.trials import Way, gain
 
@@ -50,7 +49,7 @@ def at_once(shape: Sequence[int], dim: int, out_channels: int) -> int:
     line = 4 * 4 * (shape[1] + out_channels)  # a quarter of 16 sums for each position, of four bytes each
     for size in (*shape[2:dim], *shape[dim + 1 :]):
         line *= size
-    return max(4, WORKSPACE_BYTES * threads() // line // 2 * 2)
+    return max(4, WORKSPACE_BYTES * torch.get_num_threads() // line // 2 * 2)
 
 
 def sums_of(weight: Tensor) -> Tensor:

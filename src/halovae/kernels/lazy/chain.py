@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of, threads
+from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.deferred import OfBase, Recipe
 from halovae.kernels.memory_format import is_channels_last, memory_format, strides_of
@@ -153,7 +153,7 @@ class Chain(OfBase):
             self.shape, dtype=self.dtype, device=base.device, memory_format=memory_format(base.ndim, self.channels_last)
         )
         inner = {1} if self.channels_last else set[int]()  # a piece is one run of memory
-        cut = pieces(self.shape, self.uncut | inner, CHAIN_ELEMENTS * threads())
+        cut = pieces(self.shape, self.uncut | inner, CHAIN_ELEMENTS * torch.get_num_threads())
         for piece in in_turn(cut, base, size_of):
             source, target = cut_out(base, piece), cut_out(out, piece)
             # Where no rounding is due, the result's own memory is the workspace.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.cpu.slabs import WINDOW_BYTES, threads
+from halovae.kernels.cpu.slabs import WINDOW_BYTES
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.deferred import OfBase, Recipe, plain, recipe_of
@@ -224,7 +224,7 @@ def _convolved(
     batch, channels, rows, _ = joined.shape
     width = 2 * (base.shape[3] - (2 if 3 in bordered else 0))
     out = torch.empty(batch, len(weight), 2 * (rows - 2), width, dtype=dtype, device=base.device, memory_format=last)
-    step = max(4, WINDOW_BYTES * threads() // (batch * channels * base.shape[3] * work.itemsize))
+    step = max(4, WINDOW_BYTES * torch.get_num_threads() // (batch * channels * base.shape[3] * work.itemsize))
     for low in in_turn(range(0, rows - 2, step), out, lambda low: min(step, rows - 2 - low)):
         high = min(rows - 2, low + step)
         piece = F.conv_transpose2d(joined.slab(2, (low, high + 2), work, True), folded, bias, 2, (3, crops[1]))
