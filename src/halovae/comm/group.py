@@ -21,7 +21,7 @@ from halovae.base.functions import outside_modes
 from halovae.comm.backends import DeviceLane, HostLane, store_of
 from halovae.comm.control import Link
 from halovae.comm.environment import default_device, launched_ranks
-from halovae.comm.protocol import Comm, Message, Nothing, Pending, SoloComm, Traffic
+from halovae.comm.protocol import Comm, Message, Nothing, Pending, SoloComm
 
 Group = dist.ProcessGroup | DeviceMesh
 """What callers name their ranks by; a mesh of one dimension."""
@@ -59,7 +59,7 @@ class _Posted:
         self.comm.traffic.waited_since(started)
 
 
-class GroupComm:
+class GroupComm(Comm):
     """A torch.distributed process group. Made by all its ranks together.
 
     Where a backend can't move the device's tensors (gloo with accelerator tensors), messages are staged through host
@@ -73,13 +73,13 @@ class GroupComm:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
         self.rank = dist.get_rank(group)
         if self.rank < 0:
             raise InputError(
                 f"process {dist.get_rank()} is not in the given group: call parallelize only on the group's ranks"
             )
         self.size = dist.get_world_size(group)
-        self.traffic = Traffic()
         self.under_way: set[_Posted] = set()
         self._group = group
         self._lanes: dict[str, HostLane | DeviceLane] = {}
@@ -102,9 +102,6 @@ class GroupComm:
         self._link.set_patience(seconds)
 
     # ---- tensors -------------------------------------------------------------------------------------------------
-
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        self.post(sends, receives).wait()
 
     @outside_modes
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:

@@ -41,8 +41,15 @@ class Pending(Protocol):
         ...
 
 
-class Comm(Protocol):
-    """What the layers above need of a group of ranks.
+class Nothing:
+    """The pending messages of an exchange that has none."""
+
+    def wait(self) -> None:
+        return
+
+
+class Comm:
+    """What the layers above need of a group of ranks. What stands here is enough for a group of one.
 
     Attributes:
         rank: index of this process in the group.
@@ -50,13 +57,14 @@ class Comm(Protocol):
         traffic: counters of this rank, replaced by who counts anew.
     """
 
-    rank: int
-    size: int
-    traffic: Traffic
+    rank: int = 0
+    size: int = 1
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
 
     def set_patience(self, seconds: float) -> None:
         """After how long without a sign of life a rank counts as stopped."""
-        ...
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Send contiguous tensors to peers and fill contiguous buffers from peers; returns when all are done.
@@ -66,14 +74,16 @@ class Comm(Protocol):
         Raises:
             RankFailedError: another rank has failed.
         """
-        ...
+        self.post(sends, receives).wait()
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Begin an exchange and return at once.
 
         Exchanges between ranks pair up in the order they are posted, so all ranks post theirs in the same order.
         """
-        ...
+        if sends or receives:
+            raise RuntimeError("a group of one has no peers")
+        return Nothing()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's small picklable value, in rank order.
@@ -81,11 +91,10 @@ class Comm(Protocol):
         Raises:
             RankFailedError: another rank has failed, or has left the group.
         """
-        ...
+        return [value]
 
     def begin(self) -> None:
         """Begin a call, which all ranks make; after a failed one this connects the ranks anew."""
-        ...
 
     def check(self) -> None:
         """Cheap enough for every operator.
@@ -93,19 +102,19 @@ class Comm(Protocol):
         Raises:
             RankFailedError: another rank has failed in this call.
         """
-        ...
 
     def finish(self) -> None:
         """End a call: returns when every rank has come to its end."""
-        ...
 
     def fail(self, error: BaseException) -> None:
         """End a call with an error: all ranks leave it at once, and those that wait are woken."""
-        ...
 
     def close(self) -> None:
         """Leave the group; the last thing that is done with it."""
-        ...
+
+
+class SoloComm(Comm):
+    """A group of one: nothing to send, and nobody to fail."""
 
 
 def all_gather(comm: Comm, value: Tensor, ranks: Sequence[int]) -> list[Tensor]:
@@ -117,49 +126,3 @@ def all_gather(comm: Comm, value: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     received = [(rank, buffer) for rank, buffer in zip(ranks, gathered, strict=True) if rank != comm.rank]
     comm.exchange([(rank, value) for rank in peers], received)
     return gathered
-
-
-class Nothing:
-    """The pending messages of an exchange that has none."""
-
-    def wait(self) -> None:
-        return
-
-
-class SoloComm:
-    """A group of one: nothing to send, and nobody to fail."""
-
-    rank = 0
-    size = 1
-
-    def __init__(self) -> None:
-        self.traffic = Traffic()
-
-    def set_patience(self, seconds: float) -> None:
-        return
-
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        self.post(sends, receives).wait()
-
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        if sends or receives:
-            raise RuntimeError("a group of one has no peers")
-        return Nothing()
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return [value]
-
-    def begin(self) -> None:
-        return
-
-    def check(self) -> None:
-        return
-
-    def finish(self) -> None:
-        return
-
-    def fail(self, error: BaseException) -> None:
-        return
-
-    def close(self) -> None:
-        return
