@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -167,22 +168,18 @@ def to_meta(leaf: Any) -> Any:
     return leaf if isinstance(leaf, Tensor) and leaf.is_meta else _fresh(leaf)
 
 
+@dataclass(init=False, unsafe_hash=True, repr=False)
 class Spec:
     """Stands for a tensor: shape, dtype, and the order of its dimensions in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
         self.order = memory_order(tensor)
-
-    def _key(self) -> tuple[Any, ...]:
-        return self.shape, self.dtype, self.order
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
 
     def __repr__(self) -> str:
         return f"{self.shape} {self.dtype}"

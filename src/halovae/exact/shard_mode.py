@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -32,26 +32,16 @@ def maker(*functions: Any) -> Callable[..., Any]:
     return rule(*functions)
 
 
-class StandIn(Protocol):
-    """What is known of a tensor that stands for another one, which is never made."""
-
-    def run(self, mesh: Mesh, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A function that got such a tensor.
-
-        Raises:
-            NotExactError: it can't be run without the tensor itself.
-        """
-        ...
-
-
 _ATTRIBUTE = "_halovae_stands_for"
 
 
-def stand_in_of(value: object) -> StandIn | None:
+def stand_in_of(value: object) -> Any:
+    """What is known of a tensor that stands for another one, which is never made: its `run` makes the functions that
+    get such a tensor, and refuses those that want the tensor itself. None for other tensors."""
     return getattr(value, _ATTRIBUTE, None) if isinstance(value, Tensor) else None
 
 
-def let_stand_for(tensor: Tensor, known: StandIn) -> Tensor:
+def let_stand_for(tensor: Tensor, known: Any) -> Tensor:
     setattr(tensor, _ATTRIBUTE, known)
     return tensor
 
