@@ -312,7 +312,7 @@ def _share_result(comm: Comm, result: Any, written: dict[int, Tensor], spares: r
 
     def leave_slot(tensor: Tensor) -> Any:
         tensors.append(tensor.contiguous())
-        return _Slot(tuple(tensor.shape), tensor.dtype)
+        return _slot_of(tensor)
 
     if comm.rank == 0:
         changes = map_tensors(leave_slot, written)

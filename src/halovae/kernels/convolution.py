@@ -90,11 +90,8 @@ def _on_cpu(joined: Joined, window: Convolution) -> Tensor:
         bias = None if window.bias is None else window.bias.to(work)
         step = winograd.at_once(joined.shape, line.dim, len(weight))
         return _by_pieces(joined, line, shape, work, step, lambda slab, out: winograd.convolve(slab, sums, bias, out))
-    if work == joined.dtype and _is_alone(joined):
-        if not joined.halo:
-            return _at_once(joined, window, work)
-        if _is_same_size(joined, window, line):
-            return _inside_first(joined, window, line, work)
+    if work == joined.dtype and _is_alone(joined) and (not joined.halo or _is_same_size(joined, window, line)):
+        return _inside_first(joined, window, line, work)
     zeros = [0] * (len(shape) - 2)
     across = prod(joined.shape) // joined.shape[line.dim]
     step = max(4, WINDOW_BYTES * torch.get_num_threads() // (work.itemsize * line.stride * across))
@@ -163,12 +160,6 @@ def _lead(joined: Joined, dim: int) -> int:
     return halo + joined.pads.get(dim, (0, 0))[0]
 
 
-def _at_once(joined: Joined, window: Convolution, work: torch.dtype) -> Tensor:
-    n = len(joined.shape) - 2
-    source = joined.parts[0].contiguous(memory_format=memory_format(n + 2, True))
-    return _run(source, window, [joined.pads.get(2 + i, (0, 0))[0] for i in range(n)], work)
-
-
 def _by_pieces(
     joined: Joined,
     line: Line,
@@ -193,7 +184,7 @@ def _by_pieces(
 
 
 def _inside_first(joined: Joined, window: Convolution, line: Line, work: torch.dtype) -> Tensor:
-    """All at once, as if zeros were around the parts; then those rows or columns anew that need the halo."""
+    """All at once, as if zeros were around the parts; then those rows or columns anew that need the halo, if any."""
     n = len(joined.shape) - 2
     pads = [_lead(joined, dim) for dim in range(2, n + 2)]
     out = _run(joined.parts[0].contiguous(memory_format=memory_format(n + 2, True)), window, pads, work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from math import prod
 
 from torch import Tensor
 
@@ -18,9 +19,7 @@ Piece = tuple[tuple[int, int, int], ...]
 
 def pieces(shape: tuple[int, ...], uncut: Collection[int], elements: int) -> Iterator[Piece]:
     """Cut the outermost dimensions that may be cut until a piece has at most `elements`, as far as possible."""
-    total = 1
-    for size in shape:
-        total *= size
+    total = prod(shape)
     dim = next((d for d in range(len(shape)) if d not in uncut and shape[d] > 1), None)
     if total <= elements or dim is None:
         yield ()

@@ -8,6 +8,7 @@ than a plain sum of 36. Lavin and Gray, "Fast algorithms for convolutional neura
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,7 @@ def fits(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> bool
 def pays(weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether a convolution with a result of this shape is faster this way, on this processor."""
     out_channels, channels, *taps, _, _ = weight.shape
-    positions = shape[0]
-    for size in shape[2:]:
-        positions *= size
-    if dtype != torch.float32 or positions < MANY_POSITIONS:
+    if dtype != torch.float32 or shape[0] * prod(shape[2:]) < MANY_POSITIONS:
         return False
     sizes = (min(channels, LIKE_MORE), min(out_channels, LIKE_MORE), *taps)
     return gain(("Winograd", sizes), lambda: _ways(*sizes)) > CLEARLY
@@ -47,8 +45,7 @@ def pays(weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
 def at_once(shape: Sequence[int], dim: int, out_channels: int) -> int:
     """How many rows or columns (`dim`) of a picture of this shape fit the workspace; even."""
     line = 4 * 4 * (shape[1] + out_channels)  # a quarter of 16 sums for each position, of four bytes each
-    for size in (*shape[2:dim], *shape[dim + 1 :]):
-        line *= size
+    line *= prod((*shape[2:dim], *shape[dim + 1 :]))
     return max(4, WORKSPACE_BYTES * torch.get_num_threads() // line // 2 * 2)
 
 
