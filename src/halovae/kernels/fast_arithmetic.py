@@ -47,10 +47,10 @@ def convolve(
         or (weight.requires_grad and torch.is_grad_enabled())
         or not is_plain(weight := plain(weight))
     ):
-        return NotImplemented
+        return None
     fitting = weight.dtype == input.dtype and weight.shape[1] == input.shape[1]
     if not fitting or (bias is not None and tuple(bias.shape) != (len(weight),)):
-        return NotImplemented  # torch says what is wrong
+        return None  # torch says what is wrong
     steps, pads, gaps = (_each(value, n) for value in (stride, padding, dilation))
     repeated = recipe_of(input)
     if isinstance(repeated, Repeated) and {*weight.shape[2:], *steps} == {1} and not any(pads):
@@ -68,16 +68,16 @@ def convolve_transposed(
 ) -> Any:  # fmt: skip
     """Groups. On a CPU channels first: torch takes many times as long for them channels last."""
     if groups == 1 or not fits(input):
-        return NotImplemented
+        return None
     n = input.ndim - 2
     if device_type(input.device) != "cpu":
         gaps, more = (_each(value, n) for value in (dilation, output_padding))
         apart = (*_each(stride, n),) == (*weight.shape[2:],) and not any(_each(padding, n)) and not any(more)
         if not apart or {*gaps} != {1} or groups != len(weight) or weight.shape[1] != 1 or weight.dtype != input.dtype:
-            return NotImplemented
+            return None
         return _stamped(plain(read(input)), weight, bias)
     if not is_channels_last(plain(input)):
-        return NotImplemented
+        return None
     function = (torch.conv_transpose2d, torch.conv_transpose3d)[input.ndim - 4]
     return function(plain(input).contiguous(), weight, bias, stride, padding, output_padding, groups, dilation)
 
@@ -109,22 +109,22 @@ def divide(input: Any, other: Any, **kwargs: Any) -> Any:
     if isinstance(root, MeanSquare) and not kwargs:
         return _by_rms(input, root, 0.5)
     by_one = isinstance(other, (int, float)) and other == 1 and not kwargs
-    return Deferred(copy_of(input)) if by_one and fits(input) else NotImplemented
+    return Deferred(copy_of(input)) if by_one and fits(input) else None
 
 
 @rule(Tensor.float)
 def to_float(tensor: Tensor, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _cast(tensor, torch.float32)
+    return None if kwargs else _cast(tensor, torch.float32)
 
 
 @rule(Tensor.to)
 def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _cast(tensor, args[0]) if len(args) == 1 and not kwargs else NotImplemented
+    return _cast(tensor, args[0]) if len(args) == 1 and not kwargs else None
 
 
 @rule(Tensor.type_as)
 def type_as(tensor: Tensor, other: Tensor) -> Any:
-    return _cast(tensor, other.dtype) if other.device == tensor.device else NotImplemented
+    return _cast(tensor, other.dtype) if other.device == tensor.device else None
 
 
 def _cast(tensor: Tensor, dtype: Any) -> Any:
@@ -134,21 +134,21 @@ def _cast(tensor: Tensor, dtype: Any) -> Any:
     if isinstance(norm := recipe_of(tensor), tokens.Normed) and dtype in (torch.float32, *LOW):
         return Deferred(norm.cast(dtype))
     if not fits(tensor) or dtype not in (torch.float32, *LOW):
-        return NotImplemented
+        return None
     recipe = recipe_of(tensor)
     if tensor.dtype == dtype:
         return tensor
     if isinstance(recipe, (Chain, Upsampled)):
-        return Deferred(recipe.cast(dtype)) if recipe.sources[0].dtype != torch.float64 else NotImplemented
+        return Deferred(recipe.cast(dtype)) if recipe.sources[0].dtype != torch.float64 else None
     if tensor.dtype in LOW and dtype == torch.float32:
         return Deferred(Chain(plain(read(tensor)), dtype))
-    return NotImplemented
+    return None
 
 
 @rule(*(f for f in named("pow", "square") if not writes(f) and not f.__name__.startswith("__r")))
 def square(input: Any, exponent: Any = 2, **kwargs: Any) -> Any:
     if kwargs or not isinstance(exponent, (int, float)) or exponent != 2 or (chain := _chain(input)) is None:
-        return NotImplemented
+        return None
     return Deferred(MeanSquare(chain, input.dtype))
 
 
@@ -158,28 +158,24 @@ def mean(input: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> A
     recipe = recipe_of(input)
     dims = tuple(dim) if isinstance(dim, (list, tuple)) else (dim,)
     if not isinstance(recipe, MeanSquare) or recipe.dim is not None or kwargs or not keepdim:
-        return NotImplemented
-    return (
-        Deferred(replace(recipe, dim=dims[0] % input.ndim))
-        if dims in ((1,), (-1,), (input.ndim - 1,))
-        else NotImplemented
-    )
+        return None
+    return Deferred(replace(recipe, dim=dims[0] % input.ndim)) if dims in ((1,), (-1,), (input.ndim - 1,)) else None
 
 
 @rule(*(f for f in named("sqrt") if not writes(f)))
 def root(input: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _raised(input, 0.5)
+    return None if kwargs else _raised(input, 0.5)
 
 
 @rule(*(f for f in named("rsqrt") if not writes(f)))
 def inverse_root(input: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _raised(input, -0.5)
+    return None if kwargs else _raised(input, -0.5)
 
 
 def _raised(input: Any, power: float) -> Any:
     recipe = recipe_of(input)
     if not isinstance(recipe, MeanSquare) or recipe.dim is None or recipe.is_root:
-        return NotImplemented
+        return None
     return Deferred(replace(recipe, power=power))
 
 
@@ -187,7 +183,7 @@ def _by_rms(input: Any, root: MeanSquare, power: float) -> Any:
     """Times, or through, the root mean square of the same tensor."""
     chain = _chain(input)
     if chain is None or root.power != power or root.dim is None or not root.is_of(chain):
-        return NotImplemented
+        return None
     dtype = torch.promote_types(input.dtype, root.dtype)
     return Deferred(chain.by_rms(root.dim, root.added).cast(dtype))
 
@@ -196,7 +192,7 @@ def _by_rms(input: Any, root: MeanSquare, power: float) -> Any:
 def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Any:
     chain = _chain(input)
     if chain is None or p != 2 or not isinstance(dim, int) or out is not None or chain.wide != input.dtype:
-        return NotImplemented
+        return None
     dim %= input.ndim
     return Deferred(chain.normalized(dim, eps))
 
@@ -215,10 +211,10 @@ def group_norm(
 ) -> Any:
     """On an accelerator: the statistics now, the scaling as a chain that goes on with what follows."""
     if not has_kernels(input) or not norms.on_gpu(input):
-        return NotImplemented
+        return None
     channels = input.shape[1]
     if channels % num_groups or any(tuple(p.shape) != (channels,) for p in (weight, bias) if p is not None):
-        return NotImplemented  # torch says what is wrong
+        return None  # torch says what is wrong
     return norms.group_norm(input, num_groups, weight, bias, eps)
 
 
@@ -226,11 +222,10 @@ def group_norm(
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
     """Of tokens on an accelerator: it waits for the dtype that is asked for."""
     if tuple(normalized_shape) != tuple(input.shape[-1:]) or eps is None or not tokens.are_tokens(input):
-        return NotImplemented
+        return None
     recipe = recipe_of(input)
     casts_only = isinstance(recipe, Chain) and not recipe.steps and recipe.base.dtype in LOW
-    found = tokens.normed(input, recipe.base if isinstance(recipe, Chain) and casts_only else input, weight, eps)
-    return NotImplemented if found is None else found
+    return tokens.normed(input, recipe.base if isinstance(recipe, Chain) and casts_only else input, weight, eps)
 
 
 @rule(F.scaled_dot_product_attention)
@@ -240,15 +235,14 @@ def attention(
 ) -> Any:  # fmt: skip
     plainly = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
     if not plainly or query.ndim != 4 or not has_kernels(query) or device_type(query.device) == "cpu":
-        return NotImplemented
-    found = dispatch.attention(plain(query), plain(key), plain(value), scale)
-    return NotImplemented if found is None else found
+        return None
+    return dispatch.attention(plain(query), plain(key), plain(value), scale)
 
 
 @rule(*(f for f in named("mul") if not f.__name__.startswith("__i") and not f.__name__.endswith("l_")))
 def multiply(input: Any, other: Any, **kwargs: Any) -> Any:
     if kwargs:
-        return NotImplemented
+        return None
     for combined in (tokens.scaled, tokens.weighted):
         if (found := combined(input, other)) is not None:
             return found
@@ -261,11 +255,11 @@ def multiply(input: Any, other: Any, **kwargs: Any) -> Any:
 @rule(*(f for f in named("add") if not f.__name__.startswith("__i") and not f.__name__.endswith("d_")))
 def add(input: Any, other: Any, **kwargs: Any) -> Any:
     if kwargs:
-        return NotImplemented
+        return None
     recipe = recipe_of(input)
     if isinstance(recipe, MeanSquare):
         waits = recipe.dim is not None and not recipe.is_root and isinstance(other, (int, float))
-        return Deferred(replace(recipe, added=recipe.added + other)) if waits else NotImplemented
+        return Deferred(replace(recipe, added=recipe.added + other)) if waits else None
     for combined in (tokens.summed, tokens.turned):
         if (found := combined(input, other)) is not None:
             return found
@@ -296,27 +290,26 @@ def _with_parameter(one: Any, other: Any, how: str) -> Any:
     repeated = recipe_of(other)
     if isinstance(chain, Chain) and isinstance(repeated, Repeated):
         fit = (repeated.shape, repeated.dtype, repeated.device) == (chain.shape, chain.dtype, chain.device)
-        return Deferred(chain.with_picture(how, repeated)) if fit else NotImplemented
+        return Deferred(chain.with_picture(how, repeated)) if fit else None
     if not isinstance(chain, Chain) or isinstance(other, (Deferred, bool)):
-        return NotImplemented
+        return None
     uncut: frozenset[int] = frozenset()
     if isinstance(other, Tensor):
         other = alike(other, chain.base)
         widens = other.ndim > 0 and torch.promote_types(one.dtype, other.dtype) != one.dtype
         if widens or other.is_complex() or other.ndim > one.ndim or other.device != one.device:
-            return NotImplemented
+            return None
         uncut = uncut_by(other, one.ndim)
         if len(uncut) > 1 or any(other.numel() != one.shape[dim] for dim in uncut):
-            return NotImplemented
+            return None
     elif not isinstance(other, (int, float)):
-        return NotImplemented
+        return None
     return Deferred(getattr(chain, how)(other, uncut))
 
 
 @rule(*(f for f in named("neg", "negative") if not writes(f)))
 def negate(tensor: Tensor) -> Any:
-    found = tokens.negated(tensor)
-    return NotImplemented if found is None else found
+    return tokens.negated(tensor)
 
 
 @rule(F.silu)
@@ -324,10 +317,9 @@ def silu(input: Tensor, inplace: bool = False) -> Any:
     """As the end of a chain; by itself it gains nothing."""
     chain = recipe_of(input)
     if inplace:
-        return NotImplemented
+        return None
     if isinstance(chain, FramesOf) and isinstance(chain.frames, Chain):
         return Deferred(replace(chain, frames=chain.frames.activated()))
     if isinstance(chain, (Chain, Seen)):
         return Deferred(chain.activated())
-    gates = tokens.activated(input)
-    return NotImplemented if gates is None else gates
+    return tokens.activated(input)

@@ -56,10 +56,8 @@ class FastMode(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = RULES.get(func)
-        if rule is not None:
-            result = rule(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if rule and (result := rule(*args, **kwargs)) is not None:
+            return result
         if func in READS:
             args = tuple(map(read, args))
         return _run_computed(func, computed(args), computed(kwargs))

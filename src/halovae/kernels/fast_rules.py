@@ -1,6 +1,6 @@
 """The table of functions that have a faster way: one registered function for each.
 
-A rule takes the arguments of the torch function and returns its result, or NotImplemented where the way does not fit.
+A rule takes the arguments of the torch function and returns its result, or None where the way does not fit.
 """
 
 from __future__ import annotations

@@ -37,19 +37,19 @@ from halovae.kernels.shapes_only import device_type
 def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     amounts = {input.ndim - 1 - i // 2: (int(pad[i]), int(pad[i + 1])) for i in range(0, len(pad), 2)}
     if not fits(input) or min(map(min, amounts.values()), default=0) < 0:
-        return NotImplemented
+        return None
     mirrored = mode == "reflect" and device_type(input.device) != "cpu"  # on a CPU pictures go in pieces
     if mode not in ("constant", "replicate") and not mirrored:
-        return NotImplemented
+        return None
     if mirrored and any(max(amount) >= input.shape[dim] for dim, amount in amounts.items()):
-        return NotImplemented  # torch says what is wrong
+        return None  # torch says what is wrong
     if any(dim < 2 and amount != (0, 0) for dim, amount in amounts.items()):
-        return NotImplemented
+        return None
     recipe = recipe_of(input)
     fill = Fill(mode, float(value or 0.0))
     joined = recipe.padded(amounts, fill) if isinstance(recipe, Joined) else None
     joined = joined or Joined((plain(input),)).padded(amounts, fill)
-    return Deferred(joined) if joined else NotImplemented
+    return Deferred(joined) if joined else None
 
 
 @rule(*named("cat", "concat", "concatenate"))
@@ -57,13 +57,13 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     if dim == -1 and not kwargs and (found := tokens.joined(tensors)) is not None:
         return found
     if kwargs or not isinstance(dim, int) or not all(isinstance(t, Tensor) and t.ndim == 5 for t in tensors):
-        return NotImplemented
+        return None
     # Nothing before a video is what networks without a causal cache join it to; torch's own would transpose it.
     parts = [t for t in tensors if t.shape[2]]
     if dim % 5 != 2 or len({t.dtype for t in tensors}) > 1 or not parts or not all(map(fits, parts)):
-        return NotImplemented
+        return None
     if len({(*tensor.shape[:2], *tensor.shape[3:]) for tensor in tensors}) > 1:
-        return NotImplemented
+        return None
     if (repeated := joined_repeats([recipe_of(t) for t in parts])) is not None:
         return Deferred(repeated)
     return Deferred(Joined(tuple(part for t in parts for part in parts_in(t))))
@@ -74,10 +74,10 @@ def stack(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     """Videos, frame by frame in turn, stay channels last."""
     first = tensors[0]
     if kwargs or dim != 3 or not all(fits(t) and t.ndim == 5 for t in tensors) or device_type(first.device) == "cpu":
-        return NotImplemented
+        return None
     parts = [plain(read(tensor)) for tensor in tensors]
     if not all((t.shape, t.dtype) == (first.shape, first.dtype) and is_channels_last(t) for t in parts):
-        return NotImplemented
+        return None
     batch, channels, frames, *sizes = first.shape
     shape = (batch, frames, len(parts), *sizes, channels)
     out = torch.empty(shape, dtype=first.dtype, device=first.device).movedim(-1, 1)
@@ -91,36 +91,35 @@ def getitem(tensor: Tensor, index: Any) -> Any:
     """Frames of what is joined, from its parts; one picture as a video of one frame, while it waits to be upsampled."""
     recipe = recipe_of(tensor)
     if recipe is None or not isinstance(index, tuple):
-        return NotImplemented
+        return None
     if len(index) == 2 and index[0] is ... and isinstance(index[1], slice):
-        found = tokens.part(tensor, index[1])
-        return NotImplemented if found is None else found
+        return tokens.part(tensor, index[1])
     places = tuple("whole" if place == slice(None) else place for place in index)
     places += ("whole",) * (tensor.ndim - sum(place is not None for place in places))
     if isinstance(recipe, Upsampled) and places == ("whole", "whole", None, "whole", "whole"):
         video = recipe.as_video()
-        return NotImplemented if video is None else Deferred(video)
+        return None if video is None else Deferred(video)
     frames = places[2] if len(places) > 2 else None
     if not isinstance(frames, slice) or {*places[:2], *places[3:]} != {"whole"}:
-        return NotImplemented
+        return None
     if isinstance(recipe, Repeated) and frames.indices(recipe.shape[2]) == (0, recipe.shape[2], 1):
         return Deferred(recipe)
     if not isinstance(recipe, Joined):
-        return NotImplemented
+        return None
     found = recipe.frames(*frames.indices(recipe.shape[2]))
-    return NotImplemented if found is None else Deferred(found)
+    return None if found is None else Deferred(found)
 
 
 @rule(*named("clone"))
 def clone(tensor: Tensor, **kwargs: Any) -> Any:
     """Of a copy that waits, and of positions that are repeated when somebody asks for them."""
     if kwargs:
-        return NotImplemented
+        return None
     recipe = recipe_of(tensor)
     if isinstance(recipe, Repeated):
         return Deferred(recipe)
     source = read(tensor)
-    return NotImplemented if source is tensor or recipe_of(source) else source.clone()
+    return None if source is tensor or recipe_of(source) else source.clone()
 
 
 @rule(F.interpolate)
@@ -128,13 +127,13 @@ def interpolate(
     input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *others: Any, **more: Any
 ) -> Any:
     if not fits(input) or mode not in ("nearest", "nearest-exact") or any(others) or any(more.values()):
-        return NotImplemented
+        return None
     if input.ndim == 5:
         base = plain(read(input))
         found = repeats_of(base, size, scale_factor) if device_type(input.device) != "cpu" else None
-        return NotImplemented if found is None else Deferred(found)
+        return None if found is None else Deferred(found)
     if scale_factor is None or size is not None or not _twice(scale_factor):
-        return NotImplemented
+        return None
     recipe = recipe_of(input)
     casts_only = isinstance(recipe, Chain) and not recipe.steps and torch.promote_types(
         recipe.base.dtype, input.dtype) == input.dtype  # fmt: skip
@@ -150,11 +149,11 @@ def _twice(factor: Any) -> bool:
 def contiguous(tensor: Tensor, **kwargs: Any) -> Any:
     """The order in memory stays as it is: who asks for this one has views in mind, which the mode takes care of."""
     if kwargs or not fits(tensor):
-        return NotImplemented
+        return None
     if isinstance(tensor, Deferred):
         return tensor
     is_frames = tensor.ndim == 5 and is_dense_channels_last(tensor.transpose(1, 2))
-    return Deferred(copy_of(tensor)) if is_frames or is_dense_channels_last(tensor) else NotImplemented
+    return Deferred(copy_of(tensor)) if is_frames or is_dense_channels_last(tensor) else None
 
 
 @rule(Tensor.view)
@@ -162,10 +161,10 @@ def view(tensor: Tensor, *sizes: Any) -> Any:
     """Frames as pictures of a batch, and back: what is to be done to them goes on waiting."""
     shape: Any = sizes[0] if len(sizes) == 1 else sizes
     if not isinstance(tensor, Deferred) or not isinstance(shape, (tuple, list)) or len(shape) not in (4, 5):
-        return NotImplemented
+        return None
     if (original := read(tensor)) is not tensor:
         seen = _view(original, shape)
-        return NotImplemented if seen is None else Deferred(copy_of(seen))
+        return None if seen is None else Deferred(copy_of(seen))
     return _seen(tensor, lambda t: t.view(shape))
 
 
@@ -174,7 +173,7 @@ def _seen(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Any:
     recipe = recipe_of(tensor)
     seen = Seen.of(recipe) if isinstance(recipe, Chain) else recipe
     if not isinstance(seen, Seen) or (found := seen.then(view)) is None:
-        return NotImplemented
+        return None
     return Deferred(found)
 
 
@@ -182,17 +181,17 @@ def _seen(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Any:
 def reshape(input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
     wanted: Any = sizes[0] if len(sizes) == 1 else sizes
     if kwargs or input.ndim < 4 or not isinstance(wanted, (tuple, list)):
-        return NotImplemented
+        return None
     shape = tuple(map(int, wanted))
     if shape.count(-1) == 1 and 0 not in shape:
         shape = tuple(input.numel() // -prod(shape) if size == -1 else size for size in shape)
-    return _regrouped(input, shape) if prod(shape) == input.numel() else NotImplemented
+    return _regrouped(input, shape) if prod(shape) == input.numel() else None
 
 
 @rule(*named("flatten"))
 def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Any:
     if input.ndim < 5:
-        return NotImplemented
+        return None
     first, last, shape = start_dim % input.ndim, end_dim % input.ndim, tuple(input.shape)
     return _regrouped(input, (*shape[:first], prod(shape[first : last + 1]), *shape[last + 1 :]))
 
@@ -200,7 +199,7 @@ def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Any:
 @rule(*named("unflatten"))
 def unflatten(input: Tensor, dim: Any, sizes: Any) -> Any:
     if recipe_of(input) is None or dim not in (0, -4) or input.ndim != 4 or len(sizes) != 2:
-        return NotImplemented
+        return None
     count, steps = (int(size) for size in sizes)
     return _regrouped(input, (len(input) // steps if count == -1 else count,
                               len(input) // count if steps == -1 else steps, *input.shape[1:]))  # fmt: skip
@@ -214,10 +213,10 @@ def permute(input: Tensor, *dims: Any) -> Any:
     if isinstance(recipe, (Chain, Seen)):
         return _seen(input, lambda t: t.permute(order))
     if order != (0, 2, 1, 3, 4):
-        return NotImplemented
+        return None
     if isinstance(recipe, Repeated) and (frames := recipe.as_frames()) is not None:
         return Deferred(FramesOf(frames, len(recipe.base), turned=True))
-    return Deferred(replace(recipe, turned=not recipe.turned)) if isinstance(recipe, FramesOf) else NotImplemented
+    return Deferred(replace(recipe, turned=not recipe.turned)) if isinstance(recipe, FramesOf) else None
 
 
 def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
@@ -225,23 +224,23 @@ def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
     convolutions around work."""
     recipe = recipe_of(input)
     if isinstance(recipe, FramesOf):
-        return Deferred(recipe.frames) if recipe.turned and shape == tuple(recipe.frames.shape) else NotImplemented
+        return Deferred(recipe.frames) if recipe.turned and shape == tuple(recipe.frames.shape) else None
     if isinstance(recipe, (Chain, Upsampled)) and input.ndim == 4:
         by_frames = len(shape) == 5 and shape[0] * shape[1] == len(input) and shape[2:] == tuple(input.shape[1:])
         on_gpu = by_frames and device_type(input.device) != "cpu"
-        return Deferred(FramesOf(recipe, shape[0], turned=True)) if on_gpu else NotImplemented
+        return Deferred(FramesOf(recipe, shape[0], turned=True)) if on_gpu else None
     given = tuple(map(int, input.shape))
     if len(given) < 6 or len(shape) < 4 or shape[1] < _FEW_CHANNELS or not has_kernels(input):
-        return NotImplemented
+        return None
     pictures = len(shape) < 6 and (given[0], *given[-2:]) == (shape[0], *shape[-2:])
     if given[:2] != shape[:2] and not pictures:
-        return NotImplemented  # Neither do positions alone become one, nor channels alone.
+        return None  # Neither do positions alone become one, nor channels alone.
     source = plain(input)
     if (seen := _view(source, shape)) is not None:
         return seen
     out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=source.dtype, device=source.device).movedim(-1, 1)
     if (apart := _view(out, given)) is None:
-        return NotImplemented
+        return None
     dispatch.shuffle(apart, source)
     return out
 
@@ -254,9 +253,9 @@ _FEW_CHANNELS = 4
 def repeat_interleave(input: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any) -> Any:
     """Repeated channels of a channels-last picture are channels last too."""
     if kwargs.keys() - {"output_size"} or not isinstance(repeats, int) or not fits(input):
-        return NotImplemented
+        return None
     if dim not in (1, 1 - input.ndim) or not is_dense_channels_last(source := plain(input)):
-        return NotImplemented
+        return None
     return source.movedim(1, -1).repeat_interleave(repeats, -1).movedim(-1, 1)
 
 
@@ -265,9 +264,9 @@ def repeat(input: Tensor, *sizes: Any) -> Any:
     """Likewise."""
     times: tuple[int, ...] = tuple(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes
     if not fits(input) or len(times) != input.ndim or times[1] == 1 or {times[0], *times[2:]} != {1}:
-        return NotImplemented
+        return None
     if not is_dense_channels_last(source := plain(read(input))):
-        return NotImplemented
+        return None
     return source.movedim(1, -1).repeat(*[1] * (input.ndim - 1), times[1]).movedim(-1, 1)
 
 
@@ -283,7 +282,7 @@ def movedim(input: Tensor, source: Any, destination: Any) -> Any:
     """Channels of a chain, to the end and back."""
     recipe = recipe_of(input)
     if not isinstance(recipe, Chain) or recipe.pictures or {source, destination} not in ({1, -1}, {1, input.ndim - 1}):
-        return NotImplemented
+        return None
     return Deferred(recipe.moved(source, destination))
 
 
@@ -292,10 +291,10 @@ def halves(tensor: Tensor, chunks: int, dim: int = 0) -> Any:
     """Of channels of tokens."""
     width = tensor.shape[-1]
     if chunks != 2 or dim != -1 or width % 2:
-        return NotImplemented
+        return None
     sides = slice(0, width // 2), slice(width // 2, width)
     found = [part for side in sides if (part := tokens.part(tensor, side)) is not None]
-    return tuple(found) or NotImplemented
+    return tuple(found) or None
 
 
 @rule(torch.full)
@@ -304,9 +303,9 @@ def full(size: Any, fill_value: Any, **kwargs: Any) -> Any:
     shape = tuple(size) if isinstance(size, (tuple, list)) else ()
     dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
     if kwargs or dtype not in (torch.float32, *LOW) or device is None or fill_value != float("-inf"):
-        return NotImplemented
+        return None
     if len(shape) != 2 or shape[0] != shape[1] or device_type(torch.device(device)) == "cpu":
-        return NotImplemented
+        return None
     return Deferred(RowPrefixes((int(shape[0]), int(shape[1])), dtype, torch.device(device)))
 
 
@@ -315,11 +314,11 @@ def setitem(tensor: Tensor, index: Any, value: Any) -> Any:
     """`mask[row, :length] = 0`, of thousands of rows, is written down and done at once."""
     recipe = recipe_of(tensor)
     if not isinstance(recipe, RowPrefixes) or not isinstance(index, tuple) or len(index) != 2:
-        return NotImplemented
+        return None
     row, columns = index
     fits_in = isinstance(row, int) and isinstance(columns, slice) and isinstance(value, (int, float)) and value == 0
     if not fits_in or columns.start is not None or columns.step is not None or not -recipe.size <= row < recipe.size:
-        return NotImplemented
+        return None
     length = columns.indices(recipe.size)[1]
     recipe.lengths[row] = max(recipe.lengths[row], length)
-    return None
+    return tensor
