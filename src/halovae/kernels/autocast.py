@@ -144,8 +144,7 @@ class Autocast(TorchFunctionMode):
         self, func: Run, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        return run_cast(_run, func, args, kwargs) if is_on() else func(*args, **kwargs)
+        return run_cast(self.run, func, args, kwargs) if is_on() else self.run(func, args, kwargs)
 
-
-def _run(func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
+    def run(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)

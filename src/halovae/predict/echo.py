@@ -81,13 +81,6 @@ class _NotAgain(Exception):
     """A call that can't be repeated from what is known of it."""
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Memory that was there before the run."""
-
-    address: int
-
-
 class _Before:
     """The tensors that were there before a call, which may let go of them.
 
@@ -99,7 +92,7 @@ class _Before:
     def __init__(self, leaves: list[Any], meter: Meter) -> None:
         self._meter = meter
         self._leaves: dict[int, tuple[int, weakref.ref[Tensor], bool]] = {}
-        self.owners: dict[Any, int] = {}
+        self.owners: dict[int, int] = {}
         for place, leaf in enumerate(_expanded(leaves)):
             if isinstance(leaf, Tensor):
                 self._leaves[id(leaf)] = place, weakref.ref(leaf), (waits := _join_in(leaf) is not None)
@@ -115,9 +108,10 @@ class _Before:
             raise _NotAgain
         return place
 
-    def memory_of(self, tensor: Tensor) -> Any:
+    def memory_of(self, tensor: Tensor) -> int:
+        """A number for its memory, below 0 for what was there before the run."""
         number = self._meter.memory_of(tensor)
-        return _Given(number_of_storage(tensor.untyped_storage())) if number is None else number
+        return -number_of_storage(tensor.untyped_storage()) if number is None else number
 
 
 class _Echo:
@@ -180,7 +174,7 @@ class _Notes:
 
     def __init__(self, before: _Before) -> None:
         self._before = before
-        self._new: dict[Any, int] = {}
+        self._new: dict[int, int] = {}
 
     def tree(self, value: Any) -> Tree:
         leaves, structure = pytree.tree_flatten(value)
@@ -198,7 +192,7 @@ class _Notes:
         tensor = _plain(leaf)
         memory = self._before.memory_of(tensor)
         owner = self._before.owners.get(memory)
-        if owner is None and isinstance(memory, _Given):
+        if owner is None and memory < 0:
             raise _NotAgain  # of a weight
         number = -1 if owner is not None else self._new.setdefault(memory, len(self._new))
         return _View(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from halovae.base.private_torch import TorchDispatchMode, number_of_storage, schema, without_functions
 from halovae.base.trees import tensors_of
@@ -251,20 +250,14 @@ def _has_values(func: Any) -> bool:
     return not empty and torch.Tag.nondeterministic_seeded not in func.tags
 
 
-class _OnShapes(TorchFunctionMode):
+class _OnShapes(autocast.Autocast):
     """Functions as the device runs them: cast under autocast, and attention as one operator.
 
     The meta device would build the matrix of all pairs.
     """
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if autocast.is_on():
-            return autocast.run_cast(_run, func, args, kwargs or {})
-        return _run(func, args, kwargs or {})
-
-
-def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return _attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
