@@ -221,14 +221,9 @@ def _seen(
     return fetched[0], fetched[1], positions.flatten()
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
-def matmul(mesh: Mesh, func: Any, left: Tensor, other: Tensor) -> Tensor:
-    return _product(mesh, func, left, other)
-
-
-@rule(torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
-def bmm(mesh: Mesh, func: Any, left: Tensor, mat2: Tensor) -> Tensor:
-    return _product(mesh, func, left, mat2)
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
+def product(mesh: Mesh, func: Any, left: Tensor, *right: Tensor, **named: Tensor) -> Tensor:
+    return _product(mesh, func, left, *right, *named.values())
 
 
 @rule(torch.baddbmm, Tensor.baddbmm)

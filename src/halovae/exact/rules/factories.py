@@ -151,14 +151,11 @@ def stride(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None) -> Any
 # ---- blanks of a shard's size, random numbers cut to it -------------------------------------------------------------
 
 
-@maker(torch.zeros, torch.ones, torch.empty)
-def constant(mesh: Mesh, func: Any, *size: Any, **kwargs: Any) -> Tensor:
-    return _made(mesh, func, (), size or (kwargs.pop("size"),), (), kwargs)
-
-
-@maker(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty)
-def new_constant(mesh: Mesh, func: Any, tensor: Tensor, *size: Any, **kwargs: Any) -> Tensor:
-    return _made(mesh, func, (tensor,), size or (kwargs.pop("size"),), (), kwargs)
+@maker(torch.zeros, torch.ones, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty)
+def constant(mesh: Mesh, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    before = [arg for arg in args[:1] if isinstance(arg, Tensor)]
+    size = args[len(before) :] or (kwargs.pop("size"),)
+    return _made(mesh, func, tuple(before), size, (), kwargs)
 
 
 @maker(Tensor.new_full)
