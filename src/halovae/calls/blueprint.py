@@ -31,7 +31,7 @@ _DEEP = 3
 """Levels of objects within objects that are looked into."""
 _TOLD = (Tensor, torch.Generator, type(None), *TELLING)
 """Types of arguments that are told in full, or whose values a trial replaces."""
-_TOLD_BY_NAME = (Mapping, nn.Module, type, FunctionType)
+_TOLD_BY_NAME = (Mapping, nn.Module, type, FunctionType, *TELLING)
 """What is not looked into, though it has attributes."""
 _CONTAINER = "return_dict"
 """What diffusers calls the argument that says how a result is wrapped: that changes nothing in it."""
