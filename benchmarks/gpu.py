@@ -196,7 +196,7 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
         network = (merged(target, half, steps), (tensor,), {})
         times = [
             shard_seconds(comm, plan, network, runner, repeats)
-            for runner in (on_shards, partial(Graphs(comm, target).run, half, ""))
+            for runner in (on_shards, partial(Graphs(comm, target).run, half, str))
         ]
         shards.append((*times, comm.traffic.messages, comm.traffic.bytes))
     slowest, replayed = (max(shard[i] for shard in shards) for i in range(2))
@@ -281,7 +281,7 @@ def shard_alone(name: str, half: str, tensor: Tensor, ranks: int, repeats: int) 
     ratio = sample[-1] // latent[-1] if half == "encode" else 1
     comm = LonelyComm(dist.get_rank(), ranks)
     steps = Merger(SoloComm(), target, "auto").steps(half, plan, lambda: ratio, (tensor,), {})
-    runner = on_shards if gpu_vaes.DEVICE == "cpu" else partial(Graphs(comm, target).run, half, "")
+    runner = on_shards if gpu_vaes.DEVICE == "cpu" else partial(Graphs(comm, target).run, half, str)
     return shard_seconds(comm, plan, (merged(target, half, steps), (tensor,), {}), runner, repeats)
 
 

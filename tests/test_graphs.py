@@ -98,6 +98,24 @@ def test_other_sizes_and_weights_are_not_replayed() -> None:
         assert not replayed(tensor)
 
 
+@pytest.mark.usefixtures("records")
+def test_what_a_first_call_leaves_in_the_vae_is_no_other_kind_of_call() -> None:
+    vae, (tensor, *_) = placed("kl", "decode")
+    run, found = vae._decode, list[bool]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        vae.calls_began = True
+        return run(*args, **kwargs)
+
+    vae._decode = counted
+    with torch.no_grad(), halovae.optimize(vae, options=halovae.Options(graphs=True)) as handle:
+        for _ in range(3):
+            vae.decode(tensor)
+            assert handle.last is not None
+            found.append(handle.last.replayed)
+    assert found == [False, False, True]
+
+
 @torch.no_grad()
 def by_diffusers(vae: Any, latent: Tensor) -> Tensor:
     """A decode by diffusers' own code, on a copy of the VAE."""

@@ -282,7 +282,10 @@ class _OnRanks(ExactCall[Ran]):
         all_work = prod(self.shards.shape) == self.comm.size
         if not self._engine.options.graphs or not all_work or not can_record(self.picture.device):
             return on_shards
-        kind = self.shards, self.steps, self.target.kind(self.half, self.args, self.kwargs)
+
+        def kind() -> Any:
+            return self.shards, self.steps, self.target.kind(self.half, self.args, self.kwargs)
+
         return functools.partial(graphs.run, self.half, kind)
 
     def report(self) -> Ran:

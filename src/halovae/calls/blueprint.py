@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -69,9 +69,10 @@ def code_words(vae: nn.Module) -> str | None:
         code = _Code({type(module).__module__.partition(".")[0] for module in modules} - {"torch"})
         for module in modules:
             for name, value in sorted(vars(module).items()):
+                value = _within(value)
                 if _is_patched(module, name, value):
                     return None
-                if not name.startswith("_") and not isinstance(value, Substitute):
+                if not name.startswith("_") and not isinstance(value, (Substitute, MethodType)):
                     code.say(f"{name} {_described(value)}")
                     code.add(value)
             code.add(type(module))
@@ -90,12 +91,28 @@ def _is_watched() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in function_modes())
 
 
+def _within(value: Any) -> Any:
+    """What a function of halovae's own wraps that stands in a method's place, to take its time or to report of it."""
+    while _is_ours(value) and (wrapped := getattr(value, "__wrapped__", None)):
+        value = wrapped
+    return value
+
+
+def _is_ours(value: Any) -> bool:
+    while isinstance(value, functools.partial):
+        value = cast("functools.partial[Any]", value).func
+    function = getattr(value, "__func__", value)
+    return isinstance(function, FunctionType) and str(function.__globals__.get("__name__")).startswith("halovae.")
+
+
 def _is_patched(module: nn.Module, name: str, value: Any) -> bool:
     """Whether an attribute stands in the way of what the class of the module has."""
     if name in LIBRARY_HOOKS:
         return True
     if isinstance(value, Substitute):
         return value.own is not None
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return value.__func__ is not getattr(type(module), name, None)
     return callable(value) and hasattr(type(module), name) and name not in ("__getstate__", COMPILED_CALL)
 
 

@@ -99,25 +99,29 @@ class Graphs:
         return sum(recording.growth for recording in self._recordings.values())
 
     def run(
-        self, half: str, kind: Any, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, half: str, kind: Callable[[], Any], mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # fmt: skip
         """As `on_shards`; all ranks replay, record, or do neither.
 
         Args:
-            kind: what the call depends on besides the weights and the values of its tensors.
+            kind: tells what the call depends on besides the weights and the values of its tensors.
         """
-        key = kind, _settings(), self._target.facts.reading()
+        key = self._key(kind)
         ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
         if ways == {"replay"}:
             recording = self._recordings[half]
             self.way, self.growth = "replay", recording.growth
             return recording.replay((args, kwargs))
         self._recordings.pop(half, None)  # This call may need the memory.
-        self._last[half] = key
         if "plain" in ways:
-            return on_shards(mesh, call, args, kwargs)
+            result = on_shards(mesh, call, args, kwargs)
+            self._last[half] = self._key(kind)  # As the next call finds it: the first one may leave new attributes.
+            return result
         self.way = "record"
         return self._run_and_record(half, key, mesh, call, (args, kwargs))
+
+    def _key(self, kind: Callable[[], Any]) -> Any:
+        return kind(), _settings(), self._target.facts.reading()
 
     def _way_of(self, half: str, key: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
         """What this rank would do."""
