@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ class Clip:
     short: int | None = None
     """Length of the clip that stands for all of it, where `count` is known."""
     given: int = 0
+    is_session: bool = False
+    pieces: list[float] = field(default_factory=list[float])
+    """Seconds to each piece."""
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def bytes(self) -> int:
@@ -48,12 +53,19 @@ class Clip:
         self.stages, self.short, self.is_opened = stages, short, True
         self.place = stages.start if stages else Place()
 
-    def check(self, frames: Tensor) -> None:
+    def check(self, frames: Tensor | None, ends: bool = False) -> None:
         """Check that frames go on with the clip.
 
         Raises:
-            InputError: they are of another size.
+            InputError: they are of another size, there are none in the whole clip, or not as many as there should be.
         """
+        total = self.given + (0 if frames is None else frames.shape[2])
+        if ends and not total:
+            raise InputError(f"{self.words} got no frames")
+        if self.count is not None and (total > self.count or (ends and total < self.count)):
+            raise InputError(f"{self.words} got {total} frames, but count is {self.count}")
+        if frames is None:
+            return
         if not isinstance(frames, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"{self.words} got a {type(frames).__name__}: {_WANTED}")
         if frames.ndim != 5 or 0 in frames.shape:
@@ -65,20 +77,24 @@ class Clip:
         """That frames are of another size."""
         return f"{self.words} got frames of {kind_of(frames)} after {kind_of(before)}: one clip has one size"
 
-    def laid_out(self, stage: Stage, frames: Tensor) -> Tensor:
+    def _real(self, frames: Tensor | None) -> Tensor:
+        known = [tensor for tensor in (self.tail, frames) if tensor is not None]
+        return torch.cat(known, 2) if len(known) > 1 else known[0]
+
+    def laid_out(self, stage: Stage, frames: Tensor | None) -> Tensor:
         """The clip that the VAE's method gets for a stage: blank frames, and at its end the real ones."""
-        real = frames if self.tail is None else torch.cat([self.tail, frames], 2)
+        real = self._real(frames)
         if real.shape[2] < stage.fresh:
             raise NotExactError("a step needs frames that are kept no more")
         real = real[:, :, -stage.fresh :]
-        blank = frames.new_zeros(()).expand(*frames.shape[:2], stage.frames - stage.fresh, *frames.shape[3:])
+        blank = real.new_zeros(()).expand(*real.shape[:2], stage.frames - stage.fresh, *real.shape[3:])
         return torch.cat([blank, real], 2)
 
-    def went_on(self, stage: Stage, place: Place, held: Held, frames: Tensor) -> None:
+    def went_on(self, stage: Stage, place: Place, held: Held, frames: Tensor | None) -> None:
         """A stage has been run on all ranks."""
-        real = frames if self.tail is None else torch.cat([self.tail, frames], 2)
-        self.tail = real[:, :, -stage.fresh :].clone()
-        self.place, self.held, self.given = place, held, self.given + frames.shape[2]
+        self.tail = self._real(frames)[:, :, -stage.fresh :].clone()
+        self.place, self.held = place, held
+        self.given += 0 if frames is None else frames.shape[2]
 
 
 _WANTED = "give tensors (batch, channels, frames, height, width), of at least one frame"
@@ -174,7 +190,7 @@ class Session:
     def _run(self, half: str, frames: Tensor, kwargs: dict[str, Any]) -> Any:
         if not self._is_open:
             raise InputError(f"{self._name} is closed: open another one")
-        clip = self._clips.get(half) or Clip(half, kwargs, f"{half} of {self._name}")
+        clip = self._clips.get(half) or Clip(half, kwargs, f"{half} of {self._name}", is_session=True)
         if not clip.is_opened:
             self._handle.run_part(clip, frames)
         result = self._handle.run_part(clip, frames, ends=True)
@@ -229,7 +245,7 @@ class Parts(Iterator[Any]):
             problem = error
         else:
             if not clip.is_opened:  # The frames are not used up.
-                return self._handle.run_part(clip, self._read[0] if self._read else None)
+                return self._handle.run_part(clip, self._read[0] if self._read else None, ends=not self._read)
             frames = self._taken(need)
         ends = self._is_all_read and (frames is None or frames.shape[2] < need)
         result = self._handle.run_part(clip, frames, ends=ends, problem=problem)

@@ -258,6 +258,8 @@ class Stages:
         gives = tuple(number for number in run if number not in before.values())
         held = tuple((names.index(name), place.ran.index(name)) for name in place.ran)
         total = place.frames + frames
+        if not run and final == out:
+            return Stage(total, 0, (), (), (), (), (), False, 0, 0)
         fresh = next(f for f in range(frames, total + 1) if self._gets_the_same(trial, run, total, f))
         wanted = trial.output[:, :, out:final]
         for blank, holds in itertools.product((False, True), ((), held)):
