@@ -64,13 +64,13 @@ class Engine(Protocol):
         Raises:
             NotExactError: it has to be there at once.
         """
-        raise NotExactError("its tiles are made of whole clips")
+        ...
 
     def run_stage(
         self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: Stages, stage: Stage, held: Held
     ) -> tuple[Ran, Held]:
         """One of them: the new frames, and what is kept for the next one."""
-        raise NotImplementedError
+        ...
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         """After a call has failed on all ranks: whether all are to make it again, in another way."""
@@ -128,6 +128,14 @@ class TileEngine(Engine):
         if emit:
             _emit_whole(emit, outcome.result)
         return Ran(None if emit else outcome.result, report)
+
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> Stages:
+        raise NotExactError("tiles are made of whole clips")
+
+    def run_stage(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: Stages, stage: Stage, held: Held
+    ) -> tuple[Ran, Held]:
+        raise NotExactError("tiles are made of whole clips")
 
     def settled(self) -> int:
         return len(self._runner.plans)

@@ -310,7 +310,9 @@ class Handle:
             except Exception as error:  # Whatever a model's code raises on frames that are not there.
                 LOG.debug("%s of %s takes whole clips: %s", clip.half, self._target.name, error)
                 if clip.is_session:
-                    raise InputError(f"{clip.words}: {self._target.name} can't go on from call to call: {error}") from error
+                    raise InputError(
+                        f"{clip.words}: {self._target.name} can't go on from call to call: {error}"
+                    ) from error
                 stages = None
             said["steps in time"] = stages is not None
         clip.opened(stages, short)

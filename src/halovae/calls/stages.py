@@ -357,9 +357,9 @@ class Stages:
             return call.result([tensor.to(device) for tensor in results], device=device)
 
         kwargs = map_tensors(torch.clone, self._kwargs)
-        with unchanged(self._vae, kwargs), frozen_generators(device), torch.no_grad():
-            with answering(self._vae, self._half, answer), FastMode():
-                output = finished(pictures_in(self._method(clip, **kwargs))[0])
+        quietly = unchanged(self._vae, kwargs), frozen_generators(device), torch.no_grad()
+        with quietly[0], quietly[1], quietly[2], answering(self._vae, self._half, answer), FastMode():
+            output = finished(pictures_in(self._method(clip, **kwargs))[0])
         if output.ndim != 5 or len(names) != len(calls):
             raise NotExactError("its output is no video")
         return tuple(names), output
