@@ -37,8 +37,10 @@ from halovae.kernels.fast_mode import FastMode, finished
 
 LOG = logging.getLogger("halovae")
 
-_LONGEST = 96
+_LONGEST = 80
 """Frames of the longest clip that is tried."""
+_MANY = 65
+"""Frames of a clip for which a VAE that has steps in time makes several."""
 _BEYOND = 9
 """A call is the same in all longer clips where it is the same in those that are up to so many frames longer."""
 
@@ -202,6 +204,9 @@ class Stages:
         Raises:
             NotExactError: it can't.
         """
+        many = self._trial(total or _MANY)
+        if many and len(many.calls) == 1:
+            raise NotExactError("it makes all frames at once")
         place, seen = self.start, set[Place]()
         while place not in seen and (total is None or place.frames < total):
             seen.add(place)
