@@ -94,13 +94,19 @@ def sessions(rank: int) -> None:
         assert one.state_bytes == 0
         with pytest.raises(halovae.InputError, match="session 1 is closed"):
             one.decode(latent)
-        with handle.session() as three:
-            three.encode(clip[:, :, :5])
-            with pytest.raises(halovae.InputError, match="can't go on with 2 frames|its steps in time"):
-                three.encode(clip[:, :, :2])
-                three.encode(clip[:, :, :4])
+        with handle.session() as three:  # Frames that are too few for a step wait for those that follow.
+            parts = [three.encode(part) for part in clip[:, :, :16].split((5, 2, 4, 5), 2)]
+            assert parts[1] is None
+            joined = torch.cat([parameters(part) for part in parts if part], 2)
+            assert torch.equal(joined, run_encode(vae, clip[:, :, :16]))
     with pytest.raises(halovae.InputError, match="is closed"):
         three.decode(latent)
+    vae, _, latent = build("cogvideox", 9, 7)
+    with halovae.parallelize(vae, verify=False) as handle, handle.session() as four:
+        parts = [four.decode(part).sample for part in latent[:, :, :6].split(2, 2)]
+        assert torch.equal(torch.cat(parts, 2), run_decode(FAMILIES["cogvideox"], vae, latent[:, :, :6]))
+        with pytest.raises(halovae.InputError, match="can't go on with 1 frames"):
+            four.decode(latent[:, :, 6:])
 
 
 def test_a_session_goes_on_as_one_call(two_ranks: Ranks) -> None:

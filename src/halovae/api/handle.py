@@ -329,9 +329,9 @@ class Handle:
             count = 0 if frames is None else frames.shape[2]
             found = None if ends else stages.next_part(clip.place, clip.short)
             stage, place = found[1:] if found else stages.rest_of(clip.place, count)
-            if not stage.run and not stage.length:  # Frames that the VAE leaves out.
-                return None, lambda: None
-            laid_out = clip.laid_out(stage, frames)
+            laid_out = clip.laid_out(stage, frames) if stage.run or stage.length else None
+        if laid_out is None:
+            return None, lambda: clip.went_on(stage, place, clip.held, frames)
         ran, held = self._engine.run_stage(clip.half, (laid_out,), kwargs, stages, stage, clip.held)
         result = report(ran) if stage.length else None
 

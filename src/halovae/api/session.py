@@ -92,7 +92,8 @@ class Clip:
 
     def went_on(self, stage: Stage, place: Place, held: Held, frames: Tensor | None) -> None:
         """A stage has been run on all ranks."""
-        self.tail = self._real(frames)[:, :, -stage.fresh :].clone()
+        real = self._real(frames)
+        self.tail = real[:, :, -stage.fresh :].clone() if stage.run else real
         self.place, self.held = place, held
         self.given += 0 if frames is None else frames.shape[2]
 
@@ -153,7 +154,7 @@ class Session:
             kwargs: as for the VAE's `decode`, the same in each call.
 
         Returns:
-            What the VAE's `decode` returns, for the new frames. Joined in time, the frames of all calls are those of
+            What the VAE's `decode` returns, for the new frames; None where none is final so far. Joined in time, the frames of all calls are those of
             one call with all latents.
 
         Raises:

@@ -242,6 +242,8 @@ class Stages:
                 "its steps in time would be others in one call"
             )
         stage = self._stage(place, trial, frames, ready, out, final)
+        if not stage.run:  # Frames that the VAE leaves out at the end of a clip: others may follow them.
+            return stage, replace(place, frames=stage.frames, stage=stage)
         for known in self._places:
             if known.stage and known.stage.is_like(stage) and known.stage.frames <= stage.frames:
                 return known.stage, known
