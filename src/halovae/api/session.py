@@ -154,8 +154,8 @@ class Session:
             kwargs: as for the VAE's `decode`, the same in each call.
 
         Returns:
-            What the VAE's `decode` returns, for the new frames; None where none is final so far. Joined in time, the frames of all calls are those of
-            one call with all latents.
+            What the VAE's `decode` returns, for the new frames; None where none is final so far. Joined in time, the
+            frames of all calls are those of one call with all latents.
 
         Raises:
             InputError: the latents are of another size than before, or the VAE can't go on so.

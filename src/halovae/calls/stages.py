@@ -12,12 +12,10 @@ in all longer clips. Once two stages are alike, so are all that follow, and a sh
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +37,8 @@ LOG = logging.getLogger("halovae")
 
 _LONGEST = 80
 """Frames of the longest clip that is tried."""
+_STEP = 33
+"""Frames of the longest step that is looked for."""
 _MANY = 65
 """Frames of a clip for which a VAE that has steps in time makes several."""
 _BEYOND = 9
@@ -173,7 +173,7 @@ class Stages:
         key = place, total
         if key not in self._next:
             self._next[key] = None
-            for frames in range(1, _LONGEST - place.frames + 1):
+            for frames in range(1, min(_STEP, _LONGEST - place.frames) + 1):
                 if found := self.part(place, frames, total):
                     self._next[key] = frames, *found
                     break
@@ -219,11 +219,9 @@ class Stages:
         if len(seen) < 2 and place not in seen:
             raise NotExactError("it makes all frames at once")
 
-    @functools.cached_property
+    @property
     def blends(self) -> bool:
-        """Whether frames are made of results of several stages."""
-        with suppress(NotExactError):
-            self.check(None)
+        """Whether frames are made of results of several stages, as far as it is known."""
         return any(place.stage and place.stage.holds for place in self._places)
 
     def _ends(self, frames: int, total: int | None) -> list[_Trial]:
