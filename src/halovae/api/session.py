@@ -59,19 +59,17 @@ class Clip:
         Raises:
             InputError: they are of another size, there are none in the whole clip, or not as many as there should be.
         """
+        if frames is not None and not isinstance(frames, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"{self.words} got a {type(frames).__name__}: {_WANTED}")
+        if frames is not None and (frames.ndim != 5 or 0 in frames.shape):
+            raise InputError(f"{self.words} got a tensor of shape {tuple(frames.shape)}: {_WANTED}")
+        if frames is not None and self.tail is not None and kind_of(frames) != kind_of(self.tail):
+            raise InputError(self.odd(frames, self.tail))
         total = self.given + (0 if frames is None else frames.shape[2])
         if ends and not total:
             raise InputError(f"{self.words} got no frames")
         if self.count is not None and (total > self.count or (ends and total < self.count)):
             raise InputError(f"{self.words} got {total} frames, but count is {self.count}")
-        if frames is None:
-            return
-        if not isinstance(frames, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"{self.words} got a {type(frames).__name__}: {_WANTED}")
-        if frames.ndim != 5 or 0 in frames.shape:
-            raise InputError(f"{self.words} got a tensor of shape {tuple(frames.shape)}: {_WANTED}")
-        if self.tail is not None and kind_of(frames) != kind_of(self.tail):
-            raise InputError(self.odd(frames, self.tail))
 
     def odd(self, frames: Tensor, before: Tensor) -> str:
         """That frames are of another size."""
