@@ -55,8 +55,9 @@ STREAMS = {
     "wan21": (18, 5, False, [1, 1, 1, 1, 1], [1, 4, 4, 4, 4]),  # The VAE leaves the last frame out.
     "wan22": (13, 4, False, [1, 1, 1, 1], [1, 4, 4, 4]),
     "cogvideox": (25, 7, True, [3, 2, 2], [9, 8, 8]),
-    "magvit": (11, 4, False, [1, 1, 1, 1], [1, 4, 4, 4]),
+    "magvit": (13, 4, False, [1, 1, 1, 1], [1, 4, 4, 4]),
     "kvae_video": (37, 9, False, [5, 4, 1], [17, 16]),
+    "hunyuan_video_framewise": (33, 9, False, [5, 3, 1], [14, 12, 7]),
     "mochi": (13, 3, False, [3], [13]),
 }
 """Frames, latent frames, whether their number is told; frames of each piece of both halves."""

@@ -500,9 +500,9 @@ def _without_frames(tensor: Tensor) -> Tensor:
 
 @outside_modes
 def _stretched(like: Tensor, frames: int) -> Tensor:
-    """As many blank frames, which take no memory."""
+    """As many blank frames."""
     layout = layout_of(like)
-    blank = like.new_zeros(()).expand(*like.shape[:2], frames, *like.shape[3:])
+    blank = like.new_zeros((*like.shape[:2], frames, *like.shape[3:]))
     return mark(blank, layout and layout.replace(2, plain(frames)))
 
 
@@ -553,6 +553,5 @@ def _noise(call: NetworkCall, name: Any) -> list[Tensor]:
 
 
 def _absent(spec: Spec, frames: int, device: torch.device) -> Tensor:
-    """A result that is not there; it takes no memory."""
-    shape = *spec.shape[:2], frames, *spec.shape[3:]
-    return torch.zeros((), dtype=spec.dtype, device=device).expand(shape)
+    """A result that is not there. The VAE may write into it."""
+    return torch.zeros((*spec.shape[:2], frames, *spec.shape[3:]), dtype=spec.dtype, device=device)
