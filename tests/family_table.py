@@ -57,7 +57,10 @@ def _streams(rows: list[Family]) -> str:
     if not any(len(shape) == 5 for row in rows for shape in (row.sample_shape, row.latent_shape)):
         return "-"
     _, _, is_told, *halves = next((PIECES[row.name] for row in rows if row.name in PIECES), (0, 0, False, [0], [0]))
-    words = ["whole" if len(pieces) < 2 else ", then ".join(map(str, dict.fromkeys(pieces[:2]))) for pieces in halves]
+    words: list[str] = []
+    for half, pieces in zip(("encode", "decode"), halves, strict=True):
+        steps = ", then ".join(map(str, dict.fromkeys(pieces[:2])))
+        words.append("-" if _verdict(rows, half) != "exact" else steps if len(pieces) > 1 else "whole")
     return " / ".join(words) + (", with `count`" if is_told else "")
 
 
