@@ -19,7 +19,7 @@ from torch import Tensor
 from halovae.api.advice import advised
 from halovae.api.auto import make_engine
 from halovae.api.engines import Engine, Ran
-from halovae.api.session import CLOSED, Clip, Parts, Session
+from halovae.api.parts import CLOSED, Clip, Parts, Session
 from halovae.api.stream import Give, Stream
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled, never_compiled
@@ -206,7 +206,7 @@ class Handle:
         """Encode a video that comes from an iterator. Called on every rank.
 
         Latents come as soon as they are final, and no rank holds all frames. Joined in time, the pieces are what one
-        call gives, bit for bit. A VAE that walks through time in steps gives a piece after each of them. Any other one
+        call gives, bit for bit where that joins no steps (`Options.frames_per_call`). A VAE that walks through time in steps gives a piece after each of them. Any other one
         gives one piece, for which all frames are held: `last.pieces` tells.
 
         Every rank reads its own iterator, and all have to yield the same clip. Whether they do is checked at each step,

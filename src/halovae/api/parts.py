@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.options import Half
-from halovae.calls.stages import Held, Place, Stage, Stages
+from halovae.calls.time_stages import Held, Place, Stage, Stages
 from halovae.exact.run import first_tensor
 
 
