@@ -21,7 +21,7 @@ from halovae.base.options import HALVES, AllOptions, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.target import Target
 from halovae.calls.time_pieces import Emit
-from halovae.calls.time_stages import Held, Stage, Stages
+from halovae.calls.time_stages import Held, Stage, TimeStages
 from halovae.comm import Comm
 from halovae.comm.agreement import one_call
 from halovae.kernels import autocast
@@ -74,11 +74,11 @@ class AutoEngine(Engine):
         ran = self._ways[choice.way].run(half, picture, args, kwargs, emit)
         return replace(ran, report=replace(ran.report, choice=str(choice)))
 
-    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> Stages:
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
         return self._ways[self._choice(half, frame).way].stages(half, frame, kwargs)
 
     def run_stage(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: Stages, stage: Stage, held: Held
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
     ) -> tuple[Ran, Held]:
         choice = self._choice(half, args[0][:, :, :1])
         ran, held = self._ways[choice.way].run_stage(half, args, kwargs, stages, stage, held)

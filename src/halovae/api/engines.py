@@ -24,7 +24,7 @@ from halovae.calls.replay import Graphs
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.time_pieces import Emit, Splitter, StreamClosed, Walk, Walker
-from halovae.calls.time_stages import Held, Resumed, Stage, Stages
+from halovae.calls.time_stages import Held, Resumed, Stage, TimeStages
 from halovae.calls.verify import Probe, compression, make_probe, run_alone, scales_of, verify
 from halovae.comm import Comm, Traffic, backend_name
 from halovae.comm.agreement import together, verdict_of_all
@@ -58,7 +58,7 @@ class Engine(Protocol):
         """The half; where there is an `emit`, that gets the frames of the output, and nothing is returned of them."""
         ...
 
-    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> Stages:
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
         """The steps of a clip that comes in parts, of which this is a frame. No exchange.
 
         Raises:
@@ -67,7 +67,7 @@ class Engine(Protocol):
         ...
 
     def run_stage(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: Stages, stage: Stage, held: Held
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
     ) -> tuple[Ran, Held]:
         """One of them: the new frames, and what is kept for the next one."""
         ...
@@ -129,11 +129,11 @@ class TileEngine(Engine):
             _emit_whole(emit, outcome.result)
         return Ran(None if emit else outcome.result, report)
 
-    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> Stages:
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
         raise NotExactError("tiles are made of whole clips")
 
     def run_stage(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: Stages, stage: Stage, held: Held
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
     ) -> tuple[Ran, Held]:
         raise NotExactError("tiles are made of whole clips")
 
@@ -172,7 +172,7 @@ class ExactEngine(Engine):
         self.merger = Merger(comm, target, options.frames_per_call)
         self.graphs = Graphs(comm, target, always=options.graphs is True)
         self.walks: dict[Any, Walk | None] = {}
-        self._stages: dict[Any, Stages] = {}
+        self._stages: dict[Any, TimeStages] = {}
         self._ratio: int | None = None
 
     def run(
@@ -181,18 +181,18 @@ class ExactEngine(Engine):
         call = _InPieces(self, half, args, kwargs, emit) if emit else _OnRanks(self, half, args, kwargs)
         return call.make()
 
-    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> Stages:
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
         kind = self.target.kind(half, (frame,), kwargs)
         if kind not in self._stages:
             method = functools.partial(self.target.run_untiled, half)
             record = functools.partial(self.merger.record, half)
             side = 8 * self.compression(half, frame)
             small = frame[..., :side, :side]
-            self._stages[kind] = Stages(self.target.vae, half, method, record, frame, small, kwargs)
+            self._stages[kind] = TimeStages(self.target.vae, half, method, record, frame, small, kwargs)
         return self._stages[kind]
 
     def run_stage(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: Stages, stage: Stage, held: Held
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
     ) -> tuple[Ran, Held]:
         call = _OneStage(self, half, args, kwargs, Resumed(self.target.vae, half, stages, stage, held))
         return call.make(), call.resumed.held

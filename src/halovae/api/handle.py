@@ -19,7 +19,7 @@ from torch import Tensor
 from halovae.api.advice import advised
 from halovae.api.auto import make_engine
 from halovae.api.engines import Engine, Ran
-from halovae.api.parts import CLOSED, Clip, Parts, Session
+from halovae.api.parts import CLOSED, ClipSession, PartialClip, Parts
 from halovae.api.stream import Give, Stream
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled, never_compiled
@@ -84,7 +84,7 @@ class Handle:
         """Runs one rank's input on all ranks, for that rank."""
         self._kept = Kept()
         self._calls = self._opened = 0
-        self._sessions: set[Session] = set()
+        self._sessions: set[ClipSession] = set()
         self._halves: set[str] = set(target.originals)
         self._running = self._warned = self._said_compiled = False
         for half in target.originals:
@@ -235,7 +235,7 @@ class Handle:
         """
         return self._parts("encode", frames, count, kwargs)
 
-    def session(self) -> Session:
+    def session(self) -> ClipSession:
         """Open a clip that goes on from call to call. Called on every rank, in the same order.
 
         Raises:
@@ -250,7 +250,7 @@ class Handle:
         if len(self._sessions) >= most:
             raise InputError(f"{most} sessions are open, as many as allowed: close one, or give Options(sessions=...)")
         self._opened += 1
-        session = Session(self, f"session {self._opened}", self._sessions.discard)
+        session = ClipSession(self, f"session {self._opened}", self._sessions.discard)
         self._sessions.add(session)
         return session
 
@@ -258,10 +258,10 @@ class Handle:
         if count is not None and (type(count) is not int or count < 1):
             raise InputError(f"count is {count!r}: give the number of all frames, or None where it is not known")
         self._opened += 1
-        return Parts(self, half, frames, Clip(half, kwargs, f"{half} of stream {self._opened}", count))
+        return Parts(self, half, frames, PartialClip(half, kwargs, f"{half} of stream {self._opened}", count))
 
     def run_part(
-        self, clip: Clip, frames: Tensor | None, *, ends: bool = False, goes_on: bool = True,
+        self, clip: PartialClip, frames: Tensor | None, *, ends: bool = False, goes_on: bool = True,
         problem: BaseException | None = None,
     ) -> Any:  # fmt: skip
         """See `Runs`."""
@@ -298,7 +298,7 @@ class Handle:
             finally:
                 self._running = False
 
-    def _open(self, clip: Clip, picture: Tensor, kwargs: dict[str, Any]) -> None:
+    def _open(self, clip: PartialClip, picture: Tensor, kwargs: dict[str, Any]) -> None:
         with together(self._comm) as said:
             stages = short = None
             try:
@@ -319,7 +319,7 @@ class Handle:
         clip.opened(stages, short)
 
     def _next_part(
-        self, clip: Clip, args: tuple[Any, ...], kwargs: dict[str, Any], ends: bool, report: Callable[[Ran], Any]
+        self, clip: PartialClip, args: tuple[Any, ...], kwargs: dict[str, Any], ends: bool, report: Callable[[Ran], Any]
     ) -> tuple[Any, Callable[[], None]]:  # fmt: skip
         """What the half gives for the frames that are final now, and what notes that all ranks have it."""
         stages, frames = clip.stages, args[0] if args else None
@@ -342,7 +342,7 @@ class Handle:
 
         return result, went_on
 
-    def _note_piece(self, clip: Clip, result: Any) -> None:
+    def _note_piece(self, clip: PartialClip, result: Any) -> None:
         if result is not None and self.last:
             clip.pieces.append(time.perf_counter() - clip.started)
             self.last = replace(self.last, pieces=len(clip.pieces), first_seconds=clip.pieces[0])

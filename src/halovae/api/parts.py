@@ -14,12 +14,12 @@ from torch import Tensor
 
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.options import Half
-from halovae.calls.time_stages import Held, Place, Stage, Stages
+from halovae.calls.time_stages import Held, Position, Stage, TimeStages
 from halovae.exact.run import first_tensor
 
 
 @dataclass
-class Clip:
+class PartialClip:
     """One half's clip, as far as it has come."""
 
     half: str
@@ -28,10 +28,10 @@ class Clip:
     """What an agreement calls it."""
     count: int | None = None
     """Of all frames, where that is known."""
-    stages: Stages | None = None
+    stages: TimeStages | None = None
     """None where all frames are made at once."""
     is_opened: bool = False
-    place: Place = field(default_factory=Place)
+    place: Position = field(default_factory=Position)
     held: Held = field(default_factory=Held)
     tail: Tensor | None = None
     """The last frames that were given: later steps may need them again."""
@@ -48,10 +48,10 @@ class Clip:
         """Of memory that is held between two parts, on this rank."""
         return self.held.bytes + (0 if self.tail is None else self.tail.nbytes)
 
-    def opened(self, stages: Stages | None, short: int | None) -> None:
+    def opened(self, stages: TimeStages | None, short: int | None) -> None:
         """Know the steps of it."""
         self.stages, self.short, self.is_opened = stages, short, True
-        self.place = stages.start if stages else Place()
+        self.place = stages.start if stages else Position()
 
     def check(self, frames: Tensor | None, ends: bool = False) -> None:
         """Check that frames go on with the clip.
@@ -88,7 +88,7 @@ class Clip:
         blank = real.new_zeros(()).expand(*real.shape[:2], stage.frames - stage.fresh, *real.shape[3:])
         return torch.cat([blank, real], 2)
 
-    def went_on(self, stage: Stage, place: Place, held: Held, frames: Tensor | None) -> None:
+    def went_on(self, stage: Stage, place: Position, held: Held, frames: Tensor | None) -> None:
         """A stage has been run on all ranks."""
         real = self._real(frames)
         self.tail = real[:, :, -stage.fresh :].clone() if stage.run else real
@@ -109,7 +109,7 @@ class Runs(Protocol):
     """What a handle does for clips."""
 
     def run_part(
-        self, clip: Clip, frames: Tensor | None, *, ends: bool = False, goes_on: bool = True,
+        self, clip: PartialClip, frames: Tensor | None, *, ends: bool = False, goes_on: bool = True,
         problem: BaseException | None = None,
     ) -> Any:  # fmt: skip
         """One call, on all ranks: open the clip with its first frames, or run its next stage.
@@ -131,7 +131,7 @@ class Runs(Protocol):
 CLOSED = object()
 
 
-class Session:
+class ClipSession:
     """A clip that goes on from call to call: the VAE's causal caches are kept between them, sharded.
 
     Made by `Handle.session`. Every rank makes the same calls. Calls of other sessions and of the VAE itself may come in
@@ -140,7 +140,7 @@ class Session:
 
     def __init__(self, handle: Runs, name: str, end: Any) -> None:
         self._handle, self._name, self._end = handle, name, end
-        self._clips: dict[str, Clip] = {}
+        self._clips: dict[str, PartialClip] = {}
         self._is_open = True
 
     def decode(self, latents: Tensor, **kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ class Session:
         self._clips.clear()
         self._end(self)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> ClipSession:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -189,7 +189,7 @@ class Session:
     def _run(self, half: str, frames: Tensor, kwargs: dict[str, Any]) -> Any:
         if not self._is_open:
             raise InputError(f"{self._name} is closed: open another one")
-        clip = self._clips.get(half) or Clip(half, kwargs, f"{half} of {self._name}", is_session=True)
+        clip = self._clips.get(half) or PartialClip(half, kwargs, f"{half} of {self._name}", is_session=True)
         if not clip.is_opened:
             self._handle.run_part(clip, frames)
         result = self._handle.run_part(clip, frames, ends=True)
@@ -205,7 +205,7 @@ class Parts(Iterator[Any]):
     it too. Closing waits until every rank has asked for its next piece or has closed.
     """
 
-    def __init__(self, handle: Runs, half: Half, frames: Iterable[Tensor], clip: Clip) -> None:
+    def __init__(self, handle: Runs, half: Half, frames: Iterable[Tensor], clip: PartialClip) -> None:
         self._handle, self._half, self._clip = handle, half, clip
         self._source, self._read = iter(frames), list[Tensor]()
         self._is_begun = self._has_ended = self._is_all_read = False
@@ -277,7 +277,7 @@ class Parts(Iterator[Any]):
     def _finish(self) -> None:
         self._has_ended, self._is_all_read = True, True
         self._read.clear()
-        self._clip = Clip(self._clip.half, {}, self._clip.words)
+        self._clip = PartialClip(self._clip.half, {}, self._clip.words)
         self._source = iter(())
 
     def close(self) -> None:

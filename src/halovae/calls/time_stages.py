@@ -84,7 +84,7 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Position:
     """Where a clip has got to: some stage has been run, and no more."""
 
     frames: int = 0
@@ -106,7 +106,7 @@ class _Trial:
     output: Tensor
 
 
-class Stages:
+class TimeStages:
     """Finds the stages of one half of a VAE, for clips of one size.
 
     Args:
@@ -126,15 +126,15 @@ class Stages:
         self._vae, self._half, self._method, self._record = vae, half, method, record
         self._clip, self._small, self._kwargs = clip, small, kwargs
         self._trials: dict[int, _Trial | None] = {}
-        self._known: dict[Any, tuple[Stage, Place]] = {}
-        self._next: dict[Any, tuple[int, Stage, Place] | None] = {}
-        self._places: list[Place] = []
-        self.start = Place()
+        self._known: dict[Any, tuple[Stage, Position]] = {}
+        self._next: dict[Any, tuple[int, Stage, Position] | None] = {}
+        self._places: list[Position] = []
+        self.start = Position()
         self.rest = ModuleState(getattr(vae, NETWORKS[half]))
 
     # ---- what comes next -------------------------------------------------------------------------------------------
 
-    def part(self, place: Place, frames: int, total: int | None) -> tuple[Stage, Place] | None:
+    def part(self, place: Position, frames: int, total: int | None) -> tuple[Stage, Position] | None:
         """The next stage of a clip that goes on, as soon as it can be run; None: not with so many frames.
 
         Args:
@@ -154,7 +154,7 @@ class Stages:
             self._known[key] = self._after(place, frames, ready, _common(here.output, [end.output for end in ends]))
         return self._known[key]
 
-    def rest_of(self, place: Place, frames: int) -> tuple[Stage, Place]:
+    def rest_of(self, place: Position, frames: int) -> tuple[Stage, Position]:
         """The last stage, after which all is out: of a clip that ends with these frames, or stops there for a while.
 
         Raises:
@@ -168,7 +168,7 @@ class Stages:
             self._known[key] = self._after(place, frames, frozenset(trial.names), trial.output.shape[2])
         return self._known[key]
 
-    def next_part(self, place: Place, total: int | None) -> tuple[int, Stage, Place] | None:
+    def next_part(self, place: Position, total: int | None) -> tuple[int, Stage, Position] | None:
         """How many new frames the next stage needs, and that stage; None where no clip goes on so."""
         key = place, total
         if key not in self._next:
@@ -207,7 +207,7 @@ class Stages:
         many = self._trial(total or _MANY)
         if many and len(many.calls) == 1:
             raise NotExactError("it makes all frames at once")
-        place, seen = self.start, set[Place]()
+        place, seen = self.start, set[Position]()
         while place not in seen and (total is None or place.frames < total):
             seen.add(place)
             found = self.next_part(place, total)
@@ -229,9 +229,9 @@ class Stages:
         longest = range(frames, frames + _BEYOND + 1) if total is None else [total]
         return [trial for trial in map(self._trial, longest) if trial]
 
-    def _after(self, place: Place, frames: int, ready: frozenset[Any], final: int) -> tuple[Stage, Place]:
+    def _after(self, place: Position, frames: int, ready: frozenset[Any], final: int) -> tuple[Stage, Position]:
         trial = self._trial(place.frames + frames)
-        assert trial
+        assert trial is not None
         out = 0 if place.output is None else place.output.shape[2]
         began = place.output is None or torch.equal(place.output, trial.output[:, :, :out])
         if not (began and place.done <= set(trial.names)):
@@ -246,12 +246,12 @@ class Stages:
             if known.stage and known.stage.is_like(stage) and known.stage.frames <= stage.frames:
                 return known.stage, known
         gives, ran = (tuple(trial.names[number] for number in numbers) for numbers in (stage.gives, stage.run))
-        new = Place(stage.frames, stage, place.done | set(ran), gives, ran, trial.output[:, :, :final])
+        new = Position(stage.frames, stage, place.done | set(ran), gives, ran, trial.output[:, :, :final])
         self._places.append(new)
         return stage, new
 
     def _stage(
-        self, place: Place, trial: _Trial, frames: int, ready: frozenset[Any], out: int, final: int
+        self, place: Position, trial: _Trial, frames: int, ready: frozenset[Any], out: int, final: int
     ) -> Stage:  # fmt: skip
         calls, names = trial.calls, trial.names
         run = tuple(n for n, name in enumerate(names) if name in ready and name not in place.done)
@@ -406,7 +406,7 @@ class Resumed:
         held: what this stage leaves.
     """
 
-    def __init__(self, vae: nn.Module, half: str, stages: Stages, stage: Stage, held: Held) -> None:
+    def __init__(self, vae: nn.Module, half: str, stages: TimeStages, stage: Stage, held: Held) -> None:
         self._vae, self._half, self._stages, self._stage, self._before = vae, half, stages, stage, held
         self._rest = stages.rest
         self.held = held
