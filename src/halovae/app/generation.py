@@ -80,20 +80,23 @@ def _check_image(path: Path, output: Path) -> None:
 
 
 def _on_rank(session: Session, job: PipelineJob) -> None:
-    from halovae.app.clip_files import write_clip
+    from halovae.app.clip_files import writing
     from halovae.app.generation_report import page, text
     from halovae.base.files import write_json
     from halovae.pipelines.stages import WRITE, StageTimeline
 
     made = make(session, job)
-    if made.result.frames is None:
-        return
     from fractions import Fraction
 
-    writing = StageTimeline(session.device)
-    with writing.stage(WRITE):
-        write_clip(session, job.output, made.result.frames, Fraction(job.fps), job.crf, lossless=job.lossless)
-    made.document["seconds"] |= writing.seconds
+    timeline, frames = StageTimeline(session.device), made.result.frames
+    with (
+        timeline.stage(WRITE),
+        writing(session, job.output, Fraction(job.fps), crf=job.crf, lossless=job.lossless) as take,
+    ):
+        take(() if frames is None else frames)
+    if frames is None:
+        return
+    made.document["seconds"] |= timeline.seconds
     if job.json is not None:
         write_json(job.json, made.document)
     typer.echo(text(session, job, made), nl=False)
