@@ -135,7 +135,8 @@ def decode(
 
     with session.measured(f"decode{label}", handle, fit.frames) as (half, advance, after):
         latents = latents.to(session.device, session.dtypes["decode"])
-        with closing(codec.decode_pieces(vae, limits, latents, after_call, handle)) as pieces:
+        stream = None if handle is None else handle.decode_stream
+        with closing(codec.decode_pieces(vae, limits, latents, after_call, stream)) as pieces:
             for piece in pieces:
                 if session.is_first and (problem := _failure(given, piece)) is not None:
                     pieces.close()  # Which ends the call on the other ranks, too.

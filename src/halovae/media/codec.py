@@ -156,7 +156,8 @@ def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] 
 
 
 def decode_pieces(
-    vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None, handle: Any = None
+    vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None,
+    stream: Callable[..., Any] | None = None,
 ) -> Generator[Tensor]:  # fmt: skip
     """As `decode`, but the frames come as soon as they are final, some at a time.
 
@@ -165,11 +166,12 @@ def decode_pieces(
         limits: likewise.
         latents: likewise.
         after: likewise.
-        handle: of the VAE, whose `decode_stream` is called then; ranks that `gather` does not name get what they hold.
+        stream: `decode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: each
+            call of the VAE gives one piece.
     """
     pixels = limits.known_pixels()
     for part in latents.split(latents.shape[0] // decode_calls(vae, limits, latents)):
-        with closing(_samples(vae, part, handle)) as samples:
+        with closing(_samples(vae, part, stream)) as samples:
             for sample in samples:
                 # The frames are the batch, with a frame dimension of one or without; or else it is a batch of one.
                 clip = (sample.transpose(1, 2) if limits.frames_first else sample).transpose(0, 1)
@@ -180,14 +182,14 @@ def decode_pieces(
         after()
 
 
-def _samples(vae: Any, latents: Tensor, handle: Any) -> Generator[Tensor]:
+def _samples(vae: Any, latents: Tensor, stream: Callable[..., Any] | None) -> Generator[Tensor]:
     """What one call of `decode` gives, in one piece or by a stream in several."""
     arguments = decode_arguments(vae, latents)
-    if handle is None:
+    if stream is None:
         yield sample_of(vae.decode(latents, **arguments))
         return
-    with handle.decode_stream(latents, **arguments) as stream:
-        yield from stream
+    with closing(stream(latents, **arguments)) as pieces:
+        yield from pieces
 
 
 def decode_calls(vae: Any, limits: Limits, latents: Tensor) -> int:

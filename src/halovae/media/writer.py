@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -33,6 +34,9 @@ CRF = 16
 _ENCODER = {"preset": "medium", "x264-params": "mbtree=0:chromaloc=0"}
 """Of x264. Its macroblock tree makes different files of the same frames, one time in five on small noisy ones.
 `chromaloc` says that colour is sampled where every player assumes it, at the left of two pixels."""
+_AT_ONCE = {"preset": "veryfast", "tune": "zerolatency"}
+"""Of x264, where somebody waits for every frame."""
+_FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
 LOSSLESS = "lossless"
 """The comment in a file that holds every pixel as it was given; nothing else in it tells for certain."""
 _SCALE = "flags=lanczos+accurate_rnd:out_color_matrix=bt709:out_range=tv:out_chroma_loc=left"
@@ -51,6 +55,7 @@ def write(
     crf: int | None = None,
     times: Sequence[int] = (),
     lossless: bool = False,
+    live: bool = False,
 ) -> tuple[str, ...]:
     """Write `frames` to `path`; its suffix chooses the format. A file of that name is replaced at the very end.
 
@@ -63,6 +68,8 @@ def write(
         times: when each frame begins and, last, when the final one ends, in 1/90000 s from the first one on; empty:
             evenly, `fps` a second.
         lossless: keep every pixel of an mp4 as it is, in RGB; `crf` is not used then. PNG always does.
+        live: for who watches meanwhile: the file has its name from the first frame on, and each frame is a fragment that
+            can be shown at once.
 
     Returns:
         Notes on what a reader might not expect of the file.
@@ -80,7 +87,7 @@ def write(
         return ()
     every = chain([first], left)
     size, crf = first.shape[:2], 0 if lossless else CRF if crf is None else crf
-    return _write_mp4(path, size, every, fps, advance, crf, times, lossless)
+    return _write_mp4(path, size, every, fps, advance, crf, times, lossless, live)
 
 
 class Writer:
@@ -162,15 +169,16 @@ def check_still(path: Path, frames: int) -> None:
 
 def _write_mp4(
     path: Path, size: tuple[int, ...], frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int,
-    times: Sequence[int], lossless: bool,
+    times: Sequence[int], lossless: bool, live: bool,
 ) -> tuple[str, ...]:  # fmt: skip
     height, width = size
     # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
     even = height % 2 == 0 and width % 2 == 0
     try:
-        with atomic(path) as draft, av.open(str(draft), mode="w", format="mp4") as container:
+        place, how = (nullcontext(path), _FRAGMENTS) if live else (atomic(path), {})
+        with place as draft, av.open(str(draft), mode="w", format="mp4", options=how) as container:
             # Without frames that are sent before earlier ones, the muxer keeps every duration, the last one too.
-            order = {"bf": "0"} if times else {}
+            order = _AT_ONCE if live else {"bf": "0"} if times else {}
             codec, pixel_format = "libx264", "yuv420p" if even else "yuv444p"
             if lossless:
                 codec, pixel_format = "libx264rgb", "rgb24"

@@ -78,6 +78,9 @@ class Runner:
         comm: the world.
         device: of this rank.
 
+    Attributes:
+        stream: decodes in pieces, as `Handle.decode_stream`; None where decode does not run on all ranks.
+
     Raises:
         InputError: this pipeline or this machine can't do what is asked.
 
@@ -95,7 +98,7 @@ class Runner:
         prepare_scheduler(pipeline, setup)
         prepare_denoisers(pipeline.components, setup, comm.size, device)
         place(pipeline, setup, device)
-        self._stream = self._open.enter_context(parallel_vae(pipeline.vae, setup, comm, self.note))
+        self.stream = self._open.enter_context(parallel_vae(pipeline.vae, setup, comm, self.note))
 
     def __enter__(self) -> Runner:
         return self
@@ -135,7 +138,7 @@ class Runner:
                 self._give(pieces, show, given)
 
         with all_quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
-            with in_pieces(self.pipeline, self._stream, in_stage):
+            with in_pieces(self.pipeline, self.stream, in_stage):
                 output = self._called(chosen, generation.seed)
             if not given.is_streamed:
                 self._give((pictures for pictures in [output[0]]), lambda pictures: pictures, given)
