@@ -68,8 +68,8 @@ def write(
         times: when each frame begins and, last, when the final one ends, in 1/90000 s from the first one on; empty:
             evenly, `fps` a second.
         lossless: keep every pixel of an mp4 as it is, in RGB; `crf` is not used then. PNG always does.
-        live: for who watches meanwhile: the file has its name from the first frame on, and each frame is a fragment that
-            can be shown at once.
+        live: for who watches meanwhile: the file has its name from the first frame on, and each frame is a fragment
+            that can be shown at once.
 
     Returns:
         Notes on what a reader might not expect of the file.

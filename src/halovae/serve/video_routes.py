@@ -128,7 +128,7 @@ async def _events(service: Service, video_id: str) -> AsyncIterator[str]:
 
 
 @vae.post("/encode", openapi_extra=body_of(ENCODE))
-async def encode(request: Request, service: Serving) -> FileResponse:
+async def encode(request: Request, service: Serving) -> Response:
     """A clip, a video or an image, to latents: a safetensors file, as `halovae encode` writes."""
     return await _through(request, service, ENCODE, "application/octet-stream")
 
