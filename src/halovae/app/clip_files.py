@@ -87,16 +87,20 @@ def encode(
     """
     with session.measured(f"encode{label}", handle, fit.padded_frames) as (half, advance, after):
         frames = codec.padded(film, fit, session.dtypes["encode"], session.device)
-        pieces = codec.encode_pieces(loaded.vae, loaded.limits, _counted(frames, advance), fit.padded_frames, after)
+        stream = None if handle is None else handle.encode_stream
+        pieces = codec.encode_pieces(
+            loaded.vae, loaded.limits, _counted(frames, advance, after), fit.padded_frames, after, stream
+        )
         latents = codec.joined(loaded.limits, pieces)
     return latents, half
 
 
-def _counted(frames: Iterable[Tensor], advance: Advance) -> Iterator[Tensor]:
-    """Each counts when the next one is asked for."""
+def _counted(frames: Iterable[Tensor], advance: Advance, after: Callable[[], None]) -> Iterator[Tensor]:
+    """Each counts when the next one is asked for; a call of the VAE may be over then."""
     for frame in frames:
         yield frame
         advance()
+        after()
 
 
 def decode(

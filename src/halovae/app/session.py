@@ -207,7 +207,7 @@ class Session:
 
         Yields:
             The account of it, complete at the end; what to call with numbers of frames that are done; and what to call
-            after each call of the VAE.
+            after each call of the VAE, which may be more often.
         """
         half = Half()
         self.synchronize()
@@ -215,10 +215,16 @@ class Session:
         memory = PeakMemory(self.device) if handle is None else None
         started = time.perf_counter()
 
+        known = None if handle is None else handle.last
+
         def after() -> None:
-            half.calls += 1
-            if handle is not None:
-                half.add(handle.last)
+            nonlocal known
+            if handle is None:
+                half.calls += 1
+            elif handle.last is not known:
+                known = handle.last
+                half.calls += 1
+                half.add(known)
 
         with self.stages.stage(name, frames, "frames") as advance, torch.inference_mode():
             yield half, advance, after

@@ -93,8 +93,13 @@ def joined(limits: Limits, latents: Iterable[Tensor]) -> Tensor:
 
 
 def encode_pieces(
-    vae: Any, limits: Limits, frames: Iterable[Tensor], count: int, after: Callable[[], None] = lambda: None
-) -> Iterator[Tensor]:  # fmt: skip
+    vae: Any,
+    limits: Limits,
+    frames: Iterable[Tensor],
+    count: int,
+    after: Callable[[], None] = lambda: None,
+    stream: Callable[..., Any] | None = None,
+) -> Iterator[Tensor]:
     """As `encode`, of frames that come one by one; latents come as soon as they are final.
 
     Args:
@@ -103,11 +108,20 @@ def encode_pieces(
         frames: the clip in parts of one frame.
         count: how many.
         after: as for `encode`.
+        stream: `encode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: a clip
+            is encoded in one call.
 
     Raises:
         InputError: it is not known which numbers the VAE takes.
     """
     pictures = encode_inputs(limits, frames)
+    if stream is not None and not limits.per_frame:
+        with closing(stream(pictures, count=limits.lead + count)) as parts:
+            for part in parts:
+                after()
+                yield latent_of(part)
+                del part
+        return
     if not limits.per_frame:
         pictures = [_filled(pictures, limits.lead + count, dim=2)]
     for picture in pictures:
