@@ -344,13 +344,18 @@ class TestWriting:
     def test_a_writer_holds_a_few_frames_and_gives_up_where_nobody_wants_them(self, tmp_path: Path) -> None:
         path, alive = tmp_path / "o.mp4", list[weakref.ref[Any]]()
         path.write_text("old")
-        with pytest.raises(KeyboardInterrupt), media.Writer(path, Fraction(25)) as writer:
-            for number in range(40):
-                frame = np.full((64, 96, 3), number, np.uint8)
-                alive.append(weakref.ref(frame))
-                writer.put(frame)
-                assert sum(each() is not None for each in alive) <= 12
-            raise KeyboardInterrupt
+
+        def interrupted() -> None:
+            with media.Writer(path, Fraction(25)) as writer:
+                for number in range(40):
+                    frame = np.full((64, 96, 3), number, np.uint8)
+                    alive.append(weakref.ref(frame))
+                    writer.put(frame)
+                    assert sum(each() is not None for each in alive) <= 12
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         assert path.read_text() == "old"
         assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
 
