@@ -359,20 +359,25 @@ class TestWriting:
         assert path.read_text() == "old"
         assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
 
-    def test_who_watches_gets_each_frame_at_once(self, tmp_path: Path) -> None:
+    def test_who_watches_gets_each_frame_when_the_next_one_is_there(self, tmp_path: Path) -> None:
         path, seen, pictures = tmp_path / "o.mp4", b"", LivePictures()
         shown: list[NDArray[np.uint8]] = []
+
+        def watch() -> None:
+            nonlocal seen
+            words = path.read_bytes()[len(seen) :] if path.exists() else b""
+            seen += words
+            for at in range(0, len(words), 100):
+                shown.extend(map(np.asarray, pictures.feed(words[at : at + 100])))
+
         with media.Writer(path, Fraction(25), lossless=True, live=True) as writer:
-            for frame in bars():
+            for number, frame in enumerate(bars()):
                 writer.put(frame)
                 until = time.monotonic() + 60
-                before = len(shown)
-                while len(shown) == before:
+                while len(shown) < number:
                     assert time.monotonic() < until
-                    words = path.read_bytes()[len(seen) :] if path.exists() else b""
-                    seen += words
-                    for at in range(0, len(words), 100):
-                        shown += map(np.asarray, pictures.feed(words[at : at + 100]))
+                    watch()
+        watch()
         assert codec_words(seen[:20]) == ""
         assert re.fullmatch(r"avc1\.[0-9a-f]{6}", codec_words(seen))
         assert np.array_equal(shown, bars())

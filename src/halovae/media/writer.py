@@ -69,7 +69,7 @@ def write(
             evenly, `fps` a second.
         lossless: keep every pixel of an mp4 as it is, in RGB; `crf` is not used then. PNG always does.
         live: for who watches meanwhile: the file has its name from the first frame on, and each frame is a fragment
-            that can be shown at once.
+            that can be shown as soon as the next one is there.
 
     Returns:
         Notes on what a reader might not expect of the file.
