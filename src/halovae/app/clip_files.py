@@ -122,7 +122,7 @@ def decode(
         HalovaeError: of `take`, on all ranks.
     """
     vae, limits, count = loaded.vae, loaded.limits, 0
-    calls = codec.decode_calls(vae, limits, latents)
+    left = codec.decode_calls(vae, limits, latents)
     agree = _raise if handle is None else session.agree
 
     def given(piece: Tensor) -> None:
@@ -133,8 +133,10 @@ def decode(
             advance(cropped.shape[1])
 
     def after_call() -> None:
+        nonlocal left
         after()
-        is_over = session.is_first and half.calls == calls
+        left -= 1
+        is_over = session.is_first and not left
         agree(_failure(fit.check, count, fit.padded_height, fit.padded_width) if is_over else None)
 
     with session.measured(f"decode{label}", handle, fit.frames) as (half, advance, after):
@@ -142,6 +144,7 @@ def decode(
         stream = None if handle is None else handle.decode_stream
         with closing(codec.decode_pieces(vae, limits, latents, after_call, stream)) as pieces:
             for piece in pieces:
+                after()
                 if session.is_first and (problem := _failure(given, piece)) is not None:
                     pieces.close()  # Which ends the call on the other ranks, too.
                     agree(problem)

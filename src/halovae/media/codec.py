@@ -14,6 +14,10 @@ from torch import Tensor
 
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of, sample_of
 
+_LONG = 64
+"""Latent frames. Which of them a frame of a longer clip needs is found out by trying short clips: to try the whole one
+takes time that grows with the square of its length."""
+
 
 def to_tensor(frames: NDArray[np.uint8], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(frames, height, width, 3) of 0 to 255 to (3, frames, height, width) of -1 to 1."""
@@ -202,7 +206,11 @@ def _samples(vae: Any, latents: Tensor, stream: Callable[..., Any] | None) -> Ge
     if stream is None:
         yield sample_of(vae.decode(latents, **arguments))
         return
-    with closing(stream(latents, **arguments)) as pieces:
+    if latents.ndim == 5 and latents.shape[2] > _LONG:
+        parts = stream(iter(latents.split(1, dim=2)), count=latents.shape[2], **arguments)
+    else:
+        parts = stream(latents, **arguments)
+    with closing(parts) as pieces:
         yield from pieces
 
 
