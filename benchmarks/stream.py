@@ -1,18 +1,19 @@
-"""Frames as they come: `handle.decode_stream(latents)` against one call, and against latents that are cut by hand.
+"""Frames as they come: streams and sessions of both halves against one call, and against clips that are cut by hand.
 
     python benchmarks/stream.py --ranks 1 2 --json benchmarks/results/stream-2core.json
     python benchmarks/stream.py --device cuda --frames 21 201
 
 Wan 2.1 with random weights. `first` is when the first frames are there, `first/call` their share of the time of one
-call; `stream/call` is the whole stream's. Memory is the growth during one call in fresh processes, on the first rank.
-`by hand` is what one can do without a stream: decode some latent frames at a time with one more before them, whose
-frames are thrown away; `its error` is how far that is from the call, relative in L2.
+call; `stream/call` and `session/call` are for the whole clip. Memory is the growth during one call in fresh processes,
+on the first rank. `by hand` is what one can do without a stream: some frames at a time with one more before them, whose
+result is thrown away; `its error` is how far that is from the call, relative in L2.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import statistics
 import time
@@ -33,32 +34,53 @@ AT_ONCE = 4
 """Latent frames in a part that is cut by hand."""
 
 
-def build(device: str, frames: int) -> tuple[Any, torch.Tensor]:
+def build(device: str, half: str, frames: int) -> tuple[Any, torch.Tensor]:
+    """A VAE, and latents or the clip that has so many latent frames."""
     width, rows, cols, name = SIZES[device]
     torch.manual_seed(0)
     logging.disable(logging.WARNING)
     dtype = getattr(torch, name)
     vae = AutoencoderKLWan(base_dim=width).to(device, dtype).eval().requires_grad_(False)
-    latents = torch.randn(1, 16, frames, rows, cols, generator=torch.Generator().manual_seed(1))
-    return vae, latents.to(device, dtype)
+    shape = (1, 16, frames, rows, cols) if half == "decode" else (1, 3, 4 * frames - 3, 8 * rows, 8 * cols)
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return vae, given.to(device, dtype)
 
 
-def one_call(vae: Any, handle: halovae.Handle, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield vae.decode(latents).sample
+def tensor_of(piece: Any) -> torch.Tensor:
+    """Frames, or the parameters of a distribution of latents."""
+    return piece if torch.is_tensor(piece) else piece.sample if "sample" in piece else piece.latent_dist.parameters
 
 
-def stream(vae: Any, handle: halovae.Handle, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield from handle.decode_stream(latents)
+def one_call(vae: Any, handle: halovae.Handle, half: str, given: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield tensor_of(getattr(vae, half)(given))
 
 
-def by_hand(vae: Any, handle: halovae.Handle, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-    for at in range(0, latents.shape[2], AT_ONCE):
-        before = min(at, 1)
-        frames = vae.decode(latents[:, :, at - before : at + AT_ONCE]).sample
-        yield frames[:, :, before:]
+def stream(vae: Any, handle: halovae.Handle, half: str, given: torch.Tensor) -> Iterator[torch.Tensor]:
+    made = handle.decode_stream(given) if half == "decode" else handle.encode_stream(given.split(1, 2))
+    yield from map(tensor_of, made)
 
 
-WAYS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {"call": one_call, "stream": stream, "by hand": by_hand}
+def session(vae: Any, handle: halovae.Handle, half: str, given: torch.Tensor) -> Iterator[torch.Tensor]:
+    with handle.session() as going:
+        for part in (given[:, :, :1], *given[:, :, 1:].split(step(half), 2)):
+            yield tensor_of(getattr(going, half)(part))
+
+
+def by_hand(vae: Any, handle: halovae.Handle, half: str, given: torch.Tensor) -> Iterator[torch.Tensor]:
+    parts = (given[:, :, :1], *given[:, :, 1:].split(AT_ONCE * step(half), 2))
+    for before, part in zip((None, *parts), parts, strict=False):
+        joined = part if before is None else torch.cat([before[:, :, -1:], part], 2)
+        yield tensor_of(getattr(vae, half)(joined))[:, :, 0 if before is None else 1 :]
+
+
+def step(half: str) -> int:
+    """Frames of a step in time."""
+    return 1 if half == "decode" else 4
+
+
+WAYS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
+    "call": one_call, "stream": stream, "session": session, "by hand": by_hand,
+}  # fmt: skip
 
 
 def timed(way: str, *given: Any) -> tuple[float, float]:
@@ -72,12 +94,13 @@ def timed(way: str, *given: Any) -> tuple[float, float]:
     return first, time.perf_counter() - started
 
 
-def measure_time(rank: int, device: str, frames: int, repeats: int) -> dict[str, Any]:
-    vae, latents = build(device, frames)
+def measure_time(rank: int, device: str, half: str, frames: int, repeats: int) -> dict[str, Any]:
+    vae, clip = build(device, half, frames)
     with halovae.parallelize(vae) as handle:
-        given = vae, handle, latents
+        given = vae, handle, half, clip
         whole = {way: torch.cat([part.cpu() for part in make(*given)], 2).double() for way, make in WAYS.items()}
         assert torch.equal(whole["stream"], whole["call"])
+        assert torch.equal(whole["session"], whole["call"])
         error = (whole["by hand"] - whole["call"]).norm() / whole["call"].norm()
         count = whole["call"].shape[2]
         del whole
@@ -89,18 +112,19 @@ def measure_time(rank: int, device: str, frames: int, repeats: int) -> dict[str,
         "first s": statistics.median(turn["stream"][0] for turn in turns),
         "first/call": statistics.median(turn["stream"][0] / turn["call"][1] for turn in turns),
         "stream/call": statistics.median(turn["stream"][1] / turn["call"][1] for turn in turns),
+        "session/call": statistics.median(turn["session"][1] / turn["call"][1] for turn in turns),
         "by hand/call": statistics.median(turn["by hand"][1] / turn["call"][1] for turn in turns),
         "its error": error.item(),
     }
 
 
-def measure_memory(rank: int, device: str, frames: int, way: str) -> float:
-    vae, latents = build(device, frames)
+def measure_memory(rank: int, device: str, half: str, frames: int, way: str) -> float:
+    vae, given = build(device, half, frames)
     with halovae.parallelize(vae, verify=False) as handle:
-        timed(way, vae, handle, latents[:, :, :3])  # What libraries and weights take once.
+        timed(way, vae, handle, half, given[:, :, : 1 + 2 * step(half)])  # What libraries and weights take once.
         gc.collect()
-        memory = PeakMemory(latents.device)
-        timed(way, vae, handle, latents)
+        memory = PeakMemory(given.device)
+        timed(way, vae, handle, half, given)
         return memory.growth / 2**20
 
 
@@ -109,21 +133,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=list(SIZES))
     parser.add_argument("--ranks", type=int, nargs="*", default=[1])
     parser.add_argument("--frames", type=int, nargs="*", default=[21], help="latent frames")
+    parser.add_argument("--halves", nargs="*", default=["decode", "encode"], choices=["decode", "encode"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for ranks in options.ranks:
-        for frames in options.frames:
-            given = options.device, frames
+        for half, frames in itertools.product(options.halves, options.frames):
+            given = options.device, half, frames
             row = run_ranks(ranks, measure_time, *given, options.repeats, device=options.device)[0]
             mib = {
                 way: run_ranks(ranks, measure_memory, *given, way, env=EAGER_FREE, device=options.device)[0]
                 for way in ("call", "stream")
             }
             memory = {f"{way} MiB": round(growth) for way, growth in mib.items()}
-            rows.append({"ranks": ranks, **row, **memory, "memory": mib["stream"] / mib["call"]})
-    report("Wan 2.1 decode as a stream", rows, options.json)
+            rows.append({"half": half, "ranks": ranks, **row, **memory, "memory": mib["stream"] / mib["call"]})
+    report("Wan 2.1 in pieces", rows, options.json)
 
 
 if __name__ == "__main__":

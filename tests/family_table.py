@@ -12,11 +12,27 @@ from families import FAMILIES, OUT_OF_SCOPE, Family
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->"
+PIECES: dict[str, tuple[int, int, bool, list[int], list[int]]] = {
+    "qwenimage": (9, 3, False, [1, 1, 1], [1, 4, 4]),
+    "wan21": (18, 5, False, [1, 1, 1, 1, 1], [1, 4, 4, 4, 4]),  # The VAE leaves the last frame out.
+    "wan22": (13, 4, False, [1, 1, 1, 1], [1, 4, 4, 4]),
+    "hunyuan_video_framewise": (33, 9, False, [5, 3, 1], [14, 12, 7]),
+    "cogvideox": (25, 7, True, [3, 2, 2], [9, 8, 8]),
+    "magvit": (13, 4, False, [1, 1, 1, 1], [1, 4, 4, 4]),
+    "mochi": (13, 3, False, [3], [13]),
+    "kvae_video": (37, 9, False, [5, 4, 1], [17, 16]),
+    "kandinsky6_sr": (33, 9, False, [5, 4], [17, 16]),
+    "minimax_h3": (39, 0, False, [2, 5, 5], []),
+}
+"""Frames and latent frames of a stream, whether their number is told, and frames of each piece of both halves."""
 LEFT_OUT = "| not in the table | why |\n|---|---|\n"
 
 
 def make_table() -> str:
-    lines = ["| class | ratio (space / time) | encode | decode | tolerance |", "|---|---|---|---|---|"]
+    lines = [
+        "| class | ratio (space / time) | encode | decode | streams: encode / decode | tolerance |",
+        "|---" * 6 + "|",
+    ]
     classes: dict[str, list[Family]] = {}
     for family in FAMILIES.values():
         classes.setdefault(family.model, []).append(family)
@@ -24,7 +40,7 @@ def make_table() -> str:
         ratios = ", ".join(dict.fromkeys(f"{space} / {time}" for space, time in (row.ratio for row in rows)))
         halves = [_verdict(rows, half) for half in ("encode", "decode")]
         tolerance = max(row.tolerance for row in rows)
-        lines.append(f"| `{model}` | {ratios} | {halves[0]} | {halves[1]} | {tolerance:.0e} |")
+        lines.append(f"| `{model}` | {ratios} | {halves[0]} | {halves[1]} | {_streams(rows)} | {tolerance:.0e} |")
     left_out = "".join(f"| `{name}` | {why} |\n" for name, why in OUT_OF_SCOPE.items())
     return "\n".join(lines) + "\n\n" + LEFT_OUT + left_out
 
@@ -34,6 +50,18 @@ def _verdict(rows: list[Family], half: str) -> str:
     if not present:
         return "-"
     return "exact" if all(getattr(row, f"exact_{half}") for row in present) else "refused"
+
+
+def _streams(rows: list[Family]) -> str:
+    """Latents and frames of the first piece, and of those that follow it."""
+    if not any(len(shape) == 5 for row in rows for shape in (row.sample_shape, row.latent_shape)):
+        return "-"
+    _, _, is_told, *halves = next((PIECES[row.name] for row in rows if row.name in PIECES), (0, 0, False, [0], [0]))
+    words: list[str] = []
+    for half, pieces in zip(("encode", "decode"), halves, strict=True):
+        steps = ", then ".join(map(str, dict.fromkeys(pieces[:2])))
+        words.append("-" if _verdict(rows, half) != "exact" else steps if len(pieces) > 1 else "whole")
+    return " / ".join(words) + (", with `count`" if is_told else "")
 
 
 def table_in_docs() -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from clips import CLIP as CLIP_PATH
 from clips import cut_after_header
 from command import PATIENCE, enter, interrupt, names, on_ranks, run, saved
 from ranks import Ranks
 
+from halovae import media
 from halovae.base.options import HALVES
 from halovae.cli.main import main
 from halovae.media import read
@@ -86,6 +90,23 @@ def test_a_bad_file_is_one_line(in_folder: Path, tiny: str) -> None:
     assert errors.startswith(f"halovae: error: {path} is broken at frame")
     assert errors.count("\n") == 1
     assert names(in_folder) == before
+
+
+def test_a_full_disk_stops_all_ranks_in_the_middle(in_folder: Path, tiny: str, two_ranks: Ranks) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (33, 64, 96, 3), dtype=np.uint8)
+    media.write(Path("noise.mp4"), noise, Fraction(25), lossless=True)
+    Path("o.mp4").write_text("old")
+    writer = two_ranks.run(_process)[0]
+    Path(f".o.{writer}.part.mp4").symlink_to("/dev/full")
+    code, output, errors = on_ranks(two_ranks, "roundtrip", "noise.mp4", "-o", "o.mp4", "--lossless", "--model", tiny)
+    assert (code, output) == (2, "")
+    assert errors == "halovae: error: can't write o.mp4: no space left on device\n"
+    assert Path("o.mp4").read_text() == "old"
+    assert names(in_folder) == {"noise.mp4", "o.mp4"}
+
+
+def _process(rank: int) -> int:
+    return os.getpid()
 
 
 def test_interrupted_runs_leave_nothing(in_folder: Path) -> None:

@@ -221,6 +221,16 @@ def test_padding_repeats_the_edge_and_the_last_frame() -> None:
     assert torch.equal(padded[:, :, 7], padded[:, :, 2])
     assert torch.equal(padded[..., 7], padded[..., 4])
     assert torch.equal(FIT.crop(padded), clip)
+    pieces = [FIT.crop_piece(padded[:, at : at + 1], at) for at in range(5)]
+    assert torch.equal(torch.cat(pieces, 1), clip)
+
+
+def test_frames_are_padded_one_by_one() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 3), dtype=np.uint8)
+    cpu = torch.device("cpu")
+    pieces = list(codec.padded(frames, FIT, torch.float32, cpu))
+    assert len(pieces) == 5
+    assert torch.equal(torch.cat(pieces, 1), FIT.pad(codec.to_tensor(frames, torch.float32, cpu)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

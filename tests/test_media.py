@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import time
+import weakref
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 from av.stream import Disposition
 from clips import CLIP, bars, make_video
+from numpy.typing import NDArray
 from PIL import Image
 
 from halovae import media
@@ -21,6 +26,7 @@ from halovae.base import files
 from halovae.base.errors import InputError
 from halovae.evaluation import psnr
 from halovae.media import FrameRange, read, write
+from halovae.media.live import LivePictures, codec_words
 
 
 @pytest.mark.parametrize("fps", [Fraction(25), Fraction(30000, 1001), Fraction(1)])
@@ -334,6 +340,48 @@ class TestWriting:
         write(path, bars(), Fraction(25))
         assert len(read(path).frames) == 5
         assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
+
+    def test_a_writer_holds_a_few_frames_and_gives_up_where_nobody_wants_them(self, tmp_path: Path) -> None:
+        path, alive = tmp_path / "o.mp4", list[weakref.ref[Any]]()
+        path.write_text("old")
+
+        def interrupted() -> None:
+            with media.Writer(path, Fraction(25)) as writer:
+                for number in range(40):
+                    frame = np.full((64, 96, 3), number, np.uint8)
+                    alive.append(weakref.ref(frame))
+                    writer.put(frame)
+                    assert sum(each() is not None for each in alive) <= 12
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert path.read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
+
+    def test_who_watches_gets_each_frame_when_the_next_one_is_there(self, tmp_path: Path) -> None:
+        path, seen, pictures = tmp_path / "o.mp4", b"", LivePictures()
+        shown: list[NDArray[np.uint8]] = []
+
+        def watch() -> None:
+            nonlocal seen
+            words = path.read_bytes()[len(seen) :] if path.exists() else b""
+            seen += words
+            for at in range(0, len(words), 100):
+                shown.extend(map(np.asarray, pictures.feed(words[at : at + 100])))
+
+        with media.Writer(path, Fraction(25), lossless=True, live=True) as writer:
+            for number, frame in enumerate(bars()):
+                writer.put(frame)
+                until = time.monotonic() + 60
+                while len(shown) < number:
+                    assert time.monotonic() < until
+                    watch()
+        watch()
+        assert codec_words(seen[:20]) == ""
+        assert re.fullmatch(r"avc1\.[0-9a-f]{6}", codec_words(seen))
+        assert np.array_equal(shown, bars())
+        assert np.array_equal(read(path).frames, bars())
 
     def test_what_is_being_written_can_be_removed(self, tmp_path: Path) -> None:
         with files.atomic(tmp_path / "o.mp4") as draft:

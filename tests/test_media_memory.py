@@ -15,7 +15,7 @@ import pytest
 
 from halovae import media
 from halovae.cli.main import main
-from halovae.media import film
+from halovae.media import reader
 
 PROGRAM = Path(__file__).parent / "peaks.py"
 COPIES = {"read": 1, "to_tensor": 4, "write": 0}
@@ -36,7 +36,7 @@ def test_a_step_takes_no_more_than_its_result(tmp_path: Path) -> None:
 def test_compare_holds_a_few_frames_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, made, alive = tmp_path / "clip.mp4", [], []
     media.write(path, [np.full((32, 48, 3), level, np.uint8) for level in range(30)], Fraction(25))
-    cover = film.cover
+    cover = reader.cover
 
     def counted(*args: Any) -> Any:
         frame = cover(*args)
@@ -44,7 +44,7 @@ def test_compare_holds_a_few_frames_of_each_file(tmp_path: Path, monkeypatch: py
         alive.append(sum(each() is not None for each in made))
         return frame
 
-    monkeypatch.setattr(film, "cover", counted)
+    monkeypatch.setattr(reader, "cover", counted)
     assert main(["compare", str(path), str(path)]) == 0
     assert len(made) >= 2 * 30
     assert max(alive) <= 2 * 4

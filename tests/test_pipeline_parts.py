@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pipelines
 import pytest
 import torch
@@ -23,6 +25,7 @@ from halovae.base.errors import InputError
 from halovae.comm import SoloComm
 from halovae.pipelines.generation_settings import Generation, Setup, arguments, does
 from halovae.pipelines.grid_sizes import TokenGrid, check_sizes, fill_in, grid_of
+from halovae.pipelines.late_video import in_pieces
 from halovae.pipelines.load import find_pipeline, load_pipeline, outline
 from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.runner import agreed_seed
@@ -298,3 +301,38 @@ def test_weights_that_do_both_are_loaded_into_the_pipeline_that_is_asked_for(tmp
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "vae": [None, None]}))
     with raises(InputError, "is a WanPipeline without a VAE"):
         find_pipeline(str(tmp_path), "text-to-video")
+
+
+# ---- a video that is decoded late ------------------------------------------------------------------------------------
+class _Pipeline:
+    """Decodes two frames, and hands on what `then` makes of them."""
+
+    def __init__(self, then: Any) -> None:
+        self.vae, self.video_processor, self._then = torch.nn.Module(), diffusers.video_processor.VideoProcessor(), then
+        self.vae.decode = lambda latents, return_dict=True: (latents * 2,)
+
+    def __call__(self, latents: torch.Tensor) -> Any:
+        return self.video_processor.postprocess_video(self._then(self.vae.decode(latents, return_dict=False)[0]), "np")
+
+
+def test_a_video_goes_on_in_pieces_unless_a_pipeline_does_something_with_it() -> None:
+    latents, found = torch.rand(1, 3, 2, 8, 8) / 2, list[Any]()
+
+    def stream(latents: torch.Tensor, return_dict: bool = True) -> Generator[torch.Tensor]:
+        yield from (latents * 2).split(1, 2)
+
+    def take(pieces: Generator[torch.Tensor], show: Any) -> None:
+        found.extend(map(show, pieces))
+
+    wanted = _Pipeline(lambda video: video)(latents)
+    for then, pieces in ((lambda video: video, 2), (lambda video: video[:, :, :1], 0), (lambda video: -video, 0)):
+        pipeline = _Pipeline(then)
+        with in_pieces(pipeline, stream, take):
+            shown = pipeline(latents)
+        assert len(found) == pieces
+        if pieces:
+            assert np.array_equal(np.concatenate(found, 1), wanted)
+            assert shown.shape == (1, 1, 1, 1, 3)
+        else:
+            assert np.array_equal(shown, pipeline(latents))
+        found.clear()

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import av
+import numpy as np
 import openai
 import pytest
 import torch
@@ -128,6 +129,41 @@ def test_progress_comes_by_itself(server: Server, image: Path) -> None:
     assert len(set(seen)) > 3, seen
     assert seen[-1] == 100
     server.client.delete(f"/v1/videos/{job['id']}")
+
+
+def test_a_video_is_watched_while_it_is_decoded(server: Server, image: Path, tmp_path: Path) -> None:
+    """By several clients, of which one goes away; each frame is the one of the finished file."""
+    client, many = server.client, {"num_frames": "41", "lossless": "true"}
+    job, waiting = (server.create(image, **many)["id"] for _ in range(2))
+    path = f"/v1/videos/{job}/stream"
+    refused = {
+        409: client.get(f"/v1/videos/{waiting}/stream"),
+        404: client.get("/v1/videos/none/stream"),
+        406: client.get(path, headers={"Accept": "text/html, application/json;q=0.5"}),
+    }
+    for status, answer in refused.items():
+        assert answer.status_code == status
+    assert "queued: it waits for its turn" in refused[409].text
+    assert "ask for video/mp4 or multipart/x-mixed-replace" in refused[406].text
+    client.delete(f"/v1/videos/{waiting}")
+    with client.stream("GET", path) as leaves:
+        next(leaves.iter_raw())
+    with client.stream("GET", path, headers={"Accept": "text/html, video/*"}) as answer:
+        chunks = answer.iter_raw()
+        first = next(chunks)
+        assert 0 < server.video(job)["frames_ready"] < 41
+        (tmp_path / "watched.mp4").write_bytes(first + b"".join(chunks))
+    assert answer.headers["content-type"].startswith('video/mp4; codecs="avc1.')
+    assert server.finished(job)["status"] == "completed"
+    (tmp_path / "whole.mp4").write_bytes(client.get(path).content)
+    whole = read(tmp_path / "whole.mp4").frames
+    assert len(whole) == 41
+    assert np.array_equal(read(tmp_path / "watched.mp4").frames, whole)
+    answer = client.get(path, headers={"Accept": "image/png"})
+    assert answer.headers["content-type"] == "multipart/x-mixed-replace; boundary=frame"
+    parts = [part.partition(b"\r\n\r\n")[2] for part in answer.content.split(b"--frame")[1:-1]]
+    assert np.array_equal([np.asarray(Image.open(io.BytesIO(part))) for part in parts], whole)
+    client.delete(f"/v1/videos/{job}")
 
 
 def test_the_vae_as_a_service(server: Server, tmp_path: Path) -> None:

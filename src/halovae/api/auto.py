@@ -21,6 +21,7 @@ from halovae.base.options import HALVES, AllOptions, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.target import Target
 from halovae.calls.time_pieces import Emit
+from halovae.calls.time_stages import Held, Stage, TimeStages
 from halovae.comm import Comm
 from halovae.comm.agreement import one_call
 from halovae.kernels import autocast
@@ -69,6 +70,21 @@ class AutoEngine(Engine):
     def run(
         self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
     ) -> Ran:  # fmt: skip
+        choice = self._choice(half, picture)
+        ran = self._ways[choice.way].run(half, picture, args, kwargs, emit)
+        return replace(ran, report=replace(ran.report, choice=str(choice)))
+
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
+        return self._ways[self._choice(half, frame).way].stages(half, frame, kwargs)
+
+    def run_stage(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
+    ) -> tuple[Ran, Held]:
+        choice = self._choice(half, args[0][:, :, :1])
+        ran, held = self._ways[choice.way].run_stage(half, args, kwargs, stages, stage, held)
+        return replace(ran, report=replace(ran.report, choice=str(choice))), held
+
+    def _choice(self, half: str, picture: Tensor) -> Choice:
         key = self._key(half, picture)
         if key not in self._choices:
             tiled = "tile" in self._ways and self._target.comes_tiled
@@ -78,9 +94,7 @@ class AutoEngine(Engine):
             )  # fmt: skip
             self._choices[key] = Choice("tile" if tiled else "exact", why)
             LOG.info("%s of %s: %s", half, self._target.name, self._choices[key])
-        choice = self._choices[key]
-        ran = self._ways[choice.way].run(half, picture, args, kwargs, emit)
-        return replace(ran, report=replace(ran.report, choice=str(choice)))
+        return self._choices[key]
 
     def _key(self, half: str, picture: Tensor) -> Any:
         kind = tuple(picture.shape), picture.dtype, picture.device, autocast.state()

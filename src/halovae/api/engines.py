@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from halovae.base import timeline, verdicts
+from halovae.base.errors import NotExactError
 from halovae.base.memory import PeakMemory
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.calls.blueprint import words_of
@@ -23,6 +24,7 @@ from halovae.calls.replay import Graphs
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.time_pieces import Emit, Splitter, StreamClosed, Walk, Walker
+from halovae.calls.time_stages import Held, Resumed, Stage, TimeStages
 from halovae.calls.verify import Probe, compression, make_probe, run_alone, scales_of, verify
 from halovae.comm import Comm, Traffic, backend_name
 from halovae.comm.agreement import together, verdict_of_all
@@ -54,6 +56,20 @@ class Engine(Protocol):
         self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
     ) -> Ran:  # fmt: skip
         """The half; where there is an `emit`, that gets the frames of the output, and nothing is returned of them."""
+        ...
+
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
+        """The steps of a clip that comes in parts, of which this is a frame. No exchange.
+
+        Raises:
+            NotExactError: it has to be there at once.
+        """
+        ...
+
+    def run_stage(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
+    ) -> tuple[Ran, Held]:
+        """One of them: the new frames, and what is kept for the next one."""
         ...
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
@@ -113,6 +129,14 @@ class TileEngine(Engine):
             _emit_whole(emit, outcome.result)
         return Ran(None if emit else outcome.result, report)
 
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
+        raise NotExactError("tiles are made of whole clips")
+
+    def run_stage(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
+    ) -> tuple[Ran, Held]:
+        raise NotExactError("tiles are made of whole clips")
+
     def settled(self) -> int:
         return len(self._runner.plans)
 
@@ -148,6 +172,7 @@ class ExactEngine(Engine):
         self.merger = Merger(comm, target, options.frames_per_call)
         self.graphs = Graphs(comm, target, always=options.graphs is True)
         self.walks: dict[Any, Walk | None] = {}
+        self._stages: dict[Any, TimeStages] = {}
         self._ratio: int | None = None
 
     def run(
@@ -155,6 +180,22 @@ class ExactEngine(Engine):
     ) -> Ran:  # fmt: skip
         call = _InPieces(self, half, args, kwargs, emit) if emit else _OnRanks(self, half, args, kwargs)
         return call.make()
+
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
+        kind = self.target.kind(half, (frame,), kwargs)
+        if kind not in self._stages:
+            method = functools.partial(self.target.run_untiled, half)
+            record = functools.partial(self.merger.record, half)
+            side = 8 * self.compression(half, frame)
+            small = frame[..., :side, :side]
+            self._stages[kind] = TimeStages(self.target.vae, half, method, record, frame, small, kwargs)
+        return self._stages[kind]
+
+    def run_stage(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
+    ) -> tuple[Ran, Held]:
+        call = _OneStage(self, half, args, kwargs, Resumed(self.target.vae, half, stages, stage, held))
+        return call.make(), call.resumed.held
 
     def settled(self) -> int:
         return len(self.verified) + len(self.tried) + len(self.merger.chosen) + len(self.walks)
@@ -363,6 +404,27 @@ class _InPieces(_OnRanks):
             super().gather()
             result, self.result = self.result, None
             _emit_whole(self._emit, result)
+
+
+class _OneStage(_OnRanks):
+    """A stage of a clip that comes in parts."""
+
+    def __init__(
+        self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], resumed: Resumed
+    ) -> None:  # fmt: skip
+        super().__init__(engine, half, args, kwargs)
+        self.resumed = resumed
+
+    def join_steps(self) -> None:
+        """A stage is one step of a network, or as many as the VAE makes for it."""
+        self.steps = ()
+
+    def runner(self) -> Runner:
+        return on_shards
+
+    def run(self) -> None:
+        self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
+        self.work.run(functools.partial(self.resumed, functools.partial(self.target.run_untiled, self.half)))
 
 
 def _emit_whole(emit: Emit, result: Any) -> None:

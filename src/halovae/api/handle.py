@@ -8,10 +8,10 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from halovae.api.advice import advised
 from halovae.api.auto import make_engine
 from halovae.api.engines import Engine, Ran
+from halovae.api.parts import CLOSED, ClipSession, PartialClip, Parts
 from halovae.api.stream import Give, Stream
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled, never_compiled
@@ -44,9 +45,6 @@ from halovae.comm.agreement import Glance, Tally, one_call, together
 from halovae.kernels import autocast
 from halovae.kernels.kept import Kept
 from halovae.tiles.tile_settings import described
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 LOG = logging.getLogger("halovae")
@@ -85,7 +83,8 @@ class Handle:
         self._whole: Engine | None = None
         """Runs one rank's input on all ranks, for that rank."""
         self._kept = Kept()
-        self._calls = 0
+        self._calls = self._opened = 0
+        self._sessions: set[ClipSession] = set()
         self._halves: set[str] = set(target.originals)
         self._running = self._warned = self._said_compiled = False
         for half in target.originals:
@@ -114,6 +113,8 @@ class Handle:
             self._target.restore(half)
             self._dtypes.undo(half, self._halves)
             if not self._halves:
+                for session in list(self._sessions):
+                    session.close()
                 self._free()
                 self._kept = Kept()
                 self._comm.close()
@@ -201,8 +202,155 @@ class Handle:
             finally:
                 self._running = False
 
-    def decode_stream(self, *args: Any, **kwargs: Any) -> Stream:
+    def encode_stream(self, frames: Iterable[Tensor], *, count: int | None = None, **kwargs: Any) -> Parts:
+        """Encode a video that comes from an iterator. Called on every rank.
+
+        Latents come as soon as they are final, and no rank holds all frames. Joined in time, the pieces are what one
+        call gives, bit for bit where that joins no steps (`Options.frames_per_call`). A VAE that walks through time in
+        steps gives a piece after each of them. Any other one gives one piece, for which all frames are held:
+        `last.pieces` tells.
+
+        Every rank reads its own iterator, and all have to yield the same clip. Whether they do is checked at each step,
+        by sizes and some values. Nothing is read ahead of the step that is asked for.
+
+        Args:
+            frames: yields tensors `(batch, channels, frames, height, width)`, of any number of frames each.
+            count: of all frames. Some VAEs cut a clip by it, and give one piece where it is not known.
+            kwargs: as for `encode`.
+
+        Returns:
+            An iterator. It yields what the VAE's `encode` returns, for the frames of a step: a distribution where that
+            gives one. On ranks that `gather` does not name, it yields what these get of a call.
+
+        Raises:
+            InputError: frames are of another size than the ones before, there are none, or not as many as `count` says;
+                from the iterator, on the rank where it is so.
+            DisagreementError: ranks read different clips; from the iterator, on all ranks.
+            RankFailedError: another rank failed, or its iterator did; likewise.
+
+        Example:
+            >>> with handle.encode_stream(clip) as stream:
+            ...     for piece in stream:
+            ...         send(piece.latent_dist.mode())
+        """
+        return self._parts("encode", frames, count, kwargs)
+
+    def session(self) -> ClipSession:
+        """Open a clip that goes on from call to call. Called on every rank, in the same order.
+
+        Raises:
+            InputError: `Options.sessions` of them are open.
+
+        Example:
+            >>> with handle.session() as session:
+            ...     while playing:
+            ...         show(session.decode(next_latents()).sample)
+        """
+        most = self._options.sessions
+        if len(self._sessions) >= most:
+            raise InputError(f"{most} sessions are open, as many as allowed: close one, or give Options(sessions=...)")
+        self._opened += 1
+        session = ClipSession(self, f"session {self._opened}", self._sessions.discard)
+        self._sessions.add(session)
+        return session
+
+    def _parts(self, half: Half, frames: Iterable[Tensor], count: int | None, kwargs: dict[str, Any]) -> Parts:
+        if count is not None and (type(count) is not int or count < 1):
+            raise InputError(f"count is {count!r}: give the number of all frames, or None where it is not known")
+        self._opened += 1
+        return Parts(self, half, frames, PartialClip(half, kwargs, f"{half} of stream {self._opened}", count))
+
+    def run_part(
+        self, clip: PartialClip, frames: Tensor | None, *, ends: bool = False, goes_on: bool = True,
+        problem: BaseException | None = None,
+    ) -> Any:  # fmt: skip
+        """See `Runs`."""
+        self._check_no_stream()
+        half, args = clip.half, tuple(tensor for tensor in (frames,) if tensor is not None)
+        with self._lock:
+            if half not in self._halves:
+                if not goes_on:
+                    return CLOSED
+                raise InputError(f"this handle does not run {half} any more")
+            if self._running:
+                raise InputError(f"{clip.words} can't go on within a call of its handle")
+            self._running, started = True, time.perf_counter()
+            try:
+                with self._one_call(half, args, clip.kwargs):
+                    if not all(self._comm.all_gather_object(goes_on)):
+                        return CLOSED
+
+                    def check() -> None:
+                        if problem:
+                            raise problem
+                        clip.check(frames, ends)
+
+                    args, kwargs = self._dtypes.given(half, args, clip.kwargs)
+                    given = args or tuple(filter(torch.is_tensor, (clip.tail,)))
+                    how = f", {clip.words}, {len(args)}{', its end' if ends else ''}"
+                    picture = self._agree_on_call(half, given, kwargs, how=how, check=check)
+                    if not clip.is_opened:
+                        return self._open(clip, picture, kwargs)
+                    with torch.no_grad(), self._reported(half, picture.device, started, started) as report:
+                        result, went_on = self._next_part(clip, args, kwargs, ends, report)
+                went_on()  # On all ranks.
+                return result
+            finally:
+                self._running = False
+
+    def _open(self, clip: PartialClip, picture: Tensor, kwargs: dict[str, Any]) -> None:
+        with together(self._comm) as said:
+            stages = short = None
+            try:
+                stages = self._engine.stages(clip.half, picture[:, :, :1], kwargs)
+                short = stages.short(clip.count)
+                with suppress(NotExactError) if clip.is_session else nullcontext():  # It may go on by other steps.
+                    stages.check(short)
+            except InputError:
+                raise
+            except Exception as error:  # Whatever a model's code raises on frames that are not there.
+                LOG.debug("%s of %s takes whole clips: %s", clip.half, self._target.name, error)
+                if clip.is_session:
+                    raise InputError(
+                        f"{clip.words}: {self._target.name} can't go on from call to call: {error}"
+                    ) from error
+                stages = None
+            said["steps in time"] = stages is not None
+        clip.opened(stages, short)
+
+    def _next_part(
+        self, clip: PartialClip, args: tuple[Any, ...], kwargs: dict[str, Any], ends: bool, report: Callable[[Ran], Any]
+    ) -> tuple[Any, Callable[[], None]]:  # fmt: skip
+        """What the half gives for the frames that are final now, and what notes that all ranks have it."""
+        stages, frames = clip.stages, args[0] if args else None
+        if stages is None:
+            result = report(self._engine.run(clip.half, args[0], args, kwargs)) if args else None
+            return result, lambda: self._note_piece(clip, result)
+        with together(self._comm):
+            count = 0 if frames is None else frames.shape[2]
+            found = None if ends else stages.next_part(clip.place, clip.short)
+            stage, place = found[1:] if found else stages.rest_of(clip.place, count)
+            laid_out = clip.laid_out(stage, frames) if stage.run or stage.length else None
+        if laid_out is None:
+            return None, lambda: clip.went_on(stage, place, clip.held, frames)
+        ran, held = self._engine.run_stage(clip.half, (laid_out,), kwargs, stages, stage, clip.held)
+        result = report(ran) if stage.length else None
+
+        def went_on() -> None:
+            clip.went_on(stage, place, held, frames)
+            self._note_piece(clip, result)
+
+        return result, went_on
+
+    def _note_piece(self, clip: PartialClip, result: Any) -> None:
+        if result is not None and self.last:
+            clip.pieces.append(time.perf_counter() - clip.started)
+            self.last = replace(self.last, pieces=len(clip.pieces), first_seconds=clip.pieces[0])
+
+    def decode_stream(self, *args: Any, count: int | None = None, **kwargs: Any) -> Stream | Parts:
         """Decode a video and get its frames as they come. Called on every rank, as `decode`, with equal arguments.
+
+        Latents that come from an iterator themselves are read as `encode_stream` reads frames.
 
         The pieces, joined in time, are what one call gives, bit for bit. They come after each step in time of a VAE
         that walks through time in steps (exact mode); any other one gives one piece, and so do tiles: `last.pieces`
@@ -213,7 +361,8 @@ class Handle:
         end the handle makes no other call.
 
         Args:
-            args: as for `decode`.
+            args: as for `decode`; in place of the latents, an iterable of latents of any number of frames each.
+            count: of all latent frames, as for `encode_stream`, where they come from an iterable.
             kwargs: likewise.
 
         Returns:
@@ -229,6 +378,8 @@ class Handle:
             ...     for frames in stream:
             ...         show(frames)
         """
+        if len(args) == 1 and isinstance(args[0], Iterable) and not isinstance(args[0], Tensor):
+            return self._parts("decode", cast("Iterable[Tensor]", args[0]), count, kwargs)
         device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         self._check_no_stream()
         with self._lock:
@@ -328,7 +479,7 @@ class Handle:
         begun = time.perf_counter()
         with self._one_call(half, args, kwargs):
             args, kwargs = self._dtypes.given(half, args, kwargs)
-            picture = self._agree_on_call(half, args, kwargs, in_pieces=emit is not None)
+            picture = self._agree_on_call(half, args, kwargs, how=", in pieces" if emit else "")
             with torch.no_grad(), self._reported(half, picture.device, started, begun) as report:
                 try:
                     ran = self._engine.run(half, picture, args, kwargs, emit)
@@ -399,20 +550,29 @@ class Handle:
         yield report
 
     def _agree_on_call(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], alike: bool = True, in_pieces: bool = False
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], alike: bool = True, how: str = "",
+        check: Callable[[], None] = lambda: None,
     ) -> Tensor:  # fmt: skip
         """Check that the call can be run on every rank, and where it has to be `alike` is the same.
+
+        Args:
+            half: of the call.
+            args: of the half.
+            kwargs: likewise.
+            alike: whether all ranks have the same.
+            how: more of what it is.
+            check: what else has to be in order.
 
         Returns:
             The picture to cut.
         """
         self._calls += 1
         with together(self._comm) as said:
+            check()
             pictures = pictures_in((args, kwargs))
             self._check(half, pictures)
             said["autocast"] = dict(autocast.state()) or "off"
-            how = ", in pieces" if in_pieces else "" if alike else ", of each rank its own"
-            said["call"] = f"{half} number {self._calls}{how}"
+            said["call"] = f"{half} number {self._calls}{how}{'' if alike else ', of each rank its own'}"
             if alike and self._comm.size > 1:
                 named = (f"{name}={_described(value)}" for name, value in sorted(kwargs.items()))
                 said["arguments"] = ", ".join([*map(_described, args), *named])

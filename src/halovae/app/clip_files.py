@@ -2,44 +2,168 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from halovae import media
-from halovae.app.session import Session
-from halovae.base.errors import InputError
-from halovae.media import latents_file
+from halovae.app.session import Advance, Half, Loaded, Session
+from halovae.base.errors import HalovaeError, InputError
+from halovae.media import codec, latents_file
 from halovae.media.latents_file import LatentsInfo
+from halovae.media.vae_limits import Fit
+
+Take = Callable[[media.Frames], None]
 
 
-def read_clip(
+def open_clip(
     session: Session, source: Path, frames: media.FrameRange | None, height: int | None, width: int | None
-) -> media.Clip:
-    """Read on every rank: each needs the clip, and decoding it costs less than sending it."""
+) -> media.Film:
+    """Look through a clip on every rank: each needs its frames, and decoding them costs less than sending them."""
     count = frames.stop - frames.start if frames is not None and frames.stop is not None else None
-    clip = session.together(
+    film = session.together(
         "read",
-        lambda advance: media.read(source, frames=frames, height=height, width=width, advance=advance),
+        lambda advance: media.Film(source, frames=frames, height=height, width=width, advance=advance),
         count,
     )
-    for note in clip.notes:
+    for note in film.notes:
         session.stages.note(f"{source}: {note}")
-    return clip
+    return film
 
 
-def write_clip(
-    session: Session, output: Path, frames: media.Frames, fps: Fraction, crf: int | None = None,
-    times: Sequence[int] = (), lossless: bool = False,
-) -> None:  # fmt: skip
-    """Write on this rank alone."""
-    with session.stages.stage("write", len(frames)) as advance:
-        notes = media.write(output, frames, fps, advance, crf, times, lossless)
-    for note in notes:
+@contextmanager
+def writing(session: Session, output: Path, fps: Fraction, **settings: Any) -> Iterator[Take]:
+    """Within it, the first rank writes a clip while its further frames are made. Called on every rank.
+
+    Args:
+        session: of this rank.
+        output: as for `media.Writer`.
+        fps: likewise.
+        settings: likewise.
+
+    Yields:
+        What takes the next frames, as `media.write` does, on the first rank.
+
+    Raises:
+        InputError: at the end, on all ranks: the file can't be written.
+    """
+    with ExitStack() as stack:
+        writer = None
+        if session.is_first:
+            writer = stack.enter_context(media.Writer(output, fps, **settings))
+
+        def take(frames: media.Frames) -> None:
+            if writer is not None:
+                for frame in frames:
+                    writer.put(frame)
+
+        yield take
+        problem = _failure(stack.close)
+    session.agree(problem)
+    for note in writer.notes if writer else ():
         session.stages.note(f"{output}: {note}")
+
+
+def encode(
+    session: Session, loaded: Loaded, fit: Fit, film: media.Film, handle: Any, label: str = ""
+) -> tuple[Tensor, Half]:  # fmt: skip
+    """Encode a clip, whose frames are read meanwhile.
+
+    Args:
+        session: of this rank.
+        loaded: the VAE.
+        fit: how the clip is padded.
+        film: the clip.
+        handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
+        label: after the name of the stage.
+
+    Returns:
+        Latents as `codec.encode` gives them, on the ranks that `gather` names.
+    """
+    with session.measured(f"encode{label}", handle, fit.padded_frames) as (half, advance, after):
+        frames = codec.padded(film, fit, session.dtypes["encode"], session.device)
+        stream = None if handle is None else handle.encode_stream
+        pieces = codec.encode_pieces(
+            loaded.vae, loaded.limits, _counted(frames, advance, after), fit.padded_frames, after, stream
+        )
+        latents = codec.joined(loaded.limits, pieces)
+    return latents, half
+
+
+def _counted(frames: Iterable[Tensor], advance: Advance, after: Callable[[], None]) -> Iterator[Tensor]:
+    """Each counts when the next one is asked for; a call of the VAE may be over then."""
+    for frame in frames:
+        yield frame
+        advance()
+        after()
+
+
+def decode(
+    session: Session, loaded: Loaded, fit: Fit, latents: Tensor, handle: Any, take: Callable[[Tensor], None],
+    label: str = "",
+) -> Half:  # fmt: skip
+    """Decode a clip, and let the first rank have its frames as soon as they are final.
+
+    Args:
+        session: of this rank.
+        loaded: the VAE.
+        fit: the sizes of the clip.
+        latents: as `codec.decode` takes them.
+        handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
+        take: gets the next frames, (3, frames, height, width) of -1 to 1, cropped.
+        label: after the name of the stage.
+
+    Raises:
+        HalovaeError: of `take`, on all ranks.
+    """
+    vae, limits, count = loaded.vae, loaded.limits, 0
+    left = codec.decode_calls(vae, limits, latents)
+    agree = _raise if handle is None else session.agree
+
+    def given(piece: Tensor) -> None:
+        fit.check(fit.padded_frames, *piece.shape[2:])
+        cropped = fit.crop_piece(piece, count)
+        if cropped.shape[1]:
+            take(cropped)
+            advance(cropped.shape[1])
+
+    def after_call() -> None:
+        nonlocal left
+        after()
+        left -= 1
+        is_over = session.is_first and not left
+        agree(_failure(fit.check, count, fit.padded_height, fit.padded_width) if is_over else None)
+
+    with session.measured(f"decode{label}", handle, fit.frames) as (half, advance, after):
+        latents = latents.to(session.device, session.dtypes["decode"])
+        stream = None if handle is None else handle.decode_stream
+        with closing(codec.decode_pieces(vae, limits, latents, after_call, stream)) as pieces:
+            for piece in pieces:
+                after()
+                if session.is_first and (problem := _failure(given, piece)) is not None:
+                    pieces.close()  # Which ends the call on the other ranks, too.
+                    agree(problem)
+                count += piece.shape[1]
+                del piece
+    return half
+
+
+def _failure(step: Callable[..., object], *given: Any) -> HalovaeError | None:
+    try:
+        step(*given)
+    except HalovaeError as error:
+        return error
+    return None
+
+
+def _raise(problem: HalovaeError | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def loss(output: Path, crf: int | None = None, lossless: bool = False) -> str:
@@ -106,7 +230,7 @@ def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None
     Raises:
         InputError: a file can't be read; or they differ in length, size or rate, and `trim` is not set.
     """
-    reference, result = media.Film(one, advance), media.Film(other, advance)
+    reference, result = media.Film(one, advance=advance), media.Film(other, advance=advance)
     lengths = reference.count, result.count
     rates = reference.pace.fps, result.pace.fps
     if abs(rates[0] / rates[1] - 1) < _ROUNDING:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halovae.app.clip_files import lossy_words
+from halovae.app import clip_files
+from halovae.app.clip_files import Take, lossy_words
 from halovae.app.session import Half, Loaded, Session
 from halovae.app.tables import Row, counted, mebibytes, seconds_table, table
 from halovae.base.options import Gather
 from halovae.calls.verify import TOLERANCE, distance
 from halovae.evaluation.numbers import bound, decibel, finite
 from halovae.evaluation.scores import PEAK, psnr
-from halovae.media import codec
+from halovae.media import Film, codec
 from halovae.media.vae_limits import Fit
 
 GATHER: Gather = {"encode": "all", "decode": "first"}
@@ -30,16 +32,32 @@ BEFORE = "before rounding to 8 bits and writing"
 class ClipResult:
     """One way of a clip through the VAE."""
 
+    film: Film
+    """The source."""
     latents: Tensor
-    sample: Tensor
-    """(3, frames, height, width), cropped, not clamped; on further ranks what they hold of it."""
-    frames: NDArray[np.uint8]
+    sample: Tensor | None
+    """(3, frames, height, width), cropped, not clamped; on the first rank, where it was to be kept."""
     encode: Half
     decode: Half
 
     @property
     def halves(self) -> dict[str, Half]:
         return {"encode": self.encode, "decode": self.decode}
+
+    @property
+    def kept(self) -> Tensor:
+        assert self.sample is not None
+        return self.sample
+
+    @cached_property
+    def frames(self) -> NDArray[np.uint8]:
+        """In 8 bits."""
+        return codec.to_frames(self.kept)
+
+    @cached_property
+    def psnr(self) -> float:
+        """To the source."""
+        return psnr(self.film, self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,41 +76,48 @@ class Told:
     """The same in a sentence."""
 
 
-def run_through(session: Session, loaded: Loaded, fit: Fit, clip: Tensor, handle: Any, label: str = "") -> ClipResult:
-    """Encode and decode `clip`, which is padded already.
+def run_through(
+    session: Session, loaded: Loaded, fit: Fit, film: Film, handle: Any, label: str = "", *, keep: bool = True,
+    take: Take | None = None,
+) -> ClipResult:  # fmt: skip
+    """Encode and decode a clip.
 
     Args:
-        clip: (3, frames, height, width).
-        handle: of the parallel VAE, None for the VAE itself.
+        film: the clip.
+        handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
         label: after the names of the stages.
+        keep: whether the first rank keeps what came out.
+        take: gets the frames in 8 bits, on the first rank, as soon as they are final.
     """
-    vae, limits, dtypes = loaded.vae, loaded.limits, session.dtypes
-    calls = fit.padded_frames if limits.per_frame else 1
-    latents, encode = session.measured(
-        f"encode{label}", lambda after: codec.encode(vae, limits, clip.to(dtypes["encode"]), after), handle, calls
-    )
-    calls = codec.decode_calls(vae, limits, latents)
-    sample, decode = session.measured(
-        f"decode{label}", lambda after: codec.decode(vae, limits, latents.to(dtypes["decode"]), after), handle, calls
-    )
-    sample = fit.crop(sample) if session.is_first else sample
-    return ClipResult(latents=latents, sample=sample, frames=codec.to_frames(sample), encode=encode, decode=decode)
+    latents, encode = clip_files.encode(session, loaded, fit, film, handle, label)
+    sample, count = None, 0
+
+    def taken(piece: Tensor) -> None:
+        nonlocal sample, count
+        if take is not None:
+            take(codec.Frames(piece))
+        if keep:
+            if sample is None:
+                sample = piece.new_empty((piece.shape[0], fit.frames, *piece.shape[2:]))
+            sample[:, count : count + piece.shape[1]] = piece
+            count += piece.shape[1]
+
+    decode = clip_files.decode(session, loaded, fit, latents, handle, taken, label)
+    return ClipResult(film=film, latents=latents, sample=sample, encode=encode, decode=decode)
 
 
 def told(
-    session: Session, source: NDArray[np.uint8], result: ClipResult, alone: ClipResult | None, peak: int | None,
-    lost: str,
-) -> Told:  # fmt: skip
+    session: Session, ratio: float, result: ClipResult, alone: ClipResult | None, peak: int | None, lost: str
+) -> Told:
     """What is said of a run, next to one rank alone where that ran too.
 
     Args:
-        source: (frames, height, width, 3), levels of 0 to 255.
+        result: of the ranks; kept where one rank alone ran too.
         peak: bytes, the most that any rank took.
         lost: what writing changes the pixels by, see `clip_files.loss`.
     """
     ranks = counted(session.group.size, "rank")
-    rows = _rows(ranks, source, result, alone, peak)
-    ratio = psnr(source, result.frames)
+    rows = _rows(ranks, ratio, result, alone, peak)
     numbers: dict[str, Any] = {"psnr": finite(ratio), "peak_memory": peak}
     if alone is None:
         text = seconds_table(result.halves) + memory_line(peak) + f"PSNR to the source: {decibel(ratio)}\n"
@@ -115,14 +140,14 @@ def told(
     same = "give the same result" if passed else "do not give the same result"
     verdict = f"{ranks} and one rank {same} {rounding}: {near}."
     numbers |= {"differences": {name: finite(value) for name, value in found.items()}}
-    numbers |= {"allowed_l2": allowed, "passed": passed, "one_rank": _alone(source, alone)}
+    numbers |= {"allowed_l2": allowed, "passed": passed, "one_rank": _alone(alone)}
     return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
 
 
 def differences(one: ClipResult, other: ClipResult) -> dict[str, float]:
     """The largest differences, of latents also as a share of the largest latent, and relative L2 distances."""
     latents = (one.latents.double() - other.latents.double()).abs().max().item()
-    pixels = (one.sample.double() - other.sample.double()).abs().max().item()
+    pixels = (one.kept.double() - other.kept.double()).abs().max().item()
     levels = np.abs(one.frames.astype(np.int16) - other.frames)
     largest = other.latents.double().abs().max().item()
     return {
@@ -130,7 +155,7 @@ def differences(one: ClipResult, other: ClipResult) -> dict[str, float]:
         "latents_relative": latents / largest if largest else 0.0,
         "latents_l2": distance(one.latents, other.latents),
         "pixels": pixels,
-        "pixels_l2": distance(one.sample, other.sample),
+        "pixels_l2": distance(one.kept, other.kept),
         "levels": int(levels.max()),
         "values_off": int(np.count_nonzero(levels)),
     }
@@ -162,7 +187,7 @@ def in_8_bits(found: dict[str, float], count: int) -> str:
 
 
 def _rows(
-    ranks: str, source: NDArray[np.uint8], result: ClipResult, alone: ClipResult | None, peak: int | None
+    ranks: str, ratio: float, result: ClipResult, alone: ClipResult | None, peak: int | None
 ) -> list[Row]:  # fmt: skip
     """Time, memory and quality; the last column tells how much faster and leaner the ranks are."""
     own_peak = None if alone is None else max(half.peak_memory or 0 for half in alone.halves.values()) or None
@@ -174,14 +199,14 @@ def _rows(
     if peak is not None:
         share = "" if own_peak is None else f"{peak / own_peak:.2f}x as much"
         rows.append(("peak memory of a rank", mebibytes(peak), "" if own_peak is None else mebibytes(own_peak), share))
-    far = "" if alone is None else decibel(psnr(source, alone.frames))
-    rows.append(("PSNR to the source", decibel(psnr(source, result.frames)), far, ""))
+    far = "" if alone is None else decibel(alone.psnr)
+    rows.append(("PSNR to the source", decibel(ratio), far, ""))
     return rows if alone is not None else [row[:2] for row in rows]
 
 
-def _alone(source: NDArray[np.uint8], alone: ClipResult) -> dict[str, Any]:
+def _alone(alone: ClipResult) -> dict[str, Any]:
     return {
-        "psnr": finite(psnr(source, alone.frames)),
+        "psnr": finite(alone.psnr),
         "seconds": {name: half.seconds for name, half in alone.halves.items()},
         "peak_memory": {name: half.peak_memory for name, half in alone.halves.items()},
     }

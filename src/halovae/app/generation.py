@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,12 @@ from halovae.base.files import check_model, check_output, first_line
 from halovae.pipelines.generation_settings import Generation, Setup
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from halovae.app.session import Session
     from halovae.pipelines.load import PipelineSource
-    from halovae.pipelines.runner import Result, Runner
+    from halovae.pipelines.runner import OnFrames, Result, Runner
 
 
 def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
@@ -80,31 +84,41 @@ def _check_image(path: Path, output: Path) -> None:
 
 
 def _on_rank(session: Session, job: PipelineJob) -> None:
-    from halovae.app.clip_files import write_clip
+    from fractions import Fraction
+
+    import numpy as np
+
+    from halovae.app.clip_files import writing
     from halovae.app.generation_report import page, text
     from halovae.base.files import write_json
     from halovae.pipelines.stages import WRITE, StageTimeline
 
-    made = make(session, job)
-    if made.result.frames is None:
-        return
-    from fractions import Fraction
+    timeline, shown = StageTimeline(session.device), list["NDArray[np.uint8]"]()
+    with ExitStack() as stack:
+        take = stack.enter_context(writing(session, job.output, Fraction(job.fps), crf=job.crf, lossless=job.lossless))
 
-    writing = StageTimeline(session.device)
-    with writing.stage(WRITE):
-        write_clip(session, job.output, made.result.frames, Fraction(job.fps), job.crf, lossless=job.lossless)
-    made.document["seconds"] |= writing.seconds
+        def on_frames(frames: NDArray[np.uint8]) -> None:
+            take(frames)
+            if job.report is not None:
+                shown.append(frames)
+
+        made = make(session, job, on_frames)
+        with timeline.stage(WRITE):  # What of it is left.
+            stack.close()
+    if not session.is_first:
+        return
+    made.document["seconds"] |= timeline.seconds
     if job.json is not None:
         write_json(job.json, made.document)
     typer.echo(text(session, job, made), nl=False)
     if job.report is not None:
         from halovae.evaluation.report import write_report
 
-        typer.echo(f"report: {write_report(job.report, page(session, job, made))}")
+        typer.echo(f"report: {write_report(job.report, page(session, job, made, np.concatenate(shown)))}")
 
 
-def make(session: Session, job: PipelineJob) -> PipelineRun:
-    """Load the pipeline, run it once, and account for it. Called on every rank."""
+def make(session: Session, job: PipelineJob, on_frames: OnFrames) -> PipelineRun:
+    """Load the pipeline, run it once, and account for it. Called on every rank; the frames go to `on_frames`."""
     from halovae.app.generation_report import document
     from halovae.app.pages import recorded
     from halovae.app.settled import planned
@@ -123,7 +137,7 @@ def make(session: Session, job: PipelineJob) -> PipelineRun:
         runner = session.together("spread", lambda advance: Runner(pipeline, setup, session.group, session.device))
     with runner, recorded(session) as timeline:
         try:
-            result = _run(session, runner, generation)
+            result = _run(session, runner, generation, on_frames)
         except RuntimeError as error:
             if isinstance(error, HalovaeError) or source.stated:
                 raise
@@ -165,11 +179,22 @@ def loaded(session: Session, job: PipelineJob, source: PipelineSource) -> tuple[
     return setup, session.together("load", lambda advance: load_pipeline(source, setup))
 
 
-def _run(session: Session, runner: Runner, generation: Generation) -> Result:
-    with session.stages.stage("run", generation.num_inference_steps) as advance:
+def _run(session: Session, runner: Runner, generation: Generation, on_frames: OnFrames) -> Result:
+    with ExitStack() as stack:
+        advance = stack.enter_context(session.stages.stage("run", generation.num_inference_steps, "steps"))
+        is_decoding = False
 
         def on_step(done: int, total: int | None) -> None:
             if done:
                 advance()
 
-        return runner.run(generation, on_step)
+        def counted(frames: NDArray[np.uint8]) -> None:
+            nonlocal advance, is_decoding
+            if not is_decoding:
+                is_decoding = True
+                stack.close()
+                advance = stack.enter_context(session.stages.stage("decode", generation.num_frames, "frames"))
+            on_frames(frames)
+            advance(len(frames))
+
+        return runner.run(generation, on_step, counted)

@@ -13,6 +13,9 @@ from halovae.evaluation.report import PictureSection, Report, lanes
 from halovae.pipelines.stages import LOAD, STAGES, WRITE
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from halovae.app.job import PipelineJob, PipelineRun
     from halovae.app.session import Session
     from halovae.pipelines.generation_settings import Generation, Setup
@@ -44,31 +47,29 @@ def document(
         "settings": settings | {"seed": result.seed},
         "setup": asdict(setup),
         "seconds": dict(result.seconds),
+        "first_frame_seconds": result.first_seconds,
         "per_rank": session.group.all_gather_object(own),
     }
 
 
 def text(session: Session, job: PipelineJob, made: PipelineRun) -> str:
     """What a user reads at the end."""
-    frames = made.result.frames
-    assert frames is not None
-    count, height, width = frames.shape[:3]
+    count, height, width = made.result.sizes
     what = f"{counted(count, 'frame')} of {width}x{height}"
     what += "" if job.task == "image-to-image" else f", {job.fps} per second"
     return "".join(
         f"{line}\n"
         for line in (
             f"{job.output}: {what}, seed {made.result.seed}",
+            f"first frame after {made.result.first_seconds:.2f} s",
             f"{made.source.model} ({made.source.cls.__name__}), {made.setup.dtype}, {place_of(session)}",
             *dict.fromkeys(f"VAE {report}" for _, report in made.result.calls),
         )
     ) + table(stage_rows(made.document)) + _memory_line(made.document)  # fmt: skip
 
 
-def page(session: Session, job: PipelineJob, made: PipelineRun) -> Report:
+def page(session: Session, job: PipelineJob, made: PipelineRun, frames: NDArray[np.uint8]) -> Report:
     """For `--report`: what was made, where the time went, and what each rank did."""
-    frames = made.result.frames
-    assert frames is not None
     lost = loss(job.output, job.crf, job.lossless)
     seconds, (timeline_seconds, found_lanes) = _seconds(made.document), lanes(made.spans)
     facts = {

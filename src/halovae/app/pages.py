@@ -28,7 +28,7 @@ from halovae.tiles.tile_settings import TileSettings
 if TYPE_CHECKING:
     from halovae.app.comparison import ClipResult, Told
     from halovae.app.session import Loaded, Session
-    from halovae.media import Clip
+    from halovae.media import Film
 
 
 @contextmanager
@@ -69,7 +69,7 @@ class Run:
     """Name of the file."""
     lost: str
     """What writing it changes the pixels by, see `clip_files.loss`."""
-    clip: Clip
+    film: Film
     result: ClipResult
     """Of the ranks."""
     alone: ClipResult | None
@@ -86,14 +86,14 @@ class Run:
 
 def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Report:
     """The report of `halovae roundtrip`."""
-    clip, result, alone, told = run.clip, run.result, run.alone, run.told
+    film, result, alone, told = run.film, run.result, run.alone, run.told
     cut = borders(loaded.vae, run.handle, loaded.limits.ratio, fit)
     ranks = counted(session.group.size, "rank")
     kept = _section(
         "Result against source",
         f"What the VAE keeps of the clip, before {run.output} was written.",
         ("Source", "Result"),
-        clip.frames,
+        film,
         result.frames,
         cut,
     )
@@ -106,12 +106,12 @@ def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Re
         )
         apart = _section(
             f"{ranks} {tiles}against one rank", text, ("One rank", f"{ranks} {tiles}".strip()),
-            _levels(alone.sample), _levels(result.sample), cut,
+            _levels(alone.kept), _levels(result.kept), cut,
         )  # fmt: skip
         sections = [apart, kept]
     seconds, found_lanes = lanes(run.spans)
     facts = {
-        "Clip": clip_line(fit, clip.fps),
+        "Clip": clip_line(fit, film.pace.fps),
         "VAE": described(session, loaded, result.encode),
         "File": f"{run.output}, {lossy_words(run.lost)}" if run.lost else f"{run.output}, which keeps every pixel",
     }

@@ -8,11 +8,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from halovae import comm
 from halovae.app import launch
@@ -26,6 +36,12 @@ from halovae.media import models
 from halovae.media import vae_limits as fit
 
 T = TypeVar("T")
+
+
+class Advance(Protocol):
+    """Called when so many steps more of a stage are done."""
+
+    def __call__(self, count: int = 1) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +136,8 @@ class Session:
     def is_first(self) -> bool:
         return self.group.rank == 0
 
-    def together(self, name: str, step: Callable[[Callable[[], None]], T], steps: int | None = None) -> T:
-        """Do a stage on every rank. If it fails on one, it fails on all, so that none is left waiting.
+    def together(self, name: str, step: Callable[[Advance], T], steps: int | None = None) -> T:
+        """Do a stage on every rank, and `agree`.
 
         Args:
             name: of the stage.
@@ -129,7 +145,7 @@ class Session:
             steps: of the progress bar.
 
         Raises:
-            HalovaeError: of this rank, or else the first one of another rank.
+            HalovaeError: as by `agree`.
         """
         result, own = None, None
         started = time.perf_counter()
@@ -139,12 +155,7 @@ class Session:
             except HalovaeError as error:
                 own = error
         self.seconds[name] = time.perf_counter() - started
-        messages = self.group.all_gather_object(None if own is None else str(own))
-        if own is not None:
-            raise own
-        for message in messages:
-            if message is not None:
-                raise InputError(message)
+        self.agree(own)
         return result  # type: ignore[return-value]  # It is T when `own` is None.
 
     def load(self) -> Loaded:
@@ -172,8 +183,7 @@ class Session:
 
     @contextmanager
     def parallel(self, vae: Any, **options: Any) -> Iterator[Any]:
-        """Within it, `vae` runs on all ranks as the user asked. Yields the handle, or None where one rank runs it as
-        it is.
+        """Within it, `vae` runs on all ranks as the user asked, also where that is one. Yields the handle.
 
         Args:
             vae: to run.
@@ -181,46 +191,61 @@ class Session:
         """
         work = self.options.work
         options = {"mode": work.mode, "untiled": work.untiled, "axis": self.options.axis, "size": work.ranks, **options}
-        # A VAE that comes tiled has a mode on one rank too.
-        if self.group.size == 1 and options["mode"] in (None, "exact") and not getattr(vae, "use_tiling", False):
-            yield None
-            return
         from halovae.api.parallelize import parallelize
 
         with parallelize(vae, **options) as handle:
             yield handle
 
-    def measured(
-        self, name: str, call: Callable[[Callable[[], None]], torch.Tensor], handle: Any, steps: int
-    ) -> tuple[torch.Tensor, Half]:
-        """Encode or decode a clip.
+    @contextmanager
+    def measured(self, name: str, handle: Any, frames: int) -> Iterator[tuple[Half, Advance, Callable[[], None]]]:
+        """Within it, a clip is encoded or decoded.
 
         Args:
             name: of the stage.
-            call: gets what to call after each call of the VAE.
             handle: of the parallel VAE, or None.
-            steps: how many calls of the VAE there will be.
+            frames: of the clip.
+
+        Yields:
+            The account of it, complete at the end; what to call with numbers of frames that are done; and what to call
+            after each call of the VAE, which may be more often.
         """
         half = Half()
         self.synchronize()
         # A parallel call measures its own; each measurement begins anew, so that one within the other would spoil it.
         memory = PeakMemory(self.device) if handle is None else None
         started = time.perf_counter()
-        with self.stages.stage(name, steps) as advance, torch.inference_mode():
 
-            def after() -> None:
-                advance()
+        known = None if handle is None else handle.last
+
+        def after() -> None:
+            nonlocal known
+            if handle is None:
                 half.calls += 1
-                if handle is not None:
-                    half.add(handle.last)
+            elif handle.last is not known:
+                known = handle.last
+                half.calls += 1
+                half.add(known)
 
-            result = call(after)
+        with self.stages.stage(name, frames, "frames") as advance, torch.inference_mode():
+            yield half, advance, after
         self.synchronize()
         half.seconds += time.perf_counter() - started
         half.peak_memory = half.peak_memory if memory is None else memory.read()
         self.seconds[name] = half.seconds
         timeline.note(name, started)
-        return result, half
+
+    def agree(self, error: HalovaeError | None) -> None:
+        """Go on where all ranks can. If one has failed, all do, so that none is left waiting. Called on every rank.
+
+        Raises:
+            HalovaeError: of this rank, or else the first one of another rank.
+        """
+        messages = self.group.all_gather_object(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for message in messages:
+            if message is not None:
+                raise InputError(message)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was told."""
@@ -297,6 +322,14 @@ def _device(asked: str | None, place: launch.Place) -> torch.device:
 _CLEAR_LINE = "\x1b[K"
 
 
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g}/s", style="progress.data.speed")
+
+
 class Stages:
     """The stages of a run, one at a time.
 
@@ -311,16 +344,32 @@ class Stages:
             sys.stderr.write(_CLEAR_LINE)
 
     @contextmanager
-    def stage(self, name: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show `name` while in it; yields what to call after each of `steps` (None: their number is unknown)."""
+    def stage(self, name: str, steps: int | None = None, unit: str = "") -> Iterator[Advance]:
+        """Show `name` while in it, how many steps are done, how many a second, and the time that is left.
+
+        Args:
+            name: of the stage.
+            steps: how many there will be; None: their number is unknown.
+            unit: what a step is.
+
+        Yields:
+            What to call when steps are done.
+        """
         if not self._shows:
-            yield lambda: None
+            yield lambda count=1: None
             return
-        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), _Rate(),
+            TimeElapsedColumn(), TimeRemainingColumn(),
+        )  # fmt: skip
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            # One step is all or nothing: then a bar that moves says more than one that stays empty.
-            task = progress.add_task(name, total=None if steps == 1 else steps)
-            yield lambda: progress.advance(task)
+            # Until the first step is done, a bar that moves says more than one that stays empty.
+            task = progress.add_task(name, total=None)
+
+            def advance(count: int = 1) -> None:
+                progress.update(task, advance=count, total=steps)
+
+            yield advance
 
     def note(self, text: str) -> None:
         """Tell the user what else has happened, on a line of its own."""

@@ -7,10 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from halovae.app.clip_files import lossy_words
 from halovae.app.comparison import GATHER, ClipResult, Told, allowed_l2, differences, run_through
@@ -21,6 +18,7 @@ from halovae.base.replaced import replaced
 from halovae.calls.target import Target
 from halovae.evaluation.numbers import decibel, finite
 from halovae.evaluation.scores import psnr
+from halovae.media import Film
 from halovae.media.vae_limits import Fit
 
 
@@ -48,53 +46,52 @@ class Ways:
     @property
     def same_bits(self) -> bool:
         """Whether tiles on ranks and the VAE's own on one rank give the same, latents and pixels."""
-        return torch.equal(self.tiles.latents, self.own.latents) and torch.equal(self.tiles.sample, self.own.sample)
+        return torch.equal(self.tiles.latents, self.own.latents) and torch.equal(self.tiles.kept, self.own.kept)
 
     def gap(self, result: ClipResult) -> Gap | None:
         if self.whole is None:
             return None
-        largest = (result.sample.float() - self.whole.sample.float()).abs().max().item()
+        largest = (result.kept.float() - self.whole.kept.float()).abs().max().item()
         return Gap(psnr=psnr(result.frames, self.whole.frames), largest=largest)
 
 
-def run_exact(session: Session, loaded: Loaded, fit: Fit, clip: Tensor) -> ClipResult | None:
+def run_exact(session: Session, loaded: Loaded, fit: Fit, film: Film) -> ClipResult | None:
     """The clip in exact mode, on all ranks; None where exact mode refuses the VAE."""
     if Target(loaded.vae).tiles_only:
         return None
     try:
         with _tiling(loaded.vae, False), session.parallel(loaded.vae, mode="exact", gather=GATHER) as handle:
-            return run_through(session, loaded, fit, clip, handle, " exact")
+            return run_through(session, loaded, fit, film, handle, " exact")
     except NotExactError:
         return None
 
 
 def run_rest(
-    session: Session, loaded: Loaded, fit: Fit, clip: Tensor, tiles: ClipResult, exact: ClipResult | None
+    session: Session, loaded: Loaded, fit: Fit, film: Film, tiles: ClipResult, exact: ClipResult | None
 ) -> Ways:  # fmt: skip
     """Run the rest of the ways, on this rank alone."""
     with _tiling(loaded.vae, True):
-        own = run_through(session, loaded, fit, clip, None, " own tiles")
+        own = run_through(session, loaded, fit, film, None, " own tiles")
     whole = None
     try:
         with _tiling(loaded.vae, False):
-            whole = run_through(session, loaded, fit, clip, None, " un-tiled")
+            whole = run_through(session, loaded, fit, film, None, " un-tiled")
     except NotImplementedError as error:
         session.stages.note(f"there is no un-tiled result to compare with: {error}")
     return Ways(tiles=tiles, own=own, exact=exact, whole=whole)
 
 
-def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | None, lost: str) -> Told:
+def told(session: Session, ways: Ways, peak: int | None, lost: str) -> Told:
     """What is said of a run in tiles, next to the other ways.
 
     Args:
         session: of the first rank.
-        source: (frames, height, width, 3), levels of 0 to 255.
         ways: what was run.
         peak: bytes, the most that any rank took for its tiles.
         lost: what writing changes the pixels by, see `clip_files.loss`.
     """
     several = counted(session.group.size, "rank")
-    rows = _rows(several, source, ways, peak)
+    rows = _rows(several, ways, peak)
     same = "same bits" if ways.same_bits else f"other bits, by up to {_apart(ways):.1e}"
     text = (
         table(rows)
@@ -102,7 +99,7 @@ def told(session: Session, source: NDArray[np.uint8], ways: Ways, peak: int | No
         + f"tiles on {several} against the VAE's own tiles on one rank: {same}\n"
         + (f"the file is {lossy_words(lost)}\n" if lost else "")
     )
-    numbers = _as_document(source, ways) | {"psnr": finite(psnr(source, ways.tiles.frames)), "peak_memory": peak}
+    numbers = _as_document(ways) | {"psnr": finite(ways.tiles.psnr), "peak_memory": peak}
     numbers["passed"] = passed = ways.same_bits or (session.device.type != "cpu" and _is_rounding(session, ways))
     verdict = f"Tiles on {several} against the VAE's own tiles on one rank: {same}."
     return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
@@ -114,7 +111,7 @@ def _tiling(vae: Any, on: bool) -> Iterator[None]:
         yield
 
 
-def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None) -> list[Row]:
+def _rows(several: str, ways: Ways, peak: int | None) -> list[Row]:
     results = {f"tile, {several}": ways.tiles, "tile, one rank": ways.own, f"exact, {several}": ways.exact}
     results["un-tiled, one rank"] = ways.whole
     found = {name: result for name, result in results.items() if result is not None}
@@ -126,7 +123,7 @@ def _rows(several: str, source: NDArray[np.uint8], ways: Ways, peak: int | None)
         ("encode", *(f"{result.encode.seconds:.2f} s" for result in found.values())),
         ("decode", *(f"{result.decode.seconds:.2f} s" for result in found.values())),
         ("peak memory of a rank", *(mebibytes(bytes) if bytes else "" for bytes in peaks)),
-        ("PSNR to the source", *(decibel(psnr(source, result.frames)) for result in found.values())),
+        ("PSNR to the source", *(decibel(result.psnr) for result in found.values())),
     ]
     if ways.whole is not None:
         known = [gap for gap in gaps if gap is not None]
@@ -144,22 +141,22 @@ def _is_rounding(session: Session, ways: Ways) -> bool:
 
 
 def _apart(ways: Ways) -> float:
-    return (ways.tiles.sample.double() - ways.own.sample.double()).abs().max().item()
+    return (ways.tiles.kept.double() - ways.own.kept.double()).abs().max().item()
 
 
-def _as_document(source: NDArray[np.uint8], ways: Ways) -> dict[str, Any]:
+def _as_document(ways: Ways) -> dict[str, Any]:
     results = {"tile": ways.tiles, "own_tiles": ways.own, "exact": ways.exact, "untiled": ways.whole}
     return {
         "same_bits": ways.same_bits,
-        "ways": {name: _way(source, ways, result) for name, result in results.items() if result is not None},
+        "ways": {name: _way(ways, result) for name, result in results.items() if result is not None},
     }
 
 
-def _way(source: NDArray[np.uint8], ways: Ways, result: ClipResult) -> dict[str, Any]:
+def _way(ways: Ways, result: ClipResult) -> dict[str, Any]:
     gap = ways.gap(result)
     distances = {} if gap is None else vars(gap)
     return {
         "seconds": {"encode": result.encode.seconds, "decode": result.decode.seconds},
-        "psnr": finite(psnr(source, result.frames)),
+        "psnr": finite(result.psnr),
         "to_untiled": {name: finite(value) for name, value in distances.items()},
     }

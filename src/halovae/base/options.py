@@ -54,6 +54,8 @@ class Options:
     """Tile mode. Run tiles one by one, so that the result is bit for bit that of the VAE alone on this device, also
     where several in one call of the network are faster: on accelerators, when they are at least 1.1 times as fast and
     differ by rounding alone. On CPUs tiles always run one by one."""
+    sessions: int = 8
+    """How many sessions of the handle may be open at once: each keeps memory between its calls."""
     timeout: float = 60.0
     """Seconds without a sign of life after which a rank counts as stopped. A rank that is slow gives signs."""
 
@@ -66,6 +68,8 @@ class Options:
             raise InputError(f"graphs is {self.graphs!r}: give True, False or 'auto'")
         if type(self.same_bits) is not bool:
             raise InputError(f"same_bits is {self.same_bits!r}: give True or False")
+        if type(self.sessions) is not int or self.sessions < 1:
+            raise InputError(f"sessions is {self.sessions!r}: give a whole number, at least 1")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
             raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
 

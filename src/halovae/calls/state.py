@@ -38,7 +38,7 @@ class ModuleState:
     def __init__(self, network: nn.Module) -> None:
         self._holders = [*network.modules(), *Snapshot(network, values=False).objects()]
         self._base = self._now()
-        self._held = {place: _copied(value) for place, value in self._base.items()}
+        self._held = {place: copied(value) for place, value in self._base.items()}
         self._quiet = _Quiet(network)
 
     def _now(self) -> dict[Place, Any]:
@@ -54,9 +54,9 @@ class ModuleState:
             return {}
         base, held = self._base, self._held
         return {
-            place: _copied(value)
+            place: copied(value)
             for place, value in self._now().items()
-            if value is not base.get(place, _MISSING) or not _is_same(value, held[place])
+            if value is not base.get(place, _MISSING) or not is_same(value, held[place])
         }
 
     def set(self, values: dict[Place, Any]) -> None:
@@ -67,7 +67,7 @@ class ModuleState:
         for place in now.keys() | self._base.keys():
             value = values.get(place, self._held.get(place, _MISSING))
             is_now, base = now.get(place, _MISSING), self._base.get(place, _MISSING)
-            if is_now is not base or not _is_same(is_now, value):
+            if is_now is not base or not is_same(is_now, value):
                 _set_field(self._holders[place[0]], place[1], refill(base, value))
 
 
@@ -103,30 +103,30 @@ def _are_same(now: Collection[Any], before: tuple[Any, ...]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """The value with lists, tuples and dicts of its own, at any depth."""
     if isinstance(value, (list, tuple)):
-        items = [_copied(item) for item in cast("list[Any]", value)]
+        items = [copied(item) for item in cast("list[Any]", value)]
         if isinstance(value, list):
             return items
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if type(value) in _DICTS:
         table = copy.copy(value)
-        table.update({key: _copied(item) for key, item in table.items()})
+        table.update({key: copied(item) for key, item in table.items()})
         return table
     return value
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def is_same(one: Any, other: Any) -> bool:
     """Whether two values hold the very same leaves."""
     if one is other:
         return True
     if isinstance(one, (list, tuple)) and type(one) is type(other):
         pair = cast("list[Any]", one), cast("list[Any]", other)
-        return len(pair[0]) == len(pair[1]) and all(map(_is_same, *pair))
+        return len(pair[0]) == len(pair[1]) and all(map(is_same, *pair))
     if type(one) in _DICTS and type(one) is type(other):
         table, entries = cast("dict[Any, Any]", one), cast("dict[Any, Any]", other)
-        return table.keys() == entries.keys() and all(_is_same(item, entries[key]) for key, item in table.items())
+        return table.keys() == entries.keys() and all(is_same(item, entries[key]) for key, item in table.items())
     return False
 
 
@@ -145,7 +145,7 @@ def refill(old: Any, new: Any) -> Any:
     if isinstance(old, tuple) and isinstance(new, tuple) and len(cast("Any", old)) == len(cast("Any", new)):
         pair = cast("tuple[Any, ...]", old), cast("tuple[Any, ...]", new)
         items = [refill(a, b) for a, b in zip(*pair, strict=True)]
-        if all(map(_is_same, items, pair[0])):
+        if all(map(is_same, items, pair[0])):
             return pair[0]
         return type(pair[1])(*items) if hasattr(pair[1], "_fields") else tuple(items)
     return new

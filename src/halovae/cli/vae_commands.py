@@ -14,8 +14,11 @@ from halovae.base.errors import HalovaeError
 from halovae.cli import flags
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from halovae.app.session import Half, Loaded, Session
-    from halovae.media import Clip, FrameRange
+    from halovae.evaluation.scores import Frame
+    from halovae.media import Film, FrameRange, Frames
     from halovae.media.latents_file import LatentsInfo
     from halovae.media.vae_limits import Fit
 
@@ -59,37 +62,32 @@ def encode(context: typer.Context, **given: Any) -> int:
 
 
 def _encode(session: Session, job: _Job) -> None:
-    from halovae.app import tables
-    from halovae.app.clip_files import read_clip
-    from halovae.media import codec, latents_file
+    from halovae.app import clip_files, tables
+    from halovae.media import latents_file
 
-    clip = read_clip(session, job.source, job.frames, job.height, job.width)
+    film = clip_files.open_clip(session, job.source, job.frames, job.height, job.width)
     loaded = session.load()
-    fit = session.fit(loaded, clip.frames.shape[:3])
-    padded = fit.pad(codec.to_tensor(clip.frames, session.dtype, session.device))
-    calls = fit.padded_frames if loaded.limits.per_frame else 1
+    fit = session.fit(loaded, (film.count, *film.size))
     with session.parallel(loaded.vae, gather="first") as handle:
-        encoded, half = session.measured(
-            "encode", lambda after: codec.encode(loaded.vae, loaded.limits, padded, after), handle, calls
-        )
+        encoded, half = clip_files.encode(session, loaded, fit, film, handle)
     document = tables.document(session, loaded, fit, {"encode": half})
     if not session.is_first:
         return
-    latents_file.save(job.output, encoded, _info(loaded, clip, fit))
+    latents_file.save(job.output, encoded, _info(loaded, film, fit))
     shape = "x".join(map(str, encoded.shape))
-    line = f"latents {shape} of {tables.clip_line(fit, clip.fps)}"
+    line = f"latents {shape} of {tables.clip_line(fit, film.pace.fps)}"
     _tell(session, loaded, job, line, document, "encode", half)
 
 
-def _info(loaded: Loaded, clip: Clip, fit: Fit) -> LatentsInfo:
+def _info(loaded: Loaded, film: Film, fit: Fit) -> LatentsInfo:
     from halovae.media.latents_file import LatentsInfo, scaling_of
 
     return LatentsInfo(
         model=loaded.source.model,
         model_class=loaded.source.class_name,
         scaling=scaling_of(loaded.vae.config),
-        fps=clip.fps,
-        times=clip.times,
+        fps=film.pace.fps,
+        times=film.pace.times,
         **vars(fit),
     )
 
@@ -119,8 +117,7 @@ def decode(context: typer.Context, **given: Any) -> int:
 
 
 def _decode(session: Session, job: _Job) -> None:
-    from halovae.app import tables
-    from halovae.app.clip_files import write_clip
+    from halovae.app import clip_files, tables
     from halovae.media import check_still, codec, latents_file
     from halovae.media.vae_limits import Fit
 
@@ -131,19 +128,14 @@ def _decode(session: Session, job: _Job) -> None:
     loaded = session.load()
     latents_file.check_shape(encoded, info, loaded.limits, loaded.source.class_name)
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
-    encoded = encoded.to(session.device, session.dtype)
-    calls = codec.decode_calls(loaded.vae, loaded.limits, encoded)
-    with session.parallel(loaded.vae, gather="first") as handle:
-        sample, half = session.measured(
-            "decode", lambda after: codec.decode(loaded.vae, loaded.limits, encoded, after), handle, calls
-        )
+    written = clip_files.writing(session, job.output, info.fps, times=info.times, lossless=job.lossless)
+    with session.parallel(loaded.vae, gather="first") as handle, written as take:
+        half = clip_files.decode(session, loaded, fit, encoded, handle, lambda frames: take(codec.Frames(frames)))
     document = tables.document(session, loaded, fit, {"decode": half})
     if not session.is_first:
         return
-    sample = fit.crop(sample)
     if loaded.source.class_name != info.model_class:
         session.stages.note(f"the latents were made by {info.model} ({info.model_class})")
-    write_clip(session, job.output, codec.Frames(sample), info.fps, times=info.times, lossless=job.lossless)
     _tell(session, loaded, job, tables.clip_line(fit, info.fps), document, "decode", half)
 
 
@@ -163,41 +155,49 @@ def _roundtrip(session: Session, job: _Job) -> None:
     from halovae.app import comparison as compare
     from halovae.app import pages, tile_comparison
     from halovae.app import tables as report
-    from halovae.app.clip_files import loss, read_clip, write_clip
+    from halovae.app.clip_files import loss, open_clip, writing
     from halovae.base.files import write_json
     from halovae.evaluation.report import write_report
-    from halovae.media import check_still, codec
+    from halovae.evaluation.scores import SquaredErrors
+    from halovae.media import check_still
 
-    clip = read_clip(session, job.source, job.frames, job.height, job.width)
-    check_still(job.output, len(clip.frames))
+    film = open_clip(session, job.source, job.frames, job.height, job.width)
+    check_still(job.output, film.count)
     loaded = session.load()
-    fit = session.fit(loaded, clip.frames.shape[:3])
-    padded = fit.pad(codec.to_tensor(clip.frames, session.dtype, session.device))
-    with session.parallel(loaded.vae, gather=compare.GATHER) as handle, pages.recorded(session) as timeline:
-        result = compare.run_through(session, loaded, fit, padded, handle)
+    fit = session.fit(loaded, (film.count, *film.size))
+    errors, pace = SquaredErrors(), film.pace
+
+    def compared(frames: Frames) -> Iterator[Frame]:
+        for frame, source in zip(frames, film, strict=False):
+            errors.add(source, frame)
+            yield frame
+
+    written = writing(session, job.output, pace.fps, through=compared, times=pace.times, lossless=job.lossless)
+    parallel, keep = session.parallel(loaded.vae, gather=compare.GATHER), job.compare or job.report is not None
+    with parallel as handle, pages.recorded(session) as timeline, written as take:
+        result = compare.run_through(session, loaded, fit, film, handle, keep=keep, take=take)
     in_tiles = job.compare and "tile" in (result.encode.mode, result.decode.mode)
-    exact = tile_comparison.run_exact(session, loaded, fit, padded) if in_tiles else None
+    exact = tile_comparison.run_exact(session, loaded, fit, film) if in_tiles else None
     document = report.document(session, loaded, fit, result.halves)
     spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
         return
-    write_clip(session, job.output, result.frames, clip.fps, times=clip.times, lossless=job.lossless)
     peak, lost = report.peak_of(document), loss(job.output, lossless=job.lossless)
     # On one rank while the others have ended: nobody needs them any more.
     if in_tiles:
-        rest = tile_comparison.run_rest(session, loaded, fit, padded, result, exact)
-        told, alone = tile_comparison.told(session, clip.frames, rest, peak, lost), rest.whole
+        rest = tile_comparison.run_rest(session, loaded, fit, film, result, exact)
+        told, alone = tile_comparison.told(session, rest, peak, lost), rest.whole
     else:
-        alone = compare.run_through(session, loaded, fit, padded, None, " on one rank") if job.compare else None
-        told = compare.told(session, clip.frames, result, alone, peak, lost)
+        alone = compare.run_through(session, loaded, fit, film, None, " on one rank") if job.compare else None
+        told = compare.told(session, errors.psnr, result, alone, peak, lost)
     document |= told.numbers | {"input": str(job.source), "output": str(job.output)}
-    typer.echo(f"{job.output}: {report.clip_line(fit, clip.fps)}")
+    typer.echo(f"{job.output}: {report.clip_line(fit, pace.fps)}")
     typer.echo(f"{report.described(session, loaded, result.encode)}\n{told.text}", nl=False)
     if job.json is not None:
         write_json(job.json, document)
     if job.report is not None:
         run = pages.Run(
-            name=job.source.name, output=job.output.name, lost=lost, clip=clip, result=result, alone=alone, told=told,
+            name=job.source.name, output=job.output.name, lost=lost, film=film, result=result, alone=alone, told=told,
             handle=handle, spans=spans, words=job.words,
         )  # fmt: skip
         page = pages.roundtrip_report(session, loaded, fit, run)

@@ -81,12 +81,29 @@ def score_frame(reference: Frame, result: Frame, number: int = 0, before: Frame 
     )
 
 
+class SquaredErrors:
+    """The mean squared error of frames that come one by one."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, reference: Frame, result: Frame) -> None:
+        self._sum += float(np.square(as_floats(reference) - as_floats(result)).mean(dtype=np.float64))
+        self._count += 1
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB over all frames together; infinite when they are equal."""
+        return 10 * math.log10(PEAK**2 * self._count / self._sum) if self._sum else math.inf
+
+
 def psnr(reference: Iterable[Frame], result: Iterable[Frame]) -> float:
     """Peak signal-to-noise ratio in dB over all frames together; infinite when they are equal."""
+    errors = SquaredErrors()
     # Frame by frame: the differences of a long clip take four times its memory.
-    pairs = zip(reference, result, strict=True)
-    errors = [float(np.square(as_floats(a) - as_floats(b)).mean(dtype=np.float64)) for a, b in pairs]
-    return math.inf if not any(errors) else 10 * math.log10(PEAK**2 * len(errors) / sum(errors))
+    for one, other in zip(reference, result, strict=True):
+        errors.add(one, other)
+    return errors.psnr
 
 
 def as_floats(frame: Frame) -> NDArray[np.float32]:

@@ -1,9 +1,8 @@
 """Videos and images to frames and back: 8-bit RGB, arrays of shape (frames, height, width, 3)."""
 
-from halovae.media.film import Film
 from halovae.media.frame_range import FrameRange
-from halovae.media.reader import Clip, Header, inspect, read
-from halovae.media.writer import CRF, SUFFIXES, Frames, check_still, write
+from halovae.media.reader import Clip, Film, Header, inspect, read
+from halovae.media.writer import CRF, SUFFIXES, Frames, Writer, check_still, write
 
 __all__ = [
     "CRF",
@@ -13,6 +12,7 @@ __all__ = [
     "FrameRange",
     "Frames",
     "Header",
+    "Writer",
     "check_still",
     "inspect",
     "read",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
@@ -10,7 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halovae.media.vae_limits import Limits, decode_arguments, latent_of, sample_of
+from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of, sample_of
+
+_LONG = 64
+"""Latent frames. Which of them a frame of a longer clip needs is found out by trying short clips: to try the whole one
+takes time that grows with the square of its length."""
 
 
 def to_tensor(frames: NDArray[np.uint8], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -56,6 +62,19 @@ def to_frames(clip: Tensor) -> NDArray[np.uint8]:
     return frames
 
 
+def padded(frames: Iterable[NDArray[np.uint8]], fit: Fit, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Frames of 0 to 255, (height, width, 3), as clips of one frame, (3, 1, padded height, padded width) of -1 to 1; as
+    many as `fit` wants."""
+    one = replace(fit, frames=1, padded_frames=1)
+    picture = None
+    for frame in frames:
+        picture = one.pad(to_tensor(frame[None], dtype, device))
+        yield picture
+    assert picture is not None, "a clip has a frame"
+    for _ in range(fit.padded_frames - fit.frames):
+        yield picture
+
+
 def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:
     """Encode one clip.
 
@@ -68,30 +87,70 @@ def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = l
     Returns:
         (1, channels, latent frames, latent height, latent width), or for a VAE of images the frames as the batch.
     """
-    pictures = encode_inputs(limits, clip)
-
-    def encoded(picture: Tensor) -> Tensor:
-        latent = latent_of(vae.encode(picture))
-        after()
-        return latent
-
-    return _joined(map(encoded, pictures), len(pictures))
+    return joined(limits, encode_pieces(vae, limits, clip.split(1, dim=1), clip.shape[1], after))
 
 
-def encode_inputs(limits: Limits, clip: Tensor) -> list[Tensor]:
-    """What the VAE's `encode` gets for a clip, call by call.
+def joined(limits: Limits, latents: Iterable[Tensor]) -> Tensor:
+    """What `encode_pieces` gives, in one."""
+    pieces = list(latents)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=0 if limits.per_frame else 2)
+
+
+def encode_pieces(
+    vae: Any,
+    limits: Limits,
+    frames: Iterable[Tensor],
+    count: int,
+    after: Callable[[], None] = lambda: None,
+    stream: Callable[..., Any] | None = None,
+) -> Iterator[Tensor]:
+    """As `encode`, of frames that come one by one; latents come as soon as they are final.
+
+    Args:
+        vae: as for `encode`.
+        limits: likewise.
+        frames: the clip in parts of one frame.
+        count: how many.
+        after: as for `encode`.
+        stream: `encode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: a clip
+            is encoded in one call.
 
     Raises:
         InputError: it is not known which numbers the VAE takes.
     """
-    clip = limits.known_pixels().from_signed(clip)
-    if limits.lead:
-        clip = torch.cat([clip[:, :1].expand(-1, limits.lead, -1, -1), clip], dim=1)
-    if limits.channels > clip.shape[0]:
-        clip = torch.cat([clip, torch.ones_like(clip[:1])])  # Alpha: opaque.
-    # One by one, where it is possible: a batch of all frames would hold all their activations at once.
-    parts = clip.split(1, dim=1) if limits.per_frame else (clip,)
-    return [part.unsqueeze(0) if limits.has_frame_dim else part.transpose(0, 1) for part in parts]
+    pictures = encode_inputs(limits, frames)
+    if stream is not None and not limits.per_frame:
+        with closing(stream(pictures, count=limits.lead + count)) as parts:
+            for part in parts:
+                after()
+                yield latent_of(part)
+                del part
+        return
+    if not limits.per_frame:
+        pictures = [_filled(pictures, limits.lead + count, dim=2)]
+    for picture in pictures:
+        latent = latent_of(vae.encode(picture))
+        del picture
+        after()
+        yield latent
+        del latent
+
+
+def encode_inputs(limits: Limits, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The parts of one frame that the VAE's `encode` gets for a clip.
+
+    Raises:
+        InputError: it is not known which numbers the VAE takes.
+    """
+    pixels, lead = limits.known_pixels(), limits.lead
+    for frame in frames:
+        picture = pixels.from_signed(frame)
+        if limits.channels > picture.shape[0]:
+            picture = torch.cat([picture, torch.ones_like(picture[:1])])  # Alpha: opaque.
+        picture = picture.unsqueeze(0) if limits.has_frame_dim else picture.transpose(0, 1)
+        for _ in range(1 + lead):
+            yield picture
+        lead = 0
 
 
 def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:
@@ -106,18 +165,53 @@ def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] 
     Raises:
         InputError: it is not known which numbers the VAE gives.
     """
+    limits.known_pixels()
+    pieces, calls = decode_pieces(vae, limits, latents, after), decode_calls(vae, limits, latents)
+    if calls == 1:
+        [sample] = pieces
+        return sample
+    return _filled(pieces, calls, dim=1)
+
+
+def decode_pieces(
+    vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None,
+    stream: Callable[..., Any] | None = None,
+) -> Generator[Tensor]:  # fmt: skip
+    """As `decode`, but the frames come as soon as they are final, some at a time.
+
+    Args:
+        vae: as for `decode`.
+        limits: likewise.
+        latents: likewise.
+        after: likewise.
+        stream: `decode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: each
+            call of the VAE gives one piece.
+    """
     pixels = limits.known_pixels()
-    calls = decode_calls(vae, limits, latents)
-
-    def decoded(part: Tensor) -> Tensor:
-        sample = sample_of(vae.decode(part, **decode_arguments(vae, part)))
+    for part in latents.split(latents.shape[0] // decode_calls(vae, limits, latents)):
+        with closing(_samples(vae, part, stream)) as samples:
+            for sample in samples:
+                # The frames are the batch, with a frame dimension of one or without; or else it is a batch of one.
+                clip = (sample.transpose(1, 2) if limits.frames_first else sample).transpose(0, 1)
+                clip = clip[:3] if sample.ndim == 4 else clip.flatten(1, 2)[:3]
+                del sample
+                yield pixels.to_signed(clip)
+                del clip
         after()
-        return sample.transpose(1, 2) if limits.frames_first else sample
 
-    sample = _joined(map(decoded, latents.split(latents.shape[0] // calls)), calls)
-    # The frames are the batch, with a frame dimension of one or without; or else it is a batch of one.
-    clip = sample.transpose(0, 1)
-    return pixels.to_signed(clip[:3] if sample.ndim == 4 else clip.flatten(1, 2)[:3])
+
+def _samples(vae: Any, latents: Tensor, stream: Callable[..., Any] | None) -> Generator[Tensor]:
+    """What one call of `decode` gives, in one piece or by a stream in several."""
+    arguments = decode_arguments(vae, latents)
+    if stream is None:
+        yield sample_of(vae.decode(latents, **arguments))
+        return
+    if latents.ndim == 5 and latents.shape[2] > _LONG:
+        parts = stream(iter(latents.split(1, dim=2)), count=latents.shape[2], **arguments)
+    else:
+        parts = stream(latents, **arguments)
+    with closing(parts) as pieces:
+        yield from pieces
 
 
 def decode_calls(vae: Any, limits: Limits, latents: Tensor) -> int:
@@ -126,14 +220,14 @@ def decode_calls(vae: Any, limits: Limits, latents: Tensor) -> int:
     return latents.shape[0] if limits.per_frame and not takes_clip else 1
 
 
-def _joined(parts: Iterable[Tensor], count: int) -> Tensor:
+def _filled(parts: Iterable[Tensor], count: int, dim: int) -> Tensor:
     """`count` tensors of one shape behind each other, without ever holding them twice."""
     whole: Tensor | None = None
     for number, part in enumerate(parts):
-        if count == 1:
-            return part
         if whole is None:
-            whole = part.new_empty((count * part.shape[0], *part.shape[1:]))
-        whole[number * part.shape[0] : (number + 1) * part.shape[0]] = part
+            shape = list(part.shape)
+            shape[dim] *= count
+            whole = part.new_empty(shape)
+        whole.narrow(dim, number * part.shape[dim], part.shape[dim]).copy_(part)
     assert whole is not None, "there is at least one"
     return whole

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from halovae.base.files import check_input
 from halovae.media.frame_range import FrameRange
 from halovae.media.images import open_pictures
 from halovae.media.media_limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS
-from halovae.media.pace import OpenedFile, pace_of
+from halovae.media.pace import OpenedFile, Pace, pace_of
 from halovae.media.video import open_video
 
 Frame = NDArray[np.uint8]
@@ -82,7 +83,80 @@ def read(
     """
     check_input(path)
     with opened(path) as source:
-        return _collect(path, source, frames or FrameRange(), (height, width), advance)
+        wanted = _Wanted(path, source, frames, (height, width))
+        kept = bytearray()  # Grows in place, where a list of frames would be copied into an array at the end.
+        for picture in wanted:
+            kept += cover(picture, wanted.size).data
+            if len(kept) > MAX_CLIP_BYTES:
+                raise InputError(
+                    f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels after {wanted.count} frames of "
+                    f"{wanted.size[1]}x{wanted.size[0]}: take fewer with --frames A:B, or a smaller --height"
+                )
+            advance()
+        pace = wanted.pace()
+    return Clip(
+        frames=np.frombuffer(kept, np.uint8).reshape(-1, *wanted.size, 3),
+        fps=pace.fps,
+        times=pace.times,
+        source_size=wanted.source_size,
+        notes=(*source.notes, *pace.notes),
+    )
+
+
+class Film:
+    """A clip that may be longer than memory: its frames are decoded anew each time they are gone through.
+
+    Args:
+        path: a video or an image.
+        frames: as for `read`.
+        height: likewise.
+        width: likewise.
+        advance: called after each frame while they are counted, at first.
+
+    Raises:
+        InputError: as by `read`; of no size is it too large.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        frames: FrameRange | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        check_input(path)
+        self.path = path
+        self._choice = frames, (height, width)
+        self._part: tuple[int, int, int] | None = None
+        with opened(path) as source:
+            wanted = _Wanted(path, source, *self._choice)
+            for _ in wanted:
+                advance()
+            self.pace = wanted.pace()
+        self.count, self.size = wanted.count, wanted.size
+        """`size`: height and width of every frame."""
+        self.lossy = source.lossy
+        """What it was compressed with, where that may have lost something."""
+        self.notes = (*source.notes, *self.pace.notes)
+        """As of a `Clip`."""
+
+    def trim(self, count: int, height: int, width: int) -> None:
+        """Keep the first frames only, and of them the middle."""
+        self._part = count, height, width
+
+    def __iter__(self) -> Iterator[Frame]:
+        count, height, width = self._part or (self.count, *self.size)
+        top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
+        with opened(self.path) as source:
+            wanted = _Wanted(self.path, source, *self._choice)
+            for picture in islice(wanted, count):
+                yield cover(picture, self.size)[top : top + height, left : left + width]
+        if wanted.count < count:
+            raise InputError(
+                f"{self.path} has changed while it was read: it has {wanted.count} frames now, not {count}"
+            )
 
 
 @contextmanager
@@ -96,49 +170,40 @@ def opened(path: Path) -> Iterator[OpenedFile]:
         yield source
 
 
-def _collect(
-    path: Path,
-    source: OpenedFile,
-    wanted: FrameRange,
-    asked: tuple[int | None, int | None],
-    advance: Callable[[], None],
-) -> Clip:
-    kept = bytearray()  # Grows in place, where a list of frames would be copied into an array at the end.
-    begins: list[Fraction | None] = []
-    end: Fraction | None = None
-    source_size = target = (0, 0)
-    seen = 0
-    for shown in source.pictures:
-        seen += 1
-        if seen <= wanted.start:
-            continue
-        if not kept:
-            source_size = (shown.picture.height, shown.picture.width)
-            target = _target_size(source_size, asked)
-        kept += cover(shown.picture, target).data
-        if len(kept) > MAX_CLIP_BYTES:
-            raise InputError(
-                f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels after {seen - wanted.start} frames of "
-                f"{target[1]}x{target[0]}: take fewer with --frames A:B, or a smaller --height"
-            )
-        begins.append(shown.begins)
-        end = shown.end
-        advance()
-        if wanted.stop is not None and seen >= wanted.stop:
-            end = _next_begin(source) or end
-            break
-    if not seen:
-        raise InputError(f"{path} has no frames")
-    if not kept or (wanted.stop is not None and seen < wanted.stop):
-        raise InputError(f"--frames {wanted} goes beyond {path}, which has {seen} frame{'s' * (seen > 1)}")
-    pace = pace_of(source, begins, end)
-    return Clip(
-        frames=np.frombuffer(kept, np.uint8).reshape(-1, *target, 3),
-        fps=pace.fps,
-        times=pace.times,
-        source_size=source_size,
-        notes=(*source.notes, *pace.notes),
-    )
+class _Wanted:
+    """The pictures of an opened file that are wanted, and what is known of them once they were gone through."""
+
+    def __init__(
+        self, path: Path, source: OpenedFile, frames: FrameRange | None, asked: tuple[int | None, int | None]
+    ) -> None:  # fmt: skip
+        self._path, self._source, self._frames, self._asked = path, source, frames or FrameRange(), asked
+        self.count, self.source_size, self.size = 0, (0, 0), (0, 0)
+        self._begins: list[Fraction | None] = []
+        self._end: Fraction | None = None
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        path, source, wanted, seen = self._path, self._source, self._frames, 0
+        for shown in source.pictures:
+            seen += 1
+            if seen <= wanted.start:
+                continue
+            if not self.count:
+                self.source_size = (shown.picture.height, shown.picture.width)
+                self.size = _target_size(self.source_size, self._asked)
+            self.count += 1
+            self._begins.append(shown.begins)
+            self._end = shown.end
+            yield shown.picture
+            if wanted.stop is not None and seen >= wanted.stop:
+                self._end = _next_begin(source) or self._end
+                break
+        if not seen:
+            raise InputError(f"{path} has no frames")
+        if not self.count or (wanted.stop is not None and seen < wanted.stop):
+            raise InputError(f"--frames {wanted} goes beyond {path}, which has {seen} frame{'s' * (seen > 1)}")
+
+    def pace(self) -> Pace:
+        return pace_of(self._source, self._begins, self._end)
 
 
 def _next_begin(source: OpenedFile) -> Fraction | None:

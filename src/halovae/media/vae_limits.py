@@ -70,14 +70,23 @@ class Fit:
         """Undo `pad`.
 
         Raises:
-            InputError: `clip` has not the padded sizes: the VAE has changed them.
+            InputError: as by `check`.
         """
-        padded = (self.padded_frames, self.padded_height, self.padded_width)
-        if tuple(clip.shape[1:]) != padded:
-            raise InputError(
-                f"the VAE gave back {_sizes(*clip.shape[1:])} for {_sizes(*padded)}: it does not keep these sizes"
-            )
-        return clip[:, : self.frames, : self.height, : self.width]
+        self.check(*clip.shape[1:])
+        return self.crop_piece(clip, 0)
+
+    def crop_piece(self, piece: Tensor, start: int) -> Tensor:
+        """What is left of some frames, the first of which has the number `start`."""
+        return piece[:, : max(0, self.frames - start), : self.height, : self.width]
+
+    def check(self, frames: int, height: int, width: int) -> None:
+        """
+        Raises:
+            InputError: these are not the padded sizes: the VAE has changed them.
+        """
+        got, padded = (frames, height, width), (self.padded_frames, self.padded_height, self.padded_width)
+        if got != padded:
+            raise InputError(f"the VAE gave back {_sizes(*got)} for {_sizes(*padded)}: it does not keep these sizes")
 
 
 @dataclass(frozen=True, kw_only=True)

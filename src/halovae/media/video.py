@@ -153,7 +153,7 @@ def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: li
             turn = _TURNS.get(orientation)
             if is_skew:
                 notes.append("it is to be shown at an angle: it is turned by the nearest quarter only")
-        picture = _rgb(path, frame, width)
+        picture = to_rgb(path, frame, width)
         tick = Fraction(frame.time_base or stream.time_base or 0)
         yield Shown(
             picture=picture if turn is None else picture.transpose(turn),
@@ -246,7 +246,7 @@ def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def _rgb(path: Path, frame: VideoFrame, width: int) -> Image.Image:
+def to_rgb(path: Path, frame: VideoFrame, width: int) -> Image.Image:
     """`width` pixels wide."""
     matrix: Any = frame.colorspace
     if matrix in _OTHER_MATRICES:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Semaphore, Thread
 from typing import Any
 
 import av
@@ -21,7 +25,8 @@ from halovae.base.errors import InputError
 from halovae.base.files import atomic, first_line, reason
 from halovae.media.pace import TICKS
 
-Frames = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
+Frames = Iterable[NDArray[np.uint8]]
+"""(height, width, 3), RGB, of 0 to 255."""
 
 SUFFIXES = (".mp4", ".png")
 CRF = 16
@@ -29,10 +34,15 @@ CRF = 16
 _ENCODER = {"preset": "medium", "x264-params": "mbtree=0:chromaloc=0"}
 """Of x264. Its macroblock tree makes different files of the same frames, one time in five on small noisy ones.
 `chromaloc` says that colour is sampled where every player assumes it, at the left of two pixels."""
+_AT_ONCE = {"preset": "veryfast", "tune": "zerolatency"}
+"""Of x264, where somebody waits for every frame."""
+_FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
 LOSSLESS = "lossless"
 """The comment in a file that holds every pixel as it was given; nothing else in it tells for certain."""
 _SCALE = "flags=lanczos+accurate_rnd:out_color_matrix=bt709:out_range=tv:out_chroma_loc=left"
 """For libavfilter; libswscale by itself would sample colour between two pixels."""
+_AHEAD = 8
+"""Frames that wait for a `Writer`."""
 _BT709, _RGB = 1, 0
 """ITU-T H.273 gives matrix, primaries and transfer of BT.709 the same number; the matrix of RGB is none."""
 
@@ -45,18 +55,21 @@ def write(
     crf: int | None = None,
     times: Sequence[int] = (),
     lossless: bool = False,
+    live: bool = False,
 ) -> tuple[str, ...]:
     """Write `frames` to `path`; its suffix chooses the format. A file of that name is replaced at the very end.
 
     Args:
         path: ends with one of `SUFFIXES`.
-        frames: (frames, height, width, 3), RGB; taken one by one. PNG takes one frame only.
+        frames: (height, width, 3), RGB; taken one by one. PNG takes one frame only.
         fps: frames per second.
         advance: called after each frame.
         crf: of x264, 0 to 51; 0 loses nothing but colour resolution and what conversion rounds. None: `CRF`.
         times: when each frame begins and, last, when the final one ends, in 1/90000 s from the first one on; empty:
             evenly, `fps` a second.
         lossless: keep every pixel of an mp4 as it is, in RGB; `crf` is not used then. PNG always does.
+        live: for who watches meanwhile: the file has its name from the first frame on, and each frame is a fragment
+            that can be shown as soon as the next one is there.
 
     Returns:
         Notes on what a reader might not expect of the file.
@@ -64,13 +77,84 @@ def write(
     Raises:
         InputError: the file can't be written, or several frames for one PNG.
     """
+    left = iter(frames)
+    first = next(left)
     if path.suffix.lower() == ".png":
-        check_still(path, len(frames))
         with atomic(path) as draft:
-            Image.fromarray(frames[0]).save(draft, format="PNG")
-        advance()
+            Image.fromarray(first).save(draft, format="PNG")
+            advance()
+            check_still(path, 1 + sum(1 for _ in left))
         return ()
-    return _write_mp4(path, frames, fps, advance, 0 if lossless else CRF if crf is None else crf, times, lossless)
+    every = chain([first], left)
+    size, crf = first.shape[:2], 0 if lossless else CRF if crf is None else crf
+    return _write_mp4(path, size, every, fps, advance, crf, times, lossless, live)
+
+
+class Writer:
+    """Writes frames in a thread, while the next ones are made. Within it, `put` them; its end waits until the file is
+    whole. Where the block fails, nothing is written, and an old file of that name stays.
+
+    Args:
+        path: as for `write`.
+        fps: likewise.
+        through: what frames go through in the thread, on their way to the file.
+        settings: the further ones of `write`.
+
+    Attributes:
+        notes: what `write` returns, at the end.
+    """
+
+    def __init__(
+        self, path: Path, fps: Fraction, through: Callable[[Frames], Frames] = lambda frames: frames, **settings: Any
+    ) -> None:  # fmt: skip
+        self.notes: tuple[str, ...] = ()
+        self._frames: SimpleQueue[NDArray[np.uint8] | None] = SimpleQueue()
+        self._room = Semaphore(_AHEAD)
+        self._failure: BaseException | None = None
+        self._given_up = False
+
+        def run() -> None:
+            try:
+                self.notes = write(path, through(self._taken()), fps, **settings)
+            except BaseException as error:
+                self._failure = error
+            self._room.release(_AHEAD + 1)  # For who waits: nothing is taken any more.
+
+        self._thread = Thread(target=run, name="halovae writer", daemon=True)
+        self._thread.start()
+
+    def put(self, frame: NDArray[np.uint8]) -> None:
+        """Have a frame written; waits while several others are not.
+
+        Raises:
+            InputError: the file can't be written.
+        """
+        self._room.acquire()
+        if self._failure is not None:
+            raise self._failure
+        self._frames.put(frame)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._given_up = kind is not None
+        self._frames.put(None)
+        self._thread.join()
+        if self._failure is not None and kind is None:
+            raise self._failure
+
+    def _taken(self) -> Iterator[NDArray[np.uint8]]:
+        while (frame := self._frames.get()) is not None and not self._given_up:
+            yield frame
+            del frame
+            self._room.release()
+        if self._given_up:
+            raise _GivenUpError
+
+
+class _GivenUpError(Exception):
+    """Nobody wants the file any more."""
 
 
 def check_still(path: Path, frames: int) -> None:
@@ -84,16 +168,17 @@ def check_still(path: Path, frames: int) -> None:
 
 
 def _write_mp4(
-    path: Path, frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int, times: Sequence[int],
-    lossless: bool,
+    path: Path, size: tuple[int, ...], frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int,
+    times: Sequence[int], lossless: bool, live: bool,
 ) -> tuple[str, ...]:  # fmt: skip
-    height, width = frames[0].shape[:2]
+    height, width = size
     # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
     even = height % 2 == 0 and width % 2 == 0
     try:
-        with atomic(path) as draft, av.open(str(draft), mode="w", format="mp4") as container:
+        place, how = (nullcontext(path), _FRAGMENTS) if live else (atomic(path), {})
+        with place as draft, av.open(str(draft), mode="w", format="mp4", options=how) as container:
             # Without frames that are sent before earlier ones, the muxer keeps every duration, the last one too.
-            order = {"bf": "0"} if times else {}
+            order = _AT_ONCE if live else {"bf": "0"} if times else {}
             codec, pixel_format = "libx264", "yuv420p" if even else "yuv444p"
             if lossless:
                 codec, pixel_format = "libx264rgb", "rgb24"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from halovae.api.handle import Handle
 from halovae.api.parallelize import parallelize
@@ -17,14 +19,16 @@ from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.target import Target
 from halovae.comm import Comm
 from halovae.pipelines.generation_settings import Setup
+from halovae.pipelines.late_video import Stream
 from halovae.pipelines.load import torch_dtypes
 
 
 @contextmanager
 def parallel_vae(
     vae: Any, setup: Setup, comm: Comm, on_call: Callable[[str, CallReport], None]
-) -> Iterator[None]:  # fmt: skip
-    """Within it, `vae` runs as `setup` asks. Called on every rank.
+) -> Iterator[Stream | None]:  # fmt: skip
+    """Within it, `vae` runs as `setup` asks. Called on every rank. Yields what decodes in pieces, where that runs on
+    all ranks.
 
     What is encoded goes on to every rank's denoiser, so every rank gets it. What is decoded is needed by the rank that
     writes it, the first, alone: the others go on with a blank picture of that size, which takes no memory.
@@ -40,8 +44,9 @@ def parallel_vae(
     wanted = {"encode": setup.vae_encode, "decode": setup.vae_decode}
     halves: list[Half] = [half for half in HALVES if wanted[half]]
     dtypes = torch_dtypes(setup)
+    stream: Stream | None = None
     with ExitStack() as stack:
-        if comm.size > 1 and setup.vae_size != 1 and halves:
+        if setup.vae_size != 1 and halves:
             gather: Gather = {"encode": "all", "decode": "first"}
             handle = stack.enter_context(
                 parallelize(
@@ -52,11 +57,22 @@ def parallel_vae(
                 stack.enter_context(wrapped(vae, half, functools.partial(_reported, handle, on_call, half)))
             if setup.vae_decode:
                 stack.enter_context(wrapped(vae, "decode", functools.partial(_blank_but_first, comm)))
+                stream = functools.partial(_stream, handle, HalfDtypes(vae, dtypes), on_call)
         if len(set(dtypes.values())) > 1:
             # Pipelines cast what a half gets to the one `dtype` of the VAE.
             for half in HALVES:
                 stack.enter_context(wrapped(vae, half, functools.partial(_cast, HalfDtypes(vae, dtypes), half)))
-        yield
+        yield stream
+
+
+def _stream(
+    handle: Handle, dtypes: HalfDtypes, on_call: Callable[[str, CallReport], None], *args: Any, **kwargs: Any
+) -> Generator[Tensor]:  # fmt: skip
+    args, kwargs = dtypes.given("decode", args, kwargs)
+    with handle.decode_stream(*args, **kwargs) as pieces:
+        yield from pieces
+    if handle.last is not None:
+        on_call("decode", handle.last)
 
 
 def mode_of(vae: Any, setup: Setup) -> Mode:

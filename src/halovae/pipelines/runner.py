@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,13 +21,16 @@ from halovae.base.files import first_line
 from halovae.base.options import CallReport
 from halovae.base.quiet import all_quiet
 from halovae.comm import Comm
+from halovae.comm.agreement import together
 from halovae.pipelines.generation_settings import Generation, Setup, arguments
+from halovae.pipelines.late_video import in_pieces
 from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.scheduler import check_steps, prepare_scheduler
-from halovae.pipelines.stages import OTHER, PROBE, StageTimeline, watched
+from halovae.pipelines.stages import OTHER, PROBE, VAE_DECODE, StageTimeline, watched
 from halovae.pipelines.transformers import degree, denoisers, prepare_denoisers, shared_sequences
 
 OnStep = Callable[[int, int | None], None]
+OnFrames = Callable[[NDArray[np.uint8]], object]
 _CHECKS = {"check_inputs", "set_timesteps"}
 """The methods in which pipelines check their arguments, and schedulers theirs: their words are for the user."""
 
@@ -36,7 +40,11 @@ class Result:
     """What one call made, and what it took on this rank."""
 
     frames: NDArray[np.uint8] | None
-    """(frames, height, width, 3), RGB; on the first rank. Elsewhere None."""
+    """(frames, height, width, 3), RGB; on the first rank, unless they went to `on_frames`. Elsewhere None."""
+    sizes: tuple[int, int, int]
+    """Frames, height and width of all of them; on the first rank."""
+    first_seconds: float
+    """From the beginning until the first frames were there; likewise."""
     seed: int
     """That the noise was drawn with."""
     seconds: dict[str, float]
@@ -47,6 +55,20 @@ class Result:
     """Half ("encode" or "decode") and report of each parallel call of the VAE."""
 
 
+class _Given:
+    """The frames of one run, on their way to `take`."""
+
+    def __init__(self, take: OnFrames) -> None:
+        self._take, self._started = take, time.perf_counter()
+        self.is_streamed, self.first_seconds, self.sizes = False, 0.0, (0, 0, 0)
+
+    def take(self, frames: NDArray[np.uint8]) -> None:
+        self.first_seconds = self.first_seconds or time.perf_counter() - self._started
+        count, height, width, _ = frames.shape
+        self.sizes = self.sizes[0] + count, height, width
+        self._take(frames)
+
+
 class Runner:
     """A pipeline, spread over the ranks as a `Setup` asks. Made, called and closed on every rank.
 
@@ -55,6 +77,9 @@ class Runner:
         setup: how to spread it.
         comm: the world.
         device: of this rank.
+
+    Attributes:
+        stream: decodes in pieces, as `Handle.decode_stream`; None where decode does not run on all ranks.
 
     Raises:
         InputError: this pipeline or this machine can't do what is asked.
@@ -73,7 +98,7 @@ class Runner:
         prepare_scheduler(pipeline, setup)
         prepare_denoisers(pipeline.components, setup, comm.size, device)
         place(pipeline, setup, device)
-        self._open.enter_context(parallel_vae(pipeline.vae, setup, comm, self.note))
+        self.stream = self._open.enter_context(parallel_vae(pipeline.vae, setup, comm, self.note))
 
     def __enter__(self) -> Runner:
         return self
@@ -85,12 +110,17 @@ class Runner:
         """Give the VAE its own halves back."""
         self._open.close()
 
-    def run(self, generation: Generation, on_step: OnStep = lambda done, total: None) -> Result:
+    def run(
+        self, generation: Generation, on_step: OnStep = lambda done, total: None, on_frames: OnFrames | None = None
+    ) -> Result:  # fmt: skip
         """Make one video or picture. Called on every rank with the same settings.
 
         Args:
             generation: what to make.
             on_step: called with the number of denoising steps done, and of all (None: unknown).
+            on_frames: gets the frames on the first rank, (frames, height, width, 3), RGB, as soon as they are final:
+                while later ones are decoded, where the VAE and the pipeline allow it. What it raises ends the run on
+                all ranks. None: they are kept.
 
         Raises:
             InputError: the pipeline can't honour a setting, or refuses its values.
@@ -100,16 +130,44 @@ class Runner:
         assert generation.seed is not None
         chosen = arguments(type(self.pipeline), generation)
         self._calls, self._timeline = [], StageTimeline(self.device)
+        kept: list[NDArray[np.uint8]] = []
+        given = _Given(on_frames or kept.append)
+
+        def in_stage(pieces: Generator[Any], show: Callable[[Any], Any]) -> None:
+            with self._timeline.stage(VAE_DECODE):
+                self._give(pieces, show, given)
+
         with all_quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
-            output = self._called(chosen, generation.seed)
-        frames = to_frames(output[0]) if self.comm.rank == 0 else None
+            with in_pieces(self.pipeline, self.stream, in_stage):
+                output = self._called(chosen, generation.seed)
+            if not given.is_streamed:
+                self._give((pictures for pictures in [output[0]]), lambda pictures: pictures, given)
         return Result(
-            frames=frames,
+            frames=np.concatenate(kept) if kept else None,
+            sizes=given.sizes,
+            first_seconds=given.first_seconds,
             seed=generation.seed,
             seconds=dict(self._timeline.seconds),
             peak_memory=dict(self._timeline.peak_memory),
             calls=list(self._calls),
         )
+
+    def _give(self, pieces: Generator[Any], show: Callable[[Any], Any], given: _Given) -> None:
+        """Let the first rank have what is shown of all pieces; where it can't take them, all ranks leave the run."""
+        problem: Exception | None = None
+        with closing(pieces):
+            for piece in pieces:
+                given.is_streamed = True
+                try:
+                    if self.comm.rank == 0:
+                        given.take(to_frames(show(piece)))
+                except Exception as error:
+                    problem = error
+                    break
+                del piece
+        with together(self.comm):
+            if problem is not None:
+                raise problem
 
     def _called(self, chosen: dict[str, Any], seed: int) -> Any:
         # On the CPU, so that a seed means the same noise on every device.

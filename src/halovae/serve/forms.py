@@ -71,6 +71,9 @@ class LatentsFields(ClipFields):
     """Those of a request to decode, besides the file."""
 
     lossless: Lossless = None
+    stream: Annotated[
+        bool | None, Field(description="Whether the answer begins with the first frames: an mp4 in fragments.")
+    ] = None
 
 
 FIELDS = {VIDEO: VideoFields, ENCODE: ClipFields, DECODE: LatentsFields}
@@ -347,7 +350,9 @@ def described(error: Mapping[str, Any]) -> tuple[str, str]:
     return name, f"{name}{shown}: {error['msg']}"
 
 
-def video_document(job: StoredJob, progress: int, store: Store, options: ServeOptions) -> dict[str, Any]:
+def video_document(
+    job: StoredJob, progress: int, frames_ready: int, store: Store, options: ServeOptions
+) -> dict[str, Any]:  # fmt: skip
     """A job as clients see it: what OpenAI's clients know, and then more."""
     settings, result = job.request["settings"], job.result or {}
     sizes = {**settings, **result}
@@ -371,6 +376,7 @@ def video_document(job: StoredJob, progress: int, store: Store, options: ServeOp
         "settings": settings,
         "seed": sizes.get("seed"),
         "num_frames": sizes.get("num_frames"),
+        "frames_ready": result.get("num_frames", frames_ready),
         "fps": sizes["fps"],
         "timings": result.get("timings"),
         "peak_memory": result.get("peak_memory"),

@@ -99,6 +99,7 @@ class _Current:
 
     id: str
     progress: int = 0
+    frames: int = 0
     cancelled: bool = False
 
 
@@ -208,6 +209,10 @@ class Service:
             return 100
         return self._current.progress if self._current is not None and self._current.id == job.id else 0
 
+    def frames_ready(self, job: StoredJob) -> int:
+        """How many frames can be watched already, while it runs."""
+        return self._current.frames if self._current is not None and self._current.id == job.id else 0
+
     async def changes(self, job: str, seconds: float) -> AsyncIterator[StoredJob | None]:
         """The job now, and whenever something has changed, until it is over or gone (None).
 
@@ -256,6 +261,8 @@ class Service:
             if message["event"] == "progress":
                 # Decoding and writing come after the last step.
                 current.progress = int(95 * message["done"] / (message["total"] or math.inf))
+            elif message["event"] == "frames":
+                current.frames = message["count"]
             else:
                 self._current = None
                 self._conclude(current, message)

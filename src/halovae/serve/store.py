@@ -37,6 +37,8 @@ _ROOM = 2**20
 """Bytes that have to be free for work to go on."""
 THUMBNAIL = "thumbnail.jpg"
 """Name of a video's first frame, beside it."""
+STREAM = ".stream.mp4"
+"""Name of a video for who watches while it is made, beside it; it goes when the job is over, or at the next start."""
 _OUTPUTS = {VIDEO: "output.mp4", ENCODE: "output.safetensors", DECODE: "output.mp4"}
 
 _SCHEMA = """
@@ -161,6 +163,9 @@ class Store:
     def thumbnail(self, job: str) -> Path:
         return self._files / job / THUMBNAIL
 
+    def stream(self, job: str) -> Path:
+        return self._files / job / STREAM
+
     def drop_files(self, job: str) -> None:
         shutil.rmtree(self._files / job, ignore_errors=True)
 
@@ -250,6 +255,7 @@ class Store:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _end(self, job: str, status: str, column: str, value: Mapping[str, Any]) -> StoredJob | None:
+        self.stream(job).unlink(missing_ok=True)  # Who reads it has it open.
         self._base.execute(
             f"UPDATE jobs SET status = ?, finished = ?, {column} = ? WHERE id = ?",
             (status, time.time(), json.dumps(value), job),

@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
+from halovae.serve import watching as watch
 from halovae.serve.forms import accepted, accepted_file, body_of, video_document
 from halovae.serve.service import ApiError, Service
-from halovae.serve.store import COMPLETED, DECODE, ENCODE, FAILED, VIDEO, StoredJob
+from halovae.serve.store import COMPLETED, DECODE, ENCODE, FAILED, QUEUED, VIDEO, StoredJob
 
 _HEARTBEAT = 10.0
 """Seconds after which a stream of events says that it is still there."""
@@ -22,6 +23,7 @@ _PRESENCE = 0.5
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 vae = APIRouter(prefix="/v1/vae", tags=["vae"])
 _BODY = body_of(VIDEO)
+_PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in watch.KINDS}}}
 
 
 async def _service(request: Request) -> Service:
@@ -91,6 +93,25 @@ async def content(
     return _content(service, video, variant)
 
 
+@router.get("/{video_id}/stream", responses=_PICTURES)
+async def stream(request: Request, service: Serving, video: Video) -> Response:
+    """The video while it is decoded, and afterwards. By `Accept` an mp4, which comes in fragments, or its pictures."""
+    kind = watch.wanted(request.headers.get("accept", "*/*"))
+    async for job in service.changes(video.id, _PRESENCE):
+        if job is None or await request.is_disconnected():
+            break
+        if job.status == QUEUED:
+            ahead = service.store.ahead(job)
+            waits = f"it waits, with {ahead} jobs before it" if ahead else "it waits for its turn"
+            raise ApiError(409, f"this video is queued: {waits}; ask again when it is in_progress", code="not_ready")
+        if job.is_over:
+            found = _content(service, job)
+            return found if kind == watch.MP4 else watch.of_file(service.store.output(job.id), kind)
+        if service.frames_ready(job) and (answer := watch.of_job(service, job, kind)) is not None:
+            return answer
+    raise ApiError(404, f"video {video.id!r} was removed", param="video_id", code="not_found")
+
+
 @router.get("/{video_id}/events")
 async def events(service: Serving, video: Video) -> StreamingResponse:
     """The job now and at each change, as server-sent events, until it is over."""
@@ -107,22 +128,34 @@ async def _events(service: Service, video_id: str) -> AsyncIterator[str]:
 
 
 @vae.post("/encode", openapi_extra=body_of(ENCODE))
-async def encode(request: Request, service: Serving) -> FileResponse:
+async def encode(request: Request, service: Serving) -> Response:
     """A clip, a video or an image, to latents: a safetensors file, as `halovae encode` writes."""
     return await _through(request, service, ENCODE, "application/octet-stream")
 
 
-@vae.post("/decode", openapi_extra=body_of(DECODE))
-async def decode(request: Request, service: Serving) -> FileResponse:
-    """Latents, as encode has answered, to a video: an mp4, as `halovae decode` writes."""
-    return await _through(request, service, DECODE, "video/mp4")
+@vae.post("/decode", openapi_extra=body_of(DECODE), responses=_PICTURES)
+async def decode(request: Request, service: Serving) -> Response:
+    """Latents, as encode has answered, to a video: an mp4, as `halovae decode` writes. With `stream`, and for pictures
+    by `Accept`, the answer begins with the first frames.
+    """
+    kind = watch.wanted(request.headers.get("accept", "*/*"))
+    return await _through(request, service, DECODE, watch.MP4, kind)
 
 
-async def _through(request: Request, service: Service, kind: str, media_type: str) -> FileResponse:
-    """Answers when the work is done, and keeps nothing of it."""
-    job = (await accepted_file(request, kind)).id
+async def _through(
+    request: Request, service: Service, kind: str, media_type: str, watched: str = watch.MP4
+) -> Response:  # fmt: skip
+    """Answers when the work is done or, where it is watched, while it is; keeps nothing of it."""
+    accepted = await accepted_file(request, kind)
+    job, meanwhile = accepted.id, watched != watch.MP4 or accepted.request["settings"].get("stream")
     try:
-        await _finished(request, service, job)
+        async for now in _progress(request, service, job):
+            if meanwhile and service.frames_ready(now):
+                answer = watch.of_job(service, now, watched, lambda: service.remove(job))
+                if answer is not None:
+                    return answer
+        if watched != watch.MP4:
+            return watch.of_file(service.store.output(job), watched, lambda: service.remove(job))
     except BaseException:
         service.remove(job)
         raise
@@ -134,24 +167,30 @@ async def _through(request: Request, service: Service, kind: str, media_type: st
     return FileResponse(path, media_type=media_type, filename=path.name, background=BackgroundTask(forget))
 
 
-async def _finished(request: Request, service: Service, job: str) -> StoredJob:
-    """Wait for a job's end, as long as the client does.
+async def _progress(request: Request, service: Service, job: str) -> AsyncIterator[StoredJob]:
+    """A job at each change until it is completed, as long as the client waits for it.
 
     Raises:
         ApiError: it has failed, or was removed.
     """
     async for now in service.changes(job, _PRESENCE):
         if now is None:
-            break
-        if now.status == COMPLETED:
-            return now
+            raise ApiError(409, "the job was removed before it was done", code="cancelled")
         if now.status == FAILED:
             error = now.error or {}
             refused = error.get("code") == "invalid_request"
             raise ApiError(400 if refused else 500, str(error.get("message")), code=error.get("code"))
-        if await request.is_disconnected():
+        yield now
+        if now.status != COMPLETED and await request.is_disconnected():
             service.remove(now.id)
-    raise ApiError(409, "the job was removed before it was done", code="cancelled")
+
+
+async def _finished(request: Request, service: Service, job: str) -> StoredJob:
+    """Wait for a job's end."""
+    async for now in _progress(request, service, job):
+        if now.status == COMPLETED:
+            return now
+    raise ApiError(409, "the job has no end", code="cancelled")
 
 
 def _known(service: Service, video_id: str) -> StoredJob:
@@ -166,7 +205,7 @@ def _gone(video_id: str) -> dict[str, Any]:
 
 
 def _document(service: Service, job: StoredJob) -> dict[str, Any]:
-    return video_document(job, service.progress(job), service.store, service.options)
+    return video_document(job, service.progress(job), service.frames_ready(job), service.store, service.options)
 
 
 def _content(service: Service, job: StoredJob, variant: str = "video") -> FileResponse:

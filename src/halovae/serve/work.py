@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -29,10 +29,12 @@ from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_scheduler, shifted
 from halovae.pipelines.stages import WRITE, StageTimeline
-from halovae.serve.store import THUMBNAIL
+from halovae.serve.store import STREAM, THUMBNAIL, VIDEO
 
 OnStep = Callable[[int, int | None], None]
 """Called by all ranks together, with the number of steps done and of all."""
+OnFrames = Callable[[int], None]
+"""Called on the first rank with the number of frames that can be watched."""
 _PER_CALL = ("flow_shift", "boundary_ratio")
 """Settings of a pipeline's setup that a request may change for itself."""
 _THUMBNAIL = (320, 320)
@@ -112,8 +114,10 @@ def _refusal(check: Callable[[], object]) -> InputError | None:
     return None
 
 
-def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> dict[str, Any]:
-    """Make a video and, on the first rank, write it; returns what it took.
+def make_video(
+    session: Session, model: Model, task: Task, on_step: OnStep, on_frames: OnFrames
+) -> dict[str, Any]:  # fmt: skip
+    """Make a video and, on the first rank, write it meanwhile; returns what it took.
 
     Raises:
         InputError: settings that this pipeline can't honour, or an image that can't be read.
@@ -129,43 +133,82 @@ def make_video(session: Session, model: Model, task: Task, on_step: OnStep) -> d
     generation = settled(model.source.cls, model.runner.pipeline.components, model.grid, job)
     with _scheduled(model, per_call):
         on_step(0, generation.num_inference_steps)
-        result = model.runner.run(generation, on_step)
-    timeline = StageTimeline(session.device)
-    if result.frames is None:
+        timeline = StageTimeline(session.device)
+        with _Output(session, task, Fraction(fps), on_frames, crf=model.job.crf, lossless=lossless) as output:
+            result = model.runner.run(generation, on_step, output.take)
+            with timeline.stage(WRITE):
+                output.finish()
+    if not session.is_first:
         return {}
-    with timeline.stage(WRITE), _writing():
-        first = Image.fromarray(result.frames[0])
-        first.thumbnail(_THUMBNAIL)
-        first.save(task.output.with_name(THUMBNAIL))
-        media.write(task.output, result.frames, Fraction(fps), crf=model.job.crf, lossless=lossless)
-    frames, height, width = result.frames.shape[:3]
+    frames, height, width = result.sizes
     sizes = {"num_frames": frames, "height": height, "width": width, "fps": fps}
     peak = max(result.peak_memory.values(), default=0)
     return {**sizes, "seed": result.seed, "timings": {**result.seconds, **timeline.seconds}, "peak_memory": peak}
 
 
-def encode_clip(session: Session, model: Model, task: Task, on_step: OnStep) -> dict[str, Any]:
+class _Output:
+    """The video of a task, written on the first rank while it is made: as its result, and for who watches meanwhile."""
+
+    def __init__(
+        self, session: Session, task: Task, fps: Fraction, on_frames: OnFrames, **settings: Any
+    ) -> None:  # fmt: skip
+        self._open, self._writers, self._count = ExitStack(), list[media.Writer](), 0
+        self._task, self._on_frames = task, on_frames
+        if session.is_first:
+            stream = task.output.with_name(STREAM)
+            stream.unlink(missing_ok=True)  # Of an attempt before: another file, for who still reads that one.
+            for path, live in ((task.output, False), (stream, True)):
+                self._writers.append(self._open.enter_context(media.Writer(path, fps, live=live, **settings)))
+
+    def take(self, frames: media.Frames) -> None:
+        with _writing():
+            for frame in frames:
+                if not self._count and self._task.kind == VIDEO:
+                    first = Image.fromarray(frame)
+                    first.thumbnail(_THUMBNAIL)
+                    first.save(self._task.output.with_name(THUMBNAIL))
+                for writer in self._writers:
+                    writer.put(frame)
+                self._count += 1
+        self._on_frames(self._count)
+
+    def finish(self) -> None:
+        """Wait until all is written."""
+        with _writing():
+            self._open.close()
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._open.__exit__(*exception)
+
+
+def encode_clip(
+    session: Session, model: Model, task: Task, on_step: OnStep, on_frames: OnFrames
+) -> dict[str, Any]:  # fmt: skip
     """Encode a clip to latents, as `halovae encode` does.
 
     Raises:
         InputError: no clip that can be read.
     """
     assert task.input is not None
-    clip = _read_clip(task.input, **task.settings)
-    fit = model.limits.fit(*clip.frames.shape[:3])
+    film = _open_clip(task.input, **task.settings)
+    fit = model.limits.fit(film.count, *film.size)
     vae = model.runner.pipeline.vae
-    padded = fit.pad(codec.to_tensor(clip.frames, vae.dtype, session.device))
     calls = fit.padded_frames if model.limits.per_frame else 1
     with _stepping(on_step, calls) as after:
-        encoded = codec.encode(vae, model.limits, padded, after)
+        frames = codec.padded(film, fit, vae.dtype, session.device)
+        pieces = codec.encode_pieces(vae, model.limits, frames, fit.padded_frames, after)
+        encoded = codec.joined(model.limits, pieces)
     if not session.is_first:
         return {}
     info = LatentsInfo(
         model=model.source.model,
         model_class=type(vae).__name__,
         scaling=scaling_of(vae.config),
-        fps=clip.fps,
-        times=clip.times,
+        fps=film.pace.fps,
+        times=film.pace.times,
         **vars(fit),
     )
     with _writing():
@@ -173,7 +216,9 @@ def encode_clip(session: Session, model: Model, task: Task, on_step: OnStep) -> 
     return {"shape": list(encoded.shape)}
 
 
-def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) -> dict[str, Any]:
+def decode_latents(
+    session: Session, model: Model, task: Task, on_step: OnStep, on_frames: OnFrames
+) -> dict[str, Any]:  # fmt: skip
     """Decode latents to a video, as `halovae decode` does.
 
     Raises:
@@ -182,19 +227,26 @@ def decode_latents(session: Session, model: Model, task: Task, on_step: OnStep) 
     assert task.input is not None
     given = dict(task.settings)
     lossless = given.pop("lossless", model.job.lossless)
+    given.pop("stream", None)  # The front's affair.
     encoded, info = latents_file.load(task.input)
     _check_size(info.frames, info.height, info.width, **given)
     vae = model.runner.pipeline.vae
     latents_file.check_shape(encoded, info, model.limits, type(vae).__name__)
     encoded = encoded.to(session.device, vae.dtype)
-    calls = codec.decode_calls(vae, model.limits, encoded)
-    with _stepping(on_step, calls) as after:
-        sample = codec.decode(vae, model.limits, encoded, after)
-    if not session.is_first:
-        return {}
+    calls, count = codec.decode_calls(vae, model.limits, encoded), 0
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
-    with _writing():
-        media.write(task.output, codec.Frames(fit.crop(sample)), info.fps, times=info.times, lossless=lossless)
+    made = _Output(session, task, info.fps, on_frames, times=info.times, lossless=lossless)
+    with _stepping(on_step, calls) as after, made as output:
+        with closing(codec.decode_pieces(vae, model.limits, encoded, after, model.runner.stream)) as pieces:
+            for piece in pieces:
+                if session.is_first:
+                    fit.check(fit.padded_frames, *piece.shape[2:])
+                    output.take(codec.Frames(fit.crop_piece(piece, count)))
+                    count += piece.shape[1]
+        if not session.is_first:
+            return {}
+        fit.check(count, fit.padded_height, fit.padded_width)
+        output.finish()
     return {"num_frames": info.frames, "height": info.height, "width": info.width}
 
 
@@ -212,7 +264,7 @@ def _writing() -> Iterator[None]:
         raise HalovaeError(f"can't write the result: {reason(cause)}") from error
 
 
-def _read_clip(path: Path, pixels: int, frames: int) -> media.Clip:
+def _open_clip(path: Path, pixels: int, frames: int) -> media.Film:
     header, count = media.inspect(path), 0
 
     def advance() -> None:
@@ -220,7 +272,7 @@ def _read_clip(path: Path, pixels: int, frames: int) -> media.Clip:
         count += 1
         _check_size(count, header.height, header.width, pixels, frames)
 
-    return media.read(path, advance=advance)
+    return media.Film(path, advance=advance)
 
 
 def _check_size(count: int, height: int, width: int, pixels: int, frames: int) -> None:

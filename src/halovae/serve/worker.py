@@ -254,7 +254,11 @@ class _Turn:
             self._session.synchronize()
 
     def _work(self) -> None:
-        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step())
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step(), self._on_frames)
+
+    def _on_frames(self, count: int) -> None:
+        if self._wire is not None:
+            self._wire.send({"event": "frames", "id": self._task.id, "count": count})
 
     def _on_step(self) -> OnStep:
         def on_step(done: int, total: int | None) -> None:

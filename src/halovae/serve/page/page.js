@@ -5,6 +5,7 @@ const over = (job) => job.status === "completed" || job.status === "failed";
 let shown = null; // The id of the job on the screen.
 let following = null; // Ends the stream of its events.
 let address = null; // Of the video on the screen.
+let watching = null; // The id of the job that plays while it is made.
 let declined = false; // Whether the user has left the question for the key.
 
 // ---- the server ----------------------------------------------------------------------------------------------------
@@ -157,6 +158,7 @@ function show(job) {
   shown = job.id;
   location.hash = job.id; // So that it is there after a reload.
   following?.abort();
+  watching = null;
   draw(job);
   if (!over(job)) follow(job.id);
 }
@@ -178,14 +180,16 @@ async function follow(id) {
 
 function draw(job) {
   at("empty").hidden = true;
+  const plays = watching === job.id && job.status !== "failed";
   at("running").hidden = over(job);
   at("caption").hidden = false;
   at("caption-prompt").textContent = job.prompt;
   at("facts").textContent = facts(job);
   at("download").hidden = job.status !== "completed";
-  at("video").hidden = job.status !== "completed";
-  if (job.status === "completed") return play(job);
-  at("video").removeAttribute("src");
+  at("video").hidden = job.status !== "completed" && !plays;
+  if (job.status === "completed") return play(job, plays);
+  if (!plays) at("video").removeAttribute("src");
+  if (!plays && job.status === "in_progress" && job.frames_ready) watch(job.id);
   at("percent").textContent = `${job.progress} %`;
   at("progress").value = job.progress;
   at("state").textContent = state(job);
@@ -211,14 +215,42 @@ function facts(job) {
   ].filter(Boolean).join(" · ");
 }
 
-async function play(job) {
+async function play(job, goesOn = false) {
   if (address) URL.revokeObjectURL(address);
   const source = await addressOf(`v1/videos/${job.id}/content`);
   if (shown !== job.id) return;
   address = source;
-  at("video").src = at("download").href = source;
+  at("download").href = source;
   at("download").download = `${job.id}.mp4`;
+  if (!goesOn) begin(source);
+}
+
+function begin(source) {
+  at("video").src = source;
+  at("video").hidden = false;
   at("video").play().catch(() => { /* Playing by itself may be switched off: there are controls. */ });
+}
+
+const once = (target, name) => new Promise((resolve) => { target.addEventListener(name, resolve, { once: true }); });
+
+// Plays a video while its later frames are decoded.
+async function watch(id) {
+  watching = id;
+  try {
+    const answer = await ask(`v1/videos/${id}/stream`, { signal: following.signal });
+    const kind = answer.headers.get("content-type"), source = new MediaSource();
+    if (!MediaSource.isTypeSupported(kind)) return await answer.body.cancel(); // The finished file may do.
+    begin(URL.createObjectURL(source));
+    await once(source, "sourceopen");
+    const buffer = source.addSourceBuffer(kind), reader = answer.body.getReader();
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      buffer.appendBuffer(part.value);
+      await once(buffer, "updateend");
+    }
+    source.endOfStream();
+  } catch {
+    if (watching === id) watching = null; // What follows is the finished file.
+  }
 }
 
 function clear() {

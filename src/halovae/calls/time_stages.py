@@ -1,0 +1,557 @@
+"""A clip that comes in parts: which calls of the network each part makes, and what goes on from one to the next.
+
+The VAE's own method takes a whole clip. For each part it gets a short clip that ends with the part. What comes before
+is blank, and the network's calls for it, which were made earlier, are answered without the network: the last of a row
+of them by the caches that it has left then. So crop, blend and clamp stay the VAE's own code, and the network makes the
+very calls that it makes for the whole clip.
+
+Which calls these are is found out by trying clips of all lengths, small ones, with noise for the network's results. A
+call is the same in two clips where it gets the same, bit for bit; a frame of the output is final where it is the same
+in all longer clips. Once two stages are alike, so are all that follow, and a short clip stands for any longer one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.base.errors import InputError, NotExactError
+from halovae.base.functions import outside_modes
+from halovae.base.private_torch import pytree
+from halovae.base.trees import map_tensors, pictures_in, tensors_in
+from halovae.calls.dataflow import Spec
+from halovae.calls.randomness import frozen_generators
+from halovae.calls.record import NETWORKS, Function, NetworkCall, Recording, answering
+from halovae.calls.state import ModuleState, Snapshot, copied, is_same, refill, unchanged
+from halovae.exact.layout import layout_of, mark, plain
+from halovae.kernels.fast_mode import FastMode, finished
+
+LOG = logging.getLogger("halovae")
+
+_LONGEST = 80
+"""Frames of the longest clip that is tried."""
+_STEP = 33
+"""Frames of the longest step that is looked for."""
+_MANY = 65
+"""Frames of a clip for which a VAE that has steps in time makes several."""
+_BEYOND = 9
+"""A call is the same in all longer clips where it is the same in those that are up to so many frames longer."""
+
+Record = Callable[[tuple[Any, ...], dict[str, Any]], Recording]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a clip: how the VAE's method is run for it. Frames and results of calls are in the order of time."""
+
+    frames: int
+    """Of the clip that the method gets."""
+    fresh: int
+    """The last ones of these, which have to be the real ones."""
+    calls: tuple[NetworkCall, ...]
+    """All that the method makes for this clip."""
+    run: tuple[int, ...]
+    """Those that the network answers."""
+    takes: tuple[tuple[int, int], ...]
+    """Those that leave caches for these, each with its place in `gives` of the stage before."""
+    holds: tuple[tuple[int, int], ...]
+    """Those whose results are needed again, each with its place in `run` of the stage before."""
+    gives: tuple[int, ...]
+    """Those after which the caches are kept."""
+    blank: bool
+    """Whether results that are not there are blank frames; else they have no frames at all."""
+    back: int
+    """The new frames of the output: how many frames before its end they begin."""
+    length: int
+    """How many there are."""
+
+    def is_like(self, other: Stage) -> bool:
+        """Whether it does the same after the same."""
+        return self._all() == other._all()
+
+    def _all(self) -> tuple[Any, ...]:
+        places = [place for _, place in self.takes], [place for _, place in self.holds]
+        kinds = [self.calls[number].kind for number in self.run]
+        held = [self.calls[number].specs for number, _ in self.holds]
+        return self.fresh, *places, kinds, held, len(self.gives), self.blank, self.back, self.length
+
+
+@dataclass(frozen=True, eq=False)
+class Position:
+    """Where a clip has got to: some stage has been run, and no more."""
+
+    frames: int = 0
+    """Of the short clip that stands for all so far."""
+    stage: Stage | None = None
+    done: frozenset[Any] = frozenset()
+    gives: tuple[Any, ...] = ()
+    ran: tuple[Any, ...] = ()
+    output: Tensor | None = None
+    """What the trial's frames are that are out."""
+
+
+@dataclass
+class _Trial:
+    """A small clip that was tried: the calls, what tells each from others, and the output."""
+
+    calls: tuple[NetworkCall, ...]
+    names: tuple[Any, ...]
+    output: Tensor
+
+
+class TimeStages:
+    """Finds the stages of one half of a VAE, for clips of one size.
+
+    Args:
+        vae: the VAE.
+        half: "encode" or "decode".
+        method: the VAE's own method of that half.
+        record: notes the calls of its network.
+        clip: one frame of the clip, of full size; of these only the shape counts.
+        small: the same of a small picture.
+        kwargs: of the half.
+    """
+
+    def __init__(
+        self, vae: nn.Module, half: str, method: Function, record: Record, clip: Tensor, small: Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self._vae, self._half, self._method, self._record = vae, half, method, record
+        self._clip, self._small, self._kwargs = clip, small, kwargs
+        self._trials: dict[int, _Trial | None] = {}
+        self._known: dict[Any, tuple[Stage, Position]] = {}
+        self._next: dict[Any, tuple[int, Stage, Position] | None] = {}
+        self._places: list[Position] = []
+        self.start = Position()
+        self.rest = ModuleState(getattr(vae, NETWORKS[half]))
+
+    # ---- what comes next -------------------------------------------------------------------------------------------
+
+    def part(self, place: Position, frames: int, total: int | None) -> tuple[Stage, Position] | None:
+        """The next stage of a clip that goes on, as soon as it can be run; None: not with so many frames.
+
+        Args:
+            place: where the clip is.
+            frames: how many new frames there are.
+            total: frames of the whole clip, where that is known.
+        """
+        key = place, frames, total
+        if key not in self._known:
+            ends = self._ends(place.frames + frames, total)
+            here = self._trial(place.frames + frames)
+            if not ends or here is None:
+                return None
+            ready = frozenset(here.names).intersection(*(end.names for end in ends))
+            if not ready - place.done:
+                return None
+            self._known[key] = self._after(place, frames, ready, _common(here.output, [end.output for end in ends]))
+        return self._known[key]
+
+    def rest_of(self, place: Position, frames: int) -> tuple[Stage, Position]:
+        """The last stage, after which all is out: of a clip that ends with these frames, or stops there for a while.
+
+        Raises:
+            InputError: what has been made so far is not the beginning of a clip of this length.
+        """
+        key = place, frames, -1
+        if key not in self._known:
+            trial = self._trial(place.frames + frames)
+            if trial is None:
+                raise InputError(f"{self._half} does not take {place.frames + frames} frames")
+            self._known[key] = self._after(place, frames, frozenset(trial.names), trial.output.shape[2])
+        return self._known[key]
+
+    def next_part(self, place: Position, total: int | None) -> tuple[int, Stage, Position] | None:
+        """How many new frames the next stage needs, and that stage; None where no clip goes on so."""
+        key = place, total
+        if key not in self._next:
+            self._next[key] = None
+            for frames in range(1, min(_STEP, _LONGEST - place.frames) + 1):
+                if found := self.part(place, frames, total):
+                    self._next[key] = frames, *found
+                    break
+        return self._next[key]
+
+    def short(self, total: int | None) -> int | None:
+        """A length of the clip that stands for `total`, and can be tried.
+
+        Raises:
+            NotExactError: there is none.
+        """
+        if total is None or total <= _LONGEST // 2:
+            return total
+        steps = self._steps(total)
+        for frames in range(_LONGEST // 4, _LONGEST + 1):
+            if self._trial(frames) and self._steps(frames) == steps:
+                return frames
+        raise NotExactError("its steps in time are others for each length")
+
+    def _steps(self, frames: int) -> list[Any]:
+        """The kinds of calls of a clip, each once where it comes again at once."""
+        calls = self._record((self._small.expand(-1, -1, frames, -1, -1),), self._kwargs).calls
+        return [kind for kind, _ in itertools.groupby(call.kind for call in calls)]
+
+    def check(self, total: int | None) -> None:
+        """Check that a clip of any length, or of this one, can come in parts.
+
+        Raises:
+            NotExactError: it can't.
+        """
+        many = self._trial(total or _MANY)
+        if many and len(many.calls) == 1:
+            raise NotExactError("it makes all frames at once")
+        place, seen = self.start, set[Position]()
+        while place not in seen and (total is None or place.frames < total):
+            seen.add(place)
+            found = self.next_part(place, total)
+            if found is None:
+                if total is None:
+                    raise NotExactError("its first steps depend on the number of all frames")
+                break
+            place = found[2]
+        if len(seen) < 2 and place not in seen:
+            raise NotExactError("it makes all frames at once")
+
+    @property
+    def blends(self) -> bool:
+        """Whether frames are made of results of several stages, as far as it is known."""
+        return any(place.stage and place.stage.holds for place in self._places)
+
+    def _ends(self, frames: int, total: int | None) -> list[_Trial]:
+        """Clips that one of so many frames may become."""
+        longest = range(frames, frames + _BEYOND + 1) if total is None else [total]
+        return [trial for trial in map(self._trial, longest) if trial]
+
+    def _after(self, place: Position, frames: int, ready: frozenset[Any], final: int) -> tuple[Stage, Position]:
+        trial = self._trial(place.frames + frames)
+        assert trial is not None
+        out = 0 if place.output is None else place.output.shape[2]
+        began = place.output is None or torch.equal(place.output, trial.output[:, :, :out])
+        if not (began and place.done <= set(trial.names)):
+            raise InputError(
+                f"{self._half} of {type(self._vae).__name__} can't go on with {frames} frames after {place.frames}: "
+                "its steps in time would be others in one call"
+            )
+        stage = self._stage(place, trial, frames, ready, out, final)
+        if not stage.run:  # Frames that the VAE leaves out at the end of a clip: others may follow them.
+            return stage, replace(place, frames=stage.frames, stage=stage)
+        for known in self._places:
+            if known.stage and known.stage.is_like(stage) and known.stage.frames <= stage.frames:
+                return known.stage, known
+        gives, ran = (tuple(trial.names[number] for number in numbers) for numbers in (stage.gives, stage.run))
+        new = Position(stage.frames, stage, place.done | set(ran), gives, ran, trial.output[:, :, :final])
+        self._places.append(new)
+        return stage, new
+
+    def _stage(
+        self, place: Position, trial: _Trial, frames: int, ready: frozenset[Any], out: int, final: int
+    ) -> Stage:  # fmt: skip
+        calls, names = trial.calls, trial.names
+        run = tuple(n for n, name in enumerate(names) if name in ready and name not in place.done)
+        before = {number: max(calls[number].needs) for number in run if calls[number].needs}
+        taken = sorted({number for number in before.values() if number not in run})
+        if not {names[number] for number in taken} <= set(place.gives):
+            raise NotExactError("a step needs what is kept no more")
+        takes = tuple((number, place.gives.index(names[number])) for number in taken)
+        gives = tuple(number for number in run if number not in before.values())
+        held = tuple((names.index(name), place.ran.index(name)) for name in place.ran)
+        total = place.frames + frames
+        if not run and final == out:
+            return Stage(total, 0, (), (), (), (), (), False, 0, 0)
+        fresh = next(f for f in range(frames, total + 1) if self._gets_the_same(trial, run, total, f))
+        wanted = trial.output[:, :, out:final]
+        for blank, holds in itertools.product((False, True), ((), held)):
+            stage = Stage(total, fresh, calls, run, takes, holds, gives, blank, 0, final - out)
+            if (back := self._place_of(wanted, stage, trial)) is not None:
+                return replace(stage, calls=self._full(stage), back=back)
+        raise NotExactError("its frames can't be made apart")
+
+    def _gets_the_same(self, trial: _Trial, run: Sequence[int], frames: int, fresh: int) -> bool:
+        """Whether calls need no more than the last real frames."""
+        if fresh == frames:
+            return True
+        try:
+            names, _ = self._make(trial.calls, frames, lambda n, _: _noise(trial.calls[n], trial.names[n]), fresh)
+        except Exception:  # Whatever a model's code raises on blank frames.
+            return False
+        return all(names[number][:2] == trial.names[number][:2] for number in run)
+
+    def _place_of(self, wanted: Tensor, stage: Stage, trial: _Trial) -> int | None:
+        """How many frames before the end of what the stage gives the wanted frames begin; None where they are not."""
+        there = {*stage.run, *(number for number, _ in stage.holds)}
+
+        def used(number: int, name: Any) -> Any:
+            return _noise(trial.calls[number], trial.names[number]) if number in there else None
+
+        try:
+            _, part = self._make(trial.calls, stage.frames, used, stage.fresh, stage.blank)
+        except Exception:  # Whatever a model's code raises on frames that are not there.
+            return None
+        length = wanted.shape[2]
+        places = range(part.shape[2] - length, -1, -1)
+        start = next((s for s in places if torch.equal(part[:, :, s : s + length], wanted)), None)
+        return None if start is None else part.shape[2] - start
+
+    def _full(self, stage: Stage) -> tuple[NetworkCall, ...]:
+        """The calls of the stage at full size.
+
+        Raises:
+            NotExactError: they are others.
+        """
+        clip = self._clip.expand(-1, -1, stage.frames, -1, -1)
+        calls = self._record((clip,), self._kwargs).calls
+        if list(map(_in_time, calls)) != list(map(_in_time, stage.calls)):
+            raise NotExactError("a large picture takes other steps in time than a small one")
+        return calls
+
+    # ---- trying ----------------------------------------------------------------------------------------------------
+
+    def _trial(self, frames: int) -> _Trial | None:
+        """None where the VAE takes no clip of so many frames."""
+        if frames not in self._trials:
+            try:
+                self._trials[frames] = self._tried(frames) if 0 < frames <= _LONGEST else None
+            except Exception as error:
+                LOG.debug("%s takes no clip of %d frames: %s", self._half, frames, error)
+                self._trials[frames] = None
+        return self._trials[frames]
+
+    def _tried(self, frames: int) -> _Trial:
+        recording = self._record((self._noise_clip(frames),), self._kwargs)
+        calls, result = recording.calls, pictures_in(recording.result)
+        if recording.keeps or recording.writes or not result or any(call.draws for call in calls):
+            raise NotExactError("it is not made of calls of its network alone")
+        if not all(len(spec.shape) == 5 for call in calls for spec in call.specs):
+            raise NotExactError("its network gives no video")
+        names, output = self._make(calls, frames, lambda number, name: _noise(calls[number], name), frames)
+        return _Trial(calls, names, output)
+
+    def _noise_clip(self, frames: int, fresh: int | None = None) -> Tensor:
+        small = self._small
+        shape = *small.shape[:2], _LONGEST, *small.shape[3:]
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))[:, :, :frames] * 2 - 1
+        noise[:, :, : frames - (frames if fresh is None else fresh)] = 0
+        return noise.to(small.device, small.dtype)
+
+    def _make(
+        self, calls: Sequence[NetworkCall], frames: int, used: Callable[[int, Any], Any], fresh: int,
+        blank: bool = False,
+    ) -> tuple[tuple[Any, ...], Tensor]:  # fmt: skip
+        """What tells the calls from each other, and the output; `used(number, name)` gives the results of a call, or
+        None for one that is not there."""
+        clip, names = self._noise_clip(frames, fresh), list[Any]()
+        device = clip.device
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            number = len(names)
+            if number >= len(calls):
+                raise NotExactError("it calls its network more often than on shapes")
+            call = calls[number]
+            seen = call.kind, _digest(tensors_in((args, kwargs)))
+            names.append((*seen, sum(name[:2] == seen for name in names)))
+            results = used(number, names[-1])
+            if results is None:
+                results = [_absent(spec, spec.shape[2] if blank else 0, device) for spec in call.specs]
+            return call.result([tensor.to(device) for tensor in results], device=device)
+
+        kwargs = map_tensors(torch.clone, self._kwargs)
+        quietly = unchanged(self._vae, kwargs), frozen_generators(device), torch.no_grad()
+        with quietly[0], quietly[1], quietly[2], answering(self._vae, self._half, answer), FastMode():
+            output = finished(pictures_in(self._method(clip, **kwargs))[0])
+        if output.ndim != 5 or len(names) != len(calls):
+            raise NotExactError("its output is no video")
+        return tuple(names), output
+
+
+# ---- running one --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank keeps of a clip between two stages."""
+
+    caches: tuple[Any, ...] = ()
+    """After the calls that the stage before `gives`: the containers among their arguments, what modules keep, and what
+    else they return."""
+    results: tuple[list[Tensor], ...] = ()
+    """Of the calls that the stage before has run."""
+    like: tuple[Tensor, ...] = ()
+    """A result without a frame."""
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(vars(self))}
+        return sum(stores.values())
+
+
+class Resumed:
+    """Runs a half for one stage.
+
+    Args:
+        vae: the VAE.
+        half: "encode" or "decode".
+        stages: of that half.
+        stage: that is run.
+        held: what the stage before has left.
+
+    Attributes:
+        held: what this stage leaves.
+    """
+
+    def __init__(self, vae: nn.Module, half: str, stages: TimeStages, stage: Stage, held: Held) -> None:
+        self._vae, self._half, self._stages, self._stage, self._before = vae, half, stages, stage, held
+        self._rest = stages.rest
+        self.held = held
+
+    def __call__(self, method: Function, *args: Any, **kwargs: Any) -> Any:
+        """The new frames, as what the method returns."""
+        self._network = getattr(self._vae, NETWORKS[self._half])
+        self._device = pictures_in((args, kwargs))[0].device
+        self._numbers, self._like = itertools.count(), self._before.like
+        self._caches: dict[int, Any] = {}
+        self._results: list[list[Tensor]] = []
+        snapshot = Snapshot(self._vae, args, kwargs, values=False)
+        try:
+            with answering(self._vae, self._half, self._answer):
+                result = method(*args, **kwargs)
+        finally:
+            snapshot.restore()
+        if (made := next(self._numbers)) != len(self._stage.calls):
+            raise NotExactError(f"the VAE called its network {made} times, not {len(self._stage.calls)} as planned")
+        caches = tuple(self._caches[number] for number in self._stage.gives)
+        self.held = Held(caches, tuple(self._results), self._like)
+        return self._new_frames(result)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        number, stage = next(self._numbers), self._stage
+        if number >= len(stage.calls):
+            raise NotExactError(f"the VAE called its network more often than {len(stage.calls)} times, as planned")
+        call, takes, holds = stage.calls[number], dict(stage.takes), dict(stage.holds)
+        if number in stage.run:
+            return self._real(number, call, args, kwargs)
+        others = None
+        if number in takes:
+            containers, modules, others = self._before.caches[takes[number]]
+            refill((args, kwargs), copied(containers))
+            self._rest.set(copied(modules))
+        if number in holds:
+            used = list(map(_copy, self._before.results[holds[number]]))
+        else:
+            used = [self._absent(place, spec) for place, spec in enumerate(call.specs)]
+        return call.result(used, others, device=self._device)
+
+    def _real(self, number: int, call: NetworkCall, args: Any, kwargs: Any) -> Any:
+        before = copied((args, kwargs))
+        result = self._network(*args, **kwargs)
+        leaves, structure = pytree.tree_flatten(result)
+        used = [leaves[place] for place in call.used]
+        if [tensor.shape[2] for tensor in used] != [spec.shape[2] for spec in call.specs]:
+            raise NotExactError(f"call {number} of the network gave other frames than planned")
+        self._like = self._like or tuple(map(_without_frames, used))
+        if self._stages.blends:
+            self._results.append(list(map(_copy, used)))  # The VAE may write into what it gets.
+        if number in self._stage.gives:
+            for place in call.used:
+                leaves[place] = None
+            kept = _changes(args, before[0]), _changes(kwargs, before[1]), self._rest.changed(), leaves
+            args, kwargs, modules, leaves = pytree.tree_map_only(Tensor, _kept, copied(kept))
+            self._caches[number] = (args, kwargs), modules, pytree.tree_unflatten(leaves, structure)
+        return result
+
+    def _absent(self, place: int, spec: Spec) -> Tensor:
+        frames = spec.shape[2] if self._stage.blank else 0
+        like = self._like[place] if self._like else None
+        if like is None or layout_of(like) is None:
+            return _absent(spec, frames, self._device)
+        return _stretched(like, frames)
+
+    def _new_frames(self, result: Any) -> Any:
+        stage, frames = self._stage, pictures_in(result)[0].shape[2]
+        start = frames - stage.back
+
+        def cut(tensor: Tensor) -> Tensor:
+            is_video = tensor.ndim == 5 and tensor.shape[2] == frames
+            return tensor[:, :, start : start + stage.length] if is_video else tensor
+
+        return map_tensors(cut, result)
+
+
+def _changes(now: Any, before: Any) -> Any:
+    """The arguments that are other ones than before a call, in place; None for those that are not."""
+    if isinstance(now, dict):
+        return {name: None if is_same(value, before[name]) else value for name, value in now.items()}
+    return tuple(None if is_same(value, old) else value for value, old in zip(now, before, strict=True))
+
+
+@outside_modes
+def _without_frames(tensor: Tensor) -> Tensor:
+    layout, shape = layout_of(tensor), (*tensor.shape[:2], 0, *tensor.shape[3:])
+    empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return mark(empty, layout and layout.replace(2, plain(0)))
+
+
+@outside_modes
+def _stretched(like: Tensor, frames: int) -> Tensor:
+    """As many blank frames."""
+    layout = layout_of(like)
+    blank = like.new_zeros((*like.shape[:2], frames, *like.shape[3:]))
+    return mark(blank, layout and layout.replace(2, plain(frames)))
+
+
+@outside_modes
+def _copy(tensor: Tensor) -> Tensor:
+    layout = layout_of(tensor)
+    return mark(finished(tensor).clone(), layout)
+
+
+@outside_modes
+def _kept(tensor: Tensor) -> Tensor:
+    """A cache, without more memory than its own."""
+    layout = layout_of(tensor)
+    tensor = finished(tensor)
+    is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return mark(tensor.clone() if is_part else tensor, layout)
+
+
+def _common(output: Tensor, others: Iterable[Tensor]) -> int:
+    """With how many equal frames all of them begin."""
+    length = output.shape[2]
+    for other in others:
+        length = min(length, other.shape[2])
+        differs = (output[:, :, :length] != other[:, :, :length]).transpose(0, 2).flatten(1).any(1).nonzero()
+        length = int(differs[0]) if len(differs) else length
+    return length
+
+
+def _in_time(call: NetworkCall) -> tuple[Any, ...]:
+    return call.used, call.needs, *(spec.shape[2] for spec in call.specs)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Of all bits."""
+    words = hashlib.sha256()
+    for tensor in tensors:
+        bits = tensor.detach().cpu().contiguous().flatten()
+        words.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        words.update(bits.view(torch.uint8).numpy().tobytes())
+    return words.hexdigest()
+
+
+def _noise(call: NetworkCall, name: Any) -> list[Tensor]:
+    """Results of a call: equal ones for an equal name."""
+    seed = int(hashlib.sha256(repr(name).encode()).hexdigest()[:8], 16)
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.rand(spec.shape, generator=generator) - 0.5).to(spec.dtype) for spec in call.specs]
+
+
+def _absent(spec: Spec, frames: int, device: torch.device) -> Tensor:
+    """A result that is not there. The VAE may write into it."""
+    return torch.zeros((*spec.shape[:2], frames, *spec.shape[3:]), dtype=spec.dtype, device=device)

@@ -1,0 +1,147 @@
+"""A video for who watches it while it is made: an mp4 in fragments, or its pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import IO, TypeVar
+
+from fastapi.responses import StreamingResponse
+from PIL import Image
+from starlette.types import Send
+
+from halovae.media.live import LivePictures, codec_words
+from halovae.media.reader import opened
+from halovae.serve.service import ApiError, Service
+from halovae.serve.store import COMPLETED, RUNNING, StoredJob
+
+T = TypeVar("T")
+MP4, PARTS, JPEG, PNG = "video/mp4", "multipart/x-mixed-replace", "image/jpeg", "image/png"
+KINDS = (MP4, PARTS, JPEG, PNG)
+"""What can be asked for. Pictures come as parts of one answer; they are JPEGs, unless PNG is asked for."""
+_LOOK = 0.2
+"""Seconds between two looks at a file that grows, where nothing else tells."""
+_CHUNK = 2**16
+_QUALITY = 90
+
+
+def wanted(accept: str) -> str:
+    """The kind that a client likes best of those that there are.
+
+    Args:
+        accept: the header of that name.
+
+    Raises:
+        ApiError: it takes none of them.
+    """
+    found: list[tuple[float, str]] = []
+    for words in accept.split(","):
+        kind, _, rest = words.strip().lower().partition(";")
+        weight = re.search(r"\bq=([\d.]{1,5})", rest)
+        pattern = re.escape(kind.strip()).replace(r"\*", ".*")
+        match = next((each for each in KINDS if re.fullmatch(pattern, each)), None)
+        liking = float(weight[1]) if weight and weight[1].count(".") < 2 and weight[1] != "." else 1.0
+        if match is not None and liking > 0:
+            found.append((liking, match))
+    if not found:
+        raise ApiError(406, f"Accept: {accept[:80]!r} names nothing that there is: ask for {' or '.join(KINDS)}")
+    return max(found, key=lambda each: each[0])[1]
+
+
+def of_file(path: Path, kind: str, after: Callable[[], object] = lambda: None) -> StreamingResponse:
+    """A finished video as pictures; `after` is called at the end of the answer, however it ends."""
+
+    def pictures() -> Iterator[Image.Image]:
+        try:
+            with opened(path) as source:
+                yield from (shown.picture for shown in source.pictures)
+        finally:
+            after()
+
+    return _in_parts(_in_threads(pictures()), kind)
+
+
+def of_job(
+    service: Service, job: StoredJob, kind: str, after: Callable[[], object] = lambda: None
+) -> StreamingResponse | None:  # fmt: skip
+    """A video that is being made, from its beginning on; None where there is nothing of it yet."""
+    try:
+        file = service.store.stream(job.id).open("rb")
+    except FileNotFoundError:
+        return None
+    codec = codec_words(file.read(_CHUNK))
+    file.seek(0)
+    if not codec:
+        file.close()
+        return None
+    words = _growing(service, job, file, after)
+    if kind == MP4:
+        return _Watched(words, media_type=f'{MP4}; codecs="{codec}"', headers=_HEADERS)
+    return _in_parts(_decoded(words), kind)
+
+
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
+
+
+class _BrokenOffError(Exception):
+    """There will be no more of it."""
+
+
+class _Watched(StreamingResponse):
+    """An answer without an end where what it tells of has none: so its client knows."""
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except _BrokenOffError:
+            return
+
+
+async def _growing(
+    service: Service, job: StoredJob, file: IO[bytes], after: Callable[[], object]
+) -> AsyncIterator[bytes]:  # fmt: skip
+    """What is in the file of a running job, and what comes, until the job is over."""
+    try:
+        async for now in service.changes(job.id, _LOOK):
+            while words := file.read(_CHUNK):
+                yield words
+            if now is not None and now.status == COMPLETED:
+                return
+            if now is None or now.status != RUNNING or now.attempts != job.attempts:
+                raise _BrokenOffError
+    finally:
+        file.close()
+        after()
+
+
+async def _decoded(chunks: AsyncIterator[bytes]) -> AsyncIterator[Image.Image]:
+    pictures = LivePictures()
+    async for words in chunks:
+        async for picture in _in_threads(pictures.feed(words)):
+            yield picture
+
+
+async def _in_threads(values: Iterator[T]) -> AsyncIterator[T]:
+    """Values whose making takes a while."""
+    while (value := await asyncio.to_thread(next, values, None)) is not None:
+        yield value
+
+
+def _in_parts(pictures: AsyncIterator[Image.Image], kind: str) -> StreamingResponse:
+    kind = PNG if kind == PNG else JPEG
+
+    def part(picture: Image.Image) -> bytes:
+        content = io.BytesIO()
+        picture.save(content, format="PNG" if kind == PNG else "JPEG", quality=_QUALITY)
+        head = f"--frame\r\nContent-Type: {kind}\r\nContent-Length: {content.tell()}\r\n\r\n"
+        return head.encode() + content.getvalue() + b"\r\n"
+
+    async def parts() -> AsyncIterator[bytes]:
+        async for picture in pictures:
+            yield await asyncio.to_thread(part, picture)
+        yield b"--frame--\r\n"
+
+    return _Watched(parts(), media_type=f"{PARTS}; boundary=frame", headers=_HEADERS)

@@ -1,0 +1,162 @@
+"""Clips that come in parts: the pieces are one call bit for bit, whatever the parts are; all ranks end alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, run_decode, run_encode
+from family_table import PIECES
+from ranks import Ranks
+
+import halovae
+
+Build = tuple[Any, torch.Tensor, torch.Tensor]
+
+
+def build(name: str, frames: int, latents: int) -> Build:
+    """A VAE, a clip and latents that are no still picture."""
+    family = FAMILIES[name]
+    sample, latent = family.sample(torch.float64), family.latent(torch.float64)
+    contrast = 1 + 0.1 * torch.arange(100, dtype=torch.float64).view(-1, 1, 1)
+    made = [
+        torch.cat([tensor] * -(-count // tensor.shape[2]), 2)[:, :, :count] * contrast[:count]
+        for tensor, count in ((sample, frames), (latent, latents))
+    ]
+    return family.build().to(torch.float64), made[0] / 4, made[1]
+
+
+def parameters(piece: Any) -> torch.Tensor:
+    value = piece[0]
+    return value if torch.is_tensor(value) else value.parameters
+
+
+def streams(rank: int, name: str, frames: int, latents: int, count: bool) -> list[list[int]]:
+    """Both halves from iterators with parts of uneven length; frames of each piece."""
+    vae, clip, latent = build(name, frames, latents)
+    found: list[list[int]] = []
+    with halovae.parallelize(vae, untiled=True, verify=False) as handle:
+        moments = run_encode(vae, clip)
+        given = {"count": frames} if count else {}
+        pieces = [parameters(piece) for piece in handle.encode_stream(clip.split(3, 2), **given)]
+        assert handle.last
+        assert handle.last.pieces == len(pieces)
+        assert torch.equal(torch.cat(pieces, 2), moments)
+        found.append([piece.shape[2] for piece in pieces])
+        if not latents:  # Exact mode refuses this half.
+            return [*found, []]
+        video = run_decode(FAMILIES[name], vae, latent)
+        given = {"count": latents} if count else {}
+        pieces = list(handle.decode_stream(iter(latent.split(2, 2)), **given))
+        assert torch.equal(torch.cat(pieces, 2), video)
+        found.append([piece.shape[2] for piece in pieces])
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in PIECES if name in FAMILIES])
+def test_parts_are_one_call(two_ranks: Ranks, name: str) -> None:
+    *given, encoded, decoded = PIECES[name]
+    assert two_ranks.run(streams, name, *given) == [[encoded, decoded]] * 2
+
+
+def sessions(rank: int) -> None:
+    """Two at once, calls in between, other sizes, the limit; memory that does not grow."""
+    vae, clip, latent = build("wan21", 17, 20)
+    with halovae.parallelize(vae, verify=False, axis="height", options=halovae.Options(sessions=2)) as handle:
+        video, other = (run_decode(FAMILIES["wan21"], vae, value) for value in (latent, latent.flip(2)))
+        with handle.session() as one, handle.session() as two:
+            found: list[list[torch.Tensor]] = [[], []]
+            held: list[int] = []
+            for at in range(0, 20, 2):
+                for session, value, frames in ((one, latent, found[0]), (two, latent.flip(2), found[1])):
+                    frames.append(session.decode(value[:, :, at : at + 2]).sample)
+                held.append(one.state_bytes)
+                if at == 4:
+                    assert torch.equal(run_decode(FAMILIES["wan21"], vae, latent[:, :, :3]), video[:, :, :9])
+            assert torch.equal(torch.cat(found[0], 2), video)
+            assert torch.equal(torch.cat(found[1], 2), other)
+            assert held[-1] == held[2] > 0
+            parts = [parameters(two.encode(part)) for part in (clip[:, :, :5], clip[:, :, 5:13], clip[:, :, 13:])]
+            assert torch.equal(torch.cat(parts, 2), run_encode(vae, clip))
+            with pytest.raises(halovae.InputError, match="one clip has one size"):
+                one.decode(latent[..., :-1])
+            with pytest.raises(halovae.InputError, match="2 sessions are open"):
+                handle.session()
+        assert one.state_bytes == 0
+        with pytest.raises(halovae.InputError, match="session 1 is closed"):
+            one.decode(latent)
+        with handle.session() as three:  # Frames that are too few for a step wait for those that follow.
+            parts = [three.encode(part) for part in clip[:, :, :16].split((5, 2, 4, 5), 2)]
+            assert parts[1] is None
+            joined = torch.cat([parameters(part) for part in parts if part], 2)
+            assert torch.equal(joined, run_encode(vae, clip[:, :, :16]))
+    with pytest.raises(halovae.InputError, match="is closed"):
+        three.decode(latent)
+    vae, _, latent = build("cogvideox", 9, 7)
+    with halovae.parallelize(vae, verify=False) as handle, handle.session() as four:
+        parts = [four.decode(part).sample for part in latent[:, :, :6].split(2, 2)]
+        assert torch.equal(torch.cat(parts, 2), run_decode(FAMILIES["cogvideox"], vae, latent[:, :, :6]))
+        with pytest.raises(halovae.InputError, match="can't go on with 1 frames"):
+            four.decode(latent[:, :, 6:])
+
+
+def test_a_session_goes_on_as_one_call(two_ranks: Ranks) -> None:
+    two_ranks.run(sessions)
+
+
+def ends(rank: int) -> None:
+    """Iterators that differ, raise, or yield what can't be used, and streams that are left, one after the other."""
+    vae, clip, _ = build("wan21", 13, 2)
+    expected = run_encode(vae, clip)
+
+    def broken() -> Iterator[torch.Tensor]:
+        yield clip[:, :, :6]
+        if rank:
+            raise OSError("the disk is gone")
+        yield clip[:, :, 6:]
+
+    with halovae.parallelize(vae, verify=False, axis="height") as handle:
+
+        def works() -> None:
+            pieces = [parameters(piece) for piece in handle.encode_stream([clip])]
+            assert [piece.shape[2] for piece in pieces] == [1, 1, 1, 1]
+            assert torch.allclose(torch.cat(pieces, 2), expected, rtol=0, atol=1e-5)
+
+        def fails(error: Any, match: str, frames: Any, **given: Any) -> None:
+            with pytest.raises(error, match=match) as raised:
+                list(handle.encode_stream(frames, **given))
+            assert "\n" not in str(raised.value).splitlines()[0]
+
+        fails(OSError if rank else halovae.RankFailedError, "the disk is gone", broken())
+        works()
+        fails(halovae.DisagreementError, "ranks disagree", clip[:, :, : 5 if rank else 13].split(2, 2))
+        fails(halovae.DisagreementError, "ranks disagree", [clip[:, :, : 9 if rank else 13]])
+        fails(halovae.InputError, "one clip has one size", [clip[:, :, :5], clip[:, :, 5:, :-8]])
+        fails(halovae.InputError, "got no frames", [])
+        fails(halovae.InputError, "got 13 frames, but count is 20", [clip], count=20)
+        fails(halovae.InputError, "but count is 9", [clip], count=9)
+        fails(halovae.InputError, "got a int", [3])
+        fails(halovae.InputError, "got a tensor of shape", [clip[0]])
+        with pytest.raises(halovae.InputError, match="count is 0"):
+            handle.encode_stream([clip], count=0)
+        works()
+
+        read = iter(clip.split(1, 2))
+        with handle.encode_stream(read) as stream:  # One leaves, the others go on.
+            for number, _ in enumerate(stream):
+                if rank and number == 1:
+                    break
+        assert sum(1 for _ in read) == 8 - 4 * (1 - rank)  # Nothing is read ahead.
+        works()
+        stream = handle.encode_stream([clip])
+        next(stream)
+        assert torch.allclose(run_encode(vae, clip), expected, rtol=0, atol=1e-5)  # A call in between.
+        next(stream)
+    stream.close()
+    assert not list(stream)
+
+
+def test_parts_end_alike_on_all_ranks(two_ranks: Ranks) -> None:
+    two_ranks.run(ends)
