@@ -68,14 +68,34 @@ def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = l
     Returns:
         (1, channels, latent frames, latent height, latent width), or for a VAE of images the frames as the batch.
     """
-    pictures = encode_inputs(limits, clip)
+    return encode_clips(vae, limits, [clip], latent_of, after)[0]
 
-    def encoded(picture: Tensor) -> Tensor:
-        latent = latent_of(vae.encode(picture))
+
+def encode_clips(
+    vae: Any, limits: Limits, clips: Sequence[Tensor], taken: Callable[[Any], Tensor] = latent_of,
+    after: Callable[[], None] = lambda: None,
+) -> list[Tensor]:  # fmt: skip
+    """Encode clips of one size together, each as `encode` does.
+
+    Args:
+        vae: as for `encode`.
+        limits: likewise.
+        clips: likewise, all of one shape.
+        taken: what of the VAE's output is kept.
+        after: as for `encode`.
+    """
+    calls = list(zip(*(encode_inputs(limits, clip) for clip in clips), strict=True))
+
+    def encoded(pictures: Sequence[Tensor]) -> Tensor:
+        latent = taken(vae.encode(pictures[0] if len(clips) == 1 else torch.cat(list(pictures))))
         after()
         return latent
 
-    return _joined(map(encoded, pictures), len(pictures))
+    together = _joined(map(encoded, calls), len(calls))
+    if len(clips) == 1:
+        return [together]
+    together = together.unflatten(0, (len(calls), len(clips), -1))
+    return [together[:, number].flatten(0, 1) for number in range(len(clips))]
 
 
 def encode_inputs(limits: Limits, clip: Tensor) -> list[Tensor]:
