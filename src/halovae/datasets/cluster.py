@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +19,9 @@ from halovae.base.errors import InputError
 from halovae.base.files import first_line
 
 _QUIET = {
-    "RAY_AUTH_MODE": "token",  # As by default, but without a word.
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # What fails is told by what it returns.
 }
 _LEAST_STORE = 2**27
 """Bytes of the store that processes share clips by."""
@@ -28,7 +29,7 @@ _LEAST_STORE = 2**27
 
 @contextmanager
 def cluster(address: str | None, devices: int, accelerators: int, largest: int) -> Iterator[None]:
-    """Within it, Ray can be used.
+    """Within it, Ray can be used. What this process is connected to already is used, and stays as it is.
 
     Args:
         address: of the cluster; None: start one here.
@@ -39,36 +40,50 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     Raises:
         InputError: there is no cluster at this address.
     """
+    _quiet_data()
+    if ray.is_initialized():
+        yield
+        return
     os.environ |= {name: value for name, value in _QUIET.items() if name not in os.environ}
-    common: dict[str, Any] = {
-        "log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR, "include_dashboard": False,
-    }  # fmt: skip
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     folder = None
     if address is None:
-        # Two units for each device and reader, and what they become.
         workers = readers(devices, accelerators)
+        # Three units for each device and reader: one in work, one before it and one behind it.
         store = max(_LEAST_STORE, 3 * largest * (devices + workers))
         folder = tempfile.mkdtemp(prefix="halovae-ray-")
-        common |= {
+        # Ray lets only those in who know a word, which it would keep in the user's home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        options |= {
             "num_cpus": devices + workers + 1, "num_gpus": accelerators, "object_store_memory": store,
-            "_temp_dir": folder,
+            "include_dashboard": False, "_temp_dir": folder,
         }  # fmt: skip
-    else:
-        common |= {"address": address}
-        common.pop("include_dashboard")
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         try:
-            ray.init(**common)
+            with _no_words():
+                ray.init(address, **options)
         except Exception as error:  # Ray's own kinds, and those of the network.
             where = "a local Ray can't be started" if address is None else f"--ray-address {address} can't be reached"
             raise InputError(f"{where}: {first_line(error)}") from error
-        _quiet_data()
         yield
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _no_words() -> Iterator[None]:
+    """Within it, nothing is shown of what Ray's native code writes to standard error, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def readers(devices: int, accelerators: int) -> int:
@@ -82,4 +97,6 @@ def _quiet_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.execution_no_progress_timeout_s = -1  # A large clip on a slow device takes its time.
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)

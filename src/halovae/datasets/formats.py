@@ -19,7 +19,7 @@ from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from halovae.base.errors import InputError
-from halovae.base.files import atomic, first_line
+from halovae.base.files import atomic
 from halovae.datasets.buckets import Bucket, Taken
 from halovae.datasets.items import Item
 from halovae.media import latents_file
@@ -91,15 +91,17 @@ class Layout:
         place = self.place(item, bucket)
         latents = latents.to(getattr(torch, self.dtype))
         latents_file.check_values(Path(item.key), latents)
-        content = self._musubi(bucket, latents) if self.format == "musubi" else None
-        if content is None:
+        about = {"key": item.key, "caption": item.caption, "source": item.path, "fps": str(taken["fps"])}
+        about["done"] = json.dumps(taken["done"])
+        if self.format == "musubi":
+            content = self._musubi(bucket, latents, about)
+        else:
             info = LatentsInfo(
                 model=self.model, model_class=self.model_class, scaling=self.scaling, fps=Fraction(taken["fps"]),
                 times=tuple(taken["times"]), frames=bucket.frames, height=bucket.height, width=bucket.width,
                 padded_frames=bucket.frames, padded_height=bucket.height, padded_width=bucket.width,
             ).to_metadata()  # fmt: skip
-            told = {"key": item.key, "caption": item.caption, "source": item.path, "done": json.dumps(taken["done"])}
-            content = content_of({PARAMETERS if self.store == "parameters" else KEY: latents}, info | told)
+            content = content_of({PARAMETERS if self.store == "parameters" else KEY: latents}, info | about)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             with atomic(place) as draft:
@@ -107,7 +109,7 @@ class Layout:
         except InputError as error:  # A disk is no fault of the item.
             raise OSError(str(error)) from error
 
-    def _musubi(self, bucket: Bucket, latents: Tensor) -> bytes:
+    def _musubi(self, bucket: Bucket, latents: Tensor, about: Mapping[str, str]) -> bytes:
         _, name, scaled = MUSUBI[self.model_class]
         if scaled:
             latents = scale(latents, self.scaling)
@@ -116,7 +118,7 @@ class Layout:
             "architecture": name, "width": str(bucket.width), "height": str(bucket.height), "format_version": "1.0.1",
             **({"frame_count": str(bucket.frames)} if bucket.frames > 1 else {}),
         }  # fmt: skip
-        return content_of({f"latents_{frames}x{height}x{width}_{self.dtype}": latents[0]}, metadata)
+        return content_of({f"latents_{frames}x{height}x{width}_{self.dtype}": latents[0]}, {**metadata, **about})
 
 
 def told(taken: Taken) -> dict[str, Any]:
@@ -183,6 +185,11 @@ def parsed(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 def parsed_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _members(shard: Path) -> list[tuple[str, tuple[int, int]]]:
@@ -282,7 +289,3 @@ def check_names(layout: Layout, items: Sequence[tuple[Item, Bucket]]) -> None:
         other = places.setdefault(name, item.key)
         if other != item.key:
             raise InputError(f"{other} and {item.key} have one name in --format {layout.format}: rename one of them")
-
-
-def read_error(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} holds no latents that can be read: {first_line(error)}")

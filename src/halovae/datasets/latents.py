@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from halovae.base.errors import InputError
-from halovae.base.files import read_json
+from halovae.base.files import first_line, read_json
 from halovae.datasets.formats import (
     LATENTS,
     MUSUBI,
     PACKED,
+    metadata_of,
     parsed,
     parsed_file,
     places_in,
-    read_error,
     read_place,
     scale,
 )
@@ -68,39 +68,56 @@ class Latents(Dataset[Sample]):
         self._scaled = scaled
         # How the numbers are on disk.
         self._is_scaled = self._format == "musubi" and MUSUBI[self.manifest["model_class"]][2]
-        self._places: list[tuple[Path, Any]] = sorted(self._found(), key=lambda place: str(place[0]))
+        self._places = sorted(self._found(), key=lambda found: found[0])
+        self.keys = {key: number for number, (key, _, _) in enumerate(self._places)}
+        """Number of each item, by its key."""
 
-    def _found(self) -> Iterator[tuple[Path, Any]]:
+    def _found(self) -> Iterator[tuple[str, Path, Any]]:
+        """Key, file and place in it of each item."""
         if self._format in PACKED:
-            for shard in sorted(self.folder.glob(f"{LATENTS}-*{PACKED[self._format]}")):
-                for _, place in places_in(shard):
-                    yield shard, place
+            for shard in self.folder.glob(f"{LATENTS}-*{PACKED[self._format]}"):
+                for key, place in places_in(shard):
+                    yield key, shard, place
             return
-        files = self.folder.glob(f"*{SUFFIX}") if self._format == "musubi" else (self.folder / LATENTS).rglob(f"*{SUFFIX}")
-        for path in files:
-            if not path.name.startswith("."):
-                yield path, None
+        root = self.folder / LATENTS
+        for path in self.folder.glob(f"*{SUFFIX}") if self._format == "musubi" else root.rglob(f"*{SUFFIX}"):
+            if path.name.startswith("."):  # Still being written.
+                continue
+            if self._format == "musubi":
+                yield metadata_of(path).get("key", path.stem), path, None
+            else:
+                yield path.relative_to(root).as_posix().removesuffix(SUFFIX), path, None
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        path, place = self._places[index]
-        try:
-            tensors, metadata = parsed_file(path) if place is None else parsed(read_place(path, place))
-            ((name, stored),) = tensors.items()
-        except Exception as error:  # Of safetensors, tarfile and pyarrow.
-            raise read_error(path, error) from error
-        stored = stored.unsqueeze(0) if self._format == "musubi" else stored
-        latents = stored.chunk(2, dim=1)[0] if name == PARAMETERS else stored
-        if self._scaled != self._is_scaled:
-            latents = scale(latents, self.manifest["scaling"], undo=self._is_scaled)
-        found = Sample(key=metadata.get("key", path.stem), latents=_alone(latents), caption=metadata.get("caption", ""))
-        if name == PARAMETERS:
+        stored, latents, metadata = self.read(index, scaled=self._scaled)
+        key, _, _ = self._places[index]
+        found = Sample(key=key, latents=_alone(latents), caption=metadata.get("caption", ""))
+        if stored is not latents and self.manifest["store"] == PARAMETERS:
             found["parameters"] = _alone(stored)
         if "fps" in metadata:
             found["fps"], found["done"] = metadata["fps"], json.loads(metadata["done"])
         return found
+
+    def read(self, index: int, *, scaled: bool = False) -> tuple[Tensor, Tensor, dict[str, str]]:
+        """What is stored, the latents with the batch that the VAE gave, and the metadata of an item.
+
+        Raises:
+            InputError: its file is damaged.
+        """
+        _, path, place = self._places[index]
+        try:
+            tensors, metadata = parsed_file(path) if place is None else parsed(read_place(path, place))
+            (stored,) = tensors.values()
+        except Exception as error:  # Of safetensors, tarfile and pyarrow.
+            raise InputError(f"{path} holds no latents that can be read: {first_line(error)}") from error
+        stored = stored.unsqueeze(0) if self._format == "musubi" else stored
+        latents = stored.chunk(2, dim=1)[0] if self.manifest["store"] == PARAMETERS else stored
+        if scaled != self._is_scaled:
+            latents = scale(latents, self.manifest["scaling"], undo=self._is_scaled)
+        return stored, latents, metadata
 
 
 def _alone(latents: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ def _weights(source: VaeSource) -> str:
     for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         found.update(path.name.encode())
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read())
+            found.update(
+                hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read()
+            )
     return found.hexdigest()[:32]
 
 
@@ -92,7 +94,9 @@ class Folder:
         before = read_json(path).get("fingerprint", {})
         differing = [name for name in self._made_by if before.get(name) != self._made_by[name]]
         if differing:
-            pairs = "; ".join(f"{name} {_short(before.get(name))}, now {_short(self._made_by[name])}" for name in differing)
+            pairs = "; ".join(
+                f"{name} {_short(before.get(name))}, now {_short(self._made_by[name])}" for name in differing
+            )
             raise InputError(f"output {self.root} was made in another way ({pairs}): give a new folder")
 
     @contextmanager
@@ -147,7 +151,7 @@ class Folder:
 
     def packed(self) -> set[int]:
         """Numbers of the shards that are there."""
-        names = self.root.glob(f"{LATENTS}-*{PACKED[self.layout.format]}")
+        names = self.root.glob(f"{LATENTS}-*{PACKED.get(self.layout.format, '.none')}")
         return {int(name.stem.rpartition("-")[2]) for name in names}
 
     def tidy(self) -> None:

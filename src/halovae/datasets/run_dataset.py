@@ -212,9 +212,12 @@ class DatasetRun:
         """How many devices each bucket takes."""
         memory = None if self.asked.memory is None else self.asked.memory * _GIB
         sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in buckets]
-        remote: Any = ray.remote(stages.needs)
-        share = {"num_cpus": 1} if self.kind == "cpu" else {"num_cpus": 0, "num_gpus": 1}
-        found = ray.get(remote.options(**share).remote(self.job, sizes, self.devices, memory))
+        if self.kind == "cpu" and not self.asked.ray_address:
+            found = stages.needs(self.job, sizes, self.devices, memory)
+        else:
+            remote: Any = ray.remote(stages.needs)
+            share = {"num_cpus": 1} if self.kind == "cpu" else {"num_cpus": 0, "num_gpus": 1}
+            found = ray.get(remote.options(**share).remote(self.job, sizes, self.devices, memory))
         return dict(zip(buckets, found, strict=True))
 
     def encode(self) -> Done:
@@ -225,7 +228,7 @@ class DatasetRun:
         """
         started = time.perf_counter()
         with self.folder.held():
-            clips, faults = self.survey(keep=True)
+            self.clips, faults = clips, _ = self.survey(keep=True)
             self._set_aside(faults)
             there = self.folder.finished(clips)
             done = Done(items=len(self.items), there=len(there & {item.key for item, _ in clips}), failed=len(faults))
@@ -309,13 +312,11 @@ class DatasetRun:
         else:
             share = {"num_cpus": 0, "num_gpus": 1 if size == 1 else 0}
         pool = ActorPoolStrategy(size=groups, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2)
-        # Strategies that differ keep Ray from reading in the processes of the devices.
         data: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        data = data.map(stages.read_unit, fn_kwargs={"job": self.job}, num_cpus=1, scheduling_strategy="SPREAD")
-        data = data.map(
-            stages.Encoder, fn_constructor_args=(self.job, size), compute=pool, scheduling_strategy="DEFAULT", **share
-        )
-        data = data.map(stages.write_unit, fn_kwargs={"job": self.job}, num_cpus=0.5, scheduling_strategy="SPREAD")
+        # Not the share of a device: Ray would read in the processes of the devices, to have fewer.
+        data = data.map(stages.read_unit, fn_kwargs={"job": self.job}, num_cpus=0.99)
+        data = data.map(stages.Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
+        data = data.map(stages.write_unit, fn_kwargs={"job": self.job}, num_cpus=0.5)
         for row in data.iter_rows():
             yield Unit.from_json(row["unit"]), json.loads(row["told"])
 
@@ -493,5 +494,3 @@ def summary(done: Done, asked: Asked) -> str:
         rate = f"{done.frames / done.seconds:.1f} frames/s"
         lines.append(f"{timedelta(seconds=round(done.seconds))}, {rate}, devices busy {100 * done.busy:.0f} %")
     return "\n".join(lines)
-
-

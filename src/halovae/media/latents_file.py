@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, check_input, first_line
-from halovae.media.vae_limits import Limits
+
+if TYPE_CHECKING:
+    from halovae.media.vae_limits import Limits
 
 FORMAT = "halovae-latents-1"
 KEY, PARAMETERS = "latents", "parameters"
