@@ -1,4 +1,4 @@
-"""`halovae encode-dataset`: a folder, a manifest or shards of clips to latents, on the devices of a machine or cluster."""
+"""`halovae encode-dataset`: many clips to latents, on the devices of a machine or a cluster."""
 
 from __future__ import annotations
 

@@ -115,8 +115,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DECODE, "source", Path, "LATENTS", "A file that halovae encode has made.", ...),
         _Flag(_COMPARE, "one", Path, "A", "The reference: a video, an image, or latents.", ...),
         _Flag(_COMPARE, "other", Path, "B", "The result, of the same kind.", ...),
-        _Flag(_DATASET, "source", str, "INPUT", "A folder, a pattern such as 'clips/*.mp4', a manifest (.jsonl, .csv or "
-              ".parquet), or .tar files of a WebDataset.", ...),
+        _Flag(_DATASET, "source", str, "INPUT", "A folder, a pattern such as 'clips/*.mp4', a manifest (.jsonl, .csv "
+              "or .parquet), or .tar files of a WebDataset.", ...),
         _Flag(_DEMO, "folder", Path, "DIR", "Write here: a folder that is not there yet.", ...),
     ),
     usage.FILES: (
@@ -130,8 +130,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               spelled=_OUTPUT),
         _Flag(_DATASET, "output", Path, "DIR", "Write to this folder; a run that was interrupted goes on in it.", ...,
               spelled=_OUTPUT),
-        _Flag(_READ | _WARM_UP | _DATASET, "model", str, "DIR_OR_ID", "Use this VAE: the folder of a diffusers VAE or pipeline, "
-              "or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED),
+        _Flag(_READ | _WARM_UP | _DATASET, "model", str, "DIR_OR_ID", "Use this VAE: the folder of a diffusers VAE "
+              "or pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED),
         _Flag(_DECODE, "model", str, "DIR_OR_ID", "As for encode.", shown="the one that the latents were made with"),
         _Flag(_PLAN, "model", str, "DIR_OR_ID_OR_CONFIG", "Plan for this VAE: as for roundtrip, or the config.json of "
               "a VAE. Only configs are read.", shown=_SHIPPED),
@@ -240,8 +240,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "Keep weights on the host, and fetch each layer when it is due.", False),
         _Flag(_WHOLE, "enable_cpu_offload", bool, None,
               "Keep weights on the host, and fetch each part of the pipeline when it is due.", False),
-        _Flag(_RUN | _PLAN | _DATASET, "dtype", Dtype, "TYPE", "Compute with this number format: float32, float64, bfloat16 or "
-              "float16.", shown="float32 on cpu, else bfloat16"),
+        _Flag(_RUN | _PLAN | _DATASET, "dtype", Dtype, "TYPE", "Compute with this number format: float32, float64, "
+              "bfloat16 or float16.", shown="float32 on cpu, else bfloat16"),
         _Flag(_WHOLE, "vae_dtype", Dtype, "TYPE", "Let the VAE compute with this number format.", shown="as --dtype"),
         _Flag(_WHOLE - _T2V | _ROUNDTRIP | _PLAN, "vae_encode_dtype", Dtype, "TYPE",
               "Let the VAE encode in this number format.", shown="as the VAE"),
@@ -251,8 +251,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "for it.", shown="diffusers' own"),
         _Flag(_WHOLE, "compile", bool, None, "Compile the transformer's blocks.", False),
         _Flag(_DATASET, "store_dtype", Dtype, "TYPE", "Keep latents in this number format.", shown="as --dtype"),
-        _Flag(_RUN | _PLAN | _DOCTOR | _DATASET, "device", str, "KIND", "Run on this kind of device: cpu, cuda, npu, xpu, ...",
-              shown="the accelerator if there is one"),
+        _Flag(_RUN | _PLAN | _DOCTOR | _DATASET, "device", str, "KIND",
+              "Run on this kind of device: cpu, cuda, npu, xpu, ...", shown="the accelerator if there is one"),
         _Flag(_PLAN | _DATASET, "memory", float, "GIB", "Let each device have so much memory.",
               shown="what is free on this one", least=1e-6),
         _Flag(_PLAN, "flops", float, "TFLOPS", "Let each device compute so fast; goes with --bandwidth.",
@@ -269,14 +269,16 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "there.", shown="no seams are measured"),
         _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different sizes or lengths share.", False),
         _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded.", False),
-        _Flag(_DATASET, "dry_run", bool, None, "Look at the clips, print the plan and stop: nothing is written.", False),
+        _Flag(_DATASET, "dry_run", bool, None, "Look at the clips, print the plan and stop: nothing is written.",
+              False),
         _Flag(_MADE, "dry_run", bool, None, "Print the plan and stop: only configs are loaded, nothing is started.",
               False),
         _Flag(_ROUNDTRIP, "compare", bool, None, "Run the VAE on one rank too, and tell how far the results differ.",
               False),
-        _Flag(_MADE | _ALONE | _PLAN | _COMPARE | _DATASET, "json", Path, "FILE", "Write the numbers to this file, too."),
-        _Flag(_MADE | _ROUNDTRIP | _COMPARE | _DATASET, "report", Path, "DIR", "Write a page with pictures and numbers to this "
-              "folder."),
+        _Flag(_MADE | _ALONE | _PLAN | _COMPARE | _DATASET, "json", Path, "FILE",
+              "Write the numbers to this file, too."),
+        _Flag(_MADE | _ROUNDTRIP | _COMPARE | _DATASET, "report", Path, "DIR",
+              "Write a page with pictures and numbers to this folder."),
     ),
 }
 # fmt: on

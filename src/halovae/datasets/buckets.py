@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, log
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,19 +84,17 @@ def look(item: Item, fps: Fraction | None) -> Seen:
         InputError: it can't be read, or has not the frames asked for.
     """
     wanted = item.range
-    with item.file() as path:
-        with open_pictures(path) as animation:
-            if animation is not None:
-                pictures = list(animation.pictures) if not animation.is_still else [next(animation.pictures)]
-                size = pictures[0].picture.height, pictures[0].picture.width
-                times = [shown.begins for shown in pictures]
-                end = pictures[-1].end
-            else:
-                with opened(path) as source:
-                    first = next(source.pictures, None)
-                if first is None:
-                    raise InputError(f"{item.key} has no frames")
-                size, times, end = (first.picture.height, first.picture.width), frame_times(path), None
+    with item.file() as path, open_pictures(path) as animation:
+        if animation is not None:
+            pictures = list(animation.pictures)
+            size, end = (pictures[0].picture.height, pictures[0].picture.width), pictures[-1].end
+            times = [shown.begins for shown in pictures]
+        else:
+            with opened(path) as source:
+                first = next(source.pictures, None)
+            if first is None:
+                raise InputError(f"{item.key} has no frames")
+            size, times, end = (first.picture.height, first.picture.width), frame_times(path), None
     stop = len(times) if wanted.stop is None else wanted.stop
     if not wanted.start < stop <= len(times):
         raise InputError(f"{item.key} has {len(times)} frames, not frames {wanted}")

@@ -38,15 +38,13 @@ def page(run: DatasetRun, done: Done, words: Sequence[str]) -> Report:
         "Items": f"{done.items}: {done.encoded} encoded, {done.there} there already, {done.failed} failed",
         "VAE": f"{run.source.model} ({run.source.class_name}), {run.job.dtype}",
         "Devices": f"{run.devices} {run.kind}, busy {100 * done.busy:.0f} % of the time",
-        "Time": f"{timedelta(seconds=round(done.seconds))}, {done.to_dict()['frames_per_second']:.1f} frames per second",
+        "Time": f"{timedelta(seconds=round(done.seconds))}, {done.rate:.1f} frames per second",
         "Buckets": ", ".join(map(str, run.buckets)),
         "Format": f"{run.job.layout.format}, {run.job.layout.store} in {run.job.layout.dtype}",
-        **(
-            {"Shards": ", ".join(f"{b} on {n} devices" for b, n in done.groups.items() if n > 1)}
-            if _shards(done)
-            else {}
-        ),
     }
+    shards = [f"{bucket} on {count} devices" for bucket, count in done.groups.items() if count > 1]
+    if shards:
+        facts["Shards"] = ", ".join(shards)
     return Report(
         title=f"{run.asked.source} through {run.source.model}",
         verdict=f"{done.encoded + done.there} of {done.items} items are encoded, {done.failed} were set aside.",
@@ -56,10 +54,6 @@ def page(run: DatasetRun, done: Done, words: Sequence[str]) -> Report:
         clips=sections,
         command=command(words),
     )
-
-
-def _shards(done: Done) -> bool:
-    return any(count > 1 for count in done.groups.values())
 
 
 def _few(clips: Sequence[tuple[Item, Bucket]]) -> list[tuple[Item, Bucket]]:

@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,8 +49,9 @@ class Item:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Item:
-        member = given["member"]
-        return cls(**{**given, "member": None if member is None else tuple(member)})
+        values: dict[str, Any] = dict(given)
+        member = values.pop("member")
+        return cls(**values, member=None if member is None else (member[0], member[1]))
 
     @contextmanager
     def file(self) -> Iterator[Path]:
@@ -198,7 +199,7 @@ def _of_rows(manifest: Path, rows: list[dict[str, Any]]) -> list[Item]:
         if item.frames:  # Several ranges of one clip are several items.
             stem, suffix = os.path.splitext(item.key)
             key = f"{stem}_{wanted.start}-{'end' if wanted.stop is None else wanted.stop}{suffix}"
-            item = Item(**{**item.to_dict(), "key": key})
+            item = replace(item, key=key)
         found.append(item)
     return found
 

@@ -37,6 +37,10 @@ class Fault:
     path: str
     why: str
 
+    @property
+    def words(self) -> str:
+        return self.why if self.path in self.why else f"{self.path}: {self.why}"
+
 
 def fingerprint(source: VaeSource, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the bytes of the results depend on besides the clips: model, code and settings."""
@@ -56,9 +60,8 @@ def _weights(source: VaeSource) -> str:
     for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         found.update(path.name.encode())
         with path.open("rb") as file:
-            found.update(
-                hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read()
-            )
+            while part := file.read(2**24):
+                found.update(part)
     return found.hexdigest()[:32]
 
 

@@ -79,8 +79,13 @@ class Done:
     groups: dict[str, int] = field(default_factory=dict[str, int])
     """Devices that clips of a bucket were encoded on."""
 
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+        return self.frames / self.seconds if self.seconds else 0.0
+
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "frames_per_second": self.frames / self.seconds if self.seconds else 0.0}
+        return {**vars(self), "frames_per_second": self.rate}
 
 
 class DatasetRun:
@@ -251,7 +256,7 @@ class DatasetRun:
             self.folder.note_faults(faults)
             if self.asked.fail_fast:
                 first = next(iter(faults.values()))
-                raise InputError(f"{first.path}: {first.why}")
+                raise InputError(first.words)
 
     def _encode(self, units: Sequence[Unit], done: Done, shards: _Shards) -> float:
         """Returns the seconds that devices were busy."""
@@ -341,7 +346,7 @@ class DatasetRun:
                 where = f"on no number of devices: {room} of {need['room'] / _GIB:.2f} GiB"
             lines.append(f"{bucket}: {counted(counts[bucket], 'item')}, {where}, {size / 2**20:.1f} MiB of latents")
         lines.append(f"{total / 2**20:.1f} MiB to write")
-        lines += [f"set aside: {fault.path}: {fault.why}" for fault in list(faults.values())[:10]]
+        lines += [f"set aside: {fault.words}" for fault in list(faults.values())[:10]]
         return "\n".join(lines)
 
 
@@ -491,6 +496,6 @@ def summary(done: Done, asked: Asked) -> str:
         f"{done.failed} failed" + (f" (see {asked.output / FAILED})" if done.failed else "")
     ]
     if done.encoded:
-        rate = f"{done.frames / done.seconds:.1f} frames/s"
-        lines.append(f"{timedelta(seconds=round(done.seconds))}, {rate}, devices busy {100 * done.busy:.0f} %")
+        took = timedelta(seconds=round(done.seconds))
+        lines.append(f"{took}, {done.rate:.1f} frames/s, devices busy {100 * done.busy:.0f} %")
     return "\n".join(lines)

@@ -148,13 +148,13 @@ class _Group:
 
     def _start(self) -> None:
         share = {"CPU": 1.0} if self._job.device == "cpu" else {"GPU": 1.0}
-        self._place = placement_group([share] * self._ranks, strategy="PACK")
-        ray.get(self._place.ready())
+        self._place = place = placement_group([share] * self._ranks, strategy="PACK")
+        ray.get(place.ready())
         remote: Any = ray.remote(_Rank)
         self._actors = [
             remote.options(
                 num_cpus=share.get("CPU", 0), num_gpus=share.get("GPU", 0), max_concurrency=1,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=rank),
             ).remote()
             for rank in range(self._ranks)
         ]  # fmt: skip
