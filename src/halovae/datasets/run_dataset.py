@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -184,9 +184,8 @@ class DatasetRun:
         if unknown:
             rows = [{"item": json.dumps(item.to_dict())} for item in unknown]
             blocks = min(len(rows), 8 * readers(self.devices, 0))
-            looked = ray.data.from_items(rows, override_num_blocks=blocks).map(
-                stages.look_at, fn_kwargs={"fps": self.job.fps}, num_cpus=1
-            )  # fmt: skip
+            data: Any = ray.data.from_items(rows, override_num_blocks=blocks)
+            looked = data.map(stages.look_at, fn_kwargs={"fps": self.job.fps}, num_cpus=1)
             for row in self._shown(looked.iter_rows(), len(rows), "looking"):
                 found = json.loads(row["seen"])
                 mark = marks[found["key"]]
@@ -317,7 +316,7 @@ class DatasetRun:
         else:
             share = {"num_cpus": 0, "num_gpus": 1 if size == 1 else 0}
         pool = ActorPoolStrategy(size=groups, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2)
-        data: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
         # Not the share of a device: Ray would read in the processes of the devices, to have fewer.
         data = data.map(stages.read_unit, fn_kwargs={"job": self.job}, num_cpus=0.99)
         data = data.map(stages.Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
