@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from clips import bars, make_video
@@ -21,8 +22,6 @@ from halovae.datasets.items import Item, find_items
 from halovae.datasets.units import Unit, group_sizes, units_of
 from halovae.media import read
 from halovae.media.latents_file import content_of
-
-pyarrow = pytest.importorskip("pyarrow")
 
 
 @pytest.fixture(scope="module")
