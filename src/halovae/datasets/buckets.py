@@ -52,9 +52,7 @@ def parse_buckets(texts: Sequence[str]) -> list[Bucket]:
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:x(\d{1,5}))?", text)
         sizes = [int(group or 1) for group in match.groups()] if match else [0]
         if min(sizes) < 1:
-            raise InputError(
-                f"--bucket {text}: give height, width and frames such as 480x832x81, or 512x512 for images"
-            )
+            raise InputError(f"--bucket {text}: give HEIGHTxWIDTHxFRAMES such as 480x832x81, or 512x512 for images")
         bucket = Bucket(*sizes)
         if 3 * bucket.pixels > MAX_CLIP_BYTES:
             raise InputError(f"--bucket {text}: over {MAX_CLIP_BYTES >> 30} GiB of pixels: give a smaller one")

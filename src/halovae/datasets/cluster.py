@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # What fails is told by what it returns.
 }
+_ANSWER = 10.0
+"""Seconds that a cluster gets to answer."""
 _LEAST_STORE = 2**27
 """Bytes of the store that processes share clips by."""
 
@@ -58,6 +61,8 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
             "num_cpus": devices + workers + 1, "num_gpus": accelerators, "object_store_memory": store,
             "include_dashboard": False, "_temp_dir": folder,
         }  # fmt: skip
+    else:
+        _check_address(address)
     try:
         try:
             with _no_words():
@@ -70,6 +75,23 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nobody answers: Ray would go on asking.
+
+    Raises:
+        InputError: it is none, or nobody does.
+    """
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal():
+        raise InputError(f"--ray-address {address}: give auto, or HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--ray-address {address} can't be reached: {first_line(error)}") from error
 
 
 @contextmanager
