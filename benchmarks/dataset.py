@@ -1,7 +1,8 @@
 """A folder of clips to latents: `halovae encode-dataset` against tensors in memory, and against a plain loop.
 
     python benchmarks/dataset.py --json benchmarks/results/dataset.json
-    python benchmarks/dataset.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --bucket 480x832x81 --clips 40 --dtype bfloat16
+    python benchmarks/dataset.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --bucket 480x832x81 --clips 40 \\
+        --dtype bfloat16 --devices 1,2,4
 
 `memory` is the VAE after `halovae.optimize` on clips that are decoded already, one by one. `loop` is PyAV, Pillow,
 diffusers' own encode and `torch.save`. `dataset` is the command with a local Ray on `--devices`; its rate is counted
@@ -50,7 +51,7 @@ def load(model: str | None, device: str, dtype: str) -> tuple[Any, vae_limits.Li
     return vae, vae_limits.limits_of(vae)
 
 
-def rate(work: Callable[[Path], None], paths: list[Path], device: str) -> float:
+def rate(work: Callable[[Path], Any], paths: list[Path], device: str) -> float:
     """Clips per minute, after one for warm-up."""
     work(paths[0])
     started = time.perf_counter()
@@ -70,7 +71,7 @@ def in_memory(given: argparse.Namespace, folder: Path, bucket: Bucket) -> float:
         for path, pixels in clips.items()
     }
     with halovae.optimize(vae), torch.inference_mode():
-        return rate(lambda path: codec.encode(vae, limits, tensors[path]).cpu() and None, list(tensors), given.device)
+        return rate(lambda path: codec.encode(vae, limits, tensors[path]).cpu(), list(tensors), given.device)
 
 
 def plain_loop(given: argparse.Namespace, folder: Path, bucket: Bucket) -> float:

@@ -26,9 +26,9 @@ from servers import disk
 
 from halovae.base.files import write_json
 from halovae.cli.main import main
-from halovae.datasets import Latents, stages
+from halovae.datasets import Latents, workers
 from halovae.datasets.buckets import Bucket, take
-from halovae.datasets.formats import Layout, keys_in, pack
+from halovae.datasets.formats import Storage, keys_in, pack
 from halovae.datasets.items import find_items
 from halovae.datasets.run_dataset import Asked, DatasetRun
 from halovae.datasets.units import Job, Unit
@@ -195,10 +195,12 @@ def test_a_clip_that_fits_no_device_goes_to_two_as_shards(
 class TestWithoutRay:
     """Steps in this process."""
 
-    def layout(self, model: str, **changes: str) -> Layout:
+    def layout(self, model: str, **changes: str) -> Storage:
         vae = models.find_skeleton(model)[1]
         given = {"folder": "o", "format": "safetensors", "store": "mode", "dtype": "float32", **changes}
-        return Layout(model=model, model_class="AutoencoderKLWan", scaling=latents_file.scaling_of(vae.config), **given)
+        return Storage(
+            model=model, model_class="AutoencoderKLWan", scaling=latents_file.scaling_of(vae.config), **given
+        )
 
     @pytest.mark.parametrize("format_", ["webdataset", "parquet"])
     def test_packed(self, format_: str, model: str, clips: Path) -> None:
@@ -253,8 +255,8 @@ class TestWithoutRay:
                 "read": json.dumps({"told": [{"fps": "25", "times": [], "done": {}}], "why": [None]}),
                 "made": json.dumps({"shape": [1, 16, 2, 8, 80 * 2**10], "dtype": "float32", "seconds": 1.0}),
             }  # fmt: skip
-            told = json.loads(stages.write_unit(row, job)["told"])
-            assert [result["what"] for result in told["results"]] == [stages.STOP]
+            told = json.loads(workers.write_unit(row, job)["told"])
+            assert [result["what"] for result in told["results"]] == [workers.STOP]
             assert "no space left on device" in told["results"][0]["why"]
             assert not [path for path in Path("o").rglob("*") if path.is_file()]
 

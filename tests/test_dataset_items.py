@@ -16,7 +16,7 @@ from clips import bars, make_video
 from PIL import Image
 
 from halovae.base.errors import InputError
-from halovae.datasets.buckets import Bucket, Seen, choose, look, parse_buckets, take
+from halovae.datasets.buckets import Bucket, ClipSize, choose, look, parse_buckets, take
 from halovae.datasets.formats import scale
 from halovae.datasets.items import Item, find_items
 from halovae.datasets.units import Unit, group_sizes, units_of
@@ -104,7 +104,7 @@ def test_bad_lists(name: str, content: str | None, said: str, tmp_path: Path) ->
 def test_frames_at_a_rate_are_those_that_a_player_shows(folder: Path) -> None:
     """25 frames per second at 10: each moment shows the last frame that has begun."""
     item = find_items(str(folder))[0]
-    assert look(item, Fraction(10)) == Seen(height=64, width=96, frames=8)
+    assert look(item, Fraction(10)) == ClipSize(height=64, width=96, frames=8)
     taken = take(item, Bucket(64, 96, 8), Fraction(10))
     assert taken.done["source_frames"] == [0, 2, 5, 7, 10, 12, 15, 17]
     assert taken.fps == 10
@@ -125,14 +125,14 @@ def test_what_was_done_is_told(folder: Path) -> None:
 
 def test_buckets() -> None:
     buckets = parse_buckets(["480x832x81", "832x480x81", "480x832x17", "64x64", "512x512"])
-    wide = Seen(height=1080, width=1920, frames=100)
+    wide = ClipSize(height=1080, width=1920, frames=100)
     assert choose(wide, buckets) == Bucket(480, 832, 81)
-    assert choose(Seen(height=1080, width=1920, frames=20), buckets) == Bucket(480, 832, 17)
-    assert choose(Seen(height=500, width=500, frames=100), buckets).frames > 1, "a clip is no image"
-    assert choose(Seen(height=1080, width=1920, frames=1), buckets) == Bucket(512, 512)
-    assert choose(Seen(height=100, width=100, frames=1), buckets) == Bucket(64, 64), "not enlarged"
+    assert choose(ClipSize(height=1080, width=1920, frames=20), buckets) == Bucket(480, 832, 17)
+    assert choose(ClipSize(height=500, width=500, frames=100), buckets).frames > 1, "a clip is no image"
+    assert choose(ClipSize(height=1080, width=1920, frames=1), buckets) == Bucket(512, 512)
+    assert choose(ClipSize(height=100, width=100, frames=1), buckets) == Bucket(64, 64), "not enlarged"
     with pytest.raises(InputError, match="it has 9 frames at this rate, and the shortest bucket has 17"):
-        choose(Seen(height=64, width=64, frames=9), parse_buckets(["64x64x17"]))
+        choose(ClipSize(height=64, width=64, frames=9), parse_buckets(["64x64x17"]))
     for text in ("480", "0x8x1", "ax8", "99999x99999x99"):
         with pytest.raises(InputError, match="--bucket"):
             parse_buckets([text])

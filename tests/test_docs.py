@@ -27,7 +27,7 @@ from halovae import comm, media
 from halovae.base.files import write_json
 from halovae.cli.main import COMMANDS, main
 from halovae.datasets.buckets import Bucket
-from halovae.datasets.formats import Layout
+from halovae.datasets.formats import Storage
 from halovae.datasets.items import Item
 from halovae.pipelines.demo import make_demo_model
 
@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
     make_demo_model(folder / "demo-t2v", "text-to-video")
     make_demo_model(folder / "demo-i2i", "image-to-image")
     media.write(folder / "clip.mp4", bars(5), Fraction(25))
-    layout = Layout(
+    layout = Storage(
         folder=str(folder / "latents"), format="safetensors", store="mode", dtype="float32", model="demo",
         model_class="AutoencoderKLWan", scaling={},
     )  # fmt: skip

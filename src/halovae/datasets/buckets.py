@@ -61,7 +61,7 @@ def parse_buckets(texts: Sequence[str]) -> list[Bucket]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class ClipSize:
     """What the header of a clip says."""
 
     height: int
@@ -71,7 +71,7 @@ class Seen:
     """At the rate that is sampled at."""
 
 
-def look(item: Item, fps: Fraction | None) -> Seen:
+def look(item: Item, fps: Fraction | None) -> ClipSize:
     """Look at a clip without decoding more than its first frame.
 
     Args:
@@ -96,7 +96,7 @@ def look(item: Item, fps: Fraction | None) -> Seen:
     stop = len(times) if wanted.stop is None else wanted.stop
     if not wanted.start < stop <= len(times):
         raise InputError(f"{item.key} has {len(times)} frames, not frames {wanted}")
-    return Seen(height=size[0], width=size[1], frames=_count(times[wanted.start : stop], end, fps))
+    return ClipSize(height=size[0], width=size[1], frames=_count(times[wanted.start : stop], end, fps))
 
 
 def _count(times: Sequence[Fraction | None], end: Fraction | None, fps: Fraction | None) -> int:
@@ -114,7 +114,7 @@ _SLACK = Fraction(1, 4)
 """Of a frame: rounded times and lasting times must not cost one."""
 
 
-def choose(seen: Seen, buckets: Sequence[Bucket]) -> Bucket:
+def choose(seen: ClipSize, buckets: Sequence[Bucket]) -> Bucket:
     """The bucket whose shape is nearest, of those the one of most frames, of those the largest without enlarging.
 
     A clip becomes an image only where there is no bucket for clips that it could go to.

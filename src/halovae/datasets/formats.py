@@ -45,7 +45,7 @@ transformer takes them, scaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Storage:
     """How items are kept: what workers have to know of it."""
 
     folder: str
@@ -145,7 +145,7 @@ def sample_name(key: str) -> str:
     return re.sub(r"[.]", "_", key)
 
 
-def pack(layout: Layout, number: int, items: Sequence[tuple[Item, Bucket]]) -> None:
+def pack(layout: Storage, number: int, items: Sequence[tuple[Item, Bucket]]) -> None:
     """Put the parts of a shard that are there into it, behind nothing that it had: whole or not at all.
 
     Raises:
@@ -278,7 +278,7 @@ def check_format(format_: str, store: str, model_class: str) -> None:
         raise InputError(f"--format musubi is for {', '.join(MUSUBI)}, and this is {model_class}: use safetensors")
 
 
-def check_names(layout: Layout, items: Sequence[tuple[Item, Bucket]]) -> None:
+def check_names(layout: Storage, items: Sequence[tuple[Item, Bucket]]) -> None:
     """
     Raises:
         InputError: two items would be written to one place.

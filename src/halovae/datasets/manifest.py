@@ -18,7 +18,7 @@ from halovae import __version__
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, read_json, reason, write_json
 from halovae.datasets.buckets import Bucket
-from halovae.datasets.formats import LATENTS, PACKED, PARTS, Layout, keys_in
+from halovae.datasets.formats import LATENTS, PACKED, PARTS, Storage, keys_in
 from halovae.datasets.items import Item
 from halovae.datasets.latents import MANIFEST
 from halovae.media.models import VaeSource
@@ -73,7 +73,7 @@ class Folder:
         made_by: as `fingerprint` tells it.
     """
 
-    def __init__(self, layout: Layout, made_by: Mapping[str, Any]) -> None:
+    def __init__(self, layout: Storage, made_by: Mapping[str, Any]) -> None:
         self.layout, self.root = layout, layout.root
         self._made_by = dict(made_by)
         self.faults: dict[str, Fault] = {}

@@ -25,10 +25,10 @@ from halovae.app.run_options import dtype_on
 from halovae.app.session import Stages, device_kind
 from halovae.app.tables import counted
 from halovae.base.errors import HalovaeError, InputError
-from halovae.datasets import stages
-from halovae.datasets.buckets import Bucket, Seen, choose, parse_buckets
+from halovae.datasets import workers
+from halovae.datasets.buckets import Bucket, ClipSize, choose, parse_buckets
 from halovae.datasets.cluster import cluster, readers
-from halovae.datasets.formats import PACKED, PARTS, Layout, check_format, check_names
+from halovae.datasets.formats import PACKED, PARTS, Storage, check_format, check_names
 from halovae.datasets.items import Item, find_items
 from halovae.datasets.manifest import FAILED, Fault, Folder, fingerprint
 from halovae.datasets.units import Job, Unit, group_sizes, together, units_of
@@ -138,7 +138,7 @@ class DatasetRun:
         asked, self.devices = self.asked, devices
         dtype = dtype_on(self.kind, asked.dtype)
         self.job = Job(
-            layout=Layout(
+            layout=Storage(
                 folder=str(asked.output.absolute()), format=asked.format, store=asked.store,
                 dtype=asked.store_dtype or dtype, model=self.source.model, model_class=self.source.class_name,
                 scaling=self._scaling,
@@ -185,7 +185,7 @@ class DatasetRun:
             rows = [{"item": json.dumps(item.to_dict())} for item in unknown]
             blocks = min(len(rows), 8 * readers(self.devices, 0))
             data: Any = ray.data.from_items(rows, override_num_blocks=blocks)
-            looked = data.map(stages.look_at, fn_kwargs={"fps": self.job.fps}, num_cpus=1)
+            looked = data.map(workers.look_at, fn_kwargs={"fps": self.job.fps}, num_cpus=1)
             for row in self._shown(looked.iter_rows(), len(rows), "looking"):
                 found = json.loads(row["seen"])
                 mark = marks[found["key"]]
@@ -199,7 +199,7 @@ class DatasetRun:
             try:
                 if "why" in found:
                     raise InputError(found["why"])
-                sizes = Seen(height=found["height"], width=found["width"], frames=found["frames"])
+                sizes = ClipSize(height=found["height"], width=found["width"], frames=found["frames"])
                 clips.append((item, choose(sizes, self.buckets)))
             except InputError as error:
                 faults[item.key] = Fault(key=item.key, path=item.path, why=str(error))
@@ -217,9 +217,9 @@ class DatasetRun:
         memory = None if self.asked.memory is None else self.asked.memory * _GIB
         sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in buckets]
         if self.kind == "cpu" and not self.asked.ray_address:
-            found = stages.needs(self.job, sizes, self.devices, memory)
+            found = workers.needs(self.job, sizes, self.devices, memory)
         else:
-            remote: Any = ray.remote(stages.needs)
+            remote: Any = ray.remote(workers.needs)
             share = {"num_cpus": 1} if self.kind == "cpu" else {"num_cpus": 0, "num_gpus": 1}
             found = ray.get(remote.options(**share).remote(self.job, sizes, self.devices, memory))
         return dict(zip(buckets, found, strict=True))
@@ -276,7 +276,7 @@ class DatasetRun:
                 for unit, told in self._through(those, size):
                     busy += told["seconds"] * size
                     results = {result["key"]: result for result in told["results"]}
-                    if short := [one for one in unit.singly() if results[one.keys[0]]["what"] == stages.MEMORY]:
+                    if short := [one for one in unit.singly() if results[one.keys[0]]["what"] == workers.MEMORY]:
                         if len(unit.items) > 1:
                             waiting[size] += short
                         elif larger is not None:
@@ -284,22 +284,22 @@ class DatasetRun:
                             why = results[unit.keys[0]]["why"]
                             self.notes.note(f"{unit.keys[0]} goes to a group of {larger} devices: {why}")
                         else:
-                            results[unit.keys[0]]["what"] = stages.FAILED
+                            results[unit.keys[0]]["what"] = workers.FAILED
                     kinds = Counter(result["what"] for result in results.values())
-                    done.encoded += kinds[stages.DONE] + kinds[stages.THERE]
-                    done.failed += kinds[stages.FAILED]
+                    done.encoded += kinds[workers.DONE] + kinds[workers.THERE]
+                    done.failed += kinds[workers.FAILED]
                     done.frames += told["frames"]
-                    if kinds[stages.DONE]:
+                    if kinds[workers.DONE]:
                         done.groups[str(unit.bucket)] = max(size, done.groups.get(str(unit.bucket), 0))
                     for result in results.values():
-                        if result["what"] == stages.STOP:
+                        if result["what"] == workers.STOP:
                             raise InputError(result["why"])
                     self._set_aside(
                         {key: Fault(key=key, path=paths[key], why=result["why"])
-                         for key, result in results.items() if result["what"] == stages.FAILED}
+                         for key, result in results.items() if result["what"] == workers.FAILED}
                     )  # fmt: skip
-                    shards.note(key for key, result in results.items() if result["what"] != stages.MEMORY)
-                    progress.advance(unit, kinds[stages.DONE] + kinds[stages.FAILED], told["frames"])
+                    shards.note(key for key, result in results.items() if result["what"] != workers.MEMORY)
+                    progress.advance(unit, kinds[workers.DONE] + kinds[workers.FAILED], told["frames"])
         return busy
 
     def _through(self, units: Sequence[Unit], size: int) -> Iterator[tuple[Unit, dict[str, Any]]]:
@@ -318,9 +318,9 @@ class DatasetRun:
         pool = ActorPoolStrategy(size=groups, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2)
         data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
         # Not the share of a device: Ray would read in the processes of the devices, to have fewer.
-        data = data.map(stages.read_unit, fn_kwargs={"job": self.job}, num_cpus=0.99)
-        data = data.map(stages.Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
-        data = data.map(stages.write_unit, fn_kwargs={"job": self.job}, num_cpus=0.5)
+        data = data.map(workers.read_unit, fn_kwargs={"job": self.job}, num_cpus=0.99)
+        data = data.map(workers.Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
+        data = data.map(workers.write_unit, fn_kwargs={"job": self.job}, num_cpus=0.5)
         for row in data.iter_rows():
             yield Unit.from_json(row["unit"]), json.loads(row["told"])
 
@@ -382,7 +382,7 @@ class _Shards:
                 self._pack(self._number[key])
 
     def _pack(self, number: int) -> None:
-        remote: Any = ray.remote(stages.pack_shard)
+        remote: Any = ray.remote(workers.pack_shard)
         self._tasks.append(remote.options(num_cpus=0.5).remote(self._job, number, self._clips[number]))
 
     def finish(self) -> None:
@@ -465,7 +465,7 @@ def _check_parameters(vae: Any, limits: vae_limits.Limits, bucket: Bucket) -> No
             raise InputError(f"--store parameters: {error}") from None
 
 
-def _bytes(limits: vae_limits.Limits, bucket: Bucket, layout: Layout) -> int:
+def _bytes(limits: vae_limits.Limits, bucket: Bucket, layout: Storage) -> int:
     """Of the latents of one item."""
     frames = bucket.frames if limits.per_frame or not limits.period else 1 + (bucket.frames - 1) // limits.period
     numbers = limits.latent_channels * frames * (bucket.height // limits.ratio) * (bucket.width // limits.ratio)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halovae.datasets.buckets import Bucket
-from halovae.datasets.formats import Layout
+from halovae.datasets.formats import Storage
 from halovae.datasets.items import Item
 
 _PIXELS = 2**22
@@ -20,7 +20,7 @@ _CLIPS = 8
 class Job:
     """How clips are read, encoded and written: what every worker has to know."""
 
-    layout: Layout
+    layout: Storage
     device: str
     """Its kind."""
     dtype: str
