@@ -263,7 +263,7 @@ def echoing(vae: nn.Module, half: str, meter: Meter, comm: MeteredComm, known: E
 
 def _learned() -> Any:
     """What kernels have found out that tells how the next call runs."""
-    return frozenset(kept().frames.items())
+    return frozenset(kept().rooms.items())
 
 
 def _described(leaf: Any) -> Any:
