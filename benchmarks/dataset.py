@@ -32,6 +32,7 @@ from halovae import media
 from halovae.app.session import device_kind
 from halovae.datasets.buckets import Bucket, parse_buckets, take
 from halovae.datasets.items import find_items
+from halovae.datasets.units import together
 from halovae.media import codec, models, vae_limits
 
 SOURCE = Path(__file__).parents[1] / "media" / "bigbuckbunny.mp4"
@@ -107,21 +108,25 @@ def dataset(given: argparse.Namespace, folder: Path, bucket: Bucket, devices: in
     subprocess.run([sys.executable, "-m", "halovae", *words], check=True)
     seconds = time.perf_counter() - started
     ends = sorted(path.stat().st_mtime for path in (output / "latents").iterdir())
-    # The first clip of each device warms it up.
-    return 60 * (len(ends) - devices) / (ends[-1] - ends[devices - 1]), seconds
+    # The first unit of each device warms it up, and clips of a unit are written at one time.
+    first = devices * together(bucket)
+    return 60 * (len(ends) - first) / (ends[-1] - ends[first - 1]), seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--bucket", default="128x192x17")
-    parser.add_argument("--clips", type=int, default=12)
+    parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--device", default=device_kind(None))
     parser.add_argument("--devices", default="1", help="such as 1,2,4")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     (bucket,) = parse_buckets([given.bucket])
+    least = 6 * together(bucket) * max(map(int, given.devices.split(",")))
+    if given.clips < least:
+        parser.error(f"--clips {given.clips}: {least} at least, else the rate is that of a burst")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_clips(folder, bucket, given.clips)
