@@ -24,7 +24,11 @@ from ranks import Ranks
 
 import halovae
 from halovae import comm, media
+from halovae.base.files import write_json
 from halovae.cli.main import COMMANDS, main
+from halovae.datasets.buckets import Bucket
+from halovae.datasets.formats import Storage
+from halovae.datasets.items import Item
 from halovae.pipelines.demo import make_demo_model
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +47,8 @@ SMALLER = {
     "--ulysses-degree": "2", "--frames": "0:5",
     "--min-ssim": "0", "--min-psnr": "0",
 }  # fmt: skip
-SERVED = "serve"
-"""Runs until it is stopped: its tests are in `test_serve*`."""
+SERVED, DATASET = "serve", "encode-dataset"
+"""One runs until it is stopped, one starts Ray: their tests are in `test_serve*` and `test_dataset`."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -79,6 +83,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
     make_demo_model(folder / "demo-t2v", "text-to-video")
     make_demo_model(folder / "demo-i2i", "image-to-image")
     media.write(folder / "clip.mp4", bars(5), Fraction(25))
+    layout = Storage(
+        folder=str(folder / "latents"), format="safetensors", store="mode", dtype="float32", model="demo",
+        model_class="AutoencoderKLWan", scaling={},
+    )  # fmt: skip
+    done = {"fps": "25", "times": [], "done": {}}
+    layout.write(Item(key="clip.mp4", path="clip.mp4"), Bucket(64, 96, 5), done, torch.randn(1, 16, 2, 8, 12))
+    write_json(folder / "latents" / "manifest.json", vars(layout))
     (folder / "media").mkdir()
     Image.open(ROOT / "media" / "coffee.png").resize((96, 64)).save(folder / "media" / "coffee.png")
     for name in ("cup.png", "in.jpg", "cherry_blossom.jpg"):
@@ -92,9 +103,9 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, two_ranks: Rank
         shutil.copy("clip.mp4", name)
     ran: list[list[str]] = []
     for words in commands():
-        if words[0] == SERVED or words[0].startswith("-"):
-            assert words[0] in (SERVED, "--version")
-            assert {word for word in words if word.startswith("--")} <= FLAGS[SERVED] | {"--version"}
+        if words[0] in (SERVED, DATASET) or words[0].startswith("-"):
+            assert words[0] in (SERVED, DATASET, "--version")
+            assert {word for word in words if word.startswith("--")} <= FLAGS.get(words[0], {"--version"})
             continue
         if words[0] == "make-demo-model":
             assert Path(words[1]).is_dir()  # Made above, in the same way.
@@ -111,7 +122,7 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, two_ranks: Rank
             code, _, said = on_ranks(two_ranks, *words)
         assert code == 0, (words, said)
         ran.append(words)
-    assert {words[0] for words in ran} == set(FLAGS) - {SERVED, "make-demo-model"}
+    assert {words[0] for words in ran} == set(FLAGS) - {SERVED, DATASET, "make-demo-model"}
     for name, frames in (("i2v_output.mp4", 5), ("t2v_output.mp4", 5), ("i2i_output.png", 1)):
         made = media.read(Path(name)).frames
         assert made.shape == (frames, 64, 96, 3)

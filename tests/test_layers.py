@@ -39,8 +39,8 @@ def test_no_circle_of_imports() -> None:
     assert not arrows, f"these import each other: {sorted(arrows)}"
 
 
-def test_at_most_sixteen_things_at_the_top() -> None:
-    assert len({room(name) for name in MODULES}) <= 16
+def test_at_most_seventeen_things_at_the_top() -> None:
+    assert len({room(name) for name in MODULES}) <= 17
     assert all(
         ast.get_docstring(ast.parse(path.read_text())) for path in MODULES.values() if path.name != "__main__.py"
     )

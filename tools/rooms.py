@@ -24,7 +24,7 @@ BEGIN, END = "<!-- rooms: begin -->\n", "<!-- rooms: end -->"
 
 LAYERS = [
     {"base"}, {"comm"}, {"kernels"}, {"exact"}, {"calls"}, {"tiles"}, {"predict"}, {"api"}, {"media"}, {"evaluation"},
-    {"pipelines"}, {"app"}, {"serve"}, {"__init__"}, {"cli"}, {"__main__"},
+    {"pipelines"}, {"app"}, {"datasets", "serve"}, {"__init__"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 """From the lowest to the highest. A room may import rooms of its own layer and of lower ones."""
 

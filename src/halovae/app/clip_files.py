@@ -205,7 +205,7 @@ class Clips(Trimmed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents(Trimmed):
+class LatentsPair(Trimmed):
     """Two latents of one shape."""
 
     reference: Tensor
@@ -265,7 +265,7 @@ def _lost(lossy: dict[str, str]) -> str:
     )
 
 
-def read_latents(one: Path, other: Path, *, trim: bool) -> Latents:
+def read_latents(one: Path, other: Path, *, trim: bool) -> LatentsPair:
     """Read two latents files.
 
     Args:
@@ -289,4 +289,4 @@ def read_latents(one: Path, other: Path, *, trim: bool) -> Latents:
         notes = (f"trimmed: shapes {shapes[0]} and {shapes[1]}",)
         shared = tuple(slice(min(pair)) for pair in zip(*shapes, strict=True))
         reference, result = reference[shared], result[shared]
-    return Latents(reference=reference, result=result, info=info, notes=notes)
+    return LatentsPair(reference=reference, result=result, info=info, notes=notes)

@@ -85,6 +85,7 @@ def takes(command: str, **defaults: Any) -> Callable[[Callable[..., int]], Calla
 
 _I2V, _T2V, _I2I, _SERVE = ({name} for name in ("image-to-video", "text-to-video", "image-to-image", "serve"))
 _ENCODE, _DECODE, _ROUNDTRIP, _WARM_UP = ({name} for name in ("encode", "decode", "roundtrip", "warm-up"))
+_DATASET = {"encode-dataset"}
 _PLAN, _DOCTOR, _COMPARE, _DEMO = ({name} for name in ("plan", "doctor", "compare", "make-demo-model"))
 _VIDEO = _I2V | _T2V
 _MADE = _VIDEO | _I2I
@@ -114,6 +115,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DECODE, "source", Path, "LATENTS", "A file that halovae encode has made.", ...),
         _Flag(_COMPARE, "one", Path, "A", "The reference: a video, an image, or latents.", ...),
         _Flag(_COMPARE, "other", Path, "B", "The result, of the same kind.", ...),
+        _Flag(_DATASET, "source", str, "INPUT", "A folder, a pattern such as 'clips/*.mp4', a manifest (.jsonl, .csv "
+              "or .parquet), or .tar files of a WebDataset.", ...),
         _Flag(_DEMO, "folder", Path, "DIR", "Write here: a folder that is not there yet.", ...),
     ),
     usage.FILES: (
@@ -125,13 +128,20 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_I2I, "output", Path, "FILE", "Write the result to this file, a .png.", ..., spelled=_OUTPUT),
         _Flag(_ENCODE, "output", Path, "FILE", "Write the latents to this file, a .safetensors.", ...,
               spelled=_OUTPUT),
-        _Flag(_READ | _WARM_UP, "model", str, "DIR_OR_ID", "Use this VAE: the folder of a diffusers VAE or pipeline, "
-              "or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED),
+        _Flag(_DATASET, "output", Path, "DIR", "Write to this folder; a run that was interrupted goes on in it.", ...,
+              spelled=_OUTPUT),
+        _Flag(_READ | _WARM_UP | _DATASET, "model", str, "DIR_OR_ID", "Use this VAE: the folder of a diffusers VAE "
+              "or pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED),
         _Flag(_DECODE, "model", str, "DIR_OR_ID", "As for encode.", shown="the one that the latents were made with"),
         _Flag(_PLAN, "model", str, "DIR_OR_ID_OR_CONFIG", "Plan for this VAE: as for roundtrip, or the config.json of "
               "a VAE. Only configs are read.", shown=_SHIPPED),
         _Flag(_DEMO, "kind", str, "image-to-video|text-to-video|image-to-image",
               "Make a pipeline for the command of this name.", "image-to-video"),
+        _Flag(_DATASET, "format", str, "KIND", "Write safetensors (a file for each item), webdataset or parquet "
+              "(shards), or musubi (files as musubi-tuner names them).", "safetensors"),
+        _Flag(_DATASET, "shard_size", int, "N", "Put so many items into a shard.", 256, least=1),
+        _Flag(_DATASET, "store", str, "mode|parameters", "Keep the latents, or mean and logarithm of the variance.",
+              "mode"),
         _Flag(_SERVE, "task", str, "image-to-video|text-to-video", "Make videos from images, or from prompts alone.",
               "image-to-video"),
         _Flag(_SERVE, "served_model_name", str, "NAME", "Let clients call the model so.", shown="as --model"),
@@ -152,6 +162,9 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_PLAN | _WARM_UP, "height", int, "PIXELS", "For a clip this high.", ..., least=1),
         _Flag(_PLAN | _WARM_UP, "width", int, "PIXELS", "For a clip this wide.", ..., least=1),
         _Flag(_PLAN | _WARM_UP, "num_frames", int, "N", "For so many frames.", 1, least=1),
+        _Flag(_DATASET, "bucket", list[str], "HxWxF", "Bring clips to this height, width and number of frames (HxW: "
+              "images). Give it several times: each clip goes to the one of the nearest shape.", [], shown="none"),
+        _Flag(_DATASET, "fps", float, "N", "Sample so many frames per second.", shown="every frame"),
         _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all"),
         _Flag(_READ, "height", int, "PIXELS", "Make the clip this high: it is scaled to cover the size, and cropped "
               "around its centre.", shown="as in the file, or in proportion to --width", least=1),
@@ -191,6 +204,9 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
     usage.RANKS: (
         _Flag(_RUN, "ranks", int, "N", "Start this many processes on this machine. Under torchrun leave it out: its "
               "processes are used.", shown="1"),
+        _Flag(_DATASET, "devices", int, "N", "Encode on so many devices.", shown="all accelerators, or 1 cpu", least=1),
+        _Flag(_DATASET, "ray_address", str, "ADDRESS", "Use the Ray cluster at this address: auto, or HOST:PORT.",
+              shown="a local Ray that ends with the command"),
         _Flag(_DOCTOR, "ranks", int, "N", "How many ranks to try. Under torchrun leave it out.", shown="2"),
         _Flag(_PLAN, "ranks", str, "N,N,...", "Plan for these numbers of ranks; none is started.", "1,2,4,8"),
         _Flag(_PLAN, "link", str, "KIND", "Take this link between ranks: nvlink, pcie, ethernet, or measured between "
@@ -224,8 +240,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "Keep weights on the host, and fetch each layer when it is due.", False),
         _Flag(_WHOLE, "enable_cpu_offload", bool, None,
               "Keep weights on the host, and fetch each part of the pipeline when it is due.", False),
-        _Flag(_RUN | _PLAN, "dtype", Dtype, "TYPE", "Compute with this number format: float32, float64, bfloat16 or "
-              "float16.", shown="float32 on cpu, else bfloat16"),
+        _Flag(_RUN | _PLAN | _DATASET, "dtype", Dtype, "TYPE", "Compute with this number format: float32, float64, "
+              "bfloat16 or float16.", shown="float32 on cpu, else bfloat16"),
         _Flag(_WHOLE, "vae_dtype", Dtype, "TYPE", "Let the VAE compute with this number format.", shown="as --dtype"),
         _Flag(_WHOLE - _T2V | _ROUNDTRIP | _PLAN, "vae_encode_dtype", Dtype, "TYPE",
               "Let the VAE encode in this number format.", shown="as the VAE"),
@@ -234,9 +250,10 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_WHOLE, "attention_backend", str, "NAME", "Use this attention in the transformer, by diffusers' name "
               "for it.", shown="diffusers' own"),
         _Flag(_WHOLE, "compile", bool, None, "Compile the transformer's blocks.", False),
-        _Flag(_RUN | _PLAN | _DOCTOR, "device", str, "KIND", "Run on this kind of device: cpu, cuda, npu, xpu, ...",
-              shown="the accelerator if there is one"),
-        _Flag(_PLAN, "memory", float, "GIB", "Let each device have so much memory.",
+        _Flag(_DATASET, "store_dtype", Dtype, "TYPE", "Keep latents in this number format.", shown="as --dtype"),
+        _Flag(_RUN | _PLAN | _DOCTOR | _DATASET, "device", str, "KIND",
+              "Run on this kind of device: cpu, cuda, npu, xpu, ...", shown="the accelerator if there is one"),
+        _Flag(_PLAN | _DATASET, "memory", float, "GIB", "Let each device have so much memory.",
               shown="what is free on this one", least=1e-6),
         _Flag(_PLAN, "flops", float, "TFLOPS", "Let each device compute so fast; goes with --bandwidth.",
               shown="measured here", least=1e-6),
@@ -251,13 +268,17 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_COMPARE, "grid", str, "HxW[+O]", "Tiles every H rows and W columns, overlapping by O: measure seams "
               "there.", shown="no seams are measured"),
         _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different sizes or lengths share.", False),
+        _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded.", False),
+        _Flag(_DATASET, "dry_run", bool, None, "Look at the clips, print the plan and stop: nothing is written.",
+              False),
         _Flag(_MADE, "dry_run", bool, None, "Print the plan and stop: only configs are loaded, nothing is started.",
               False),
         _Flag(_ROUNDTRIP, "compare", bool, None, "Run the VAE on one rank too, and tell how far the results differ.",
               False),
-        _Flag(_MADE | _ALONE | _PLAN | _COMPARE, "json", Path, "FILE", "Write the numbers to this file, too."),
-        _Flag(_MADE | _ROUNDTRIP | _COMPARE, "report", Path, "DIR", "Write a page with pictures and numbers to this "
-              "folder."),
+        _Flag(_MADE | _ALONE | _PLAN | _COMPARE | _DATASET, "json", Path, "FILE",
+              "Write the numbers to this file, too."),
+        _Flag(_MADE | _ROUNDTRIP | _COMPARE | _DATASET, "report", Path, "DIR",
+              "Write a page with pictures and numbers to this folder."),
     ),
 }
 # fmt: on

@@ -14,6 +14,7 @@ from halovae.app import launch
 from halovae.app.watch import Interrupted, failure_of, report
 from halovae.cli.compare import compare
 from halovae.cli.doctor import doctor
+from halovae.cli.encode_dataset import encode_dataset
 from halovae.cli.make_demo_model import make_demo_model
 from halovae.cli.pipeline_commands import image_to_image, image_to_video, text_to_video
 from halovae.cli.plan import plan
@@ -74,6 +75,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     (_ALONE, roundtrip, "halovae roundtrip clip.mp4 -o out.mp4 --ranks 2 --compare"),
     (_ALONE, encode, "halovae encode clip.mp4 -o latents.safetensors --frames 0:17 --ranks 2"),
     (_ALONE, decode, "halovae decode latents.safetensors -o out.mp4 --ranks 2"),
+    (_ALONE, encode_dataset, "halovae encode-dataset clips -o latents --bucket 480x832x81 --fps 16"),
     (_ALONE, warm_up, "halovae warm-up --height 480 --width 832 --num-frames 81 --ranks 2"),
     (_LOOK, compare, "halovae compare clip.mp4 out.mp4 --min-ssim 0.7 --report report"),
     (_LOOK, plan, "halovae plan --height 480 --width 832 --num-frames 81 --ranks 1,2,4,8 --link nvlink"),

@@ -90,6 +90,23 @@ def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = l
     return joined(limits, encode_pieces(vae, limits, clip.split(1, dim=1), clip.shape[1], after))
 
 
+def encode_clips(
+    vae: Any, limits: Limits, clips: Sequence[Tensor], taken: Callable[[Any], Tensor] = latent_of
+) -> list[Tensor]:  # fmt: skip
+    """Encode clips of one size together, each as `encode` does.
+
+    Args:
+        vae: as for `encode`.
+        limits: likewise.
+        clips: likewise, all of one shape.
+        taken: what of the VAE's output is kept.
+    """
+    calls = list(zip(*(encode_calls(limits, clip.split(1, dim=1), clip.shape[1]) for clip in clips), strict=True))
+    found = [taken(vae.encode(torch.cat(pictures))) for pictures in calls]
+    by_clip = zip(*(latents.chunk(len(clips)) for latents in found), strict=True)
+    return [joined(limits, latents) for latents in by_clip]
+
+
 def joined(limits: Limits, latents: Iterable[Tensor]) -> Tensor:
     """What `encode_pieces` gives, in one."""
     pieces = list(latents)
@@ -118,22 +135,26 @@ def encode_pieces(
     Raises:
         InputError: it is not known which numbers the VAE takes.
     """
-    pictures = encode_inputs(limits, frames)
     if stream is not None and not limits.per_frame:
-        with closing(stream(pictures, count=limits.lead + count)) as parts:
+        with closing(stream(encode_inputs(limits, frames), count=limits.lead + count)) as parts:
             for part in parts:
                 after()
                 yield latent_of(part)
                 del part
         return
-    if not limits.per_frame:
-        pictures = [_filled(pictures, limits.lead + count, dim=2)]
-    for picture in pictures:
+    for picture in encode_calls(limits, frames, count):
         latent = latent_of(vae.encode(picture))
         del picture
         after()
         yield latent
         del latent
+
+
+def encode_calls(limits: Limits, frames: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """What the VAE's `encode` gets for a clip, call by call; as `encode_pieces` gets the frames."""
+    pictures = encode_inputs(limits, frames)
+    # One by one, where it is possible: a batch of all frames would hold all their activations at once.
+    return pictures if limits.per_frame else iter([_filled(pictures, limits.lead + count, dim=2)])
 
 
 def encode_inputs(limits: Limits, frames: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, check_input, first_line
-from halovae.media.vae_limits import Limits
+
+if TYPE_CHECKING:
+    from halovae.media.vae_limits import Limits
 
 FORMAT = "halovae-latents-1"
-KEY = "latents"
+KEY, PARAMETERS = "latents", "parameters"
+"""Names of the tensor: the latents, or mean and logarithm of the variance one behind the other along the channels."""
 SUFFIX = ".safetensors"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -128,11 +131,21 @@ def save(path: Path, latents: Tensor, info: LatentsInfo) -> None:
     Raises:
         InputError: the file can't be written, or the latents are not finite.
     """
-    _check_values(path, latents)
-    # As bytes, because a file that safetensors makes is readable by its owner only, whatever the umask says.
-    content = to_bytes({KEY: latents.detach().cpu().contiguous()}, metadata=info.to_metadata())
+    check_values(path, latents)
+    content = content_of({KEY: latents}, info.to_metadata())
     with atomic(path) as draft:
         draft.write_bytes(content)
+
+
+def content_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. Equal tensors and metadata give equal bytes, which safetensors itself does not promise."""
+    # As bytes, because a file that safetensors makes is readable by its owner only, whatever the umask says.
+    content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    begin = 8 + int.from_bytes(content[:8], "little")
+    # It writes metadata in the order of a hash that each process draws anew.
+    header = json.dumps({"__metadata__": dict(metadata), **json.loads(content[8:begin])}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[begin:]
 
 
 def load(path: Path) -> tuple[Tensor, LatentsInfo]:
@@ -146,14 +159,15 @@ def load(path: Path) -> tuple[Tensor, LatentsInfo]:
         with safe_open(path, framework="pt") as file:
             metadata, keys = file.metadata() or {}, sorted(file.keys())
             info = LatentsInfo.from_metadata(metadata)
-            if keys != [KEY]:
+            if keys not in ([KEY], [PARAMETERS]):
                 raise InputError(f"holds the tensors {', '.join(keys[:5]) or '(none)'}, not just {KEY!r}")
-            latents = file.get_tensor(KEY)
+            # The mode of the distribution is its mean.
+            latents = file.get_tensor(KEY) if keys == [KEY] else file.get_tensor(PARAMETERS).chunk(2, dim=1)[0]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as error:
         raise InputError(f"{path} is no safetensors file, or a damaged one: {first_line(error)}") from error
-    _check_values(path, latents)
+    check_values(path, latents)
     return latents, info
 
 
@@ -183,7 +197,11 @@ def check_shape(latents: Tensor, info: LatentsInfo, limits: Limits, name: str) -
         raise InputError(f"{name} does not give back clips of {info.padded_frames} frames whole: encode the clip anew")
 
 
-def _check_values(path: Path, latents: Tensor) -> None:
+def check_values(path: Path, latents: Tensor) -> None:
+    """
+    Raises:
+        InputError: latents of another number of dimensions or format, or some that are not finite.
+    """
     if latents.ndim not in (4, 5) or latents.numel() == 0:
         raise InputError(f"{path}: latents of shape {tuple(latents.shape)}: need 4 or 5 dimensions, none empty")
     if latents.dtype not in _DTYPES:

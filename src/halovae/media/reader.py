@@ -234,9 +234,20 @@ def cover(picture: Image.Image, target: tuple[int, int]) -> Frame:
     """Scale until `target` is covered, crop around the centre: one resampling of the region that stays."""
     height, width = target
     if (picture.height, picture.width) != target:
-        scale = max(width / picture.width, height / picture.height)
-        kept_width, kept_height = width / scale, height / scale
-        left, top = (picture.width - kept_width) / 2, (picture.height - kept_height) / 2
-        box = (left, top, left + kept_width, top + kept_height)
+        box = covered((picture.height, picture.width), target)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(picture, dtype=np.uint8)
+
+
+def covered(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what `cover` takes of a picture, in its pixels.
+
+    Args:
+        source: height and width of the picture.
+        target: height and width that it is scaled to.
+    """
+    (rows, columns), (height, width) = source, target
+    scale = max(width / columns, height / rows)
+    kept_width, kept_height = width / scale, height / scale
+    left, top = (columns - kept_width) / 2, (rows - kept_height) / 2
+    return left, top, left + kept_width, top + kept_height

@@ -347,6 +347,14 @@ def latent_of(output: Any) -> Tensor:
     raise InputError(f"encode returned a {type(output).__name__}, which holds no latents that halovae knows")
 
 
+def parameters_of(output: Any) -> Tensor:
+    """Mean and logarithm of the variance, one behind the other along the channels, in what `encode` returned."""
+    parameters = getattr(getattr(output, "latent_dist", None), "parameters", None)
+    if not isinstance(parameters, Tensor):
+        raise InputError(f"encode returned a {type(output).__name__}, which holds no parameters of a distribution")
+    return parameters
+
+
 def sample_of(output: Any) -> Tensor:
     """The picture in what `decode` returned."""
     return output if isinstance(output, Tensor) else output.sample

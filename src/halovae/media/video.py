@@ -90,6 +90,25 @@ def open_video(path: Path) -> Iterator[OpenedFile]:
         )
 
 
+def frame_times(path: Path) -> list[Fraction | None]:
+    """When each frame of the video in a file begins, in seconds and in order of display, without decoding any.
+
+    A time is None where the file doesn't say it.
+
+    Raises:
+        InputError: there is no video, or its packets can't be read.
+    """
+    with _opened(path) as (container, stream):
+        tick = Fraction(stream.time_base or 0)
+        try:
+            packets = [one for one in container.demux(stream) if one.size and not one.is_discard]
+        except (av.FFmpegError, ValueError) as error:
+            raise InputError(f"{path} can't be read as a video ({_words(error)})") from error
+        if any(packet.pts is None for packet in packets):
+            return [None] * len(packets)
+        return [time * tick for time in sorted(packet.pts or 0 for packet in packets)]
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     # An open file and not its name: names can be playlists or protocols that lead elsewhere.

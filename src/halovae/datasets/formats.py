@@ -1,0 +1,291 @@
+"""Latents of a dataset on disk: a file for each item, and shards that such files are packed into."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load as from_bytes
+from torch import Tensor
+
+from halovae.base.errors import InputError
+from halovae.base.files import atomic
+from halovae.datasets.buckets import Bucket, Taken
+from halovae.datasets.items import Item
+from halovae.media import latents_file
+from halovae.media.latents_file import KEY, PARAMETERS, LatentsInfo, content_of
+
+FORMATS = ("safetensors", "webdataset", "parquet", "musubi")
+STORES = ("mode", "parameters")
+PACKED = {"webdataset": ".tar", "parquet": ".parquet"}
+"""Formats of several items a file, and the files' suffix."""
+PARTS = ".parts"
+"""The folder of items that wait for the others of their shard."""
+_KEY = "HALOVAE.key"
+"""Of a member's header in a .tar file."""
+LATENTS = "latents"
+"""The folder of items, or how the names of shards begin."""
+MUSUBI = {
+    "AutoencoderKLWan": ("wan", "wan", True),
+    "AutoencoderKLQwenImage": ("qi", "qwen_image", True),
+    "AutoencoderKLHunyuanVideo": ("hv", "hunyuan_video", False),
+}
+"""By class: what musubi-tuner calls the model in names of files and in metadata, and whether it caches latents as the
+transformer takes them, scaled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How items are kept: what workers have to know of it."""
+
+    folder: str
+    format: str
+    store: str
+    dtype: str
+    """Of the stored numbers, as torch calls it."""
+    model: str
+    model_class: str
+    scaling: Mapping[str, Any]
+
+    @property
+    def root(self) -> Path:
+        return Path(self.folder)
+
+    def place(self, item: Item, bucket: Bucket) -> Path:
+        """The file of an item, until it is packed."""
+        if self.format == "musubi":
+            short, _, _ = MUSUBI[self.model_class]
+            stem = Path(item.key).stem
+            if bucket.frames > 1:
+                stem += f"_{item.range.start:05d}-{bucket.frames:03d}"
+            return self.root / f"{stem}_{bucket.width:04d}x{bucket.height:04d}_{short}{latents_file.SUFFIX}"
+        folder = PARTS if self.format in PACKED else LATENTS
+        return self.root / folder / f"{item.key}{latents_file.SUFFIX}"
+
+    def shard(self, number: int) -> Path:
+        return self.root / f"{LATENTS}-{number:06d}{PACKED[self.format]}"
+
+    def write(self, item: Item, bucket: Bucket, taken: Mapping[str, Any], latents: Tensor) -> None:
+        """Write the file of one item, whole or not at all.
+
+        Args:
+            item: which.
+            bucket: its size.
+            taken: of `told`.
+            latents: as a VAE gives them: latents or parameters, whichever are stored.
+
+        Raises:
+            InputError: there are values that are not finite.
+            OSError: the disk is full, or can't be written.
+        """
+        place = self.place(item, bucket)
+        latents = latents.to(getattr(torch, self.dtype))
+        latents_file.check_values(Path(item.key), latents)
+        about = {"key": item.key, "caption": item.caption, "source": item.path, "fps": str(taken["fps"])}
+        about["done"] = json.dumps(taken["done"])
+        if self.format == "musubi":
+            content = self._musubi(bucket, latents, about)
+        else:
+            info = LatentsInfo(
+                model=self.model, model_class=self.model_class, scaling=self.scaling, fps=Fraction(taken["fps"]),
+                times=tuple(taken["times"]), frames=bucket.frames, height=bucket.height, width=bucket.width,
+                padded_frames=bucket.frames, padded_height=bucket.height, padded_width=bucket.width,
+            ).to_metadata()  # fmt: skip
+            content = content_of({PARAMETERS if self.store == "parameters" else KEY: latents}, info | about)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic(place) as draft:
+                draft.write_bytes(content)
+        except InputError as error:  # A disk is no fault of the item.
+            raise OSError(str(error)) from error
+
+    def _musubi(self, bucket: Bucket, latents: Tensor, about: Mapping[str, str]) -> bytes:
+        _, name, scaled = MUSUBI[self.model_class]
+        if scaled:
+            latents = scale(latents, self.scaling)
+        frames, height, width = latents.shape[-3:]
+        metadata = {
+            "architecture": name, "width": str(bucket.width), "height": str(bucket.height), "format_version": "1.0.1",
+            **({"frame_count": str(bucket.frames)} if bucket.frames > 1 else {}),
+        }  # fmt: skip
+        return content_of({f"latents_{frames}x{height}x{width}_{self.dtype}": latents[0]}, {**metadata, **about})
+
+
+def told(taken: Taken) -> dict[str, Any]:
+    """What of a clip goes into its file besides its latents, for JSON."""
+    return {"fps": str(taken.fps), "times": list(taken.times), "done": taken.done}
+
+
+def scale(latents: Tensor, scaling: Mapping[str, Any], *, undo: bool = False) -> Tensor:
+    """Latents as a pipeline gives them to its transformer, by what the VAE's config says; or back again."""
+    mean, std = scaling.get("latents_mean"), scaling.get("latents_std")
+    factor = float(scaling.get("scaling_factor") or 1.0)
+    shape = 1, -1, *(1,) * (latents.ndim - 2)
+    wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    if mean is not None and std is not None:
+        shift, spread = (torch.tensor(values, dtype=wide.dtype).view(shape) for values in (mean, std))
+    else:
+        shift, spread = torch.tensor(float(scaling.get("shift_factor") or 0.0), dtype=wide.dtype), 1.0
+    wide = wide * spread / factor + shift if undo else (wide - shift) * factor / spread
+    return wide.to(latents.dtype)
+
+
+def sample_name(key: str) -> str:
+    """An item's name in a WebDataset, where a dot would end it."""
+    return re.sub(r"[.]", "_", key)
+
+
+def pack(layout: Storage, number: int, items: Sequence[tuple[Item, Bucket]]) -> None:
+    """Put the parts of a shard that are there into it, behind nothing that it had: whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or can't be written.
+    """
+    shard = layout.shard(number)
+    contents = dict(_read_shard(shard)) if shard.exists() else {}
+    places = [(item.key, layout.place(item, bucket)) for item, bucket in items]
+    contents |= {key: place.read_bytes() for key, place in places if place.exists()}
+    ordered = [(key, contents[key]) for key, _ in places if key in contents]
+    if ordered:
+        try:
+            with atomic(shard) as draft:
+                (_write_tar if layout.format == "webdataset" else _write_parquet)(draft, ordered)
+        except InputError as error:
+            raise OSError(str(error)) from error
+    for _, place in places:
+        with suppress(FileNotFoundError):
+            place.unlink()
+
+
+def keys_in(shard: Path) -> list[str]:
+    """The items of a shard."""
+    if shard.suffix == PACKED["parquet"]:
+        from pyarrow import parquet
+
+        return parquet.read_table(shard, columns=["key"])["key"].to_pylist()
+    return [key for key, _ in _members(shard)]
+
+
+def parsed(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    length = int.from_bytes(content[:8], "little")
+    return from_bytes(content), json.loads(content[8 : 8 + length]).get("__metadata__", {})
+
+
+def parsed_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _members(shard: Path) -> list[tuple[str, tuple[int, int]]]:
+    """Key, begin and length of each item in a .tar file."""
+    found: list[tuple[str, tuple[int, int]]] = []
+    with tarfile.open(shard, "r:") as file:
+        for member in file:
+            if member.name.endswith(latents_file.SUFFIX):
+                found.append((member.pax_headers[_KEY], (member.offset_data, member.size)))
+    return found
+
+
+def _read_shard(shard: Path) -> Iterator[tuple[str, bytes]]:
+    for key, place in places_in(shard):
+        yield key, read_place(shard, place)
+
+
+def places_in(shard: Path) -> list[tuple[str, Any]]:
+    """The items of a shard, and where each is in it."""
+    if shard.suffix == PACKED["parquet"]:
+        return [(key, number) for number, key in enumerate(keys_in(shard))]
+    return _members(shard)
+
+
+def read_place(shard: Path, place: Any) -> bytes:
+    """The content of the file that an item of a shard was."""
+    if shard.suffix == PACKED["parquet"]:
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(shard) as file:
+            row = file.read_row_group(place).to_pylist()[0]
+        latents = torch.frombuffer(bytearray(row["latents"]), dtype=getattr(torch, row["dtype"])).view(row["shape"])
+        return content_of({row["tensor"]: latents}, json.loads(row["metadata"]))
+    begin, size = place
+    with shard.open("rb") as file:
+        file.seek(begin)
+        return file.read(size)
+
+
+def _write_tar(draft: Path, items: Sequence[tuple[str, bytes]]) -> None:
+    with tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as file:
+        for key, content in items:
+            _, metadata = parsed(content)
+            parts = {
+                "safetensors": content,
+                "txt": metadata.get("caption", "").encode(),
+                "json": json.dumps(metadata, sort_keys=True).encode(),
+            }
+            for kind, part in parts.items():
+                member = tarfile.TarInfo(f"{sample_name(key)}.{kind}")
+                member.size, member.pax_headers = len(part), {_KEY: key}
+                file.addfile(member, io.BytesIO(part))
+
+
+def _write_parquet(draft: Path, items: Sequence[tuple[str, bytes]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns: dict[str, list[Any]] = {}
+    for key, content in items:
+        tensors, metadata = parsed(content)
+        ((name, latents),) = tensors.items()
+        row = {
+            "key": key, "tensor": name, "latents": latents.reshape(-1).view(torch.uint8).numpy().tobytes(),
+            "shape": list(latents.shape), "dtype": str(latents.dtype).removeprefix("torch."),
+            "caption": metadata.get("caption", ""), "metadata": json.dumps(metadata),
+        }  # fmt: skip
+        for column, value in row.items():
+            columns.setdefault(column, []).append(value)
+    # A row group for each: a trainer reads items in any order.
+    parquet.write_table(pyarrow.table(columns), draft, row_group_size=1)
+
+
+def check_format(format_: str, store: str, model_class: str) -> None:
+    """
+    Raises:
+        InputError: there is no such format, or it does not go with what is to be stored.
+    """
+    if format_ not in FORMATS:
+        raise InputError(f"--format {format_}: give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    if store not in STORES:
+        raise InputError(f"--store {store}: give {' or '.join(STORES)}")
+    if format_ == "musubi" and store != "mode":
+        raise InputError("--format musubi holds latents only: leave --store out")
+    if format_ == "musubi" and model_class not in MUSUBI:
+        raise InputError(f"--format musubi is for {', '.join(MUSUBI)}, and this is {model_class}: use safetensors")
+
+
+def check_names(layout: Storage, items: Sequence[tuple[Item, Bucket]]) -> None:
+    """
+    Raises:
+        InputError: two items would be written to one place.
+    """
+    places: dict[str, str] = {}
+    for item, bucket in items:
+        name = sample_name(item.key) if layout.format == "webdataset" else str(layout.place(item, bucket))
+        other = places.setdefault(name, item.key)
+        if other != item.key:
+            raise InputError(f"{other} and {item.key} have one name in --format {layout.format}: rename one of them")

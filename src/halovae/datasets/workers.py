@@ -1,0 +1,300 @@
+"""The work on units in processes of Ray: look, read, encode on a device or a group of them, write."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from halovae.base.errors import HalovaeError, RankFailedError
+from halovae.base.files import first_line
+from halovae.datasets.buckets import look, take
+from halovae.datasets.formats import told
+from halovae.datasets.items import Item
+from halovae.datasets.units import Job, Unit, group_sizes
+
+Row = dict[str, Any]
+DONE, THERE, FAILED, MEMORY, STOP = "done", "there", "failed", "memory", "stop"
+"""What became of an item: encoded; found finished; set aside; too large for its devices; or nothing, since the run
+can't go on."""
+_TRIES = 3
+"""Times that a group whose ranks die is put together again for one unit."""
+
+
+def look_at(row: Row, fps: str | None) -> Row:
+    """What the header of an item says, or why it can't be read."""
+    item = Item.from_dict(json.loads(row["item"]))
+    found: dict[str, Any] = {"key": item.key}
+    try:
+        found |= vars(look(item, None if fps is None else Fraction(fps)))
+    except Exception as error:  # Whatever a broken file makes of a decoder.
+        found["why"] = _reason(error)
+    return {"seen": json.dumps(found)}
+
+
+def read_unit(row: Row, job: Job) -> Row:
+    """Decode the clips of a unit; one that fails leaves a gap."""
+    unit, fps = Unit.from_json(row["unit"]), None if job.fps is None else Fraction(job.fps)
+    size, told_of, why = unit.bucket, list[Any](), list[str | None]()
+    pixels = np.zeros((len(unit.items), size.frames, size.height, size.width, 3), np.uint8)
+    for place, item, wanted in zip(pixels, unit.items, unit.wanted, strict=True):
+        taken, fault = None, None
+        # A worker that did this before may have died after it: what is written is not made again.
+        if wanted and not job.layout.place(item, size).exists():
+            try:
+                clip = take(item, size, fps)
+                place[...], taken = clip.pixels, told(clip)
+            except Exception as error:  # As in `look_at`.
+                fault = _reason(error)
+        told_of.append(taken)
+        why.append(fault)
+    if not any(told_of):
+        pixels = pixels[:0]
+    return {"unit": row["unit"], "read": json.dumps({"told": told_of, "why": why}), "pixels": pixels}
+
+
+class Device:
+    """A device with the VAE on it, alone or as a rank of a group."""
+
+    def __init__(self, job: Job, rank: int = 0, ranks: int = 1, address: tuple[str, int] = ("", 0)) -> None:
+        import torch
+
+        from halovae import comm
+        from halovae.api.parallelize import optimize, parallelize
+        from halovae.media import models, vae_limits
+
+        torch.set_num_threads(job.threads)
+        if ranks > 1:
+            # The only accelerator that this process sees is its own.
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR=address[0],
+                MASTER_PORT=str(address[1]),
+            )  # fmt: skip
+            comm.init_from_env(job.device)
+        self._device = comm.default_device() if job.device != "cpu" else torch.device("cpu")
+        self._dtype = getattr(torch, job.dtype)
+        self._vae: Any = models.load(models.find(job.layout.model), dtype=self._dtype, device=self._device)
+        self._limits = vae_limits.limits_of(self._vae)
+        self._taken = vae_limits.parameters_of if job.layout.store == "parameters" else vae_limits.latent_of
+        if ranks > 1:
+            self._handle = parallelize(self._vae, gather={"encode": "first", "decode": "first"}, halves=("encode",))
+        else:
+            self._handle = optimize(self._vae)
+
+    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """Encode clips together.
+
+        Args:
+            pixels: (clips, frames, height, width, 3).
+
+        Returns:
+            "latents", (clips, bytes) of numbers of "dtype" in "shape", and the "seconds" that it took; or what it is
+            that went wrong, and "why".
+        """
+        import torch
+
+        from halovae.base.memory import is_shortage
+        from halovae.media import codec
+
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                clips = [codec.to_tensor(clip, self._dtype, self._device) for clip in pixels]
+                found = [one.cpu() for one in codec.encode_clips(self._vae, self._limits, clips, self._taken)]
+            latents = np.stack([one.contiguous().reshape(-1).view(torch.uint8).numpy() for one in found])
+            shape, dtype = list(found[0].shape), str(found[0].dtype).removeprefix("torch.")
+            return {"latents": latents, "shape": shape, "dtype": dtype, "seconds": time.perf_counter() - started}
+        except Exception as error:
+            short = is_shortage(error)
+            if short and self._device.type != "cpu":
+                torch.accelerator.empty_cache()
+            stop = isinstance(error, HalovaeError) and not isinstance(error, RankFailedError)
+            return {"kind": MEMORY if short else STOP if stop else FAILED, "why": _reason(error)}
+
+
+class Encoder:
+    """Encodes units on one device, or on a group of them as shards."""
+
+    def __init__(self, job: Job, ranks: int) -> None:
+        self._one, self._group = (Device(job), None) if ranks == 1 else (None, _Group(job, ranks))
+
+    def __call__(self, row: Row) -> Row:
+        made: dict[str, Any] = {}
+        if len(row["pixels"]):
+            encode = self._one.encode if self._one is not None else self._group.encode  # type: ignore[union-attr]
+            made = encode(row["pixels"])
+        latents = made.pop("latents", np.zeros((0, 0), np.uint8))
+        return {"unit": row["unit"], "read": row["read"], "made": json.dumps(made), "latents": latents}
+
+
+class _Group:
+    """Ranks on devices of their own, in one process group."""
+
+    def __init__(self, job: Job, ranks: int) -> None:
+        self._job, self._ranks = job, ranks
+        self._actors: list[Any] = []
+        self._place: PlacementGroup | None = None
+        self._start()
+
+    def _start(self) -> None:
+        share = {"CPU": 1.0} if self._job.device == "cpu" else {"GPU": 1.0}
+        self._place = place = placement_group([share] * self._ranks, strategy="PACK")
+        ray.get(place.ready())
+        remote: Any = ray.remote(_Rank)
+        self._actors = [
+            remote.options(
+                num_cpus=share.get("CPU", 0), num_gpus=share.get("GPU", 0), max_concurrency=1,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=rank),
+            ).remote()
+            for rank in range(self._ranks)
+        ]  # fmt: skip
+        address = ray.get(self._actors[0].address.remote())
+        ray.get([actor.join.remote(self._job, r, self._ranks, address) for r, actor in enumerate(self._actors)])
+
+    def _end(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._place is not None:
+            remove_placement_group(self._place)
+
+    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """As `Device.encode`."""
+        shared, why = ray.put(pixels), ""
+        for _ in range(_TRIES):
+            try:
+                answers = ray.get([actor.encode.remote(shared) for actor in self._actors])
+            except RayActorError as error:
+                why = _reason(error)
+                self._end()
+                self._start()
+                continue
+            faults = [answer for answer in answers if "why" in answer]
+            return next((fault for fault in faults if fault["kind"] == MEMORY), faults[0]) if faults else answers[0]
+        return {"kind": FAILED, "why": f"its group of {self._ranks} devices died {_TRIES} times: {why}"}
+
+
+class _Rank:
+    """One process of a group."""
+
+    def __init__(self) -> None:
+        self._device: Device | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Where this process can be reached by the others, and a port that is free."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def join(self, job: Job, rank: int, ranks: int, address: tuple[str, int]) -> None:
+        self._device = Device(job, rank, ranks, address)
+
+    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
+        assert self._device is not None
+        found = self._device.encode(pixels)
+        # The first rank has the whole: nobody needs the others' parts.
+        return found if "why" in found or os.environ["RANK"] == "0" else {}
+
+
+def write_unit(row: Row, job: Job) -> Row:
+    """Write the items of a unit, each to a file of its own."""
+    import torch
+
+    unit, read, made = Unit.from_json(row["unit"]), json.loads(row["read"]), json.loads(row["made"])
+    results: list[dict[str, Any]] = []
+    for number, (item, wanted) in enumerate(zip(unit.items, unit.wanted, strict=True)):
+        if not wanted:
+            continue
+        taken, result = read["told"][number], {"key": item.key, "what": THERE, "why": read["why"][number] or ""}
+        if result["why"]:
+            result["what"] = FAILED
+        elif taken is not None and "why" in made:
+            result |= {"what": made["kind"], "why": made["why"]}
+        elif taken is not None:
+            stored = torch.from_numpy(np.array(row["latents"][number])).view(getattr(torch, made["dtype"]))
+            result |= _written(job, unit, item, taken, stored.view(made["shape"]))
+        results.append(result)
+    done = [result for result in results if result["what"] == DONE]
+    told_of = {"results": results, "frames": len(done) * unit.bucket.frames, "seconds": made.get("seconds", 0.0)}
+    return {"unit": row["unit"], "told": json.dumps(told_of)}
+
+
+def _written(job: Job, unit: Unit, item: Item, taken: Mapping[str, Any], latents: Any) -> dict[str, Any]:
+    try:
+        job.layout.write(item, unit.bucket, taken, latents)
+    except HalovaeError as error:
+        return {"what": FAILED, "why": _reason(error)}
+    except OSError as error:
+        return {"what": STOP, "why": _reason(error)}
+    return {"what": DONE}
+
+
+def needs(job: Job, sizes: Sequence[tuple[int, int, int]], devices: int, memory: float | None) -> list[dict[str, Any]]:
+    """What clips take, told on a device.
+
+    Args:
+        job: how they are encoded.
+        sizes: frames, height and width of each.
+        devices: how many there are; on a CPU they share its memory.
+        memory: bytes of each device; None: what is free.
+
+    Returns:
+        For each, how many devices it needs ("ranks", None if there are not enough), "bytes" on each of them, and the
+        bytes of a further clip in one go ("more").
+    """
+    import torch
+
+    from halovae import comm
+    from halovae.app.survey import Survey
+    from halovae.base.memory import free_bytes
+    from halovae.comm.bandwidth import LINKS
+    from halovae.media import models, vae_limits
+    from halovae.predict.rates import GivenSpeed
+
+    device = comm.default_device() if job.device != "cpu" else torch.device("cpu")
+    free = free_bytes(device) if memory is None else memory
+    room = 2**60 if free is None else free if memory is not None or job.device != "cpu" else free / devices
+    dtype = getattr(torch, job.dtype)
+    speed = GivenSpeed(flops=1e12, bandwidth=1e12, device=device)
+    found: list[dict[str, Any]] = []
+    for frames, height, width in sizes:
+        _, vae = models.find_skeleton(job.layout.model)
+        limits = vae_limits.limits_of(vae)
+        survey = Survey(
+            vae, limits, limits.fit(frames, height, width), {"encode": dtype, "decode": dtype}, speed, LINKS["nvlink"]
+        )
+        alone = survey.exact("encode", 1)
+        if alone.prediction is None:  # A VAE in tiles: what it takes shows when it runs.
+            found.append({"ranks": 1, "bytes": 0, "more": 0, "room": room})
+            continue
+        rows = {ranks: survey.exact("encode", ranks) for ranks in group_sizes(devices)}
+        fits = [ranks for ranks, row in rows.items() if row.prediction is not None and row.memory <= room][:1]
+        least = rows[fits[0]].memory if fits else min(row.memory for row in rows.values() if row.prediction is not None)
+        more = alone.prediction.memory
+        found.append({"ranks": fits[0] if fits else None, "bytes": least, "more": more, "room": room})
+    return found
+
+
+def pack_shard(job: Job, number: int, items: Sequence[Any]) -> str:
+    """Why a shard can't be written; nothing if it was."""
+    from halovae.datasets.formats import pack
+
+    try:
+        pack(job.layout, number, items)
+    except OSError as error:
+        return _reason(error)
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    text = first_line(error)
+    return text if isinstance(error, (HalovaeError, OSError)) else f"{type(error).__name__}: {text}"

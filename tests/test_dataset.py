@@ -1,0 +1,311 @@
+"""`halovae encode-dataset` with a real Ray on this machine, which all tests here share: real files, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from clips import bars, make_video
+from command import end_with_parent, enter, run, saved
+from PIL import Image
+from servers import disk
+
+from halovae.base.files import write_json
+from halovae.cli.main import main
+from halovae.datasets import Latents, workers
+from halovae.datasets.buckets import Bucket, take
+from halovae.datasets.formats import Storage, keys_in, pack
+from halovae.datasets.items import find_items
+from halovae.datasets.run_dataset import Asked, DatasetRun
+from halovae.datasets.units import Job, Unit
+from halovae.media import codec, latents_file, models, vae_limits
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of Ray's own.
+
+BUCKETS = ["--bucket", "64x96x5", "--bucket", "64x96"]
+CLIPS = 6
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a Ray with so many processors that no test waits for one."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
+    context = ray.init(
+        num_cpus=8, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
+        configure_logging=False, logging_level="ERROR",
+    )  # fmt: skip
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved("wan21", tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips, images and a broken one."""
+    folder = tmp_path_factory.mktemp("dataset") / "clips"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(CLIPS):
+        make_video(folder / "sub" / f"{number}.mp4", frames=7 + number)
+    for number in range(3):
+        Image.fromarray(bars(2)[number % 2]).save(folder / f"{number}.png")
+    (folder / "0.txt").write_text("columns")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(cluster: str, model: str, clips: Path) -> Path:
+    """What one device makes of them, undisturbed."""
+    output = clips.parent / "encoded"
+    words = ["encode-dataset", str(clips), "-o", str(output), "--model", model, *BUCKETS, "--dtype", "float64"]
+    assert main([*words, "--json", str(clips.parent / "run.json"), "--report", str(clips.parent / "report")]) == 0
+    return output
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return enter(tmp_path, monkeypatch)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_each_clip_is_encoded_as_by_the_vae_itself(encoded: Path, model: str, clips: Path) -> None:
+    found = Latents(encoded)
+    assert len(found) == CLIPS + 3
+    vae = models.load(models.find(model), dtype=torch.float64, device=torch.device("cpu"))
+    limits = vae_limits.limits_of(vae)
+    items = {item.key: item for item in find_items(str(clips))}
+    for sample in found:
+        bucket = Bucket(64, 96, 5 if sample["key"].endswith("mp4") else 1)
+        clip = codec.to_tensor(take(items[sample["key"]], bucket, None).pixels, torch.float64, torch.device("cpu"))
+        with torch.inference_mode():
+            expected = codec.encode(vae, limits, clip)[0]
+        assert torch.allclose(sample["latents"], expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    assert found[found.keys["0.png"]]["caption"] == "columns"
+    assert found[found.keys["sub/0.mp4"]]["done"]["source_frames"] == [0, 1, 2, 3, 4]
+    assert main(["decode", str(encoded / "latents" / "sub" / "0.mp4.safetensors"), "-o", "0.mp4"]) == 0
+
+
+def test_what_it_says(encoded: Path, clips: Path) -> None:
+    counts = json.loads((clips.parent / "run.json").read_text())["counts"]
+    assert [counts[name] for name in ("items", "encoded", "there", "failed")] == [CLIPS + 4, CLIPS + 3, 0, 1]
+    assert counts["frames"] == 5 * CLIPS + 3
+    assert json.loads((encoded / "manifest.json").read_text())["counts"] == counts
+    (fault,) = [json.loads(line) for line in (encoded / "failed.jsonl").read_text().splitlines()]
+    assert fault["key"] == "broken.mp4"
+    assert "can't be read as an image or a video" in fault["why"]
+    page = (clips.parent / "report" / "index.html").read_text()
+    assert "broken.mp4" in page
+    assert "sub/1.mp4" in page
+
+
+def test_any_number_of_devices_and_any_kills_give_the_same_bytes(
+    cluster: str, encoded: Path, model: str, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The driver is killed at its second item; the next run goes on, on two devices, while its workers are killed."""
+    output = clips.parent / "killed"
+    words = ["encode-dataset", str(clips), "-o", str(output), "--model", model, *BUCKETS, "--dtype", "float64"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "halovae", *words, "--ray-address", cluster],
+        preexec_fn=end_with_parent, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while len(files(output)) < 2 and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL, driver.stderr and driver.stderr.read()
+    driver.communicate()
+    first = {path: os.stat(output / path).st_mtime_ns for path in files(output)}
+    assert len(first) >= 2
+    over = threading.Event()
+    killer = threading.Thread(target=_kill, args=(over, {"Encoder": 1, "read_unit": 1}))
+    killer.start()
+    assert main([*words, "--devices", "2"]) == 0
+    over.set()
+    killer.join()
+    expected = files(encoded)
+    assert files(output) == expected
+    assert {path: os.stat(output / path).st_mtime_ns for path in first} == first, "encoded again"
+    assert not list(output.rglob("*.part*"))
+    said = capsys.readouterr().out
+    assert f"{CLIPS + 3 - len(first)} encoded, {len(first)} there already, 1 failed" in said
+    (output / "latents" / "1.png.safetensors").unlink()
+    assert main([*words, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert f"{CLIPS + 2} finished, 1 to encode, 1 to set aside" in plan
+    assert "64x96x1: 1 item, on 1 device" in plan
+    assert main([*words, "--fail-fast"]) == 2
+    assert "broken.mp4" in capsys.readouterr().err
+    assert main([*words, "--fps", "5"]) == 2
+    assert "was made in another way (fps None, now 5)" in capsys.readouterr().err
+
+
+def _kill(over: threading.Event, left: dict[str, int]) -> None:
+    """End so many processes of each kind of work, each once it is at it."""
+    while any(left.values()) and not over.wait(0.05):
+        for process in psutil.process_iter(["cmdline"]):
+            name = " ".join(process.info["cmdline"] or [])
+            kind = next((kind for kind in left if left[kind] and name.startswith("ray::") and kind in name), None)
+            if kind is not None:
+                process.kill()
+                left[kind] -= 1
+
+
+def test_a_clip_that_fits_no_device_goes_to_two_as_shards(
+    cluster: str, encoded: Path, model: str, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = dict.fromkeys(Asked.__dataclass_fields__)
+    given |= {"source": str(clips / "sub" / "0.mp4"), "output": Path("o"), "model": model, "bucket": ["64x96x5"]}
+    given |= {"format": "safetensors", "store": "mode", "dtype": "float64", "devices": 2}
+    run = DatasetRun(Asked(**given))
+    alone = run.needs(run.buckets)[run.buckets[0]]
+    assert alone["ranks"] == 1
+    words = ["encode-dataset", given["source"], "-o", "o", "--model", model, "--bucket", "64x96x5"]
+    words += ["--dtype", "float64", "--devices", "2", "--memory", str((alone["bytes"] - 1) / 2**30)]
+    assert main([*words, "--json", "o.json"]) == 0
+    assert json.loads(Path("o.json").read_text())["counts"]["groups"] == {"64x96x5": 2}
+    whole, _ = latents_file.load(encoded / "latents" / "sub" / "0.mp4.safetensors")
+    shards, _ = latents_file.load(Path("o/latents/0.mp4.safetensors"))
+    assert torch.allclose(shards, whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+    words[3] = "other"
+    assert main([*words[:-1], "1e-6", "--dry-run"]) == 0
+    assert "on no number of devices" in capsys.readouterr().out
+
+
+class TestWithoutRay:
+    """Steps in this process."""
+
+    def layout(self, model: str, **changes: str) -> Storage:
+        vae = models.find_skeleton(model)[1]
+        given = {"folder": "o", "format": "safetensors", "store": "mode", "dtype": "float32", **changes}
+        return Storage(
+            model=model, model_class="AutoencoderKLWan", scaling=latents_file.scaling_of(vae.config), **given
+        )
+
+    @pytest.mark.parametrize("format_", ["webdataset", "parquet"])
+    def test_packed(self, format_: str, model: str, clips: Path) -> None:
+        layout = self.layout(model, format=format_, store="parameters", dtype="bfloat16")
+        Path("o").mkdir()
+        write_json(Path("o/manifest.json"), {**vars(layout), "scaling": layout.scaling})
+        bucket, items = Bucket(64, 96, 5), find_items(str(clips / "sub"))[:3]
+        for number, item in enumerate(items):
+            taken = {"fps": "25", "times": [], "done": {"bucket": [5, 64, 96]}}
+            layout.write(item, bucket, taken, torch.full((1, 32, 2, 8, 12), float(number)))
+        pairs = [(item, bucket) for item in items]
+        pack(layout, 0, pairs[:2])
+        pack(layout, 0, pairs)  # What came later is added.
+        assert keys_in(layout.shard(0)) == [item.key for item in items]
+        found = Latents("o", scaled=True)
+        assert [sample["key"] for sample in found] == [item.key for item in items]
+        assert found[2]["latents"].shape == (16, 2, 8, 12)
+        assert found[2]["latents"].dtype == torch.bfloat16
+        assert torch.equal(found[2]["parameters"], torch.full((32, 2, 8, 12), 2.0, dtype=torch.bfloat16))
+        before = layout.shard(0).read_bytes()
+        pack(layout, 0, pairs)
+        assert layout.shard(0).read_bytes() == before
+
+    def test_musubi(self, model: str, clips: Path) -> None:
+        """Names and keys by which its trainer finds latents, and its numbers: scaled."""
+        layout = self.layout(model, format="musubi")
+        Path("o").mkdir()
+        write_json(Path("o/manifest.json"), {**vars(layout), "scaling": layout.scaling})
+        item, bucket, latents = find_items(str(clips / "sub"))[0], Bucket(64, 96, 5), torch.randn(1, 16, 2, 8, 12)
+        layout.write(item, bucket, {"fps": "25", "times": [], "done": {}}, latents)
+        from safetensors import safe_open
+
+        with safe_open("o/0_00000-005_0096x0064_wan.safetensors", "pt") as file:
+            assert list(file.keys()) == ["latents_2x8x12_float32"]
+            assert file.metadata()["architecture"] == "wan"
+            mean, std = (
+                torch.tensor(layout.scaling[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
+            )
+            assert torch.allclose(file.get_tensor("latents_2x8x12_float32"), (latents[0] - mean) / std)
+        assert torch.allclose(Latents("o")[0]["latents"], latents[0], atol=1e-5)
+
+    def test_full_disk(self, model: str, clips: Path) -> None:
+        """Ends the run, and is no fault of the clip."""
+        with disk(Path("o")):
+            if not os.path.ismount("o"):
+                pytest.skip("no disk can be mounted here")
+            job = Job(layout=self.layout(model), device="cpu", dtype="float32", fps=None, threads=1)
+            unit = Unit(bucket=Bucket(64, 96, 5), items=(find_items(str(clips))[0],), wanted=(True,))
+            latents = np.zeros((1, 80 * 2**20), np.uint8)
+            row = {
+                "unit": unit.to_json(), "latents": latents,
+                "read": json.dumps({"told": [{"fps": "25", "times": [], "done": {}}], "why": [None]}),
+                "made": json.dumps({"shape": [1, 16, 2, 8, 80 * 2**10], "dtype": "float32", "seconds": 1.0}),
+            }  # fmt: skip
+            told = json.loads(workers.write_unit(row, job)["told"])
+            assert [result["what"] for result in told["results"]] == [workers.STOP]
+            assert "no space left on device" in told["results"][0]["why"]
+            assert not [path for path in Path("o").rglob("*") if path.is_file()]
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--bucket", "64x96x6"], "AutoencoderKLWan would pad it to 64x96x9"),
+            (["--bucket", "60x96x5"], "AutoencoderKLWan would pad it to 64x96x5"),
+            (["--bucket", "big"], "give HEIGHTxWIDTHxFRAMES"),
+            ([], "--bucket is missing"),
+            (["--bucket", "64x96", "--format", "zip"], "--format zip: give safetensors, webdataset"),
+            (["--bucket", "64x96", "--store", "all"], "--store all: give mode or parameters"),
+            (["--bucket", "64x96", "--fps", "0"], "--fps 0: give more than 0"),
+            (["--bucket", "64x96", "--device", "tpu"], "--device tpu: this machine has cpu"),
+            (["--bucket", "64x96", "--devices", "99999"], "--devices 99999:"),
+            (["--bucket", "64x96", "--model", "none"], "--model none"),
+            (["--bucket", "64x96", "-o", "no/such"], "no does not exist"),
+            (["--bucket", "64x96", "-o", "other"], "holds other files, such as file"),
+        ],
+    )
+    def test_bad_input(
+        self, words: list[str], said: str, model: str, clips: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("other").mkdir()
+        Path("other/file").write_text("kept")
+        given = ["encode-dataset", str(clips), *([] if "-o" in words else ["-o", "o"]), "--model", model, *words]
+        assert main(given) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+        assert not Path("o").exists()
+
+    def test_empty_folder(self, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("empty").mkdir()
+        assert main(["encode-dataset", "empty", "-o", "o", "--model", model, *BUCKETS]) == 2
+        assert "empty holds no clips" in capsys.readouterr().err
+
+    def test_rates_are_kept_as_fractions(self, model: str, clips: Path) -> None:
+        layout = self.layout(model)
+        item = find_items(str(clips / "sub"))[0]
+        taken = {"fps": "24000/1001", "times": [], "done": {}}
+        layout.write(item, Bucket(64, 96, 5), taken, torch.zeros(1, 16, 2, 8, 12))
+        _, info = latents_file.load(layout.place(item, Bucket(64, 96, 5)))
+        assert info.fps == Fraction(24000, 1001)
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path, clips: Path, model: str) -> None:
+    """In a process of its own, since this one has a cluster."""
+    words = ["encode-dataset", str(clips), "-o", "o", "--model", model, *BUCKETS, "--ray-address", "127.0.0.1:9"]
+    code, _, said = run(*words)
+    assert code == 2
+    assert said == "halovae: error: --ray-address 127.0.0.1:9 can't be reached: [Errno 111] Connection refused\n"
