@@ -15,7 +15,7 @@ from halovae import media
 from halovae.evaluation import compare_clips, compare_latents
 from halovae.media import codec, models, vae_limits
 
-FRAMES, HEIGHT, WIDTH = 5, 48, 80
+FRAMES, HEIGHT, WIDTH = 5, 48, 64
 Way = tuple[Any, Any]
 """Latents, and what they decode to."""
 
