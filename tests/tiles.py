@@ -103,7 +103,7 @@ CUTS = {
         Cut("cogvideox", factors(64, 8), 96, frames=13),
         Cut("mochi", strides(64, 48), 96),
         Cut("magvit", strides(64, 48), 96, frames=5, encode=False),
-        Cut("vidtok", factors(64, 8), 96),
+        Cut("vidtok", factors(64, 8), 96, frames=8),
         Cut("allegro_tiled", {}, 40),
         Cut("minimax_h3", _H3, 96, tiles=(8, 4)),
     )
