@@ -211,6 +211,7 @@ def forks(rank: int) -> None:
     handle = halovae.parallelize(vae, verify=False)
     vae.decode(z)
     kept.update(vae=vae, handle=handle)
+    gc.collect()  # What other tests have left, files of libav with threads of their own among it, is not judged here.
     locks = handle._lock, handle._comm._link._news, *handle._comm._link._sending.values()
     del vae, handle
     for child in (collect, atexit._run_exitfuncs, use):
