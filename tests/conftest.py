@@ -61,12 +61,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG = (
-    "exact_families", "serve", "tile_families", "predict", "agreement", "cli", "generation", "gpu_kernels", "optimize",
+    "exact_families", "serve", "agreement", "predict", "docs", "tile_families", "merge", "stream", "service",
+    "optimize", "pipelines", "generation", "graphs", "cli_ranks", "retreat", "parallel", "launch", "fit", "families",
+    "tile_run", "cli_plan", "gpu_kernels", "gpu_rules", "cli_modes", "report_browser", "accuracy",
 )  # fmt: skip
 """The groups that take longest, which go first: a worker that finds one at the end lets the others wait."""
 
 
-ONE_SERVER = ("serve", "serve_connections", "serve_fuzz", "serve_page")
+ONE_SERVER = ("serve", "serve_connections", "serve_crash", "serve_fuzz", "serve_online", "serve_page")
 """Files whose tests share a server, and so a worker."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,20 @@ from halovae import media
 from halovae.evaluation import compare_clips, compare_latents
 from halovae.media import codec, models, vae_limits
 
-FRAMES, HEIGHT, WIDTH = 5, 48, 80
+FRAMES, HEIGHT, WIDTH = 5, 48, 64
 Way = tuple[Any, Any]
 """Latents, and what they decode to."""
 
 
+@functools.cache
+def clip() -> Any:
+    """Read once: all frames before are decoded, too."""
+    return media.read(CLIP, frames=media.FrameRange(108, 108 + FRAMES), height=HEIGHT, width=WIDTH).frames
+
+
 def through(vae: Any, dtype: torch.dtype) -> Way:
-    clip = media.read(CLIP, frames=media.FrameRange(108, 108 + FRAMES), height=HEIGHT, width=WIDTH).frames
     limits = vae_limits.limits_of(vae)
-    latents = codec.encode(vae, limits, codec.to_tensor(clip, dtype, torch.device("cpu")))
+    latents = codec.encode(vae, limits, codec.to_tensor(clip(), dtype, torch.device("cpu")))
     return latents.float().numpy(), codec.decode(vae, limits, latents).float().numpy()
 
 

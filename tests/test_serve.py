@@ -20,7 +20,6 @@ from servers import SMALL, Server
 
 from halovae.media import read
 
-pytestmark = pytest.mark.xdist_group("server")
 LONG = {"num_frames": "41", "num_inference_steps": "100"}
 """A video that takes long enough to be cancelled."""
 

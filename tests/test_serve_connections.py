@@ -161,7 +161,6 @@ def test_messages_that_clients_make_come_once_a_minute() -> None:
     assert seen[2:] == ["client 100 sent nonsense (and 99 more like it)"]
 
 
-@pytest.mark.xdist_group("server")
 def test_hundreds_of_half_open_connections(server: Server) -> None:
     """More than the server may have files open; on this machine's loopback, for a second or two."""
     host, port = server.address.removeprefix("http://").split(":")

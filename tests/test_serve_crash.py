@@ -13,7 +13,6 @@ import pytest
 from pipelines import picture
 from servers import SMALL, Server
 
-pytestmark = pytest.mark.xdist_group("server")
 LONG = {"num_frames": "41", "num_inference_steps": "100"}
 
 

@@ -19,7 +19,6 @@ GATE = "0.999"
 SETTINGS = {"size": "96x64", "num_frames": "9", "num_inference_steps": "3", "seed": "11", "guidance_scale": "2"}
 LOSSLESS = {"lossless": "true"}
 """A codec that loses something makes an SSIM of 0.98 of frames of which one value in 800 differs by one level."""
-pytestmark = pytest.mark.xdist_group("server")
 
 
 @pytest.mark.parametrize(

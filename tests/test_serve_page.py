@@ -10,10 +10,7 @@ from browser import CHROMIUM, browser
 from pipelines import picture
 from servers import Server
 
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-    pytest.mark.xdist_group("server"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
 def test_from_the_keyboard_to_the_playing_video(server: Server, tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ def many_calls(rank: int, calls: int) -> tuple[tuple[int, int], tuple[int, int],
         return before, held(), memory.growth
 
 
-def test_a_thousand_calls_leak_nothing(two_ranks: Ranks) -> None:
-    for before, after, growth in two_ranks.run(many_calls, 1000):
+def test_hundreds_of_calls_leak_nothing(two_ranks: Ranks) -> None:
+    for before, after, growth in two_ranks.run(many_calls, 500):
         assert after <= before
-        assert growth < 16 * 2**20
+        assert growth < 8 * 2**20
 
 
 def many_handles(rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -277,5 +277,5 @@ def many_shapes(rank: int, seed: int, name: str, axis: str, shapes: int) -> None
 def test_many_shapes_end_to_end(two_ranks: Ranks, name: str, axis: str, record_property: Callable[..., None]) -> None:
     """The seed is the one that the run prints at its beginning."""
     assert hypothesis.core.global_force_seed is not None
-    two_ranks.run(many_shapes, hypothesis.core.global_force_seed, name, axis, 20)
-    record_property(RANDOM_SHAPES, 2 * 20)  # Of both halves.
+    two_ranks.run(many_shapes, hypothesis.core.global_force_seed, name, axis, 8)
+    record_property(RANDOM_SHAPES, 2 * 8)  # Of both halves.

@@ -23,6 +23,7 @@ class Cut:
     size: int
     """Height and width of the picture, in pixels."""
     frames: int = 0
+    """Of a video, where fewer do than those of the family."""
     tiles: int | tuple[int, int] = 4
     """Chains of calls, of encode and decode where they differ."""
     encode: bool = True
@@ -47,8 +48,8 @@ class Cut:
         shape = list(self.family.sample_shape if half == "encode" else self.family.latent_shape)
         ratio = 1 if half == "encode" else self.family.ratio[0]
         shape[0] = 1
-        if half == "encode" and self.frames:
-            shape[2] = self.frames
+        if self.frames:
+            shape[2] = self.frames if half == "encode" else (self.frames - 1) // self.family.ratio[1] + 1
         shape[-2:] = (height or self.size) // ratio, (width or self.size) // ratio
         return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
@@ -92,17 +93,17 @@ CUTS = {
         Cut("dc", _DC, 192),
         Cut("wan21", strides(64, 48), 96, frames=5),
         Cut("wan22", strides(64, 32), 128, frames=5, tiles=(4, 16)),
-        Cut("qwenimage", strides(64, 48), 96, frames=5),
+        Cut("qwenimage", strides(64, 48), 96),
         Cut("qwenimage21", strides(64, 48), 96),
         Cut("hunyuan_video_framewise", strides(64, 48), 96, tiles=8),
         Cut("hunyuan_video15", factors(64, 4, "tile_overlap_factor"), 96, frames=5),
         Cut("ltx", strides(128, 96), 192),
         Cut("ltx091", strides(128, 96), 192),
         Cut("ltx2", strides(128, 64, spatial_compression_ratio=32, temporal_compression_ratio=8), 192, tiles=9),
-        Cut("cogvideox", factors(64, 8), 96, frames=9),
+        Cut("cogvideox", factors(64, 8), 96, frames=13),
         Cut("mochi", strides(64, 48), 96),
         Cut("magvit", strides(64, 48), 96, frames=5, encode=False),
-        Cut("vidtok", factors(64, 8), 96),
+        Cut("vidtok", factors(64, 8), 96, frames=8),
         Cut("allegro_tiled", {}, 40),
         Cut("minimax_h3", _H3, 96, tiles=(8, 4)),
     )
