@@ -15,8 +15,8 @@ from torch import Tensor
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of, sample_of
 
 _LONG = 64
-"""Latent frames. Which of them a frame of a longer clip needs is found out by trying short clips: to try the whole one
-takes time that grows with the square of its length."""
+"""Latent frames. A longer clip goes through in parts, each a step of the VAE: which frames a step needs is found out by
+trying short clips. A shorter one fits into memory, and one call, which joins steps, takes less time."""
 
 
 def to_tensor(frames: NDArray[np.uint8], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -129,13 +129,13 @@ def encode_pieces(
         frames: the clip in parts of one frame.
         count: how many.
         after: as for `encode`.
-        stream: `encode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: a clip
-            is encoded in one call.
+        stream: `encode_stream` of the VAE's handle, for a long clip; ranks that `gather` does not name get what they
+            hold. None: any clip is encoded in one call.
 
     Raises:
         InputError: it is not known which numbers the VAE takes.
     """
-    if stream is not None and not limits.per_frame:
+    if stream is not None and not limits.per_frame and count > _LONG * max(1, limits.period):
         with closing(stream(encode_inputs(limits, frames), count=limits.lead + count)) as parts:
             for part in parts:
                 after()
