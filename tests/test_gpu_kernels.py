@@ -217,13 +217,14 @@ def test_a_chain_of_another_form_is_computed_step_by_step():
 @pytest.mark.parametrize("fill", [Fill(), Fill("replicate")])
 def test_what_a_chain_gives_is_joined_and_padded_where_it_lies(shape: tuple[int, ...], fill: Fill):
     def made() -> Tensor:
-        return dispatch.chain(channels_last(frames(*shape)), torch.float32, torch.float32, [Step("silu")])
+        with dispatch.leaving_room():
+            return dispatch.chain(channels_last(frames(*shape)), torch.float32, torch.float32, [Step("silu")])
 
     def around(dim: int, size: int) -> Tensor:
         return channels_last(frames(*(size if d == dim else length for d, length in enumerate(shape))) + dim)
 
     store.kept().rooms.clear()
-    whole, last = made(), len(shape) - 1
+    whole, last, source = made(), len(shape) - 1, channels_last(frames(*shape))
     waited: list[int] = []
     halo = Halo(last, around(last, 1), around(last, 2), lambda: waited.append(1))
     edge = around(2, 1)
@@ -238,6 +239,8 @@ def test_what_a_chain_gives_is_joined_and_padded_where_it_lies(shape: tuple[int,
             assert torch.equal(padded.settled(), expected)  # by a copy; the next one has room
             roomy = made()
             assert torch.equal(roomy, whole)
+            alone = dispatch.chain(source, torch.float32, torch.float32, [Step("silu")])
+            assert alone.is_contiguous(memory_format=memory_format(len(shape), True))
             parts = tuple(roomy if part is whole else part for part in padded.parts)
             found = replace(padded, parts=parts).settled()
             assert torch.equal(found, expected)

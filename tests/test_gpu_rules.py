@@ -21,6 +21,7 @@ from halovae.kernels.gpu import (
     dispatch,
     triton_attention,
 )
+from halovae.kernels.kept import kept
 from halovae.kernels.lazy import chain, upsampled
 from halovae.kernels.lazy.chain import Chain
 from halovae.kernels.lazy.deferred import Deferred, recipe_of
@@ -257,6 +258,21 @@ def test_mirrored_padding_waits_for_the_convolution(as_on_gpu: None):
         with pytest.raises(RuntimeError, match=r"[Pp]adding"):
             F.pad(source, (5, 0, 0, 0, 0, 0), mode="reflect")
     assert torch.equal(finished(padded), F.pad(source, (1, 2, 3, 1, 0, 0), mode="reflect"))
+
+
+def test_only_what_is_padded_has_gaps(as_on_gpu: None):
+    """A network may view what it does not convolve in any way."""
+    source, weight = channels_last(frames(1, 16, 6, 5)), frames(4, 16, 3, 3)
+    normed = F.silu(F.group_norm(source, 4))
+    expected = F.conv2d(F.pad(normed, (1, 1, 1, 1), mode="replicate"), weight)
+    with torch.no_grad(), FastMode():
+        for _ in range(3):
+            found = F.conv2d(F.pad(F.silu(F.group_norm(source, 4)), (1, 1, 1, 1), mode="replicate"), weight)
+            assert error(finished(found), expected) < TOLERANCE
+            assert error(F.silu(F.group_norm(source, 4)).view(1, 16, -1), normed.view(1, 16, -1)) < TOLERANCE
+            one = F.conv2d(F.silu(F.group_norm(source, 4)), weight[..., :1, :1])
+            assert error(finished(one), F.conv2d(normed, weight[..., :1, :1])) < TOLERANCE
+    assert kept().rooms
 
 
 class Operators(TorchDispatchMode):

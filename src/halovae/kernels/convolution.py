@@ -64,7 +64,8 @@ def convolution(
 ) -> Tensor:
     """The convolution of `[B, C, (T,) H, W]`, which may be deferred. One group; sizes are torch's."""
     n = weight.ndim - 2
-    joined = joined_in(tensor)
+    # A kernel of one position needs nothing around its input.
+    joined = joined_in(tensor if max(weight.shape[2:]) > 1 else plain(tensor))
     pads = {2 + i: (p, p) for i, p in enumerate(padding) if p}
     joined = joined.padded(pads, Fill()) or Joined((plain(tensor),)).padded(pads, Fill())
     assert joined is not None

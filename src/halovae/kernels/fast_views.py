@@ -19,7 +19,7 @@ from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy import tokens
 from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
-from halovae.kernels.lazy.joined import Joined, copy_of, parts_in, read
+from halovae.kernels.lazy.joined import Joined, copy_of, parts_in, read, to_join
 from halovae.kernels.lazy.masks import RowPrefixes
 from halovae.kernels.lazy.upsampled import (
     FramesOf,
@@ -48,7 +48,7 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
     recipe = recipe_of(input)
     fill = Fill(mode, float(value or 0.0))
     joined = recipe.padded(amounts, fill) if isinstance(recipe, Joined) else None
-    joined = joined or Joined((plain(input),)).padded(amounts, fill)
+    joined = joined or Joined((to_join(input),)).padded(amounts, fill)
     return Deferred(joined) if joined else None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -186,10 +188,23 @@ def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
     return out
 
 
+_is_to_be_joined: ContextVar[bool] = ContextVar("_is_to_be_joined", default=False)
+
+
+@contextmanager
+def leaving_room() -> Iterator[None]:
+    """Within it, what is computed goes into a join. Elsewhere a network may view it in ways that gaps forbid."""
+    token = _is_to_be_joined.set(True)
+    try:
+        yield
+    finally:
+        _is_to_be_joined.reset(token)
+
+
 def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised channels-last tensor of the shape of `base`, with as much room around as was asked for last."""
+    """An uninitialised channels-last tensor of this shape; for a join, with as much room as the last one took."""
     last = memory_format(base.ndim, True)
-    around = kept().rooms.get(tuple(base.shape))
+    around = kept().rooms.get(tuple(base.shape)) if _is_to_be_joined.get() else None
     if around is None:
         return torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
     shape = [size + before + after for size, (before, after) in zip(base.shape, around, strict=True)]

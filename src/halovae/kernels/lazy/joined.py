@@ -205,7 +205,13 @@ class Joined:
 def joined_in(tensor: Tensor) -> Joined:
     """The join that waits in a tensor, else one of the tensor alone."""
     recipe = recipe_of(tensor)
-    return recipe if isinstance(recipe, Joined) and recipe.dim >= 2 else Joined((plain(tensor),))
+    return recipe if isinstance(recipe, Joined) and recipe.dim >= 2 else Joined((to_join(tensor),))
+
+
+def to_join(tensor: Tensor) -> Tensor:
+    """The tensor with memory of its own; with room around, if it is to be made now by a kernel that leaves some."""
+    with dispatch.leaving_room():
+        return plain(tensor)
 
 
 def parts_in(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -213,7 +219,7 @@ def parts_in(tensor: Tensor) -> tuple[Tensor, ...]:
     if kept(tensor) is None:
         return (tensor,)
     recipe = recipe_of(tensor)
-    return recipe.parts if isinstance(recipe, Joined) and recipe.is_bare and recipe.dim == 2 else (plain(tensor),)
+    return recipe.parts if isinstance(recipe, Joined) and recipe.is_bare and recipe.dim == 2 else (to_join(tensor),)
 
 
 def copy_of(tensor: Tensor) -> Joined:
