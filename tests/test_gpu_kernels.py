@@ -32,6 +32,7 @@ from halovae.kernels.lazy.chain import Chain, Step
 from halovae.kernels.lazy.deferred import recipe_of
 from halovae.kernels.lazy.joined import Halo, Joined
 from halovae.kernels.lazy.promise import kept, promised
+from halovae.kernels.memory_format import memory_format
 
 SMALL = Tile(positions=32, channels=16, more_channels=16, depth=16, warps=4, stages=2)
 
