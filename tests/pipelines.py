@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from halovae import comm
 from halovae.base.quiet import all_quiet
+from halovae.base.replaced import wrapped
 from halovae.pipelines.demo import byte_tokenizer
 from halovae.pipelines.generation_settings import Generation, Setup, parameters
 from halovae.pipelines.runner import Result, Runner
-from halovae.pipelines.stages import replaced
 
 
 def picture(seed: int = 0, height: int = 64, width: int = 64) -> Image.Image:
@@ -148,11 +149,12 @@ def run(rank: int, name: str, setup: dict[str, Any], alone: bool = False) -> tup
     group = comm.SoloComm() if alone else comm.world()
     pipeline, seen = build(name), list[Tensor]()
     runner = Runner(pipeline, Setup(dtype="float32", **setup), group, torch.device("cpu"))
-    decode = pipeline.vae.decode
 
-    def noted(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def noted(decode: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append(latents.clone())
         return decode(latents, *args, **kwargs)
 
-    with runner, replaced(pipeline.vae, "decode", noted):
+    if runner.stream:  # Of videos that go on as they come.
+        runner.stream = functools.partial(noted, runner.stream)
+    with runner, wrapped(pipeline.vae, "decode", noted):
         return seen, runner.run(generation(name, pipeline))

@@ -22,7 +22,7 @@ def build(name: str, frames: int, latents: int) -> Build:
     sample, latent = family.sample(torch.float64), family.latent(torch.float64)
     contrast = 1 + 0.1 * torch.arange(100, dtype=torch.float64).view(-1, 1, 1)
     made = [
-        torch.cat([tensor] * -(-count // tensor.shape[2]), 2)[:, :, :count] * contrast[:count]
+        torch.cat([tensor] * max(1, -(-count // tensor.shape[2])), 2)[:, :, :count] * contrast[:count]
         for tensor, count in ((sample, frames), (latent, latents))
     ]
     return family.build().to(torch.float64), made[0] / 4, made[1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -89,15 +90,20 @@ def encode(
         frames = codec.padded(film, fit, session.dtypes["encode"], session.device)
         stream = None if handle is None else handle.encode_stream
         pieces = codec.encode_pieces(
-            loaded.vae, loaded.limits, _counted(frames, advance, after), fit.padded_frames, after, stream
+            loaded.vae, loaded.limits, _read(frames, half, advance, after), fit.padded_frames, after, stream
         )
         latents = codec.joined(loaded.limits, pieces)
     return latents, half
 
 
-def _counted(frames: Iterable[Tensor], advance: Advance, after: Callable[[], None]) -> Iterator[Tensor]:
-    """Each counts when the next one is asked for; a call of the VAE may be over then."""
-    for frame in frames:
+def _read(frames: Iterator[Tensor], half: Half, advance: Advance, after: Callable[[], None]) -> Iterator[Tensor]:
+    """Each counts when the next one is asked for; a call of the VAE may be over then. To read them is no encoding."""
+    while True:
+        started = time.perf_counter()
+        frame = next(frames, None)
+        half.seconds -= time.perf_counter() - started
+        if frame is None:
+            return
         yield frame
         advance()
         after()
