@@ -17,7 +17,7 @@ PIECES: dict[str, tuple[int, int, bool, list[int], list[int]]] = {
     "wan21": (18, 5, False, [1, 1, 1, 1, 1], [1, 4, 4, 4, 4]),  # The VAE leaves the last frame out.
     "wan22": (13, 4, False, [1, 1, 1, 1], [1, 4, 4, 4]),
     "hunyuan_video_framewise": (33, 9, False, [5, 3, 1], [14, 12, 7]),
-    "cogvideox": (25, 7, True, [3, 2, 2], [9, 8, 8]),
+    "cogvideox": (17, 5, True, [3, 2], [9, 8]),
     "magvit": (13, 4, False, [1, 1, 1, 1], [1, 4, 4, 4]),
     "mochi": (13, 3, False, [3], [13]),
     "kvae_video": (37, 9, False, [5, 4, 1], [17, 16]),

@@ -112,7 +112,7 @@ GROWING = ("nearest", "bilinear", "pixel_shuffle")
 """Twice as many rows and columns: after some of them, attention asks for more memory than there is."""
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=6),
     st.sampled_from([1, 2, 4]).flatmap(lambda ratio: picture_bounds(ratio=ratio)),

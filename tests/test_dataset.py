@@ -45,7 +45,7 @@ def cluster() -> Iterator[str]:
     """The address of a Ray with so many processors that no test waits for one."""
     os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
     context = ray.init(
-        num_cpus=8, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
+        num_cpus=6, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
         configure_logging=False, logging_level="ERROR",
     )  # fmt: skip
     yield context.address_info["gcs_address"]

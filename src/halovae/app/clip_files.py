@@ -101,7 +101,7 @@ def _read(frames: Iterator[Tensor], half: Half, advance: Advance, after: Callabl
     while True:
         started = time.perf_counter()
         frame = next(frames, None)
-        half.seconds -= time.perf_counter() - started
+        half.read_seconds += time.perf_counter() - started
         if frame is None:
             return
         yield frame

@@ -58,7 +58,9 @@ class Half:
     """What encoding or decoding one clip took on this rank, over all the VAE's calls for it."""
 
     seconds: float = 0.0
-    """Without the choice of a mode and the probe that a first parallel call makes."""
+    """Without the choice of a mode, the probe that a first parallel call makes, and reading."""
+    read_seconds: float = 0.0
+    """Of the clip that is encoded."""
     calls: int = 0
     mode: str = "exact"
     shards: tuple[int, int] = (1, 1)
@@ -229,10 +231,10 @@ class Session:
         with self.stages.stage(name, frames, "frames") as advance, torch.inference_mode():
             yield half, advance, after
         self.synchronize()
-        half.seconds += time.perf_counter() - started
+        half.seconds += time.perf_counter() - started - half.read_seconds
         half.peak_memory = half.peak_memory if memory is None else memory.read()
         self.seconds[name] = half.seconds
-        timeline.note(name, started)
+        timeline.note(name, started + half.read_seconds)  # Most is read ahead of the VAE's first call.
 
     def agree(self, error: HalovaeError | None) -> None:
         """Go on where all ranks can. If one has failed, all do, so that none is left waiting. Called on every rank.

@@ -78,7 +78,8 @@ def _digest(weight: Tensor) -> tuple[Tensor, ...]:
     if weight.device.type != "cpu":
         return ()
     order = sorted(range(weight.ndim), key=lambda dim: -weight.stride(dim))
-    lines = weight.detach().permute(order).reshape(len(weight) if weight.ndim else 1, -1)
+    # A weight that is cut out of another one has gaps.
+    lines = weight.detach().permute(order).reshape(len(weight) if weight.ndim else 1, -1).contiguous()
     size = lines.shape[1] * lines.element_size()
     # The widest integers that fill a line: they are added up at the speed of the memory.
     bits = lines.view(next(whole for whole in _INTEGERS if size % whole.itemsize == 0))
