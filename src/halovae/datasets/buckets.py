@@ -85,14 +85,14 @@ def look(item: Item, fps: Fraction | None) -> ClipSize:
     with item.file() as path, open_pictures(path) as animation:
         if animation is not None:
             pictures = list(animation.pictures)
-            size, end = (pictures[0].picture.height, pictures[0].picture.width), pictures[-1].end
+            size, end = pictures[0].size, pictures[-1].end
             times = [shown.begins for shown in pictures]
         else:
             with opened(path) as source:
                 first = next(source.pictures, None)
             if first is None:
                 raise InputError(f"{item.key} has no frames")
-            size, times, end = (first.picture.height, first.picture.width), frame_times(path), None
+            size, times, end = first.size, frame_times(path), None
     stop = len(times) if wanted.stop is None else wanted.stop
     if not wanted.start < stop <= len(times):
         raise InputError(f"{item.key} has {len(times)} frames, not frames {wanted}")
@@ -170,7 +170,7 @@ def take(item: Item, bucket: Bucket, fps: Fraction | None) -> Taken:
     with item.file() as path, opened(path) as source:
         for number, shown, times in _sampled(source, wanted, fps):
             if not numbers:
-                size = shown.picture.height, shown.picture.width
+                size = shown.size
             pixels[len(numbers) : len(numbers) + times] = cover(shown.picture, target)
             for _ in range(min(times, bucket.frames - len(numbers))):
                 numbers.append(number)

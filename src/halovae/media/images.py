@@ -87,7 +87,11 @@ def is_animated(image: Image.Image) -> bool:
 
 
 def _still(path: Path, image: Image.Image) -> Iterator[Shown]:
-    yield Shown(picture=upright_rgb(path, image), begins=None)
+    yield _shown(upright_rgb(path, image))
+
+
+def _shown(picture: Image.Image, begins: Fraction | None = None, lasts: Fraction | None = None) -> Shown:
+    return Shown(size=(picture.height, picture.width), make=lambda: picture, begins=begins, lasts=lasts)
 
 
 def _first(image: Image.Image) -> int:
@@ -114,7 +118,7 @@ def _animation(path: Path, image: Image.Image, notes: list[str]) -> Iterator[Sho
         lasts = Fraction(image.info.get("duration") or 0) / 1000
         if lasts <= _INSTANT:
             lasts, untimed = _USUAL, True
-        yield Shown(picture=picture, begins=begins, lasts=lasts)
+        yield _shown(picture, begins, lasts)
         begins += lasts
     if untimed:
         notes.append(f"frames without a time of their own: {float(_USUAL):g} seconds each, as in browsers")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 
 from PIL import Image
 
@@ -22,11 +23,18 @@ _LONGEST = 3600
 class Shown:
     """One picture of a clip, and when it is shown."""
 
-    picture: Image.Image
+    size: tuple[int, int]
+    """Height and width."""
+    make: Callable[[], Image.Image]
+    """Gives the picture: not every one is looked at."""
     begins: Fraction | None
     """In seconds, from any moment on; None where the file doesn't say."""
     lasts: Fraction | None = None
     """Seconds, where the file says it."""
+
+    @cached_property
+    def picture(self) -> Image.Image:
+        return self.make()
 
     @property
     def end(self) -> Fraction | None:

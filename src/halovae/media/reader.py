@@ -18,7 +18,7 @@ from halovae.base.files import check_input
 from halovae.media.frame_range import FrameRange
 from halovae.media.images import open_pictures
 from halovae.media.media_limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS
-from halovae.media.pace import OpenedFile, Pace, pace_of
+from halovae.media.pace import OpenedFile, Pace, Shown, pace_of
 from halovae.media.video import open_video
 
 Frame = NDArray[np.uint8]
@@ -85,8 +85,8 @@ def read(
     with opened(path) as source:
         wanted = _Wanted(path, source, frames, (height, width))
         kept = bytearray()  # Grows in place, where a list of frames would be copied into an array at the end.
-        for picture in wanted:
-            kept += cover(picture, wanted.size).data
+        for shown in wanted:
+            kept += cover(shown.picture, wanted.size).data
             if len(kept) > MAX_CLIP_BYTES:
                 raise InputError(
                     f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels after {wanted.count} frames of "
@@ -132,7 +132,9 @@ class Film:
         self._part: tuple[int, int, int] | None = None
         with opened(path) as source:
             wanted = _Wanted(path, source, *self._choice)
-            for _ in wanted:
+            for shown in wanted:
+                if wanted.count == 1:
+                    shown.make()  # Whether its pixels can be converted; of the others the number is wanted only.
                 advance()
             self.pace = wanted.pace()
         self.count, self.size = wanted.count, wanted.size
@@ -151,8 +153,8 @@ class Film:
         top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
         with opened(self.path) as source:
             wanted = _Wanted(self.path, source, *self._choice)
-            for picture in islice(wanted, count):
-                yield cover(picture, self.size)[top : top + height, left : left + width]
+            for shown in islice(wanted, count):
+                yield cover(shown.picture, self.size)[top : top + height, left : left + width]
         if wanted.count < count:
             raise InputError(
                 f"{self.path} has changed while it was read: it has {wanted.count} frames now, not {count}"
@@ -181,19 +183,19 @@ class _Wanted:
         self._begins: list[Fraction | None] = []
         self._end: Fraction | None = None
 
-    def __iter__(self) -> Iterator[Image.Image]:
+    def __iter__(self) -> Iterator[Shown]:
         path, source, wanted, seen = self._path, self._source, self._frames, 0
         for shown in source.pictures:
             seen += 1
             if seen <= wanted.start:
                 continue
             if not self.count:
-                self.source_size = (shown.picture.height, shown.picture.width)
+                self.source_size = shown.size
                 self.size = _target_size(self.source_size, self._asked)
             self.count += 1
             self._begins.append(shown.begins)
             self._end = shown.end
-            yield shown.picture
+            yield shown
             if wanted.stop is not None and seen >= wanted.stop:
                 self._end = _next_begin(source) or self._end
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture upright, by EXIF's number of its orientation. Pillow turns counterclockwise."""
+_ON_ITS_SIDE = [_TURNS[number] for number in (5, 6, 7, 8)]
 _ORIENTATIONS = {
     (1, 0, 0, 1): 1,
     (-1, 0, 0, 1): 2,
@@ -172,10 +174,11 @@ def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: li
             turn = _TURNS.get(orientation)
             if is_skew:
                 notes.append("it is to be shown at an angle: it is turned by the nearest quarter only")
-        picture = to_rgb(path, frame, width)
+        _matrix(path, frame)  # Checks it.
         tick = Fraction(frame.time_base or stream.time_base or 0)
         yield Shown(
-            picture=picture if turn is None else picture.transpose(turn),
+            size=(width, frame.height) if turn in _ON_ITS_SIDE else (frame.height, width),
+            make=functools.partial(_upright, path, frame, width, turn),
             begins=None if frame.pts is None else frame.pts * tick,
             lasts=frame.duration * tick if frame.duration else None,
         )
@@ -265,16 +268,31 @@ def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def to_rgb(path: Path, frame: VideoFrame, width: int) -> Image.Image:
-    """`width` pixels wide."""
+def _upright(path: Path, frame: VideoFrame, width: int, turn: Image.Transpose | None) -> Image.Image:
+    picture = to_rgb(path, frame, width)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _matrix(path: Path, frame: VideoFrame) -> Any:
+    """By which its colours become RGB.
+
+    Raises:
+        InputError: there is no conversion by that.
+    """
     matrix: Any = frame.colorspace
     if matrix in _OTHER_MATRICES:
         raise InputError(
             f"{path}: its colours are {_OTHER_MATRICES[matrix]}, which can't be converted here: convert it to BT.709"
         )
-    if matrix not in _MATRICES:
-        # What players assume: BT.709 from 720 lines on, else BT.601.
-        matrix = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    if matrix in _MATRICES:
+        return matrix
+    # What players assume: BT.709 from 720 lines on, else BT.601.
+    return Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+
+
+def to_rgb(path: Path, frame: VideoFrame, width: int) -> Image.Image:
+    """`width` pixels wide."""
+    matrix = _matrix(path, frame)
     try:
         converted = frame.reformat(width=width, format="rgb24", src_colorspace=matrix, interpolation=_SCALER)
         return Image.fromarray(converted.to_ndarray())
