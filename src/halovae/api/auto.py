@@ -19,9 +19,10 @@ from halovae.base.files import first_line
 from halovae.base.memory import is_shortage
 from halovae.base.options import HALVES, AllOptions, gather_of
 from halovae.base.trees import pictures_in
+from halovae.calls.resumed import Held
 from halovae.calls.target import Target
 from halovae.calls.time_pieces import Emit
-from halovae.calls.time_stages import Held, Stage, TimeStages
+from halovae.calls.time_stages import Stage, TimeStages
 from halovae.comm import Comm
 from halovae.comm.agreement import one_call
 from halovae.kernels import autocast

@@ -21,10 +21,11 @@ from halovae.calls.device_graphs import can_record
 from halovae.calls.exact_call import ExactCall
 from halovae.calls.merge_steps import Merger, merged
 from halovae.calls.replay import Graphs
+from halovae.calls.resumed import Held, Resumed
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.time_pieces import Emit, Splitter, StreamClosed, Walk, Walker
-from halovae.calls.time_stages import Held, Resumed, Stage, TimeStages
+from halovae.calls.time_stages import Stage, TimeStages
 from halovae.calls.verify import Probe, compression, make_probe, run_alone, scales_of, verify
 from halovae.comm import Comm, Traffic, backend_name
 from halovae.comm.agreement import together, verdict_of_all

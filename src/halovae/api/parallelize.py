@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, Un
 import torch
 from torch import nn
 
-from halovae.api.handle import Handle, current_mode
+from halovae.api.caller import current_mode
+from halovae.api.handle import Handle
 from halovae.base.errors import InputError
 from halovae.base.options import (
     HALVES,

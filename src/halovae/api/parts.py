@@ -14,7 +14,8 @@ from torch import Tensor
 
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.options import Half
-from halovae.calls.time_stages import Held, Position, Stage, TimeStages
+from halovae.calls.resumed import Held
+from halovae.calls.time_stages import Position, Stage, TimeStages
 from halovae.exact.run import first_tensor
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -29,6 +29,23 @@ TELLING = (bool, int, float, str)
 """Types of values that say all about themselves."""
 
 
+class Contents:
+    """What is in some tables; tells at a glance whether the very same things are still there.
+
+    Args:
+        tables: whose values count.
+    """
+
+    def __init__(self, tables: Sequence[Mapping[str, Any]]) -> None:
+        self.tables = tables
+        self._sizes = [*map(len, tables)]
+        self._values = [value for table in tables for value in table.values()]
+
+    def holds(self) -> bool:
+        now = chain.from_iterable([table.values() for table in self.tables])
+        return [*map(len, self.tables)] == self._sizes and all(map(operator.is_, now, self._values))
+
+
 class ModuleFact:
     """One module as it was when this was made.
 
@@ -41,9 +58,7 @@ class ModuleFact:
         attributes: its attributes.
         state: those of their values that may hold something which changes.
         anew: whether it is looked at anew in each call: it is restless, or keeps what is not to be held on to.
-        tables: what has to stay the same.
-        sizes: of these.
-        values: what is in there.
+        contents: what has to stay the same.
     """
 
     def __init__(self, module: nn.Module, restless: bool = False) -> None:
@@ -55,9 +70,7 @@ class ModuleFact:
             if type(value) not in PLAIN and name not in NO_STATE and (name != BUFFERS or value) and not _is_fixed(value)
         ]
         self.anew = restless or any(map(_holds_more, self.state))
-        self.tables = tables(module)[: 1 if self.anew else None]
-        self.sizes = [*map(len, self.tables)]
-        self.values = [value for table in self.tables for value in table.values()]
+        self.contents = Contents(tables(module)[: 1 if self.anew else None])
 
     @functools.cached_property
     def reading(self) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -88,14 +101,12 @@ class ModuleFacts:
         self._known: list[ModuleFact] = []
         self._code: set[str] = set()
         self._restless: set[int] = set()
-        self._tables: list[dict[str, Any]] = []
-        self._sizes: list[int] = []
-        self._values: list[Any] = []
+        self._contents = Contents([])
         self._anew: list[int] = []
 
     def now(self) -> list[ModuleFact]:
         """Each module; not to be changed."""
-        if not self._known or not _are_same(self._tables, self._sizes, self._values):
+        if not (self._known and self._contents.holds()):
             self._look()
         for place in self._anew:
             self._known[place] = ModuleFact(self._known[place].module, restless=True)
@@ -117,21 +128,11 @@ class ModuleFacts:
 
     def _look(self) -> None:
         # What has changed once may do so in each call, and to look for it takes longer than to look at it.
-        self._restless |= {
-            id(each.module) for each in self._known if not _are_same(each.tables, each.sizes, each.values)
-        }
+        self._restless |= {id(each.module) for each in self._known if not each.contents.holds()}
         self._known = [ModuleFact(module, id(module) in self._restless) for module in self._network.modules()]
-        self._tables = [table for each in self._known for table in each.tables]
-        self._sizes = [size for each in self._known for size in each.sizes]
-        self._values = [value for each in self._known for value in each.values]
+        self._contents = Contents([table for each in self._known for table in each.contents.tables])
         self._code = {type(each.module).__module__.partition(".")[0] for each in self._known} - {"torch"}
         self._anew = [place for place, each in enumerate(self._known) if each.anew]
-
-
-def _are_same(tables: Sequence[dict[str, Any]], sizes: list[int], values: list[Any]) -> bool:
-    """Whether the very same things are in all tables as before."""
-    now = chain.from_iterable(map(dict.values, tables))
-    return [*map(len, tables)] == sizes and all(map(operator.is_, now, values))
 
 
 def _is_fixed(value: Any) -> bool:

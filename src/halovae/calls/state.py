@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halovae.base.private_diffusers import HOOK_OF_ACCELERATE, OLD_FORWARD
 from halovae.base.private_torch import BUFFERS, HOOKS, changes
 from halovae.base.replaced import replaced
-from halovae.calls.module_facts import NO_STATE, PLAIN, ModuleFacts
+from halovae.calls.module_facts import NO_STATE, PLAIN, Contents, ModuleFacts
 from halovae.kernels.lazy.deferred import Deferred, any_pending
 
 Place = tuple[int, str]
@@ -75,12 +75,11 @@ class _Quiet:
     """Tells at a glance that no module of a network keeps anything else than when this was made."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._attributes = [vars(module) for module in network.modules()]
-        self._values = [tuple(attributes.values()) for attributes in self._attributes]
-        values = [v for known in self._attributes for name, v in known.items() if name not in _ELSEWHERE]
+        attributes = [vars(module) for module in network.modules()]
+        self._contents = Contents([*attributes, *(known[BUFFERS] for known in attributes)])
+        values = [v for known in attributes for name, v in known.items() if name not in _ELSEWHERE]
         holders = [value for value in values if not isinstance(value, _NO_STATE)]
-        buffers = [known[BUFFERS].values() for known in self._attributes]
-        self._lists = [(held, tuple(held)) for held in (*buffers, *holders) if isinstance(held, _LISTS) and held]
+        self._lists = [(held, tuple(held)) for held in holders if isinstance(held, _LISTS) and held]
         # What holds other things in other ways may change where this does not look.
         self._is_plain = all(isinstance(value, _LISTS) for value in holders) and not any(
             isinstance(item, (list, dict, set)) for _, items in self._lists for item in items
@@ -88,14 +87,12 @@ class _Quiet:
 
     def holds(self) -> bool:
         return (
-            self._is_plain
-            and all(map(_are_same, map(dict.values, self._attributes), self._values))
-            and all(_are_same(held, before) for held, before in self._lists)
+            self._is_plain and self._contents.holds() and all(_are_same(held, before) for held, before in self._lists)
         )
 
 
 _ELSEWHERE = NO_STATE | {BUFFERS}
-_LISTS = (list, tuple, type({}.values()))
+_LISTS = (list, tuple)
 _NO_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device, Tensor, nn.Module)
 
 

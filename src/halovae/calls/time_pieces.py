@@ -35,6 +35,7 @@ _SMALL = 8
 Emit = Callable[[Tensor], None]
 """Takes the next frames of the output, whole, on every rank; raises `StreamClosed` on all of them or on none."""
 Record = Callable[[tuple[Any, ...], dict[str, Any]], Recording]
+"""Notes the calls of a network, for these arguments of the half."""
 
 
 class StreamClosed(BaseException):
@@ -220,7 +221,7 @@ class Walker:
         if [tensor.shape[2] for tensor in used] != _lengths(call):
             raise NotExactError(f"call {number} of the network gave other frames than planned")
         self._results[number] = used
-        without = [_without_frames(tensor) for tensor in used]
+        without = [without_frames(tensor) for tensor in used]
         answer = call.result(without, real)
         del real, leaves, used
         while self._left and self._left[0].after <= number and self._are_there(self._left[0].calls):
@@ -238,12 +239,12 @@ class Walker:
         later = {number for other in left for number in other.calls}
         results.update({number: list(map(_finished, results[number])) for number in piece.calls})
         # The VAE may write into what it gets.
-        parts = {n: [_copy(t) if n in later else t for t in results[n]] for n in piece.calls}
+        parts = {n: [copy(t) if n in later else t for t in results[n]] for n in piece.calls}
         like = results[piece.calls[0]]
         device = like[0].device
 
         def answer(number: int) -> Any:
-            used = parts[number] if number in parts else list(map(_without_frames, like))
+            used = parts[number] if number in parts else list(map(without_frames, like))
             return self._walk.calls[number].result(used, device=device)
 
         before = Snapshot(self._vae, *self._given, values=False)  # Its caches go on after this.
@@ -257,15 +258,18 @@ class Walker:
 
 
 @outside_modes
-def _without_frames(tensor: Tensor) -> Tensor:
+def without_frames(tensor: Tensor) -> Tensor:
+    """None of its frames, laid out as it is."""
     layout, shape = layout_of(tensor), (*tensor.shape[:2], 0, *tensor.shape[3:])
     empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     return mark(empty, layout and layout.replace(2, plain(0)))
 
 
 @outside_modes
-def _copy(tensor: Tensor) -> Tensor:
-    return mark(tensor.clone(), layout_of(tensor))
+def copy(tensor: Tensor) -> Tensor:
+    """A copy, laid out as it is."""
+    layout = layout_of(tensor)
+    return mark(finished(tensor).clone(), layout)
 
 
 @outside_modes

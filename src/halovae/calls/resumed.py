@@ -1,0 +1,156 @@
+"""Running a half of a VAE for one stage of a clip that comes in parts, with what the stage before has left."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from halovae.base.errors import NotExactError
+from halovae.base.functions import outside_modes
+from halovae.base.private_torch import pytree
+from halovae.base.trees import map_tensors, pictures_in, tensors_in
+from halovae.calls.dataflow import Spec
+from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
+from halovae.calls.state import Snapshot, copied, is_same, refill
+from halovae.calls.time_pieces import copy, without_frames
+from halovae.calls.time_stages import Stage, TimeStages, absent
+from halovae.exact.layout import layout_of, mark, plain
+from halovae.kernels.fast_mode import finished
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank keeps of a clip between two stages."""
+
+    caches: tuple[Any, ...] = ()
+    """After the calls that the stage before `gives`: the containers among their arguments, what modules keep, and what
+    else they return."""
+    results: tuple[list[Tensor], ...] = ()
+    """Of the calls that the stage before has run."""
+    like: tuple[Tensor, ...] = ()
+    """A result without a frame."""
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(vars(self))}
+        return sum(stores.values())
+
+
+class Resumed:
+    """Runs a half for one stage.
+
+    Args:
+        vae: the VAE.
+        half: "encode" or "decode".
+        stages: of that half.
+        stage: that is run.
+        held: what the stage before has left.
+
+    Attributes:
+        held: what this stage leaves.
+    """
+
+    def __init__(self, vae: nn.Module, half: str, stages: TimeStages, stage: Stage, held: Held) -> None:
+        self._vae, self._half, self._stages, self._stage, self._before = vae, half, stages, stage, held
+        self._rest = stages.rest
+        self.held = held
+
+    def __call__(self, method: Function, *args: Any, **kwargs: Any) -> Any:
+        """The new frames, as what the method returns."""
+        self._network = getattr(self._vae, NETWORKS[self._half])
+        self._device = pictures_in((args, kwargs))[0].device
+        self._numbers, self._like = itertools.count(), self._before.like
+        self._caches: dict[int, Any] = {}
+        self._results: list[list[Tensor]] = []
+        snapshot = Snapshot(self._vae, args, kwargs, values=False)
+        try:
+            with answering(self._vae, self._half, self._answer):
+                result = method(*args, **kwargs)
+        finally:
+            snapshot.restore()
+        if (made := next(self._numbers)) != len(self._stage.calls):
+            raise NotExactError(f"the VAE called its network {made} times, not {len(self._stage.calls)} as planned")
+        caches = tuple(self._caches[number] for number in self._stage.gives)
+        self.held = Held(caches, tuple(self._results), self._like)
+        return self._new_frames(result)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        number, stage = next(self._numbers), self._stage
+        if number >= len(stage.calls):
+            raise NotExactError(f"the VAE called its network more often than {len(stage.calls)} times, as planned")
+        call, takes, holds = stage.calls[number], dict(stage.takes), dict(stage.holds)
+        if number in stage.run:
+            return self._real(number, call, args, kwargs)
+        others = None
+        if number in takes:
+            containers, modules, others = self._before.caches[takes[number]]
+            refill((args, kwargs), copied(containers))
+            self._rest.set(copied(modules))
+        if number in holds:
+            used = list(map(copy, self._before.results[holds[number]]))
+        else:
+            used = [self._absent(place, spec) for place, spec in enumerate(call.specs)]
+        return call.result(used, others, device=self._device)
+
+    def _real(self, number: int, call: NetworkCall, args: Any, kwargs: Any) -> Any:
+        before = copied((args, kwargs))
+        result = self._network(*args, **kwargs)
+        leaves, structure = pytree.tree_flatten(result)
+        used = [leaves[place] for place in call.used]
+        if [tensor.shape[2] for tensor in used] != [spec.shape[2] for spec in call.specs]:
+            raise NotExactError(f"call {number} of the network gave other frames than planned")
+        self._like = self._like or tuple(map(without_frames, used))
+        if self._stages.blends:
+            self._results.append(list(map(copy, used)))  # The VAE may write into what it gets.
+        if number in self._stage.gives:
+            for place in call.used:
+                leaves[place] = None
+            kept = _changes(args, before[0]), _changes(kwargs, before[1]), self._rest.changed(), leaves
+            args, kwargs, modules, leaves = pytree.tree_map_only(Tensor, _kept, copied(kept))
+            self._caches[number] = (args, kwargs), modules, pytree.tree_unflatten(leaves, structure)
+        return result
+
+    def _absent(self, place: int, spec: Spec) -> Tensor:
+        frames = spec.shape[2] if self._stage.blank else 0
+        like = self._like[place] if self._like else None
+        if like is None or layout_of(like) is None:
+            return absent(spec, frames, self._device)
+        return _stretched(like, frames)
+
+    def _new_frames(self, result: Any) -> Any:
+        stage, frames = self._stage, pictures_in(result)[0].shape[2]
+        start = frames - stage.back
+
+        def cut(tensor: Tensor) -> Tensor:
+            is_video = tensor.ndim == 5 and tensor.shape[2] == frames
+            return tensor[:, :, start : start + stage.length] if is_video else tensor
+
+        return map_tensors(cut, result)
+
+
+def _changes(now: Any, before: Any) -> Any:
+    """The arguments that are other ones than before a call, in place; None for those that are not."""
+    if isinstance(now, dict):
+        return {name: None if is_same(value, before[name]) else value for name, value in now.items()}
+    return tuple(None if is_same(value, old) else value for value, old in zip(now, before, strict=True))
+
+
+@outside_modes
+def _stretched(like: Tensor, frames: int) -> Tensor:
+    """As many blank frames."""
+    layout = layout_of(like)
+    blank = like.new_zeros((*like.shape[:2], frames, *like.shape[3:]))
+    return mark(blank, layout and layout.replace(2, plain(frames)))
+
+
+@outside_modes
+def _kept(tensor: Tensor) -> Tensor:
+    """A cache, without more memory than its own."""
+    layout = layout_of(tensor)
+    tensor = finished(tensor)
+    is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return mark(tensor.clone() if is_part else tensor, layout)
