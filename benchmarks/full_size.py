@@ -25,6 +25,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -133,13 +134,14 @@ class Peer:
 
     def run(self, generation: Any) -> Any:
         from halovae.pipelines.generation_settings import arguments
-        from halovae.pipelines.runner import Result, generator
         from halovae.pipelines.stages import OTHER, StageTimeline, watched
 
         timeline = StageTimeline(self.device)
         with watched(self.pipeline, timeline, lambda done, total: None), timeline.stage(OTHER):
-            self.pipeline(**arguments(type(self.pipeline), generation), generator=generator(0), output_type="np")
-        return Result(frames=None, seed=0, seconds=timeline.seconds, peak_memory=timeline.peak_memory)
+            self.pipeline(
+                **arguments(type(self.pipeline), generation), generator=torch.Generator().manual_seed(0), output_type="np"
+            )  # fmt: skip
+        return SimpleNamespace(seconds=timeline.seconds, peak_memory=timeline.peak_memory)
 
 
 def setup_of(way: str) -> Any:

@@ -41,7 +41,7 @@ from torch import distributed as dist
 import halovae
 from halovae.base.memory import PeakMemory
 from halovae.calls.merge_steps import Merger, merged
-from halovae.calls.replay import Graphs
+from halovae.calls.replay import Graphs, Outlet
 from halovae.calls.target import Target
 from halovae.comm import SoloComm, Traffic
 from halovae.exact.mesh import ShardPlan, plan_shards
@@ -196,7 +196,7 @@ def projection(model: str, size: tuple[int, int, int], half: str, ranks: int, re
         network = (merged(target, half, steps), (tensor,), {})
         times = [
             shard_seconds(comm, plan, network, runner, repeats)
-            for runner in (on_shards, partial(Graphs(comm, target).run, half, str))
+            for runner in (on_shards, partial(Graphs(comm, target).run, half, str, Outlet()))
         ]
         shards.append((*times, comm.traffic.messages, comm.traffic.bytes))
     slowest, replayed = (max(shard[i] for shard in shards) for i in range(2))
@@ -281,7 +281,7 @@ def shard_alone(name: str, half: str, tensor: Tensor, ranks: int, repeats: int) 
     ratio = sample[-1] // latent[-1] if half == "encode" else 1
     comm = LonelyComm(dist.get_rank(), ranks)
     steps = Merger(SoloComm(), target, "auto").steps(half, plan, lambda: ratio, (tensor,), {})
-    runner = on_shards if gpu_vaes.DEVICE == "cpu" else partial(Graphs(comm, target).run, half, str)
+    runner = on_shards if gpu_vaes.DEVICE == "cpu" else partial(Graphs(comm, target).run, half, str, Outlet())
     return shard_seconds(comm, plan, (merged(target, half, steps), (tensor,), {}), runner, repeats)
 
 

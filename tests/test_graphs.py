@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from halovae.calls import replay as graphs
 from halovae.calls.device_graphs import Tape
 from halovae.calls.module_facts import ModuleFacts
 from halovae.comm import Message, SoloComm, default_device
+from halovae.kernels import convolution
 
 HALVES = ["encode", "decode"]
 
@@ -177,6 +179,31 @@ def on_shards(rank: int, name: str, half: str, axis: Any) -> None:
 @pytest.mark.parametrize(("axis", "name"), [("height", "wan21"), ("height", "kl"), ("width", "kl")])
 def test_two_ranks_of_one_device(pair: Ranks, name: str, half: str, axis: str) -> None:
     pair.run(on_shards, name, half, axis)
+
+
+def streamed(rank: int) -> None:
+    """A stream in pieces, thrice and more, one of them left early; then a whole call, which is of another kind."""
+    vae, (latent, *_) = placed("wan21", "decode")
+    expected = run_half("wan21", vae, "decode", latent)
+    options, replayed = halovae.Options(graphs=True), list[bool]()
+    looking = nullcontext() if is_real() else patch.object(convolution, "is_still", lambda joined: False)
+    with looking, recording_device(), halovae.parallelize(vae, verify=False, options=options) as handle, torch.no_grad():
+        for is_left_early in (False, False, False, True, False):
+            with handle.decode_stream(latent.clone()) as stream:
+                pieces = [next(stream)] if is_left_early else list(stream)
+            assert len(pieces) > 1 or is_left_early
+            found = torch.cat(pieces, 2)
+            assert error(found, expected[:, :, : found.shape[2]]) <= EXACT
+            assert handle.last is not None
+            replayed.append(handle.last.replayed)
+        assert not follow(handle, "wan21", vae, "decode", latent, expected)
+    assert replayed == [False, False, True, True, True]
+
+
+@pytest.mark.usefixtures("records")
+def test_a_stream_is_replayed_piece_by_piece(pair: Ranks) -> None:
+    streamed(0)
+    pair.run(streamed)
 
 
 def on_cpu(rank: int) -> None:

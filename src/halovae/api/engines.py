@@ -20,7 +20,7 @@ from halovae.calls.blueprint import words_of
 from halovae.calls.device_graphs import can_record
 from halovae.calls.exact_call import ExactCall
 from halovae.calls.merge_steps import Merger, merged
-from halovae.calls.replay import Graphs
+from halovae.calls.replay import Graphs, Outlet
 from halovae.calls.resumed import Held, Resumed
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
@@ -239,6 +239,7 @@ class _OnRanks(ExactCall[Ran]):
             axis=options.axis, keep=gather_of(options.gather, half),
         )  # fmt: skip
         self.comm, self._engine = engine.comm, engine
+        self._outlet = Outlet()
         self._started = self._probed = time.perf_counter()
 
     def compression(self) -> int:
@@ -314,9 +315,12 @@ class _OnRanks(ExactCall[Ran]):
         yield
         settle(self.target.facts)
         if self._engine.graphs.way == "plain":
-            growth = memory.growth
-            self._engine.room.learn(self.half, self.shards, self.picture, growth)
-            self._engine.graphs.learn(self.half, growth)
+            self._learn(memory.growth)
+
+    def _learn(self, growth: int) -> None:
+        """How many bytes the call took."""
+        self._engine.room.learn(self.half, self.shards, self.picture, growth)
+        self._engine.graphs.learn(self.half, growth)
 
     def runner(self) -> Runner:
         graphs = self._engine.graphs
@@ -326,9 +330,9 @@ class _OnRanks(ExactCall[Ran]):
             return on_shards
 
         def kind() -> Any:
-            return self.shards, self.steps, self.target.kind(self.half, self.args, self.kwargs)
+            return type(self), self.shards, self.steps, self.target.kind(self.half, self.args, self.kwargs)
 
-        return functools.partial(graphs.run, self.half, kind)
+        return functools.partial(graphs.run, self.half, kind, self._outlet)
 
     def report(self) -> Ran:
         work, graphs = self.work, self._engine.graphs
@@ -358,6 +362,7 @@ class _InPieces(_OnRanks):
     ) -> None:  # fmt: skip
         super().__init__(engine, half, args, kwargs)
         self._emit = emit
+        self._outlet = Outlet(self._part)
 
     def memory(self) -> None:
         """What a whole call takes says nothing of this one."""
@@ -376,22 +381,18 @@ class _InPieces(_OnRanks):
             engine.walks[kind] = walk
         self._walk = engine.walks[kind]
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        self._probed = time.perf_counter()
-        self.comm.traffic = Traffic()
-        yield
-        settle(self.target.facts)
+    def _learn(self, growth: int) -> None:
+        self._engine.graphs.learn(self.half, growth)  # A whole call takes more.
 
     def run(self) -> None:
         if self._walk is None:
             super().run()
             return
         self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
-        walker = Walker(self._splitter, self._walk, self.target.vae, self.half, self._part)
+        walker = Walker(self._splitter, self._walk, self.target.vae, self.half, self._outlet)
         call = merged(self.target, self.half, self.steps, walker)
         with suppress(StreamClosed), undone_by_failure(self.target.vae, self.args, self.kwargs):
-            self.work.run(call)
+            self.work.run(call, self.runner())
             if not self._has_shard:
                 for _ in self._walk.pieces:
                     self._part(None)

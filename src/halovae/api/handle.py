@@ -322,7 +322,7 @@ class Handle(Caller):
 
         The pieces, joined in time, are what one call gives, bit for bit. They come after each step in time of a VAE
         that walks through time in steps (exact mode); any other one gives one piece, and so do tiles: `last.pieces`
-        tells. No rank holds the whole output unless the caller keeps it. Nothing is computed ahead of the reader.
+        tells. No rank holds the whole output unless the caller keeps it. One piece is computed ahead of the reader.
 
         Every rank goes through its own stream. Before each piece all ranks agree to go on: where one has closed its
         stream (by leaving the loop, too), the streams of all end there, and the handle can be used again. Until its

@@ -1,4 +1,4 @@
-"""Frames as they come: a call in a thread of its own, which waits after each piece until the next is asked for."""
+"""Frames as they come: a call in a thread of its own, which is at most one piece ahead of the reader."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 Give = Callable[[Tensor], bool]
-"""Hands a piece over; returns when the reader asks for the next one (True) or wants no more (False)."""
+"""Hands a piece over; returns when the reader has taken the one before (True) or wants no more (False)."""
 _END = object()
 
 
 class Stream(Iterator[Tensor]):
     """Pieces of frames `(batch, channels, frames, height, width)`, in order. Made by `Handle.decode_stream`.
 
-    Nothing is computed ahead: the next piece is begun when it is asked for. Every rank of the group takes its own
+    While the reader is at one piece, the next one is computed, and no more. Every rank of the group takes its own
     stream to the end, or closes it; who leaves a loop early closes it too. Closing waits until every rank has asked for
     its next piece or has closed.
 
@@ -32,6 +32,7 @@ class Stream(Iterator[Tensor]):
 
     def __init__(self, work: Callable[[Give], None], device: torch.device) -> None:
         self._asked: SimpleQueue[bool] = SimpleQueue()
+        self._asked.put(True)  # For the piece that is computed ahead.
         self._given: SimpleQueue[Any] = SimpleQueue()
         self._is_open, self._is_given = False, False
         self._start: Callable[[], threading.Thread] | None = lambda: _thread(work, self._asked, self._given, device)
@@ -86,8 +87,8 @@ class Stream(Iterator[Tensor]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # Then the thread stands still.
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # Then the thread stands still.
             self.close()
 
 

@@ -20,6 +20,7 @@ from halovae.base.forks import free_in_children
 from halovae.base.functions import outside_modes
 from halovae.base.private_torch import borrow_storage, release_pool
 from halovae.comm import Comm, Message, Pending, SoloComm
+from halovae.exact.layout import layout_of, mark
 
 RECORDERS = ("cuda", "npu")
 """Kinds of devices whose graphs have the form that is used here."""
@@ -28,6 +29,14 @@ RECORDERS = ("cuda", "npu")
 def can_record(device: torch.device) -> bool:
     """Whether there are graphs for such a device."""
     return device.type in RECORDERS and hasattr(torch.get_device_module(device), _graph_of(device))
+
+
+Take = Callable[[Tensor], None]
+"""Gets a part of a call's result, on shards, before the rest is there."""
+
+
+def to_nobody(part: Tensor) -> None:
+    """Takes the parts of a call that leaves none."""
 
 
 _one_at_a_time = free_in_children(threading.Lock())
@@ -61,6 +70,7 @@ class Tape(SoloComm):
         self._steps: list[Callable[[], object]] = []
         self._recorded: list[_Recorded] = []
         self._under_way: dict[int, Pending] = {}
+        self._takers: list[Take] = []
         self._done: Any = self._module.Event()
 
     # ---- recording ---------------------------------------------------------------------------------------------------
@@ -137,6 +147,16 @@ class Tape(SoloComm):
         under_way = self._under_way
         self._between(lambda: under_way.pop(number).wait())
 
+    @outside_modes
+    def part(self, tensor: Tensor) -> None:
+        """A part of the result that is there before the rest: who asks for a replay gets it then, in new memory."""
+        place, layout, takers = _place_of(tensor), layout_of(tensor), self._takers
+
+        def hand_out() -> None:
+            takers[-1](mark(place.clone(), layout))
+
+        self._between(hand_out)
+
     def all_gather_object(self, value: Any) -> list[Any]:
         raise RuntimeError("what ranks tell each other in a call can't be recorded")
 
@@ -150,17 +170,28 @@ class Tape(SoloComm):
         """Within it, the memory of the recording is the caller's: replays on several streams follow each other."""
         stream = self._module.current_stream(self._device)
         stream.wait_event(self._done)
-        yield
-        self._done.record(stream)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
 
-    def replay(self) -> None:
+    def replay(self, take: Take = to_nobody) -> None:
         """Do again what was recorded, in the same memory.
+
+        Args:
+            take: gets the parts of the result that are there before the rest. What it raises ends the replay.
 
         Raises:
             RankFailedError: another rank has failed.
         """
-        for step in self._steps:
-            step()
+        self._takers.append(take)
+        try:
+            for step in self._steps:
+                step()
+        finally:
+            self._takers.pop()
+            while self._under_way:  # Of a replay that was ended.
+                self._under_way.popitem()[1].wait()
 
 
 class _Recorded:

@@ -16,7 +16,9 @@ class Generators:
     """The default generators and those passed as arguments, with the states they are in now."""
 
     def __init__(self, device: torch.device, *values: Any) -> None:
-        found = [default_generator(torch.device("cpu")), default_generator(device)]
+        found = [default_generator(torch.device("cpu"))]
+        if not _is_capturing(device):  # A graph's numbers are drawn when it is replayed; its generator tells nothing.
+            found.append(default_generator(device))
         found += [value for value in walk(values) if isinstance(value, torch.Generator)]
         self._states = [(generator, generator.get_state()) for generator in {id(g): g for g in found}.values()]
 
@@ -29,6 +31,13 @@ class Generators:
         """Start all of them from one seed."""
         for generator, _ in self._states:
             generator.manual_seed(seed)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return False
+    asked: Any = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return asked is not None and asked()
 
 
 @contextmanager

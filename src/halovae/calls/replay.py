@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from halovae.base.memory import PeakMemory, free_bytes
 from halovae.base.private_diffusers import has_library_hook
 from halovae.base.trees import map_tensors, tensors_in
-from halovae.calls.device_graphs import Tape, can_record
+from halovae.calls.device_graphs import Take, Tape, can_record, to_nobody
 from halovae.calls.module_facts import TELLING
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.state import Snapshot, has_hooks, unchanged, undone_by_failure
@@ -51,13 +52,36 @@ class KernelRecording:
     growth: int
     """Bytes that the recording holds beyond its arguments and its result."""
 
-    def replay(self, arguments: Any) -> Any:
-        """The result for other arguments of the same kind; in new memory."""
+    def replay(self, arguments: Any, take: Take) -> Any:
+        """The result for other arguments of the same kind; in new memory, as are the parts that `take` gets before."""
         with self.tape.turn():
             for place, tensor in zip(tensors_in(self.arguments), tensors_in(arguments), strict=True):
                 place.copy_(tensor)
-            self.tape.replay()
+            self.tape.replay(take)
             return map_tensors(_copied, self.result)
+
+
+class Outlet:
+    """Where a call leaves the parts of its result that are there before the rest.
+
+    Args:
+        take: gets them.
+    """
+
+    def __init__(self, take: Take = to_nobody) -> None:
+        self.take = take
+
+    def __call__(self, part: Tensor) -> None:
+        self.take(part)
+
+    @contextmanager
+    def to(self, take: Take) -> Iterator[None]:
+        """Within it, another one gets them."""
+        before, self.take = self.take, take
+        try:
+            yield
+        finally:
+            self.take = before
 
 
 class Graphs:
@@ -99,26 +123,28 @@ class Graphs:
         return sum(recording.growth for recording in self._recordings.values())
 
     def run(
-        self, half: str, kind: Callable[[], Any], mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, half: str, kind: Callable[[], Any], outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:  # fmt: skip
         """As `on_shards`; all ranks replay, record, or do neither.
 
         Args:
             kind: tells what the call depends on besides the weights and the values of its tensors.
+            outlet: gets what the call leaves before its end.
         """
         key = self._key(kind)
         ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
         if ways == {"replay"}:
             recording = self._recordings[half]
             self.way, self.growth = "replay", recording.growth
-            return recording.replay((args, kwargs))
+            return recording.replay((args, kwargs), outlet.take)
         self._recordings.pop(half, None)  # This call may need the memory.
         if "plain" in ways:
             result = on_shards(mesh, call, args, kwargs)
             self._last[half] = self._key(kind)  # As the next call finds it: the first one may leave new attributes.
             return result
         self.way = "record"
-        return self._run_and_record(half, key, mesh, call, (args, kwargs))
+        return self._run_and_record(half, key, outlet, mesh, call, (args, kwargs))
 
     def _key(self, kind: Callable[[], Any]) -> Any:
         return kind(), _settings(), self._target.facts.reading()
@@ -137,11 +163,20 @@ class Graphs:
             return False
         return not is_hooked(self._target.vae)
 
-    def _run_and_record(self, half: str, key: Any, mesh: Mesh, call: Call, arguments: Any) -> Any:
+    def _run_and_record(
+        self, half: str, key: Any, outlet: Outlet, mesh: Mesh, call: Call, arguments: Any
+    ) -> Any:  # fmt: skip
         """The result of an ordinary call. A recording that gives another one is not kept."""
         copies = args, kwargs = map_tensors(_copied, arguments)
         device, before = tensors_in(arguments)[0].device, Snapshot(self._target.vae)
-        result, seconds = _timed(device, lambda: on_shards(mesh, call, *arguments))
+        parts, replayed_parts, take = list[Tensor](), list[Tensor](), outlet.take
+
+        def copy_and_take(part: Tensor) -> None:
+            parts.append(_copied(part))
+            take(part)
+
+        with outlet.to(copy_and_take):
+            result, seconds = _timed(device, lambda: on_shards(mesh, call, *arguments))
         traffic = self._comm.traffic
         # A replay leaves nothing in the VAE that the next call could go on with, and nothing in the caller's tensors.
         pairs = zip(tensors_in(arguments), tensors_in(copies), strict=True)
@@ -149,11 +184,12 @@ class Graphs:
         self._refused.add(key)  # Until it has turned out well: what fails in here is not to fail each time.
         self._comm.traffic = Traffic()  # What the trial sends is not the call's.
         with frozen_generators(device), unchanged(self._target.vae):
-            recording = self._record(key, mesh, call, args, kwargs) if able else None
+            recording = self._record(key, outlet, mesh, call, args, kwargs) if able else None
             able = pays = all(self._comm.all_gather_object(recording is not None))
             if able and recording is not None:
-                again, replay_seconds = _timed(device, lambda: recording.replay(copies))
-                found = self._comm.all_gather_object((_is_near(again, result), seconds, replay_seconds))
+                again, replay_seconds = _timed(device, lambda: recording.replay(copies, replayed_parts.append))
+                is_near = _is_near((again, replayed_parts), (result, parts))
+                found = self._comm.all_gather_object((is_near, seconds, replay_seconds))
                 near, plain, replayed = zip(*found, strict=True)
                 able, pays = all(near), self._always or max(replayed) < _GAIN * max(plain)
         self._comm.traffic = traffic
@@ -168,7 +204,7 @@ class Graphs:
         return result
 
     def _record(
-        self, key: Any, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, key: Any, outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> KernelRecording | None:  # fmt: skip
         """Sends nothing, so a rank may fail in it by itself."""
         device = tensors_in((args, kwargs))[0].device
@@ -177,7 +213,7 @@ class Graphs:
         try:
             tape = Tape(self._comm, device)
             # Weights are put in order on the tape too: what others keep of them may be freed.
-            with undone_by_failure(self._target.vae), apart(), tape.recording():
+            with undone_by_failure(self._target.vae), apart(), outlet.to(tape.part), tape.recording():
                 result = on_shards(Mesh(tape, mesh.shape), call, args, kwargs)
         except Exception as error:  # Whatever asks the device for an answer, or finds no memory.
             LOG.info("a call of %s can't be recorded: %s", self._target.name, error)
