@@ -138,9 +138,8 @@ class Peer:
 
         timeline = StageTimeline(self.device)
         with watched(self.pipeline, timeline, lambda done, total: None), timeline.stage(OTHER):
-            self.pipeline(
-                **arguments(type(self.pipeline), generation), generator=torch.Generator().manual_seed(0), output_type="np"
-            )  # fmt: skip
+            chosen = arguments(type(self.pipeline), generation)
+            self.pipeline(**chosen, generator=torch.Generator().manual_seed(0), output_type="np")
         return SimpleNamespace(seconds=timeline.seconds, peak_memory=timeline.peak_memory)
 
 

@@ -181,13 +181,14 @@ def test_two_ranks_of_one_device(pair: Ranks, name: str, half: str, axis: str) -
     pair.run(on_shards, name, half, axis)
 
 
+@torch.no_grad()
 def streamed(rank: int) -> None:
     """A stream in pieces, thrice and more, one of them left early; then a whole call, which is of another kind."""
     vae, (latent, *_) = placed("wan21", "decode")
     expected = run_half("wan21", vae, "decode", latent)
     options, replayed = halovae.Options(graphs=True), list[bool]()
     looking = nullcontext() if is_real() else patch.object(convolution, "is_still", lambda joined: False)
-    with looking, recording_device(), halovae.parallelize(vae, verify=False, options=options) as handle, torch.no_grad():
+    with looking, recording_device(), halovae.parallelize(vae, verify=False, options=options) as handle:
         for is_left_early in (False, False, False, True, False):
             with handle.decode_stream(latent.clone()) as stream:
                 pieces = [next(stream)] if is_left_early else list(stream)
