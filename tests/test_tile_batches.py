@@ -69,7 +69,7 @@ def test_tiles_of_one_shape_go_together(on_accelerator: None):
     with torch.no_grad():
         given = tiles(11)
         found = run(network, given, verdicts)
-        assert SEEN == [1] * 4 + [4] * 3 + [7]  # four ways to try it, then all that are left
+        assert SEEN == [1] * 4 + [4, 1] * 3 + [7]  # both ways thrice to try it, then all that are left
         assert [verdict.tiles for verdict in verdicts.values()] == [batches_module.MOST]
         more = tiles(20)
         again = run(network, more, verdicts)
@@ -77,6 +77,18 @@ def test_tiles_of_one_shape_go_together(on_accelerator: None):
         for results, sources in ((found, given), (again, more)):
             for place, tile in enumerate(sources):
                 assert torch.allclose(results[place], network(tile[None]), atol=1e-14)
+
+
+def test_a_batch_that_gains_nothing_takes_no_memory(
+    on_accelerator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Where it is the kernels that gain, a tile goes by itself."""
+    monkeypatch.setattr(Batches, "_seconds_each", lambda self, waiting: 0.5)
+    verdicts = dict[Any, BatchVerdict]()
+    with torch.no_grad():
+        run(Encoder().double(), tiles(11), verdicts)
+    assert [(verdict.tiles, verdict.is_fast) for verdict in verdicts.values()] == [(1, True)]
+    assert SEEN[-7:] == [1] * 7
 
 
 @pytest.mark.parametrize(("mixes", "options"), [(True, {}), (False, {"same_bits": True})])

@@ -30,7 +30,9 @@ from halovae.kernels.fast_mode import FastMode, finished
 MOST = 16
 """Tiles in one call. From here on the products of a large decoder get no faster (measured on an H200)."""
 GAIN = 1.1
-"""How many times as fast a batch has to be, to give up the bits of single tiles."""
+"""How many times as fast it has to be, to give up the bits of the VAE's own calls."""
+ENOUGH = 0.97
+"""A batch takes memory for each of its tiles: it has to take less than this part of their time one by one."""
 SHARE = 0.5
 """Of the free memory that a batch may take."""
 TRIED = 4
@@ -42,12 +44,15 @@ class BatchVerdict:
     """How tiles of one kind are run."""
 
     tiles: int
-    """In one call; 1: as the VAE itself calls its network."""
+    """In one call."""
     same_bits: bool
-    """Whether results are, bit for bit, those of single tiles."""
+    """Whether results are, bit for bit, those of the VAE's own calls."""
+    is_fast: bool = True
+    """Whether kernels of our own take part."""
 
 
-ALONE = BatchVerdict(1, same_bits=True)
+ALONE = BatchVerdict(1, same_bits=True, is_fast=False)
+"""As the VAE itself calls its network."""
 
 
 @dataclass(frozen=True)
@@ -151,19 +156,26 @@ class Batches:
     def _judge(self, waiting: list[_Waiting], singly: dict[int, Any], seconds: float, most: int) -> BatchVerdict:
         try:
             found = self._together(waiting)  # The first time kernels are made.
-            together = min(self._seconds(lambda: self._together(waiting)) for _ in range(2))
+            self._together(waiting[:1])
+            turns = [(self._seconds_each(waiting), self._seconds_each(waiting[:1])) for _ in range(2)]
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, HalovaeError):
                 raise
             return ALONE  # What a network does with a batch it may not have been written for.
+        batch, single = map(min, zip(*turns, strict=True))
         pairs = [
             (a, b)
             for one in waiting
             for a, b in zip(tensors_in(found[one.number]), tensors_in(singly[one.number]), strict=True)
         ]
-        if seconds * len(waiting) < GAIN * together or not all(is_rounding(a, b) for a, b in pairs):
+        if seconds < GAIN * min(batch, single) or not all(is_rounding(a, b) for a, b in pairs):
             return ALONE
-        return BatchVerdict(most, same_bits=all(torch.equal(a, b) for a, b in pairs))
+        same_bits = all(torch.equal(a, b) for a, b in pairs)
+        return BatchVerdict(most if batch < ENOUGH * single else 1, same_bits)
+
+    def _seconds_each(self, waiting: list[_Waiting]) -> float:
+        """Of one call, for each of its tiles."""
+        return self._seconds(lambda: self._together(waiting)) / len(waiting)
 
     def _seconds(self, run: Callable[[], object]) -> float:
         torch.accelerator.synchronize(self._device)
