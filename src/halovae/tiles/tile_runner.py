@@ -130,7 +130,8 @@ class TileRunner:
                     result = call.gather(args, kwargs)
             else:
                 result = map_tensors(lambda t: _nothing(t, device), plan.recording.result)
-        together = max(self._verdicts[half].values(), key=lambda verdict: (verdict.is_fast, verdict.tiles), default=ALONE)
+        verdicts = self._verdicts[half].values()
+        together = max(verdicts, key=lambda verdict: (verdict.is_fast, verdict.tiles), default=ALONE)
         return TileOutcome(result, plan, worked - started, time.perf_counter() - worked, together)
 
     def plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
