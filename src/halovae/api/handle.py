@@ -301,6 +301,7 @@ class Handle(Caller):
             laid_out = clip.laid_out(stage, frames) if stage.run or stage.length else None
         if laid_out is None:
             return None, lambda: clip.went_on(stage, place, clip.held, frames)
+        clip.held.is_used_up = not clip.is_session  # A stream that fails has ended.
         ran, held = self._engine.run_stage(clip.half, (laid_out,), kwargs, stages, stage, clip.held)
         result = report(ran) if stage.length else None
 

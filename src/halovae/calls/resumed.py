@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,17 +22,26 @@ from halovae.exact.layout import layout_of, mark, plain
 from halovae.kernels.fast_mode import finished
 
 
-@dataclass(frozen=True)
+@dataclass
 class Held:
     """What one rank keeps of a clip between two stages."""
 
-    caches: tuple[Any, ...] = ()
+    caches: list[Any] = field(default_factory=list[Any])
     """After the calls that the stage before `gives`: the containers among their arguments, what modules keep, and what
     else they return."""
     results: tuple[list[Tensor], ...] = ()
     """Of the calls that the stage before has run."""
     like: tuple[Tensor, ...] = ()
     """A result without a frame."""
+    is_used_up: bool = False
+    """Whether the next stage gives up what it takes: it can't be run again then."""
+
+    def take(self, place: int) -> Any:
+        """Caches that a stage goes on with."""
+        caches = self.caches[place]
+        if self.is_used_up:
+            self.caches[place] = None
+        return caches
 
     @property
     def bytes(self) -> int:
@@ -80,7 +89,7 @@ class Resumed:
             snapshot.restore()
         if (made := next(self._numbers)) != len(self.stage.calls):
             raise NotExactError(f"the VAE called its network {made} times, not {len(self.stage.calls)} as planned")
-        caches = tuple(self._caches[number] for number in self.stage.gives)
+        caches = [self._caches.pop(number) for number in self.stage.gives]
         self.held = Held(caches, tuple(self._results), self._like)
         return self._new_frames(result)
 
@@ -93,9 +102,10 @@ class Resumed:
             return self._real(number, call, args, kwargs)
         others = None
         if number in takes:
-            containers, modules, others = self._before.caches[takes[number]]
+            containers, modules, others = self._before.take(takes[number])
             refill((args, kwargs), copied(containers))
             self.stages.rest.set(copied(modules))
+            del containers, modules
         if number in holds:
             used = list(map(copy, self._before.results[holds[number]]))
         else:
