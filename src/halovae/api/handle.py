@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -21,7 +20,7 @@ from halovae.api.engines import Ran
 from halovae.api.parts import CLOSED, ClipSession, PartialClip, Parts
 from halovae.api.stream import Give, Stream
 from halovae.base.compiled import never_compiled
-from halovae.base.errors import InputError, NotExactError
+from halovae.base.errors import InputError
 from halovae.base.forks import owned_here
 from halovae.base.memory import is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, Options, gather_of
@@ -272,7 +271,7 @@ class Handle(Caller):
             try:
                 stages = self._engine.stages(clip.half, picture[:, :, :1], kwargs)
                 short = stages.short(clip.count)
-                with suppress(NotExactError) if clip.is_session else nullcontext():  # It may go on by other steps.
+                if not clip.is_session:  # Its steps are those that the caller makes.
                     stages.check(short)
             except InputError:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +115,7 @@ class Resumed:
         return call.result(used, others, device=self._device)
 
     def _real(self, number: int, call: NetworkCall, args: Any, kwargs: Any) -> Any:
-        before = copied((args, kwargs))
+        before = pytree.tree_map_only(Tensor, weakref.ref, copied((args, kwargs)))  # It may give up its caches.
         result = self._network(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(result)
         used = [leaves[place] for place in call.used]
@@ -126,6 +127,7 @@ class Resumed:
         if number in self.stage.gives:
             for place in call.used:
                 leaves[place] = None
+            before = pytree.tree_map_only(weakref.ref, lambda tensor: tensor(), before)
             kept = _changes(args, before[0]), _changes(kwargs, before[1]), self.stages.rest.changed(), leaves
             args, kwargs, modules, leaves = pytree.tree_map_only(Tensor, _kept, copied(kept))
             self._caches[number] = (args, kwargs), modules, pytree.tree_unflatten(leaves, structure)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.trees import map_tensors, pictures_in, tensors_in
 from halovae.calls.dataflow import Spec
-from halovae.calls.randomness import frozen_generators
 from halovae.calls.merge_steps import Most, Steps, row_of, sizes
+from halovae.calls.randomness import frozen_generators
 from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
 from halovae.calls.state import ModuleState, unchanged
 from halovae.calls.time_pieces import Record
@@ -200,7 +200,7 @@ class TimeStages:
         most = self.most(step[1].calls[step[1].run[0]])
         key = place, total, most
         if key not in self._rows:
-            self._rows[key] = self._row(place, total, most)
+            self._rows[key] = self._row(place, step, total, most)
         return self._rows[key]
 
     def _next_step(self, place: Position, total: int | None) -> Part | None:
@@ -214,11 +214,10 @@ class TimeStages:
                     break
         return self._next[key]
 
-    def _row(self, place: Position, total: int | None, most: int) -> Part:
-        """The next step, and those that follow it and go in one call with it."""
-        step = first = self._next_step(place, total)
-        assert step is not None and first is not None
-        frames, length, count, last = 0, 0, 0, first
+    def _row(self, place: Position, first: Part, total: int | None, most: int) -> Part:
+        """A step, and those that follow it and go in one call with it."""
+        frames, length, count = 0, 0, 0
+        step, last = first, first
         while step and step[1].is_like(first[1]) and count < most:
             frames, length, count, last = frames + step[0], length + step[1].length, count + 1, step
             step = self._next_step(step[2], total)
@@ -252,8 +251,10 @@ class TimeStages:
 
     def _steps(self, frames: int) -> list[Any]:
         """The kinds of calls of a clip, each once where it comes again at once."""
-        calls = self._record((self._small.expand(-1, -1, frames, -1, -1),), self._kwargs).calls
-        return [kind for kind, _ in itertools.groupby(call.kind for call in calls)]
+        return [kind for kind, _ in itertools.groupby(call.kind for call in self._calls(frames))]
+
+    def _calls(self, frames: int) -> tuple[NetworkCall, ...]:
+        return self._record((self._small.expand(-1, -1, frames, -1, -1),), self._kwargs).calls
 
     def check(self, total: int | None) -> None:
         """Check that a clip of any length, or of this one, can come in parts.
@@ -261,8 +262,7 @@ class TimeStages:
         Raises:
             NotExactError: it can't.
         """
-        many = self._trial(total or _MANY)
-        if many and len(many.calls) == 1:
+        if len(self._calls(total or _MANY)) == 1:
             raise NotExactError("it makes all frames at once")
         place, seen = self.start, set[Position]()
         while place not in seen and (total is None or place.frames < total):
