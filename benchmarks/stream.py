@@ -78,8 +78,13 @@ def step(half: str) -> int:
     return 1 if half == "decode" else 4
 
 
+def parts(vae: Any, handle: halovae.Handle, half: str, given: torch.Tensor) -> Iterator[torch.Tensor]:
+    made = handle.decode_stream if half == "decode" else handle.encode_stream
+    yield from map(tensor_of, made(iter(given.split(1, 2))))
+
+
 WAYS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
-    "call": one_call, "stream": stream, "session": session, "by hand": by_hand,
+    "call": one_call, "stream": stream, "parts": parts, "session": session, "by hand": by_hand,
 }  # fmt: skip
 
 
@@ -99,8 +104,8 @@ def measure_time(rank: int, device: str, half: str, frames: int, repeats: int) -
     with halovae.parallelize(vae) as handle:
         given = vae, handle, half, clip
         whole = {way: torch.cat([part.cpu() for part in make(*given)], 2).double() for way, make in WAYS.items()}
-        assert torch.equal(whole["stream"], whole["call"])
-        assert torch.equal(whole["session"], whole["call"])
+        for way in ("stream", "parts", "session"):
+            assert torch.equal(whole[way], whole["call"]), way
         error = (whole["by hand"] - whole["call"]).norm() / whole["call"].norm()
         count = whole["call"].shape[2]
         del whole
@@ -112,6 +117,7 @@ def measure_time(rank: int, device: str, half: str, frames: int, repeats: int) -
         "first s": statistics.median(turn["stream"][0] for turn in turns),
         "first/call": statistics.median(turn["stream"][0] / turn["call"][1] for turn in turns),
         "stream/call": statistics.median(turn["stream"][1] / turn["call"][1] for turn in turns),
+        "parts/call": statistics.median(turn["parts"][1] / turn["call"][1] for turn in turns),
         "session/call": statistics.median(turn["session"][1] / turn["call"][1] for turn in turns),
         "by hand/call": statistics.median(turn["by hand"][1] / turn["call"][1] for turn in turns),
         "its error": error.item(),

@@ -89,14 +89,15 @@ def test_spare_ranks_wait(three_ranks: Ranks) -> None:
     assert [steps for steps, _ in found] == [(1, 1, 3, 3)] * 3
 
 
-def test_a_row_is_spread_evenly() -> None:
+def test_steps_go_together_whatever_follows() -> None:
     vae, tensor = long_video("wan21", "decode")
     calls = Recorder(vae, "decode", vae.decode).record((torch.cat([tensor, tensor, tensor], 2),), {}).calls
     assert len(calls) == 24
-    assert sizes(calls, 1) == (1,) * 24
-    assert sizes(calls, 4) == (1, 1, 4, 4, 4, 4, 3, 3)
-    assert sizes(calls, 100) == (1, 1, 22)
-    assert sizes(calls[:3], 4) == (1, 1, 1)
+    assert sizes(calls, lambda step: 1) == (1,) * 24
+    assert sizes(calls, lambda step: 4) == (1, 1, 4, 4, 4, 4, 4, 2)
+    assert sizes(calls, lambda step: 100) == (1, 1, 22)
+    assert sizes(calls, lambda step: 4, first=6) == (4, 4, 4, 4, 2)
+    assert sizes(calls[:3], lambda step: 4) == (1, 1, 1)
 
 
 class Normed(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, run_decode, run_encode
+from families import FAMILIES, run_decode, run_encode, run_half
 from family_table import PIECES
 from ranks import Ranks
 
@@ -61,25 +61,60 @@ def test_parts_are_one_call(two_ranks: Ranks, name: str) -> None:
     assert two_ranks.run(streams, name, *given) == [[encoded, decoded]] * 2
 
 
+def joined(rank: int) -> list[Any]:
+    """Steps that go together in a call do so in parts: from the same ones on, and so with the same bits."""
+    vae, clip, latent = build("wan21", 33, 9)
+    found: list[Any] = []
+    with halovae.parallelize(vae, verify=False, options=halovae.Options(frames_per_call=3)) as handle:
+        for half, given in (("encode", clip), ("decode", latent)):
+            whole = run_half("wan21", vae, half, given)
+            assert handle.last
+            found.append(handle.last.steps)
+            pieces, steps = list[torch.Tensor](), list[Any]()
+            for piece in getattr(handle, f"{half}_stream")(given.split(2, 2)):
+                pieces.append(parameters(piece) if half == "encode" else piece)
+                steps.append((pieces[-1].shape[2], handle.last.steps))
+            assert torch.equal(torch.cat(pieces, 2), whole)
+            found.append(steps)
+            with handle.session() as session:
+                parts = given.split([5, 12, 16] if half == "encode" else [2, 3, 4], 2)
+                pieces = [parameters(getattr(session, half)(part)) for part in parts]
+                assert torch.equal(torch.cat(pieces, 2), whole)
+                found.append(handle.last.steps)
+    return found
+
+
+def test_steps_go_together(two_ranks: Ranks) -> None:
+    steps = (1, 1, 3, 3, 1)
+    encoded = [(1, ()), (1, ()), (3, (3,)), (3, (3,)), (1, ())]
+    decoded = [(1, ()), (4, ()), (12, (3,)), (12, (3,)), (4, ())]
+    for found in two_ranks.run(joined):
+        assert found == [steps, encoded, (3, 1), steps, decoded, (3, 1)]
+
+
 def sessions(rank: int) -> None:
     """Two at once, calls in between, other sizes, the limit; memory that does not grow."""
-    vae, clip, latent = build("wan21", 17, 20)
+    vae, clip, latent = build("wan21", 16, 10)
     with halovae.parallelize(vae, verify=False, axis="height", options=halovae.Options(sessions=2)) as handle:
-        video, other = (run_decode(FAMILIES["wan21"], vae, value) for value in (latent, latent.flip(2)))
+        video, other = (run_decode(FAMILIES["wan21"], vae, value) for value in (latent, latent.flip(2)[:, :, :4]))
+        moments = run_encode(vae, clip)
         with handle.session() as one, handle.session() as two:
             found: list[list[torch.Tensor]] = [[], []]
             held: list[int] = []
-            for at in range(0, 20, 2):
-                for session, value, frames in ((one, latent, found[0]), (two, latent.flip(2), found[1])):
-                    frames.append(session.decode(value[:, :, at : at + 2]).sample)
+            for at in range(0, 10, 2):
+                found[0].append(one.decode(latent[:, :, at : at + 2]).sample)
+                if at < 4:
+                    found[1].append(two.decode(latent.flip(2)[:, :, at : at + 2]).sample)
                 held.append(one.state_bytes)
                 if at == 4:
-                    assert torch.equal(run_decode(FAMILIES["wan21"], vae, latent[:, :, :3]), video[:, :, :9])
+                    assert torch.equal(run_decode(FAMILIES["wan21"], vae, latent[:, :, :2]), video[:, :, :5])
             assert torch.equal(torch.cat(found[0], 2), video)
             assert torch.equal(torch.cat(found[1], 2), other)
             assert held[-1] == held[2] > 0
-            parts = [parameters(two.encode(part)) for part in (clip[:, :, :5], clip[:, :, 5:13], clip[:, :, 13:])]
-            assert torch.equal(torch.cat(parts, 2), run_encode(vae, clip))
+            # Frames that are too few for a step wait for those that follow.
+            parts = [two.encode(part) for part in clip.split((5, 2, 4, 5), 2)]
+            assert parts[1] is None
+            assert torch.equal(torch.cat([parameters(part) for part in parts if part], 2), moments)
             with pytest.raises(halovae.InputError, match="one clip has one size"):
                 one.decode(latent[..., :-1])
             with pytest.raises(halovae.InputError, match="2 sessions are open"):
@@ -87,19 +122,15 @@ def sessions(rank: int) -> None:
         assert one.state_bytes == 0
         with pytest.raises(halovae.InputError, match="session 1 is closed"):
             one.decode(latent)
-        with handle.session() as three:  # Frames that are too few for a step wait for those that follow.
-            parts = [three.encode(part) for part in clip[:, :, :16].split((5, 2, 4, 5), 2)]
-            assert parts[1] is None
-            joined = torch.cat([parameters(part) for part in parts if part], 2)
-            assert torch.equal(joined, run_encode(vae, clip[:, :, :16]))
+        three = handle.session()
     with pytest.raises(halovae.InputError, match="is closed"):
         three.decode(latent)
-    vae, _, latent = build("cogvideox", 9, 7)
+    vae, _, latent = build("cogvideox", 9, 5)
     with halovae.parallelize(vae, verify=False) as handle, handle.session() as four:
-        parts = [four.decode(part).sample for part in latent[:, :, :6].split(2, 2)]
-        assert torch.equal(torch.cat(parts, 2), run_decode(FAMILIES["cogvideox"], vae, latent[:, :, :6]))
+        parts = [four.decode(part).sample for part in latent[:, :, :4].split(2, 2)]
+        assert torch.equal(torch.cat(parts, 2), run_decode(FAMILIES["cogvideox"], vae, latent[:, :, :4]))
         with pytest.raises(halovae.InputError, match="can't go on with 1 frames"):
-            four.decode(latent[:, :, 6:])
+            four.decode(latent[:, :, 4:])
 
 
 def test_a_session_goes_on_as_one_call(two_ranks: Ranks) -> None:

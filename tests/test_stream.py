@@ -158,10 +158,8 @@ def ways(rank: int) -> None:
             assert handle.last.steps == steps
             assert handle.last.pieces == len(pieces) == (1 if options.get("mode") == "tile" else 5), options
             parts = list(handle.decode_stream(latent.split(3, 2)))
-            assert handle.last.pieces == len(parts) == len(pieces)
-            # Where a call joins steps, convolutions of more frames round otherwise.
-            same = torch.equal if steps == () else functools.partial(torch.allclose, rtol=0, atol=1e-5)
-            assert all(map(same, parts, pieces)), options
+            assert handle.last.pieces == len(parts) == (len(steps) or len(pieces))
+            assert torch.equal(torch.cat(parts, 2), torch.cat(pieces, 2)) or whole.numel() == 0, options
             joined = pieces[0] if whole.numel() == 0 and len(pieces) == 1 else torch.cat(pieces, 2)
             assert torch.equal(joined, whole), options
     assert isinstance(steps, tuple)

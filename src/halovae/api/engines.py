@@ -25,7 +25,7 @@ from halovae.calls.resumed import Held, Resumed
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.time_pieces import Emit, Splitter, StreamClosed, Walk, Walker
-from halovae.calls.time_stages import Stage, TimeStages
+from halovae.calls.time_stages import Stage, TimeStages, one_step
 from halovae.calls.verify import Probe, compression, make_probe, run_alone, scales_of, verify
 from halovae.comm import Comm, Traffic, backend_name
 from halovae.comm.agreement import together, verdict_of_all
@@ -187,7 +187,7 @@ class ExactEngine(Engine):
         if kind not in self._stages:
             method = functools.partial(self.target.run_untiled, half)
             record = functools.partial(self.merger.record, half)
-            side = 8 * self.compression(half, frame)
+            side, frame = 8 * self.compression(half, frame), frame.clone()  # Not with all of its clip.
             small = frame[..., :side, :side]
             self._stages[kind] = TimeStages(self.target.vae, half, method, record, frame, small, kwargs)
         return self._stages[kind]
@@ -418,14 +418,18 @@ class _OneStage(_OnRanks):
         self.resumed = resumed
 
     def join_steps(self) -> None:
-        """A stage is one step of a network, or as many as the VAE makes for it."""
-        self.steps = ()
+        """As a call joins them: of the stages that follow, too."""
+        stages, stage, merger = self.resumed.stages, self.resumed.stage, self._engine.merger
+        joins = merger.steps(self.half, self.shards, self.compression, (stages.long_clip,), self.kwargs)
+        stages.most = functools.partial(merger.most, self.half, self.shards) if joins else one_step
+        self.steps = stage.steps(stages.most) if joins and not stages.blends else ()
 
     def runner(self) -> Runner:
         return on_shards
 
     def run(self) -> None:
         self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
+        self.resumed.steps = self.steps
         self.work.run(functools.partial(self.resumed, functools.partial(self.target.run_untiled, self.half)))
 
 

@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -21,7 +20,7 @@ from halovae.api.engines import Ran
 from halovae.api.parts import CLOSED, ClipSession, PartialClip, Parts
 from halovae.api.stream import Give, Stream
 from halovae.base.compiled import never_compiled
-from halovae.base.errors import InputError, NotExactError
+from halovae.base.errors import InputError
 from halovae.base.forks import owned_here
 from halovae.base.memory import is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, Options, gather_of
@@ -272,7 +271,7 @@ class Handle(Caller):
             try:
                 stages = self._engine.stages(clip.half, picture[:, :, :1], kwargs)
                 short = stages.short(clip.count)
-                with suppress(NotExactError) if clip.is_session else nullcontext():  # It may go on by other steps.
+                if not clip.is_session:  # Its steps are those that the caller makes.
                     stages.check(short)
             except InputError:
                 raise
@@ -301,6 +300,7 @@ class Handle(Caller):
             laid_out = clip.laid_out(stage, frames) if stage.run or stage.length else None
         if laid_out is None:
             return None, lambda: clip.went_on(stage, place, clip.held, frames)
+        clip.held.is_used_up = not clip.is_session  # A stream that fails has ended.
         ran, held = self._engine.run_stage(clip.half, (laid_out,), kwargs, stages, stage, clip.held)
         result = report(ran) if stage.length else None
 

@@ -92,7 +92,7 @@ class PartialClip:
     def went_on(self, stage: Stage, place: Position, held: Held, frames: Tensor | None) -> None:
         """A stage has been run on all ranks."""
         real = self._real(frames)
-        self.tail = real[:, :, -stage.fresh :].clone() if stage.run else real
+        self.tail = real[:, :, -stage.keeps :].clone() if stage.run else real
         self.place, self.held = place, held
         self.given += 0 if frames is None else frames.shape[2]
 

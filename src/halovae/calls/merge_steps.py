@@ -38,12 +38,16 @@ LOG = logging.getLogger("halovae")
 FULL_CALL = 10 << 20
 """Elements of the larger side of a call that fills an accelerator, as measured on one of Nvidia's Hopper generation:
 two latent frames of 480 x 832 pixels. Twice as many gained 1 to 3 % there, and took half as much memory again."""
+MOST = 32
+"""Steps in one call at the most, however small a picture is: a clip that comes in parts waits for as many frames."""
 _PROBED = 2
 """Steps in one call of the probe."""
 _MORE_FRAMES = 8
 """Frames that the probe is longer by, so that some of its steps are equal. A multiple of usual compressions."""
 
 Ratio = Callable[[], int]
+Most = Callable[[NetworkCall], int]
+"""How many steps like this one go in one call at the most."""
 Steps = tuple[int, ...]
 """How many of the steps that a VAE makes go in each call of its network."""
 
@@ -93,7 +97,7 @@ class Merger:
     def _choose(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
         with together(self._comm):
             calls = self._calls(half, args, kwargs)
-            steps = sizes(calls, self._most(half, calls, plan))
+            steps = sizes(calls, functools.partial(self.most, half, plan))
             tensors = tensors_in((args, kwargs))
             kind = half, tensors[0].dtype, tensors[0].device, self._target.settings()
             able = max(steps, default=1) > 1
@@ -103,16 +107,15 @@ class Merger:
         # Ranks of different devices may find different answers in a probe.
         return steps if all(self._comm.all_gather_object(able)) else ()
 
-    def _most(self, half: str, calls: Sequence[NetworkCall], plan: ShardPlan) -> int:
-        """Steps in one call at the most."""
-        if not calls:
-            return 1
-        last = calls[-1]
+    def most(self, half: str, plan: ShardPlan, step: NetworkCall) -> int:
+        """How many steps go in one call at the most."""
         if self._frames == "auto":
             whole = prod(bounds[-1] for bounds in plan.bounds)
-            return max(1, FULL_CALL * whole // (last.cost * prod(plan.largest)))
-        latent = last.inputs[0] if half == "decode" else last.specs[0]
-        return max(1, int(self._frames) // latent.shape[2])
+            steps = FULL_CALL * whole // (step.cost * prod(plan.largest))
+        else:
+            latent = step.inputs[0] if half == "decode" else step.specs[0]
+            steps = int(self._frames) // latent.shape[2]
+        return max(1, min(steps, MOST))
 
     def record(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
         """The VAE's own calls of its network, as `Recorder` finds them."""
@@ -137,7 +140,7 @@ class Merger:
         """Whether a small picture gives the same in merged calls; None where it has too few steps to tell."""
         scales = scales_of(args, kwargs)
         probe = make_probe((1, 1), ratio(), args, kwargs, _MORE_FRAMES, scales)
-        steps = sizes(self._calls(half, probe.args, probe.kwargs), _PROBED)
+        steps = sizes(self._calls(half, probe.args, probe.kwargs), lambda _: _PROBED)
         if max(steps, default=1) == 1:
             return None
         # The scale of the noise is left out, as it is where a handle remembers what it has tried.
@@ -210,17 +213,22 @@ def _uneven(value: Any) -> Any:
     return value * contrast.to(value.dtype).view(-1, 1, 1)
 
 
-def sizes(calls: Sequence[NetworkCall], most: int) -> Steps:
-    """Spread each row of equal steps over as few calls of at most `most` steps as possible, evenly."""
+def sizes(calls: Sequence[NetworkCall], most: Most, first: int = 0) -> Steps:
+    """How many steps go in each call: of each row of equal steps as many as may, and those that are left.
+
+    So the first calls are the same whatever follows, as a clip that comes in parts needs it.
+
+    Args:
+        first: the call to begin with.
+    """
     found: list[int] = []
-    while (at := sum(found)) < len(calls):
-        length = _row(calls, at)
-        parts = -(-length // most)
-        found += [length // parts + (part < length % parts) for part in range(parts)]
+    while (at := first + sum(found)) < len(calls):
+        length, limit = row_of(calls, at), most(calls[at])
+        found += [limit] * (length // limit) + [length % limit] * (length % limit > 0)
     return tuple(found)
 
 
-def _row(calls: Sequence[NetworkCall], at: int) -> int:
+def row_of(calls: Sequence[NetworkCall], at: int) -> int:
     """How many calls from this one on may be one: of one kind, each going on where the one before has ended.
 
     The call before them has to give the same shape: it tells how a shard of the results is cut.
@@ -254,22 +262,27 @@ def merged(target: Target, half: str, steps: Steps, walker: Callable[..., Any] |
 
     def run(*args: Any, **kwargs: Any) -> Any:
         network = getattr(target.vae, NETWORKS[half])
-        with answering(target.vae, half, _Merged(network, steps)):
+        with answering(target.vae, half, Merged(network, steps)):
             return call(*args, **kwargs)
 
     return run
 
 
-class _Merged:
-    """Answers a VAE's calls of its network: with promises, until there are steps enough for a real one."""
+class Merged:
+    """Answers a VAE's calls of its network: with promises, until there are steps enough for a real one.
 
-    def __init__(self, network: nn.Module, steps: Steps) -> None:
+    Args:
+        steps: how many in each call.
+        before: a tensor like the result of the first step, which is promised where that waits for others.
+    """
+
+    def __init__(self, network: nn.Module, steps: Steps, before: Tensor | None = None) -> None:
         self._network, self._steps = network, iter(steps)
         self._waiting: list[Tensor] = []
         self._promises: list[Any] = []
         self._left = 0
         self._run: Callable[[Tensor], Tensor] = network
-        self._before: Tensor | None = None
+        self._before = before
 
     def __call__(self, picture: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self._waiting:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from halovae.base.functions import outside_modes
 from halovae.base.private_torch import pytree
 from halovae.base.trees import map_tensors, pictures_in, tensors_in
 from halovae.calls.dataflow import Spec
+from halovae.calls.merge_steps import Merged, Steps
 from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
 from halovae.calls.state import Snapshot, copied, is_same, refill
 from halovae.calls.time_pieces import copy, without_frames
@@ -21,17 +23,26 @@ from halovae.exact.layout import layout_of, mark, plain
 from halovae.kernels.fast_mode import finished
 
 
-@dataclass(frozen=True)
+@dataclass
 class Held:
     """What one rank keeps of a clip between two stages."""
 
-    caches: tuple[Any, ...] = ()
+    caches: list[Any] = field(default_factory=list[Any])
     """After the calls that the stage before `gives`: the containers among their arguments, what modules keep, and what
     else they return."""
     results: tuple[list[Tensor], ...] = ()
     """Of the calls that the stage before has run."""
     like: tuple[Tensor, ...] = ()
     """A result without a frame."""
+    is_used_up: bool = False
+    """Whether the next stage gives up what it takes: it can't be run again then."""
+
+    def take(self, place: int) -> Any:
+        """Caches that a stage goes on with."""
+        caches = self.caches[place]
+        if self.is_used_up:
+            self.caches[place] = None
+        return caches
 
     @property
     def bytes(self) -> int:
@@ -52,18 +63,23 @@ class Resumed:
 
     Attributes:
         held: what this stage leaves.
+        stages: as given.
+        stage: likewise.
+        steps: how many of the stage's calls go in each call of the network; nothing: one by one.
     """
 
     def __init__(self, vae: nn.Module, half: str, stages: TimeStages, stage: Stage, held: Held) -> None:
-        self._vae, self._half, self._stages, self._stage, self._before = vae, half, stages, stage, held
-        self._rest = stages.rest
-        self.held = held
+        self._vae, self._half, self.stage, self._before = vae, half, stage, held
+        self.stages, self.held = stages, held
+        self.steps: Steps = ()
 
     def __call__(self, method: Function, *args: Any, **kwargs: Any) -> Any:
         """The new frames, as what the method returns."""
-        self._network = getattr(self._vae, NETWORKS[self._half])
         self._device = pictures_in((args, kwargs))[0].device
         self._numbers, self._like = itertools.count(), self._before.like
+        self._network = getattr(self._vae, NETWORKS[self._half])
+        if max(self.steps, default=1) > 1:
+            self._network = Merged(self._network, self.steps, self._first_promised())
         self._caches: dict[int, Any] = {}
         self._results: list[list[Tensor]] = []
         snapshot = Snapshot(self._vae, args, kwargs, values=False)
@@ -72,14 +88,14 @@ class Resumed:
                 result = method(*args, **kwargs)
         finally:
             snapshot.restore()
-        if (made := next(self._numbers)) != len(self._stage.calls):
-            raise NotExactError(f"the VAE called its network {made} times, not {len(self._stage.calls)} as planned")
-        caches = tuple(self._caches[number] for number in self._stage.gives)
+        if (made := next(self._numbers)) != len(self.stage.calls):
+            raise NotExactError(f"the VAE called its network {made} times, not {len(self.stage.calls)} as planned")
+        caches = [self._caches.pop(number) for number in self.stage.gives]
         self.held = Held(caches, tuple(self._results), self._like)
         return self._new_frames(result)
 
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
-        number, stage = next(self._numbers), self._stage
+        number, stage = next(self._numbers), self.stage
         if number >= len(stage.calls):
             raise NotExactError(f"the VAE called its network more often than {len(stage.calls)} times, as planned")
         call, takes, holds = stage.calls[number], dict(stage.takes), dict(stage.holds)
@@ -87,42 +103,48 @@ class Resumed:
             return self._real(number, call, args, kwargs)
         others = None
         if number in takes:
-            containers, modules, others = self._before.caches[takes[number]]
+            containers, modules, others = self._before.take(takes[number])
             refill((args, kwargs), copied(containers))
-            self._rest.set(copied(modules))
+            self.stages.rest.set(copied(modules))
+            del containers, modules
         if number in holds:
             used = list(map(copy, self._before.results[holds[number]]))
         else:
-            used = [self._absent(place, spec) for place, spec in enumerate(call.specs)]
+            blank = stage.blank
+            used = [self._missing(place, spec, blank * spec.shape[2]) for place, spec in enumerate(call.specs)]
         return call.result(used, others, device=self._device)
 
     def _real(self, number: int, call: NetworkCall, args: Any, kwargs: Any) -> Any:
-        before = copied((args, kwargs))
+        before = pytree.tree_map_only(Tensor, weakref.ref, copied((args, kwargs)))  # It may give up its caches.
         result = self._network(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(result)
         used = [leaves[place] for place in call.used]
         if [tensor.shape[2] for tensor in used] != [spec.shape[2] for spec in call.specs]:
             raise NotExactError(f"call {number} of the network gave other frames than planned")
         self._like = self._like or tuple(map(without_frames, used))
-        if self._stages.blends:
+        if self.stages.blends:
             self._results.append(list(map(copy, used)))  # The VAE may write into what it gets.
-        if number in self._stage.gives:
+        if number in self.stage.gives:
             for place in call.used:
                 leaves[place] = None
-            kept = _changes(args, before[0]), _changes(kwargs, before[1]), self._rest.changed(), leaves
+            before = pytree.tree_map_only(weakref.ref, lambda tensor: tensor(), before)
+            kept = _changes(args, before[0]), _changes(kwargs, before[1]), self.stages.rest.changed(), leaves
             args, kwargs, modules, leaves = pytree.tree_map_only(Tensor, _kept, copied(kept))
             self._caches[number] = (args, kwargs), modules, pytree.tree_unflatten(leaves, structure)
         return result
 
-    def _absent(self, place: int, spec: Spec) -> Tensor:
-        frames = spec.shape[2] if self._stage.blank else 0
+    def _first_promised(self) -> Tensor:
+        call = self.stage.calls[self.stage.run[0]]
+        return self._missing(0, call.specs[0], call.specs[0].shape[2])
+
+    def _missing(self, place: int, spec: Spec, frames: int) -> Tensor:
         like = self._like[place] if self._like else None
         if like is None or layout_of(like) is None:
             return absent(spec, frames, self._device)
         return _stretched(like, frames)
 
     def _new_frames(self, result: Any) -> Any:
-        stage, frames = self._stage, pictures_in(result)[0].shape[2]
+        stage, frames = self.stage, pictures_in(result)[0].shape[2]
         start = frames - stage.back
 
         def cut(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from halovae.base.errors import InputError, NotExactError
 from halovae.base.trees import map_tensors, pictures_in, tensors_in
 from halovae.calls.dataflow import Spec
+from halovae.calls.merge_steps import Most, Steps, row_of, sizes
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
 from halovae.calls.state import ModuleState, unchanged
@@ -33,8 +34,10 @@ from halovae.kernels.fast_mode import FastMode, finished
 
 LOG = logging.getLogger("halovae")
 
-_LONGEST = 80
+_LONGEST = 160
 """Frames of the longest clip that is tried."""
+_SHORT = 40
+"""Frames of a clip that stands for itself, and half of those that may stand for a longer one."""
 _STEP = 33
 """Frames of the longest step that is looked for."""
 _MANY = 65
@@ -67,10 +70,17 @@ class Stage:
     """The new frames of the output: how many frames before its end they begin."""
     length: int
     """How many there are."""
+    keeps: int
+    """How many of the last frames later stages may need again."""
 
     def is_like(self, other: Stage) -> bool:
         """Whether it does the same after the same."""
         return self._all() == other._all()
+
+    def steps(self, most: Most) -> Steps:
+        """How many of its calls go in each call of the network."""
+        is_row = len(self.run) > 1 and self.run[-1] - self.run[0] == len(self.run) - 1
+        return sizes(self.calls[: self.run[-1] + 1], most, self.run[0]) if is_row else ()
 
     def _all(self) -> tuple[Any, ...]:
         places = [place for _, place in self.takes], [place for _, place in self.holds]
@@ -102,6 +112,15 @@ class _Trial:
     output: Tensor
 
 
+Part = tuple[int, Stage, Position]
+"""Of a clip: how many new frames it takes, how it is run, and where the clip is then."""
+
+
+def one_step(step: NetworkCall) -> int:
+    """As many as go in one call where none are joined."""
+    return 1
+
+
 class TimeStages:
     """Finds the stages of one half of a VAE, for clips of one size.
 
@@ -113,6 +132,9 @@ class TimeStages:
         clip: one frame of the clip, of full size; of these only the shape counts.
         small: the same of a small picture.
         kwargs: of the half.
+
+    Attributes:
+        most: how many steps of a row are one part, and go in one call of the network.
     """
 
     def __init__(
@@ -123,9 +145,10 @@ class TimeStages:
         self._clip, self._small, self._kwargs = clip, small, kwargs
         self._trials: dict[int, _Trial | None] = {}
         self._known: dict[Any, tuple[Stage, Position]] = {}
-        self._next: dict[Any, tuple[int, Stage, Position] | None] = {}
+        self._next: dict[Any, Part | None] = {}
+        self._rows: dict[Any, Part] = {}
         self._places: list[Position] = []
-        self.start = Position()
+        self.start, self.most = Position(), one_step
         self.rest = ModuleState(getattr(vae, NETWORKS[half]))
 
     # ---- what comes next -------------------------------------------------------------------------------------------
@@ -164,16 +187,53 @@ class TimeStages:
             self._known[key] = self._after(place, frames, frozenset(trial.names), trial.output.shape[2])
         return self._known[key]
 
-    def next_part(self, place: Position, total: int | None) -> tuple[int, Stage, Position] | None:
-        """How many new frames the next stage needs, and that stage; None where no clip goes on so."""
+    def next_part(self, place: Position, total: int | None) -> Part | None:
+        """The next part of a clip that is long enough for it; None where no clip goes on so.
+
+        Args:
+            place: where the clip is.
+            total: frames of the whole clip, where that is known.
+        """
+        step = self._next_step(place, total)
+        if step is None or len(step[1].run) != 1 or self.blends:
+            return step
+        most = self.most(step[1].calls[step[1].run[0]])
+        key = place, total, most
+        if key not in self._rows:
+            self._rows[key] = self._row(place, step, total, most)
+        return self._rows[key]
+
+    def _next_step(self, place: Position, total: int | None) -> Part | None:
         key = place, total
         if key not in self._next:
             self._next[key] = None
-            for frames in range(1, min(_STEP, _LONGEST - place.frames) + 1):
+            left = _LONGEST if total is None else total
+            for frames in range(1, min(_STEP, left - place.frames) + 1):
                 if found := self.part(place, frames, total):
                     self._next[key] = frames, *found
                     break
         return self._next[key]
+
+    def _row(self, place: Position, first: Part, total: int | None, most: int) -> Part:
+        """A step, and those that follow it and go in one call with it."""
+        frames, length, count = 0, 0, 0
+        step, last = first, first
+        while step and step[1].is_like(first[1]) and count < most:
+            frames, length, count, last = frames + step[0], length + step[1].length, count + 1, step
+            step = self._next_step(step[2], total)
+        trial = self._trial(place.frames + frames) if count > 1 else None
+        if trial is None or place.output is None or not place.done <= set(trial.names):
+            return first
+        numbers = [number for number, name in enumerate(trial.names) if name not in place.done][:count]
+        if row_of(trial.calls, numbers[0]) < count:
+            return first
+        out, names = place.output.shape[2], frozenset(trial.names[number] for number in numbers)
+        try:
+            stage = self._stage(place, trial, frames, names, out, out + length)
+        except NotExactError as error:
+            LOG.debug("%s goes on step by step: %s", self._half, error)
+            return first
+        return frames, replace(stage, keeps=last[1].keeps), last[2]
 
     def short(self, total: int | None) -> int | None:
         """A length of the clip that stands for `total`, and can be tried.
@@ -181,18 +241,20 @@ class TimeStages:
         Raises:
             NotExactError: there is none.
         """
-        if total is None or total <= _LONGEST // 2:
+        if total is None or total <= _SHORT:
             return total
         steps = self._steps(total)
-        for frames in range(_LONGEST // 4, _LONGEST + 1):
+        for frames in range(_SHORT // 2, 2 * _SHORT + 1):
             if self._trial(frames) and self._steps(frames) == steps:
                 return frames
         raise NotExactError("its steps in time are others for each length")
 
     def _steps(self, frames: int) -> list[Any]:
         """The kinds of calls of a clip, each once where it comes again at once."""
-        calls = self._record((self._small.expand(-1, -1, frames, -1, -1),), self._kwargs).calls
-        return [kind for kind, _ in itertools.groupby(call.kind for call in calls)]
+        return [kind for kind, _ in itertools.groupby(call.kind for call in self._calls(frames))]
+
+    def _calls(self, frames: int) -> tuple[NetworkCall, ...]:
+        return self._record((self._small.expand(-1, -1, frames, -1, -1),), self._kwargs).calls
 
     def check(self, total: int | None) -> None:
         """Check that a clip of any length, or of this one, can come in parts.
@@ -200,8 +262,7 @@ class TimeStages:
         Raises:
             NotExactError: it can't.
         """
-        many = self._trial(total or _MANY)
-        if many and len(many.calls) == 1:
+        if len(self._calls(total or _MANY)) == 1:
             raise NotExactError("it makes all frames at once")
         place, seen = self.start, set[Position]()
         while place not in seen and (total is None or place.frames < total):
@@ -214,6 +275,11 @@ class TimeStages:
             place = found[2]
         if len(seen) < 2 and place not in seen:
             raise NotExactError("it makes all frames at once")
+
+    @property
+    def long_clip(self) -> Tensor:
+        """Of full size, with several steps in time; of these only the shape counts."""
+        return self._clip.expand(-1, -1, _STEP, -1, -1)
 
     @property
     def blends(self) -> bool:
@@ -260,11 +326,11 @@ class TimeStages:
         held = tuple((names.index(name), place.ran.index(name)) for name in place.ran)
         total = place.frames + frames
         if not run and final == out:
-            return Stage(total, 0, (), (), (), (), (), False, 0, 0)
+            return Stage(total, 0, (), (), (), (), (), False, 0, 0, 0)
         fresh = next(f for f in range(frames, total + 1) if self._gets_the_same(trial, run, total, f))
         wanted = trial.output[:, :, out:final]
         for blank, holds in itertools.product((False, True), ((), held)):
-            stage = Stage(total, fresh, calls, run, takes, holds, gives, blank, 0, final - out)
+            stage = Stage(total, fresh, calls, run, takes, holds, gives, blank, 0, final - out, fresh)
             if (back := self._place_of(wanted, stage, trial)) is not None:
                 return replace(stage, calls=self._full(stage), back=back)
         raise NotExactError("its frames can't be made apart")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of, sample_of
 
-_LONG = 64
-"""Latent frames. A longer clip goes through in parts, each a step of the VAE: which frames a step needs is found out by
-trying short clips. A shorter one fits into memory, and one call, which joins steps, takes less time."""
+_LONG = 16
+"""Latent frames. A longer clip goes through in parts. A shorter one fits into memory, and one call takes less time than
+to find out by trying which frames a part needs."""
 
 
 def to_tensor(frames: NDArray[np.uint8], dtype: torch.dtype, device: torch.device) -> Tensor:
