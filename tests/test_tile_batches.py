@@ -70,10 +70,10 @@ def test_tiles_of_one_shape_go_together(on_accelerator: None):
         given = tiles(11)
         found = run(network, given, verdicts)
         assert SEEN == [1] * 4 + [4, 1] * 3 + [7]  # both ways thrice to try it, then all that are left
-        assert [verdict.tiles for verdict in verdicts.values()] == [batches_module.MOST]
-        more = tiles(20)
+        more = tiles(30)
         again = run(network, more, verdicts)
-        assert SEEN == [16, 4]
+        assert SEEN == [8, 16, 6]  # twice as many, as long as that gains
+        assert [(verdict.tiles, verdict.fewer) for verdict in verdicts.values()] == [(batches_module.MOST, None)]
         for results, sources in ((found, given), (again, more)):
             for place, tile in enumerate(sources):
                 assert torch.allclose(results[place], network(tile[None]), atol=1e-14)
@@ -89,6 +89,17 @@ def test_a_batch_that_gains_nothing_takes_no_memory(
         run(Encoder().double(), tiles(11), verdicts)
     assert [(verdict.tiles, verdict.is_fast) for verdict in verdicts.values()] == [(1, True)]
     assert SEEN[-7:] == [1] * 7
+
+
+def test_more_tiles_than_gain_are_not_tried_twice(on_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many may be slower than few."""
+    each = {1: 1.0, 4: 0.5, 8: 0.4, 16: 0.9}
+    monkeypatch.setattr(Batches, "_seconds_each", lambda self, waiting: each[len(waiting)])
+    monkeypatch.setattr(Batches, "_seconds", lambda self, run: (run(), each[SEEN[-1]] * SEEN[-1])[1])
+    verdicts = dict[Any, BatchVerdict]()
+    with torch.no_grad():
+        run(Encoder().double(), tiles(4 + 8 + 16 + 8 + 8), verdicts)
+    assert SEEN[-4:] == [8, 16, 8, 8]
 
 
 @pytest.mark.parametrize(("mixes", "options"), [(True, {}), (False, {"same_bits": True})])
@@ -121,4 +132,4 @@ def test_a_whole_decode(on_accelerator: None):
             outcome = runner.run("decode", (latents,), {})
             # Its norms are in float32 whatever the rest is, and a batch adds up in another order.
             assert torch.allclose(outcome.result.sample, expected, atol=1e-5)
-    assert outcome.together.tiles == batches_module.MOST
+    assert outcome.together.is_fast

@@ -32,6 +32,7 @@ from halovae.calls.target import Target
 from halovae.calls.time_pieces import StreamClosed
 from halovae.comm import Comm, SoloComm
 from halovae.comm.agreement import together
+from halovae.kernels.gpu.ready import get_ready
 from halovae.kernels.kept import Kept
 
 T = TypeVar("T")
@@ -62,6 +63,8 @@ class Handle(Caller):
             self.restore()
             raise
         self._warn_of_tiles(self._mode)
+        if (weight := next(target.vae.parameters(), None)) is not None:
+            get_ready(weight.device)
         owned_here(self, Handle._disown)
 
     def restore(self) -> None:

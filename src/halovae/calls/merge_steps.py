@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from halovae.calls.state import fetches_weights
 from halovae.calls.target import Call, Target
 from halovae.calls.verify import Probe, is_rounding, make_probe, scales_of, tried
 from halovae.comm import Comm, SoloComm
-from halovae.comm.agreement import together
+from halovae.comm.agreement import together, verdict_of_all
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh, ShardPlan
 from halovae.exact.run import first_tensor, run_sharded
@@ -95,6 +95,18 @@ class Merger:
         return plan, self._target.kind(half, args, kwargs)
 
     def _choose(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
+        words = words_of(self._target, half, args, kwargs)
+        device = tensors_in((args, kwargs))[0].device
+        name = words and verdicts.name_of(device, "calls", self._frames, plan, FULL_CALL, MOST, words)
+        known = verdict_of_all(self._comm, name)
+        if isinstance(known, list) and all(type(count) is int for count in cast("list[Any]", known)):
+            return tuple(cast("list[int]", known))
+        steps = self._found(half, plan, ratio, args, kwargs)
+        if steps and self._comm.rank == 0:  # Where there are none, the reason may be gone the next time.
+            verdicts.write(name, list(steps))
+        return steps
+
+    def _found(self, half: str, plan: ShardPlan, ratio: Ratio, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
         with together(self._comm):
             calls = self._calls(half, args, kwargs)
             steps = sizes(calls, functools.partial(self.most, half, plan))

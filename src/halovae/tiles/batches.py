@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,23 @@ class BatchVerdict:
     """Whether results are, bit for bit, those of the VAE's own calls."""
     is_fast: bool = True
     """Whether kernels of our own take part."""
+    fewer: tuple[int, float] | None = None
+    """Where so many tiles are on trial: how many were better so far, and the seconds of each of those."""
+    most: int = 1
+    """That there is memory for."""
+
+    def judged(self, seconds: float) -> BatchVerdict:
+        """After so many tiles took these seconds each: more of them, where that gained, else fewer."""
+        assert self.fewer is not None, "they are not on trial"
+        fewer, before = self.fewer
+        if seconds >= ENOUGH * before:
+            return replace(self, tiles=fewer, fewer=None)
+        return self.tried_on(seconds)
+
+    def tried_on(self, seconds: float) -> BatchVerdict:
+        """With twice as many tiles on trial, if there may be more."""
+        more = min(2 * self.tiles, self.most)
+        return replace(self, tiles=more, fewer=(self.tiles, seconds) if more > self.tiles else None)
 
 
 ALONE = BatchVerdict(1, same_bits=True, is_fast=False)
@@ -120,12 +137,21 @@ class Batches:
         if verdict == ALONE:  # since these began to wait
             return {one.number: one.run(self._network) for one in waiting}
         try:
-            return self._together(waiting)
+            return self._on_trial(waiting, key, verdict)
         except RuntimeError as error:
             if not is_shortage(error):
                 raise
-        self._verdicts[key] = ALONE  # Others have taken the memory since.
+        # Others have taken the memory since, or so many tiles are too many.
+        self._verdicts[key] = replace(verdict, tiles=verdict.fewer[0], fewer=None) if verdict.fewer else ALONE
         return {one.number: one.run(self._network) for one in waiting}
+
+    def _on_trial(self, waiting: list[_Waiting], key: Any, verdict: BatchVerdict) -> dict[int, Any]:
+        if verdict.fewer is None or len(waiting) < verdict.tiles:
+            return self._together(waiting)
+        found: dict[int, Any] = {}
+        seconds = self._seconds(lambda: found.update(self._together(waiting)))
+        self._verdicts[key] = verdict.judged(seconds / len(waiting))
+        return found
 
     def _together(self, waiting: list[_Waiting]) -> dict[int, Any]:
         count, size = len(waiting), len(tensors_in(waiting[0].leaves)[0])
@@ -171,7 +197,9 @@ class Batches:
         if seconds < GAIN * min(batch, single) or not all(is_rounding(a, b) for a, b in pairs):
             return ALONE
         same_bits = all(torch.equal(a, b) for a, b in pairs)
-        return BatchVerdict(most if batch < ENOUGH * single else 1, same_bits)
+        if batch >= ENOUGH * single:
+            return BatchVerdict(1, same_bits)
+        return BatchVerdict(len(waiting), same_bits, most=most).tried_on(batch)
 
     def _seconds_each(self, waiting: list[_Waiting]) -> float:
         """Of one call, for each of its tiles."""
