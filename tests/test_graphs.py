@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +16,11 @@ import torch
 from families import EXACT, FAMILIES, run_half
 from pictures import error
 from ranks import Ranks
-from recorder import recorder
+from recorder import Graph, InGraph, messages_in_graphs, recorder
 from torch import Tensor
 
 import halovae
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, RankFailedError
 from halovae.base.options import Options
 from halovae.calls import replay as graphs
 from halovae.calls.device_graphs import Tape
@@ -205,6 +207,50 @@ def streamed(rank: int) -> None:
 def test_a_stream_is_replayed_piece_by_piece(pair: Ranks) -> None:
     streamed(0)
     pair.run(streamed)
+
+
+def in_one_graph(rank: int) -> None:
+    """Messages as part of the graph: told, counted, void after a failure; where a rank can't, all post by the host."""
+    vae, (tensor, *_) = placed("kl", "decode")
+    expected, options = run_half("kl", vae, "decode", tensor), halovae.Options(graphs=True)
+    with recorder() as device, messages_in_graphs(device):
+        with halovae.parallelize(vae, verify=False, options=options) as handle:
+
+            def replayed() -> str:
+                follow(handle, "kl", vae, "decode", tensor, expected)
+                assert handle.last is not None
+                return handle.last.recording
+
+            def launches() -> int:
+                return sum(entry[0] == "graph" for entry in device.log)
+
+            replayed()
+            sent = handle.last and (handle.last.messages, handle.last.bytes)
+            assert not replayed()
+            before, words = launches(), replayed()
+            assert launches() == before + 1
+            assert re.fullmatch(r"1 graph with \d+ exchanges in it", words)
+            assert handle.last is not None
+            assert (handle.last.messages, handle.last.bytes) == sent, "a replay sends what the first call sent"
+            assert f"replayed: {words}" in str(handle.last)
+
+            broken = patch.object(Graph, "replay", side_effect=OSError("no power")) if rank else nullcontext()
+            started = time.monotonic()
+            with broken, pytest.raises(OSError if rank else RankFailedError, match="no power"):
+                replayed()
+            assert time.monotonic() - started < 5, "what waits in a graph is woken"
+            assert [bool(replayed()) for _ in range(3)] == [False, False, True]
+
+        unable = patch.object(InGraph, "__init__", side_effect=RuntimeError("not in a graph"))
+        with unable if rank else nullcontext(), halovae.parallelize(vae, verify=False, options=options) as handle:
+            assert not replayed()
+            assert not replayed()
+            assert re.fullmatch(r"\d+ graphs, \d+ exchanges between them \(rank 1: not in a graph\)", replayed())
+
+
+@pytest.mark.skipif(is_real(), reason="an accelerator's messages are in its graphs by themselves, or can't be")
+def test_messages_are_part_of_the_graph(pair: Ranks) -> None:
+    pair.run(in_one_graph)
 
 
 def on_cpu(rank: int) -> None:

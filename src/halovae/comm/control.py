@@ -13,8 +13,8 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
@@ -63,6 +63,7 @@ class Link:
         self._left: set[int] = set()
         self._stuck: set[int] = set()
         self._notes: dict[str, bytes] = {}
+        self._waits: tuple[float, str] | None = None
         self.busy = self._closed = self._disowned = False
         self._thread = threading.Thread(target=self._serve, name="halovae-link", daemon=True)
         self._thread.start()
@@ -132,6 +133,15 @@ class Link:
                     self._news.wait(1.0)
             finally:
                 self.busy = outer
+
+    @contextmanager
+    def limited(self, who: str) -> Iterator[None]:
+        """A wait for the others that only a failure ends: after too long a time this rank is one."""
+        self._waits = time.monotonic() + ABSENCE, who
+        try:
+            yield
+        finally:
+            self._waits = None
 
     def check(self) -> None:
         """Raise what is known of a failure in this era."""
@@ -284,6 +294,10 @@ class Link:
         return True
 
     def _beat(self, alive: dict[int, Connection], now: float) -> None:
+        waits = self._waits
+        if waits and now > waits[0] and not self.troubled:
+            message = f"{waits[1]} waited {ABSENCE:.0f} s for messages of other ranks"
+            self._tell("fail", self.era, self._rank, message, "")
         for rank in alive:
             if now - self._heard[rank] <= self._patience:
                 self._send(rank, ("beat",))
