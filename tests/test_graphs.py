@@ -16,7 +16,7 @@ import torch
 from families import EXACT, FAMILIES, run_half
 from pictures import error
 from ranks import Ranks
-from recorder import Graph, InGraph, messages_in_graphs, recorder
+from recorder import Graph, InGraph, Recorder, messages_in_graphs, recorder
 from torch import Tensor
 
 import halovae
@@ -26,6 +26,7 @@ from halovae.calls import replay as graphs
 from halovae.calls.device_graphs import Tape
 from halovae.calls.module_facts import ModuleFacts
 from halovae.comm import Message, SoloComm, default_device
+from halovae.comm.backends import Lane
 from halovae.kernels import convolution
 
 HALVES = ["encode", "decode"]
@@ -229,7 +230,7 @@ def in_one_graph(rank: int) -> None:
             assert not replayed()
             before, words = launches(), replayed()
             assert launches() == before + 1
-            assert re.fullmatch(r"1 graph with \d+ exchanges in it", words)
+            assert re.fullmatch(r"1 graph with \d+ exchanges inside", words)
             assert handle.last is not None
             assert (handle.last.messages, handle.last.bytes) == sent, "a replay sends what the first call sent"
             assert f"replayed: {words}" in str(handle.last)
@@ -245,7 +246,7 @@ def in_one_graph(rank: int) -> None:
         with unable if rank else nullcontext(), halovae.parallelize(vae, verify=False, options=options) as handle:
             assert not replayed()
             assert not replayed()
-            assert re.fullmatch(r"\d+ graphs, \d+ exchanges between them \(rank 1: not in a graph\)", replayed())
+            assert re.fullmatch(r"\d+ graphs with \d+ exchanges between them \(rank 1: not in a graph\)", replayed())
 
 
 @pytest.mark.skipif(is_real(), reason="an accelerator's messages are in its graphs by themselves, or can't be")
@@ -387,6 +388,57 @@ def test_a_tape_keeps_the_order_of_kernels_messages_and_waits() -> None:
             assert device.log[0][:2] == ("wait", "default")
             assert device.log[-1] == ("record", "default")
         assert device.log[0] == ("wait", "default", "default")
+
+
+class EchoLane(Lane):
+    """The same group where its messages may be part of a graph."""
+
+    def __init__(self, device: Recorder) -> None:
+        super().__init__()
+        self._device, self._comm = device, Echo(device.log)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Any]:
+        assert self._device.capturing is not None
+        return [InGraph(self._device.capturing, lambda: [self._comm.post(sends, receives)])]
+
+    def _break(self) -> None:
+        self._device.log.append(("broken",))
+
+
+def test_a_tape_with_messages_in_its_graph_is_one_launch_until_the_lane_is_broken() -> None:
+    x, buffer, late = torch.arange(4.0), torch.zeros(4), torch.zeros(4)
+    with recorder() as device:
+        lane = EchoLane(device)
+        tape = Tape(Echo(device.log), CPU, lane)
+        with tape.recording():
+            y = x + 1
+            pending = tape.post([(1, y)], [(1, buffer)])
+            z = y * 2
+            pending.wait()
+            pending.wait()
+            w = z + buffer
+            tape.exchange([(1, w)], [(1, buffer)])
+            tape.exchange([], [])
+            tape.post([(1, w)], [(1, late)])
+        assert (device.log, tape.graphs, tape.exchanges) == ([], 1, 3)
+        for values in (x.clone(), x + 5):
+            device.log.clear()
+            x.copy_(values)
+            tape.replay()
+            assert torch.equal(z, 2 * (values + 1))
+            assert torch.equal(w, z + values + 101)
+            assert torch.equal(buffer, w + 100)
+            assert torch.equal(late, w + 100), "what nobody waits for is waited for at the end"
+            assert device.log == [("graph", 1), *[("post",), ("arrived",)] * 3]
+        lane.abort()
+        device.log.clear()
+        with pytest.raises(RuntimeError, match="without a preceding capture"):
+            tape.replay()
+        assert device.log == []
+        refused = Tape(Echo(device.log), CPU, lane)
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), refused.recording():
+            device.synchronize(refused.post([(1, x + 1)], [(1, buffer)]))
+        lane.abort()  # Nobody holds it.
 
 
 def test_messages_keep_their_memory_until_they_have_arrived_and_no_longer() -> None:
