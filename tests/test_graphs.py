@@ -185,13 +185,18 @@ def test_two_ranks_of_one_device(pair: Ranks, name: str, half: str, axis: str) -
 
 
 @torch.no_grad()
-def streamed(rank: int) -> None:
+def streamed(rank: int, in_graphs: bool = False) -> None:
     """A stream in pieces, thrice and more, one of them left early; then a whole call, which is of another kind."""
     vae, (latent, *_) = placed("wan21", "decode")
     expected = run_half("wan21", vae, "decode", latent)
     options, replayed = halovae.Options(graphs=True), list[bool]()
     looking = nullcontext() if is_real() else patch.object(convolution, "is_still", lambda joined: False)
-    with looking, recording_device(), halovae.parallelize(vae, verify=False, options=options) as handle:
+    with (
+        looking,
+        recording_device() as device,
+        messages_in_graphs(device) if in_graphs else nullcontext(),
+        halovae.parallelize(vae, verify=False, options=options) as handle,
+    ):
         for is_left_early in (False, False, False, True, False):
             with handle.decode_stream(latent.clone()) as stream:
                 pieces = [next(stream)] if is_left_early else list(stream)
@@ -208,6 +213,8 @@ def streamed(rank: int) -> None:
 def test_a_stream_is_replayed_piece_by_piece(pair: Ranks) -> None:
     streamed(0)
     pair.run(streamed)
+    if not is_real():
+        pair.run(streamed, True)
 
 
 def in_one_graph(rank: int) -> None:

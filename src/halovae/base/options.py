@@ -180,7 +180,7 @@ class CallReport:
     replayed: bool = False
     """Exact mode: whether a recording of an earlier call was replayed."""
     recording: str = ""
-    """Exact mode: what was replayed: graphs, exchanges with other ranks, and why these are not in one graph."""
+    """Exact mode: what was replayed: graphs, exchanges with other ranks, and why these are not in the graphs."""
     kept_memory: int = 0
     """Exact mode: bytes that recordings keep on the accelerator until the next call."""
     tiles: int = 0
