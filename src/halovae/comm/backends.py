@@ -77,7 +77,8 @@ class Lane:
 
     def __init__(self) -> None:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._turn = free_in_children(threading.Lock())
+        self._capture, self._turn = (free_in_children(threading.Lock()) for _ in range(2))
+        self._broken = False
         # A backend ends only after the graphs that hold messages of it: it would wait for them without an end.
         weakref.finalize(self, _reset, self._graphs)
         owned_here(self, lambda lane: lane._graphs.clear())
@@ -93,7 +94,9 @@ class Lane:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """Around the capture of graphs. Nobody breaks the lane meanwhile: nothing runs that would have to be ended."""
-        with self._turn:
+        with self._capture:
+            if self._broken:
+                raise RuntimeError("the lane is broken")
             yield
 
     def hold(self, graph: Any) -> None:
@@ -111,9 +114,14 @@ class Lane:
 
     def abort(self) -> None:
         """Break every connection: what waits for messages ends, here and on the peers. May wait for the device."""
+        with self._capture:
+            self._broken = True
+            # It ends what a graph waits for, and then waits for the graphs.
+            breaking = threading.Thread(target=self._break, name="halovae-break", daemon=True)
+            breaking.start()
         with self._turn:
             _reset(self._graphs)
-        self._break()
+        breaking.join()
 
     def _break(self) -> None:
         raise NotImplementedError
