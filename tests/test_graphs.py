@@ -442,6 +442,9 @@ def test_a_tape_with_messages_in_its_graph_is_one_launch_until_the_lane_is_broke
         with pytest.raises(RuntimeError, match="without a preceding capture"):
             tape.replay()
         assert device.log == []
+        with pytest.raises(RuntimeError, match="the lane is broken"), Tape(Echo(device.log), CPU, lane).recording():
+            pass
+        lane = EchoLane(device)
         refused = Tape(Echo(device.log), CPU, lane)
         with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), refused.recording():
             device.synchronize(refused.post([(1, x + 1)], [(1, buffer)]))

@@ -95,15 +95,15 @@ class Tape(SoloComm):
         """
         self._module.synchronize(self._device)
         self._module.empty_cache()  # The graphs have memory of their own.
-        with _one_at_a_time, warnings.catch_warnings(), self._module.stream(_stream(self._device)):
+        alone = self._lane.capturing() if self._lane else nullcontext()
+        with _one_at_a_time, warnings.catch_warnings(), self._module.stream(_stream(self._device)), alone:
             # There is nothing between some messages.
             warnings.filterwarnings("ignore", message=".*Graph is empty")
             try:
-                with self._lane.capturing() if self._lane else nullcontext():
-                    self._begin()
-                    yield
-                    self._wait_for_all()
-                    self._end()
+                self._begin()
+                yield
+                self._wait_for_all()
+                self._end()
             except BaseException:
                 self._abandon()
                 raise
