@@ -10,6 +10,7 @@ is said in the next one can't be taken for something old.
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
@@ -63,7 +64,7 @@ class Link:
         self._left: set[int] = set()
         self._stuck: set[int] = set()
         self._notes: dict[str, bytes] = {}
-        self._waits: tuple[float, str] | None = None
+        self._latest = math.inf
         self.busy = self._closed = self._disowned = False
         self._thread = threading.Thread(target=self._serve, name="halovae-link", daemon=True)
         self._thread.start()
@@ -135,13 +136,13 @@ class Link:
                 self.busy = outer
 
     @contextmanager
-    def limited(self, who: str) -> Iterator[None]:
-        """A wait for the others that only a failure ends: after too long a time this rank is one."""
-        self._waits = time.monotonic() + ABSENCE, who
+    def limited(self) -> Iterator[None]:
+        """Around a wait for the device, which may wait for messages: when it takes too long, this rank fails."""
+        self._latest = time.monotonic() + ABSENCE
         try:
             yield
         finally:
-            self._waits = None
+            self._latest = math.inf
 
     def check(self) -> None:
         """Raise what is known of a failure in this era."""
@@ -294,10 +295,8 @@ class Link:
         return True
 
     def _beat(self, alive: dict[int, Connection], now: float) -> None:
-        waits = self._waits
-        if waits and now > waits[0] and not self.troubled:
-            message = f"{waits[1]} waited {ABSENCE:.0f} s for messages of other ranks"
-            self._tell("fail", self.era, self._rank, message, "")
+        if now > self._latest:
+            self.fail(f"its device has waited {ABSENCE:.0f} s for messages of other ranks", "")
         for rank in alive:
             if now - self._heard[rank] <= self._patience:
                 self._send(rank, ("beat",))

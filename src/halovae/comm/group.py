@@ -164,7 +164,7 @@ class GroupComm(Comm):
 
     def synchronize(self) -> None:
         if len(self._lanes) > 1:
-            with self._link.limited("its device has"):
+            with self._link.limited():
                 torch.accelerator.synchronize()
 
     def finish(self) -> None:
