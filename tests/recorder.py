@@ -159,6 +159,7 @@ class InGraph:
         graph.add(self._begin)
 
     def _begin(self) -> None:
+        self._works = []
         with suppress(RuntimeError):
             self._works = self._post()
 

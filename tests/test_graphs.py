@@ -26,7 +26,7 @@ from halovae.calls import replay as graphs
 from halovae.calls.device_graphs import Tape
 from halovae.calls.module_facts import ModuleFacts
 from halovae.comm import Message, SoloComm, default_device
-from halovae.comm.backends import Lane
+from halovae.comm.backends import TensorLane
 from halovae.kernels import convolution
 
 HALVES = ["encode", "decode"]
@@ -397,7 +397,7 @@ def test_a_tape_keeps_the_order_of_kernels_messages_and_waits() -> None:
         assert device.log[0] == ("wait", "default", "default")
 
 
-class EchoLane(Lane):
+class EchoLane(TensorLane):
     """The same group where its messages may be part of a graph."""
 
     def __init__(self, device: Recorder) -> None:

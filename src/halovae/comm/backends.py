@@ -66,7 +66,7 @@ def store_of(group: dist.ProcessGroup) -> dist.Store:
     return _C10D._get_process_group_store(group)
 
 
-class Lane:
+class TensorLane:
     """Moves what is in one kind of memory, until it is broken.
 
     Attributes:
@@ -132,7 +132,7 @@ def _reset(graphs: weakref.WeakSet[Any]) -> None:
         graph.reset()  # One that is running still ends first.
 
 
-class HostLane(Lane):
+class HostLane(TensorLane):
     """Moves what is in host memory, by gloo. Made by all ranks together."""
 
     def __init__(self, link: Link, rank: int, size: int) -> None:
@@ -151,7 +151,7 @@ class HostLane(Lane):
                 self._group.recv([torch.empty(1, device="cpu")], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
 
-class DeviceLane(Lane):
+class DeviceLane(TensorLane):
     """Moves what is in an accelerator's memory, through a backend that can ("nccl", "hccl", ...).
 
     Args:

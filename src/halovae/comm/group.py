@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from halovae.base.errors import InputError, RankFailedError
 from halovae.base.forks import owned_here
 from halovae.base.functions import outside_modes
-from halovae.comm.backends import DeviceLane, HostLane, Lane, store_of
+from halovae.comm.backends import DeviceLane, HostLane, TensorLane, store_of
 from halovae.comm.control import Link
 from halovae.comm.environment import default_device, launched_ranks
 from halovae.comm.protocol import Comm, GraphLane, Message, Nothing, Pending, SoloComm
@@ -84,7 +84,7 @@ class GroupComm(Comm):
         self.size = dist.get_world_size(group)
         self.under_way: set[_Posted] = set()
         self._group = group
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, TensorLane] = {}
         self.era = -1
 
         def share(value: Any) -> list[Any]:
@@ -190,7 +190,7 @@ class GroupComm(Comm):
         """New lanes for this era."""
         self._lanes, self.era = {}, self._link.era
         try:
-            lanes: dict[str, Lane] = {"cpu": HostLane(self._link, self.rank, self.size)}
+            lanes: dict[str, TensorLane] = {"cpu": HostLane(self._link, self.rank, self.size)}
             kind, device = _device_backend(self._group)
             if kind != "gloo":
                 prefix = f"halovae/{self._name}/{self.era}"
