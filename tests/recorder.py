@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from halovae.calls import device_graphs
+from halovae.comm.backends import HostLane
 
 _ANSWERS = {"aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default", "aten.is_nonzero.default"}
 
@@ -88,8 +89,18 @@ class Graph(TorchDispatchMode):
             self._steps.append((func, args, kwargs, out))
         return out
 
+    def add(self, step: Callable[[], None]) -> None:
+        """Something else that a replay does."""
+        self._steps.append((step, (), {}, None))
+
+    def reset(self) -> None:
+        assert self.device.capturing is not self
+        self._steps, self.number = [], 0
+
     def replay(self) -> None:
         assert self.device.capturing is None
+        if not self.number:
+            raise RuntimeError("replay without a preceding capture")
         self.device.log.append(("graph", self.number))
         for func, args, kwargs, out in self._steps:
             found = func(*args, **kwargs)
@@ -137,6 +148,43 @@ class Recorder:
 
     def empty_cache(self) -> None:
         self.synchronize()
+
+
+class InGraph:
+    """Messages of a lane in a graph. As a device does, it goes on where the lane is broken."""
+
+    def __init__(self, graph: Graph, post: Callable[[], list[Any]]) -> None:
+        self._graph, self._post = graph, post
+        self._works: list[Any] = []
+        graph.add(self._begin)
+
+    def _begin(self) -> None:
+        self._works = []
+        with suppress(RuntimeError):
+            self._works = self._post()
+
+    def wait(self) -> None:
+        self._graph.add(self._end)
+
+    def _end(self) -> None:
+        with suppress(RuntimeError):
+            for work in self._works:
+                work.wait()
+
+
+@contextmanager
+def messages_in_graphs(device: Recorder) -> Iterator[None]:
+    """Within it, the messages of ranks may be part of the device's graphs."""
+    post = HostLane._post
+
+    def in_graph(lane: HostLane, sends: Any, receives: Any) -> list[Any]:
+        graph = device.capturing
+        if graph is None:
+            return post(lane, sends, receives)
+        return [InGraph(graph, lambda: post(lane, sends, receives))]
+
+    with patch.object(HostLane, "has_graphs", True), patch.object(HostLane, "_post", in_graph):
+        yield
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import halovae
 from halovae.base.errors import RankFailedError
+from halovae.calls.device_graphs import Tape
 from halovae.comm import default_device
 
 pytestmark = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="there are no two accelerators")
@@ -46,6 +48,8 @@ def exact(rank: int, name: str, half: str, axis: Any, graphs: bool) -> None:
             assert handle.last is not None
             assert handle.last.messages
             assert handle.last.replayed == (graphs and turn > 1)
+            if handle.last.replayed and default_device().type == "cuda":
+                assert re.fullmatch(r"1 graph with \d+ exchanges inside", handle.last.recording)
     assert found.device == tensor.device
 
 
@@ -107,9 +111,9 @@ def dies(rank: int, graphs: bool) -> float:
     with halovae.parallelize(vae, verify=False, options=halovae.Options(graphs=graphs)):
         for _ in range(3):
             run_half("kl", vae, "decode", latent)
-        if rank == 1 and graphs:
-            os.kill(os.getpid(), signal.SIGKILL)  # The other one is about to replay.
-        if rank == 1:
+        if rank == 1 and graphs:  # When the other one's device waits for it.
+            Tape.replay = lambda *_: time.sleep(1) or os.kill(os.getpid(), signal.SIGKILL)
+        elif rank == 1:
             vae.decoder.up_blocks[0].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         started = time.monotonic()
         with pytest.raises(RankFailedError, match="its process has ended"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,16 +16,17 @@ import torch
 from families import EXACT, FAMILIES, run_half
 from pictures import error
 from ranks import Ranks
-from recorder import recorder
+from recorder import Graph, InGraph, Recorder, messages_in_graphs, recorder
 from torch import Tensor
 
 import halovae
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, RankFailedError
 from halovae.base.options import Options
 from halovae.calls import replay as graphs
 from halovae.calls.device_graphs import Tape
 from halovae.calls.module_facts import ModuleFacts
 from halovae.comm import Message, SoloComm, default_device
+from halovae.comm.backends import TensorLane
 from halovae.kernels import convolution
 
 HALVES = ["encode", "decode"]
@@ -182,13 +185,18 @@ def test_two_ranks_of_one_device(pair: Ranks, name: str, half: str, axis: str) -
 
 
 @torch.no_grad()
-def streamed(rank: int) -> None:
+def streamed(rank: int, in_graphs: bool = False) -> None:
     """A stream in pieces, thrice and more, one of them left early; then a whole call, which is of another kind."""
     vae, (latent, *_) = placed("wan21", "decode")
     expected = run_half("wan21", vae, "decode", latent)
     options, replayed = halovae.Options(graphs=True), list[bool]()
     looking = nullcontext() if is_real() else patch.object(convolution, "is_still", lambda joined: False)
-    with looking, recording_device(), halovae.parallelize(vae, verify=False, options=options) as handle:
+    with (
+        looking,
+        recording_device() as device,
+        messages_in_graphs(device) if in_graphs else nullcontext(),
+        halovae.parallelize(vae, verify=False, options=options) as handle,
+    ):
         for is_left_early in (False, False, False, True, False):
             with handle.decode_stream(latent.clone()) as stream:
                 pieces = [next(stream)] if is_left_early else list(stream)
@@ -205,6 +213,52 @@ def streamed(rank: int) -> None:
 def test_a_stream_is_replayed_piece_by_piece(pair: Ranks) -> None:
     streamed(0)
     pair.run(streamed)
+    if not is_real():
+        pair.run(streamed, True)
+
+
+def in_one_graph(rank: int) -> None:
+    """Messages as part of the graph: told, counted, void after a failure; where a rank can't, all post by the host."""
+    vae, (tensor, *_) = placed("kl", "decode")
+    expected, options = run_half("kl", vae, "decode", tensor), halovae.Options(graphs=True)
+    with recorder() as device, messages_in_graphs(device):
+        with halovae.parallelize(vae, verify=False, options=options) as handle:
+
+            def replayed() -> str:
+                follow(handle, "kl", vae, "decode", tensor, expected)
+                assert handle.last is not None
+                return handle.last.recording
+
+            def launches() -> int:
+                return sum(entry[0] == "graph" for entry in device.log)
+
+            replayed()
+            sent = handle.last and (handle.last.messages, handle.last.bytes)
+            assert not replayed()
+            before, words = launches(), replayed()
+            assert launches() == before + 1
+            assert re.fullmatch(r"1 graph with \d+ exchanges inside", words)
+            assert handle.last is not None
+            assert (handle.last.messages, handle.last.bytes) == sent, "a replay sends what the first call sent"
+            assert f"replayed: {words}" in str(handle.last)
+
+            broken = patch.object(Graph, "replay", side_effect=OSError("no power")) if rank else nullcontext()
+            started = time.monotonic()
+            with broken, pytest.raises(OSError if rank else RankFailedError, match="no power"):
+                replayed()
+            assert time.monotonic() - started < 5, "what waits in a graph is woken"
+            assert [bool(replayed()) for _ in range(3)] == [False, False, True]
+
+        unable = patch.object(InGraph, "__init__", side_effect=RuntimeError("not in a graph"))
+        with unable if rank else nullcontext(), halovae.parallelize(vae, verify=False, options=options) as handle:
+            assert not replayed()
+            assert not replayed()
+            assert re.fullmatch(r"\d+ graphs with \d+ exchanges between them \(rank 1: not in a graph\)", replayed())
+
+
+@pytest.mark.skipif(is_real(), reason="an accelerator's messages are in its graphs by themselves, or can't be")
+def test_messages_are_part_of_the_graph(pair: Ranks) -> None:
+    pair.run(in_one_graph)
 
 
 def on_cpu(rank: int) -> None:
@@ -341,6 +395,60 @@ def test_a_tape_keeps_the_order_of_kernels_messages_and_waits() -> None:
             assert device.log[0][:2] == ("wait", "default")
             assert device.log[-1] == ("record", "default")
         assert device.log[0] == ("wait", "default", "default")
+
+
+class EchoLane(TensorLane):
+    """The same group where its messages may be part of a graph."""
+
+    def __init__(self, device: Recorder) -> None:
+        super().__init__()
+        self._device, self._comm = device, Echo(device.log)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Any]:
+        assert self._device.capturing is not None
+        return [InGraph(self._device.capturing, lambda: [self._comm.post(sends, receives)])]
+
+    def _break(self) -> None:
+        self._device.log.append(("broken",))
+
+
+def test_a_tape_with_messages_in_its_graph_is_one_launch_until_the_lane_is_broken() -> None:
+    x, buffer, late = torch.arange(4.0), torch.zeros(4), torch.zeros(4)
+    with recorder() as device:
+        lane = EchoLane(device)
+        tape = Tape(Echo(device.log), CPU, lane)
+        with tape.recording():
+            y = x + 1
+            pending = tape.post([(1, y)], [(1, buffer)])
+            z = y * 2
+            pending.wait()
+            pending.wait()
+            w = z + buffer
+            tape.exchange([(1, w)], [(1, buffer)])
+            tape.exchange([], [])
+            tape.post([(1, w)], [(1, late)])
+        assert (device.log, tape.graphs, tape.exchanges) == ([], 1, 3)
+        for values in (x.clone(), x + 5):
+            device.log.clear()
+            x.copy_(values)
+            tape.replay()
+            assert torch.equal(z, 2 * (values + 1))
+            assert torch.equal(w, z + values + 101)
+            assert torch.equal(buffer, w + 100)
+            assert torch.equal(late, w + 100), "what nobody waits for is waited for at the end"
+            assert device.log == [("graph", 1), *[("post",), ("arrived",)] * 3]
+        lane.abort()
+        device.log.clear()
+        with pytest.raises(RuntimeError, match="without a preceding capture"):
+            tape.replay()
+        assert device.log == []
+        with pytest.raises(RuntimeError, match="the lane is broken"), Tape(Echo(device.log), CPU, lane).recording():
+            pass
+        lane = EchoLane(device)
+        refused = Tape(Echo(device.log), CPU, lane)
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), refused.recording():
+            device.synchronize(refused.post([(1, x + 1)], [(1, buffer)]))
+        lane.abort()  # Nobody holds it.
 
 
 def test_messages_keep_their_memory_until_they_have_arrived_and_no_longer() -> None:

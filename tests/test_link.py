@@ -109,6 +109,25 @@ def test_who_never_comes_is_named(missing: int, monkeypatch: pytest.MonkeyPatch)
     assert with_links(3, work) == [(missing, said, [0, 1, 2])] * 3
 
 
+def test_a_device_that_waits_for_too_long_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "ABSENCE", 0.5)
+
+    def work(made: Link, rank: int) -> tuple[int, str]:
+        made.set_patience(2.0)
+        if rank == 1:
+            with made.limited():
+                pass  # What is over in time is none.
+            with made.limited():
+                started = time.monotonic()
+                while not made.troubled and time.monotonic() - started < 10:
+                    time.sleep(0.01)
+        with pytest.raises(RankFailedError) as caught:
+            made.wait_for(lambda: False, lambda: None)
+        return caught.value.rank, caught.value.message
+
+    assert with_links(2, work) == [(1, "its device has waited 0 s for messages of other ranks")] * 2
+
+
 def test_a_shorter_patience_is_kept_to_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else who is waiting by the longer one would give no sign of life in time, and be called stopped."""
     heard: list[Link] = []

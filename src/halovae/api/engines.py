@@ -349,7 +349,8 @@ class _OnRanks(ExactCall[Ran]):
         report = CallReport(
             half=cast("Half", self.half), mode="exact", reference="un-tiled", phases=phases,
             seconds=sum(phases.values()), shape=self.shards.shape, bounds=self.shards.bounds, extents=work.extents,
-            steps=self.steps, replayed=graphs.way == "replay", kept_memory=graphs.kept,
+            steps=self.steps, replayed=graphs.way == "replay", recording=graphs.replayed,
+            kept_memory=graphs.kept,
         )  # fmt: skip
         return Ran(self.result, report, graphs.growth)
 

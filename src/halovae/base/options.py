@@ -179,6 +179,8 @@ class CallReport:
     """Exact mode: steps in time in each call of the network, where several go in one; else nothing."""
     replayed: bool = False
     """Exact mode: whether a recording of an earlier call was replayed."""
+    recording: str = ""
+    """Exact mode: what was replayed: graphs, exchanges with other ranks, and why these are not in the graphs."""
     kept_memory: int = 0
     """Exact mode: bytes that recordings keep on the accelerator until the next call."""
     tiles: int = 0
@@ -206,8 +208,9 @@ class CallReport:
         together = f", {self.tiles_per_call} in one call" if self.tiles_per_call > 1 else ""
         cut = f"{self.tiles} tiles (spread {self.spread:.2f}{together})" if self.tiles else f"{rows} x {cols} shards"
         memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
+        replayed = f", replayed: {self.recording}" if self.replayed else ""
         return (
             f"{self.half} {self.mode} on {cut}: {self.seconds:.3f} s, {self.messages} messages, "
-            f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}, "
+            f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}{replayed}, "
             f"reference: {self.reference}"
         )

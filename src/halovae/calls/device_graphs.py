@@ -1,7 +1,8 @@
 """What a call asks of an accelerator and of the other ranks, kept to be done again without the Python in between.
 
-Kernels go into graphs ("CUDA graphs"), one for each stretch between two messages; messages are posted as in any call.
-So a rank that fails is noticed as ever, and any backend will do.
+Kernels go into graphs ("CUDA graphs"). Where the backend can, messages do too, and one launch makes the whole call.
+Else there is a graph for each stretch between two messages, which are posted as in any call. Either way a rank that
+fails is noticed as ever: news of it comes by the link, and ends what the device waits for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from halovae.base.forks import free_in_children
 from halovae.base.functions import outside_modes
 from halovae.base.private_torch import borrow_storage, release_pool
-from halovae.comm import Comm, Message, Pending, SoloComm
+from halovae.comm import Comm, GraphLane, Message, Pending, SoloComm, Traffic
+from halovae.comm.protocol import Nothing
 from halovae.exact.layout import layout_of, mark
 
 RECORDERS = ("cuda", "npu")
@@ -56,14 +58,23 @@ def _graph_of(device: torch.device) -> str:
 class Tape(SoloComm):
     """Stands for a group while a call is recorded: nothing runs and nothing is sent before `replay`.
 
+    Args:
+        comm: the group.
+        device: of this rank.
+        lane: puts messages into the graphs; None: they are posted by the host, between two graphs.
+
     Attributes:
-        traffic: of the recording itself, so nothing.
+        graphs: how many there are.
+        exchanges: how many are in a replay.
+        is_whole: whether these are in the graphs.
+        traffic: of the graph that is being captured.
     """
 
-    def __init__(self, comm: Comm, device: torch.device) -> None:
+    def __init__(self, comm: Comm, device: torch.device, lane: GraphLane | None = None) -> None:
         super().__init__()
         self.rank, self.size = comm.rank, comm.size
-        self._comm, self._device = comm, device
+        self.graphs, self.exchanges, self.is_whole = 0, 0, lane is not None
+        self._comm, self._device, self._lane = comm, device, lane
         self._module: Any = torch.get_device_module(device)
         self._pool = self._module.graph_pool_handle()
         self._graph: Any = None
@@ -84,14 +95,14 @@ class Tape(SoloComm):
         """
         self._module.synchronize(self._device)
         self._module.empty_cache()  # The graphs have memory of their own.
-        with _one_at_a_time, warnings.catch_warnings(), self._module.stream(_stream(self._device)):
+        alone = self._lane.capturing() if self._lane else nullcontext()
+        with _one_at_a_time, warnings.catch_warnings(), self._module.stream(_stream(self._device)), alone:
             # There is nothing between some messages.
             warnings.filterwarnings("ignore", message=".*Graph is empty")
             try:
                 self._begin()
                 yield
-                for posted in self._recorded:
-                    posted.wait()
+                self._wait_for_all()
                 self._end()
             except BaseException:
                 self._abandon()
@@ -101,13 +112,19 @@ class Tape(SoloComm):
         self._module.synchronize(self._device)
 
     def _begin(self) -> None:
+        self.traffic = Traffic()
         self._graph = getattr(self._module, _graph_of(self._device))()
         # Other threads may go on asking the device: those of backends watch their messages.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
         self._graph.capture_end()
-        self._steps.append(self._graph.replay)
+        self.graphs += 1
+        lane = self._lane
+        if lane:
+            lane.hold(self._graph)
+        launch = functools.partial(_launch, self._comm, lane, self._graph, self.traffic) if lane else self._graph.replay
+        self._steps.append(launch)
 
     def _abandon(self) -> None:
         """Leave the stream and the memory in order after an error."""
@@ -121,6 +138,10 @@ class Tape(SoloComm):
             self._graph.capture_begin(capture_error_mode="thread_local")
             self._graph.capture_end()
 
+    def _wait_for_all(self) -> None:
+        for posted in self._recorded:
+            posted.wait()
+
     def _between(self, step: Callable[[], object]) -> None:
         self._end()
         self._steps.append(step)
@@ -128,11 +149,32 @@ class Tape(SoloComm):
 
     @outside_modes
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        if self._lane or not (sends or receives):
+            self.post(sends, receives).wait()
+            return
+        self.exchanges += 1
         # No step refers to the tape: a recording that is dropped is to give its memory back at once.
         self._between(functools.partial(self._comm.exchange, _places(sends), _places(receives)))
 
     @outside_modes
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        if not sends and not receives:
+            return Nothing()
+        self.exchanges += 1
+        wait = self._posted_in_graph(sends, receives) if self._lane else self._posted_by_host(sends, receives)
+        self._recorded.append(_Recorded(wait, [*sends, *receives]))
+        return self._recorded[-1]
+
+    def _posted_in_graph(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], object]:
+        assert self._lane is not None, "else the host posts"
+        if any(tensor.device.type != self._device.type for _, tensor in (*sends, *receives)):
+            raise RuntimeError("messages between other devices are not part of a graph")
+        works = self._lane.post(sends, receives)
+        self.traffic.messages += len(sends)
+        self.traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
+        return lambda: [work.wait() for work in works]
+
+    def _posted_by_host(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], object]:
         outgoing, incoming, number = _places(sends), _places(receives), len(self._recorded)
         comm, under_way = self._comm, self._under_way
 
@@ -140,12 +182,7 @@ class Tape(SoloComm):
             under_way[number] = comm.post(outgoing, incoming)
 
         self._between(again)
-        self._recorded.append(_Recorded(self, number, [*sends, *receives]))
-        return self._recorded[-1]
-
-    def wait_for(self, number: int) -> None:
-        under_way = self._under_way
-        self._between(lambda: under_way.pop(number).wait())
+        return lambda: self._between(lambda: under_way.pop(number).wait())
 
     @outside_modes
     def part(self, tensor: Tensor) -> None:
@@ -155,6 +192,8 @@ class Tape(SoloComm):
         def hand_out() -> None:
             takers[-1](mark(place.clone(), layout))
 
+        if self._lane:  # A graph ends when all that is in it has been waited for.
+            self._wait_for_all()
         self._between(hand_out)
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -182,7 +221,7 @@ class Tape(SoloComm):
             take: gets the parts of the result that are there before the rest. What it raises ends the replay.
 
         Raises:
-            RankFailedError: another rank has failed.
+            RankFailedError: another rank has failed, now or since the recording.
         """
         self._takers.append(take)
         try:
@@ -194,18 +233,28 @@ class Tape(SoloComm):
                 self._under_way.popitem()[1].wait()
 
 
+def _launch(comm: Comm, lane: GraphLane, graph: Any, traffic: Traffic) -> None:
+    try:
+        lane.replay(graph)
+    except RuntimeError:
+        comm.check()  # A failure has made it void.
+        raise
+    comm.traffic.messages += traffic.messages
+    comm.traffic.bytes += traffic.bytes
+
+
 class _Recorded:
     """Messages on a tape. Holds on to their memory until they are waited for: nothing else is to be put there."""
 
-    def __init__(self, tape: Tape, number: int, messages: Sequence[Message]) -> None:
-        self._tape, self._number = tape, number
+    def __init__(self, wait: Callable[[], object], messages: Sequence[Message]) -> None:
+        self._wait = wait
         self._messages: Sequence[Message] | None = messages
 
     @outside_modes
     def wait(self) -> None:
         if self._messages is not None:
             self._messages = None
-            self._tape.wait_for(self._number)
+            self._wait()
 
 
 def _places(messages: Sequence[Message]) -> list[Message]:

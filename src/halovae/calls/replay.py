@@ -5,6 +5,7 @@ On a shard, an accelerator's kernels take less time than Python takes to ask for
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import time
@@ -25,7 +26,7 @@ from halovae.calls.randomness import frozen_generators
 from halovae.calls.state import Snapshot, has_hooks, unchanged, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.verify import is_rounding
-from halovae.comm import Comm, Traffic
+from halovae.comm import Comm, GraphLane, Traffic
 from halovae.exact.layout import layout_of, mark
 from halovae.exact.mesh import Mesh
 from halovae.exact.run import Call, on_shards
@@ -51,6 +52,17 @@ class KernelRecording:
     result: Any
     growth: int
     """Bytes that the recording holds beyond its arguments and its result."""
+    note: str
+    """Why messages are not in the graph, where that was tried."""
+
+    def __str__(self) -> str:
+        tape = self.tape
+        graphs = f"{tape.graphs} graph{'s' * (tape.graphs > 1)}"
+        if not tape.exchanges:
+            return graphs
+        if tape.is_whole:
+            return f"{graphs} with {tape.exchanges} exchanges inside"
+        return f"{graphs} with {tape.exchanges} exchanges between them{self.note and f' ({self.note})'}"
 
     def replay(self, arguments: Any, take: Take) -> Any:
         """The result for other arguments of the same kind; in new memory, as are the parts that `take` gets before."""
@@ -94,6 +106,7 @@ class Graphs:
     Attributes:
         way: how the last call went: "plain", "record" or "replay".
         growth: bytes of what was replayed that the device does not count as in use.
+        replayed: what was replayed in the last call, in words, or nothing.
     """
 
     def __init__(self, comm: Comm, target: Target, always: bool = True) -> None:
@@ -106,7 +119,7 @@ class Graphs:
 
     def begin(self) -> None:
         """Before a call."""
-        self.way, self.growth = "plain", 0
+        self.way, self.growth, self.replayed = "plain", 0, ""
 
     def clear(self) -> None:
         """Free what is kept."""
@@ -136,7 +149,7 @@ class Graphs:
         ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
         if ways == {"replay"}:
             recording = self._recordings[half]
-            self.way, self.growth = "replay", recording.growth
+            self.way, self.growth, self.replayed = "replay", recording.growth, str(recording)
             return recording.replay((args, kwargs), outlet.take)
         self._recordings.pop(half, None)  # This call may need the memory.
         if "plain" in ways:
@@ -147,7 +160,7 @@ class Graphs:
         return self._run_and_record(half, key, outlet, mesh, call, (args, kwargs))
 
     def _key(self, kind: Callable[[], Any]) -> Any:
-        return kind(), _settings(), self._target.facts.reading()
+        return kind(), _settings(), self._target.facts.reading(), self._comm.era
 
     def _way_of(self, half: str, key: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
         """What this rank would do."""
@@ -169,57 +182,80 @@ class Graphs:
         """The result of an ordinary call. A recording that gives another one is not kept."""
         copies = args, kwargs = map_tensors(_copied, arguments)
         device, before = tensors_in(arguments)[0].device, Snapshot(self._target.vae)
-        parts, replayed_parts, take = list[Tensor](), list[Tensor](), outlet.take
+        parts, take = list[Tensor](), outlet.take
 
         def copy_and_take(part: Tensor) -> None:
             parts.append(_copied(part))
             take(part)
 
         with outlet.to(copy_and_take):
-            result, seconds = _timed(device, lambda: on_shards(mesh, call, *arguments))
+            result, seconds = self._timed(device, lambda: on_shards(mesh, call, *arguments))
         traffic = self._comm.traffic
         # A replay leaves nothing in the VAE that the next call could go on with, and nothing in the caller's tensors.
         pairs = zip(tensors_in(arguments), tensors_in(copies), strict=True)
         able = not before.has_gone_on() and all(torch.equal(*pair) for pair in pairs)
+        problem = self._first("" if able else "it leaves something behind")
         self._refused.add(key)  # Until it has turned out well: what fails in here is not to fail each time.
         self._comm.traffic = Traffic()  # What the trial sends is not the call's.
+        lane = self._comm.lane_of_graphs(device)
+        recording, replay_seconds, ways = None, 0.0, (lane, None) if lane else (None,)
         with frozen_generators(device), unchanged(self._target.vae):
-            recording = self._record(key, outlet, mesh, call, args, kwargs) if able else None
-            able = pays = all(self._comm.all_gather_object(recording is not None))
-            if able and recording is not None:
-                again, replay_seconds = _timed(device, lambda: recording.replay(copies, replayed_parts.append))
-                is_near = _is_near((again, replayed_parts), (result, parts))
-                found = self._comm.all_gather_object((is_near, seconds, replay_seconds))
-                near, plain, replayed = zip(*found, strict=True)
-                able, pays = all(near), self._always or max(replayed) < _GAIN * max(plain)
+            for way in () if problem else ways:
+                recording = None  # The memory of one that did not go well.
+                recording, problem = self._record(key, outlet, mesh, call, args, kwargs, way, problem)
+                problem = self._first(problem)  # Before anything of it is launched.
+                if recording and not problem:
+                    found, replay_seconds = self._timed(device, functools.partial(_replayed, recording, copies))
+                    problem = self._first("" if _is_near(found, (result, parts)) else "its replay gives another result")
+                    del found
+                if not problem:
+                    break
         self._comm.traffic = traffic
-        if able and pays and recording is not None:
+        if problem or recording is None:
+            level = logging.WARNING if self._always else logging.INFO
+            LOG.log(level, "%s of %s can't be replayed (%s): it goes on as before", half, self._target.name, problem)
+            return result
+        plain, replayed = zip(*self._comm.all_gather_object((seconds, replay_seconds)), strict=True)
+        if self._always or max(replayed) < _GAIN * max(plain):
             self._recordings[half] = recording
             self._refused.discard(key)
-        elif able:
-            LOG.info("%s of %s takes as long replayed: it goes on as before", half, self._target.name)
         else:
-            level = logging.WARNING if self._always else logging.INFO
-            LOG.log(level, "%s of %s can't be replayed: it goes on as before", half, self._target.name)
+            LOG.info("%s of %s takes as long replayed: it goes on as before", half, self._target.name)
         return result
 
+    def _timed(self, device: torch.device, run: Callable[[], Any]) -> tuple[Any, float]:
+        module = torch.get_device_module(device)
+        module.synchronize(device)
+        started = time.perf_counter()
+        result = run()
+        self._comm.synchronize()
+        module.synchronize(device)
+        return result, time.perf_counter() - started
+
+    def _first(self, problem: str) -> str:
+        """The first problem that a rank has, so that all go on alike."""
+        problems = self._comm.all_gather_object(problem)
+        return next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), "")
+
     def _record(
-        self, key: Any, outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> KernelRecording | None:  # fmt: skip
-        """Sends nothing, so a rank may fail in it by itself."""
+        self, key: Any, outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any],
+        lane: GraphLane | None, note: str,
+    ) -> tuple[KernelRecording | None, str]:  # fmt: skip
+        """A recording, or why there is none. Sends nothing, so a rank may fail in it by itself."""
         device = tensors_in((args, kwargs))[0].device
         gc.collect()
         memory = PeakMemory(device)
         try:
-            tape = Tape(self._comm, device)
+            tape = Tape(self._comm, device, lane)
             # Weights are put in order on the tape too: what others keep of them may be freed.
             with undone_by_failure(self._target.vae), apart(), outlet.to(tape.part), tape.recording():
                 result = on_shards(Mesh(tape, mesh.shape), call, args, kwargs)
         except Exception as error:  # Whatever asks the device for an answer, or finds no memory.
+            self._comm.check()
             LOG.info("a call of %s can't be recorded: %s", self._target.name, error)
-            return None
+            return None, str(error).split("\n", 1)[0] or type(error).__name__
         held = sum(tensor.nbytes for tensor in tensors_in(result))
-        return KernelRecording(key, tape, (args, kwargs), result, max(0, memory.growth - held))
+        return KernelRecording(key, tape, (args, kwargs), result, max(0, memory.growth - held), note), ""
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -235,13 +271,10 @@ def is_hooked(vae: nn.Module) -> bool:
     return has_hooks(vae) or any(map(has_library_hook, vae.modules()))
 
 
-def _timed(device: torch.device, run: Callable[[], Any]) -> tuple[Any, float]:
-    module = torch.get_device_module(device)
-    module.synchronize(device)
-    started = time.perf_counter()
-    result = run()
-    module.synchronize(device)
-    return result, time.perf_counter() - started
+def _replayed(recording: KernelRecording, arguments: Any) -> tuple[Any, list[Tensor]]:
+    """The result, and what was there before it."""
+    parts: list[Tensor] = []
+    return recording.replay(arguments, parts.append), parts
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from halovae.comm.environment import (
     shutdown,
 )
 from halovae.comm.group import Group, GroupComm, connect, world
-from halovae.comm.protocol import Comm, Message, Pending, SoloComm, Traffic, all_gather
+from halovae.comm.protocol import Comm, GraphLane, Message, Pending, SoloComm, Traffic, all_gather
 
 __all__ = [
     "Comm",
+    "GraphLane",
     "Group",
     "GroupComm",
     "Message",

@@ -6,14 +6,18 @@ its own and makes new ones after a failure. The user's group is only used to fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from halovae.base.forks import free_in_children, owned_here
 from halovae.comm.control import ABSENCE, Link
 from halovae.comm.protocol import Message
 
@@ -62,26 +66,92 @@ def store_of(group: dist.ProcessGroup) -> dist.Store:
     return _C10D._get_process_group_store(group)
 
 
-class HostLane:
+class TensorLane:
+    """Moves what is in one kind of memory, until it is broken.
+
+    Attributes:
+        has_graphs: whether messages may be part of the device's graphs.
+    """
+
+    has_graphs = False
+
+    def __init__(self) -> None:
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._capture, self._turn = (free_in_children(threading.Lock()) for _ in range(2))
+        self._broken = False
+        # A backend ends only after the graphs that hold messages of it: it would wait for them without an end.
+        weakref.finalize(self, _reset, self._graphs)
+        owned_here(self, lambda lane: lane._graphs.clear())
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+        """Begin an exchange of contiguous tensors; while a graph is being captured, as a part of that."""
+        # As bytes: no backend then needs to know the dtype.
+        return self._post([(p, _raw(t)) for p, t in sends], [(p, _raw(t)) for p, t in receives])
+
+    def _post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+        raise NotImplementedError
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Around the capture of graphs. Nobody breaks the lane meanwhile: nothing runs that would have to be ended."""
+        with self._capture:
+            if self._broken:
+                raise RuntimeError("the lane is broken")
+            yield
+
+    def hold(self, graph: Any) -> None:
+        """Reset a graph that has messages of this lane in it before the lane is broken."""
+        self._graphs.add(graph)
+
+    def replay(self, graph: Any) -> None:
+        """Launch a graph that was captured with messages of this lane.
+
+        Raises:
+            RuntimeError: the lane is broken.
+        """
+        with self._turn:
+            graph.replay()
+
+    def abort(self) -> None:
+        """Break every connection: what waits for messages ends, here and on the peers. May wait for the device."""
+        with self._capture:
+            self._broken = True
+            # It ends what a graph waits for, and then waits for the graphs.
+            breaking = threading.Thread(target=self._break, name="halovae-break", daemon=True)
+            breaking.start()
+        with self._turn:
+            _reset(self._graphs)
+        breaking.join()
+
+    def _break(self) -> None:
+        raise NotImplementedError
+
+
+def _reset(graphs: weakref.WeakSet[Any]) -> None:
+    for graph in list(graphs):
+        graph.reset()  # One that is running still ends first.
+
+
+class HostLane(TensorLane):
     """Moves what is in host memory, by gloo. Made by all ranks together."""
 
     def __init__(self, link: Link, rank: int, size: int) -> None:
+        super().__init__()
         self._group: Any = dist.ProcessGroupGloo(Notes(link, "gloo/"), rank, size, _TIMEOUT)
         self._peers = [peer for peer in range(size) if peer != rank]
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+    def _post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
         works = [self._group.recv([buffer], peer, 0) for peer, buffer in receives]
         return works + [self._group.send([tensor], peer, 0) for peer, tensor in sends]
 
-    def abort(self) -> None:
-        """Break every connection: all waits of this rank end with an error, and those of its peers for it."""
+    def _break(self) -> None:
         # Gloo breaks all of a group's connections when one wait of it is over time. It has to be one that is whole yet.
         for peer in self._peers:
             with suppress(RuntimeError):
                 self._group.recv([torch.empty(1, device="cpu")], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
 
-class DeviceLane:
+class DeviceLane(TensorLane):
     """Moves what is in an accelerator's memory, through a backend that can ("nccl", "hccl", ...).
 
     Args:
@@ -93,7 +163,8 @@ class DeviceLane:
     """
 
     def __init__(self, kind: str, device: torch.device, store: dist.Store, rank: int, size: int) -> None:
-        self._device = device
+        super().__init__()
+        self._device, self.has_graphs = device, kind == "nccl"
         self._backend, number = _backend(kind, store, rank, size)
         self._group = dist.ProcessGroup(store, rank, size)
         self._group._set_default_backend(number)
@@ -102,7 +173,7 @@ class DeviceLane:
             # Else the first messages would connect, and wait for ranks that have none.
             self._backend.eager_connect_single_device(device)
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+    def _post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
         self._group._start_coalescing(self._device)
         for peer, buffer in receives:
             self._group.recv([buffer], peer, 0)
@@ -110,9 +181,14 @@ class DeviceLane:
             self._group.send([tensor], peer, 0)
         return [self._group._end_coalescing(self._device)]
 
-    def abort(self) -> None:
-        """Stop what runs on the device for this lane."""
+    def _break(self) -> None:
         self._backend.abort()
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    if not tensor.is_contiguous():
+        raise RuntimeError("only contiguous tensors travel")
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
 
 
 def _backend(kind: str, store: dist.Store, rank: int, size: int) -> tuple[Any, Any]:

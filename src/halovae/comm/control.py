@@ -10,11 +10,12 @@ is said in the next one can't be taken for something old.
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
@@ -63,6 +64,7 @@ class Link:
         self._left: set[int] = set()
         self._stuck: set[int] = set()
         self._notes: dict[str, bytes] = {}
+        self._latest = math.inf
         self.busy = self._closed = self._disowned = False
         self._thread = threading.Thread(target=self._serve, name="halovae-link", daemon=True)
         self._thread.start()
@@ -132,6 +134,15 @@ class Link:
                     self._news.wait(1.0)
             finally:
                 self.busy = outer
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Around a wait for the device, which may wait for messages: when it takes too long, this rank fails."""
+        self._latest = time.monotonic() + ABSENCE
+        try:
+            yield
+        finally:
+            self._latest = math.inf
 
     def check(self) -> None:
         """Raise what is known of a failure in this era."""
@@ -284,6 +295,8 @@ class Link:
         return True
 
     def _beat(self, alive: dict[int, Connection], now: float) -> None:
+        if now > self._latest:
+            self.fail(f"its device has waited {ABSENCE:.0f} s for messages of other ranks", "")
         for rank in alive:
             if now - self._heard[rank] <= self._patience:
                 self._send(rank, ("beat",))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 import traceback
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from halovae.base.errors import InputError, RankFailedError
 from halovae.base.forks import owned_here
 from halovae.base.functions import outside_modes
-from halovae.comm.backends import DeviceLane, HostLane, store_of
+from halovae.comm.backends import DeviceLane, HostLane, TensorLane, store_of
 from halovae.comm.control import Link
 from halovae.comm.environment import default_device, launched_ranks
-from halovae.comm.protocol import Comm, Message, Nothing, Pending, SoloComm
+from halovae.comm.protocol import Comm, GraphLane, Message, Nothing, Pending, SoloComm
 
 Group = dist.ProcessGroup | DeviceMesh
 """What callers name their ranks by; a mesh of one dimension."""
@@ -82,8 +84,8 @@ class GroupComm(Comm):
         self.size = dist.get_world_size(group)
         self.under_way: set[_Posted] = set()
         self._group = group
-        self._lanes: dict[str, HostLane | DeviceLane] = {}
-        self._era = -1
+        self._lanes: dict[str, TensorLane] = {}
+        self.era = -1
 
         def share(value: Any) -> list[Any]:
             values: list[Any] = [None] * self.size
@@ -92,7 +94,7 @@ class GroupComm(Comm):
 
         self._name = share(secrets.token_hex(8))[0]
         # Weak, and closed at the end: the thread of the link must not outlive what nobody uses any more.
-        abort = weakref.WeakMethod(self._abort)
+        abort = weakref.WeakMethod(self._abort_beside)
         self._link = Link(self.rank, self.size, share, lambda: (found := abort()) and found())
         self._closed = weakref.finalize(self, self._link.close)
         owned_here(self, GroupComm._disown)
@@ -113,7 +115,7 @@ class GroupComm(Comm):
         staged = [(peer, self._staged(tensor)) for peer, tensor in sends]
         lane = self._lanes[(landing or staged)[0][1].device.type]
         try:
-            works = lane.post([(p, _raw(t)) for p, t in staged], [(p, _raw(t)) for p, t in landing])
+            works = lane.post(staged, landing)
         except RuntimeError as error:
             raise self.blamed(error) from error
         self.traffic.messages += len(sends)
@@ -122,6 +124,10 @@ class GroupComm(Comm):
         posted = _Posted(self, works, receives, landing, staged)
         self.under_way.add(posted)
         return posted
+
+    def lane_of_graphs(self, device: torch.device) -> GraphLane | None:
+        lane = self._lanes.get(device.type)
+        return lane if lane and lane.has_graphs else None
 
     def _staged(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.device.type in self._lanes else tensor.cpu()
@@ -148,7 +154,7 @@ class GroupComm(Comm):
     def begin(self) -> None:
         self._link.check()
         self._link.busy = True
-        if self._era != self._link.era:
+        if self.era != self._link.era:
             self._link.gather(None)  # Who does not come is named by it; lanes can't tell.
             self._connect()
 
@@ -156,11 +162,15 @@ class GroupComm(Comm):
         if self._link.troubled:
             self._link.check()
 
+    def synchronize(self) -> None:
+        if len(self._lanes) > 1:
+            with self._link.limited():
+                torch.accelerator.synchronize()
+
     def finish(self) -> None:
         for posted in list(self.under_way):
             posted.wait()
-        if len(self._lanes) > 1:  # What a device still has to do may depend on messages that never come.
-            torch.accelerator.synchronize()
+        self.synchronize()  # What a device still has to do may depend on messages that never come.
         self._link.gather(None)
         self._link.busy = False
 
@@ -178,12 +188,12 @@ class GroupComm(Comm):
 
     def _connect(self) -> None:
         """New lanes for this era."""
-        self._lanes, self._era = {}, self._link.era
+        self._lanes, self.era = {}, self._link.era
         try:
-            lanes: dict[str, HostLane | DeviceLane] = {"cpu": HostLane(self._link, self.rank, self.size)}
+            lanes: dict[str, TensorLane] = {"cpu": HostLane(self._link, self.rank, self.size)}
             kind, device = _device_backend(self._group)
             if kind != "gloo":
-                prefix = f"halovae/{self._name}/{self._era}"
+                prefix = f"halovae/{self._name}/{self.era}"
                 store = dist.PrefixStore(prefix, store_of(self._group))
                 lanes[device.type] = DeviceLane(kind, device, store, self.rank, self.size)
         except RuntimeError as error:
@@ -200,6 +210,12 @@ class GroupComm(Comm):
     def _abort(self) -> None:
         for lane in self._lanes.values():
             lane.abort()
+
+    def _abort_beside(self) -> None:
+        """Without waiting for this rank's own work, which may be about to ask who has failed."""
+        lanes = list(self._lanes.values())  # Those of now: the next era has others.
+        with suppress(RuntimeError):  # Python is ending.
+            threading.Thread(target=lambda: [lane.abort() for lane in lanes], name="halovae-abort", daemon=True).start()
 
 
 def connect(group: Group | None = None) -> Comm:
@@ -247,13 +263,6 @@ owned_here(dist, _inherit_world)
 def world() -> Comm:
     """The `Comm` of the whole world."""
     return connect(None)
-
-
-def _raw(tensor: Tensor) -> Tensor:
-    """As bytes: no backend then needs to know the dtype."""
-    if not tensor.is_contiguous():
-        raise RuntimeError("only contiguous tensors travel")
-    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
 
 
 def _device_backend(group: dist.ProcessGroup) -> tuple[str, torch.device]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +49,26 @@ class Nothing:
         return
 
 
+class GraphLane(Protocol):
+    """Messages that are part of a device's graphs. After a failure its graphs are void."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Around the capture of graphs."""
+        ...
+
+    def hold(self, graph: Any) -> None:
+        """Take note of a graph that has messages in it, so that a failure can make it void."""
+        ...
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Sequence[Any]:
+        """Put an exchange into the graph that is being captured; each `wait` of what this gives puts that there."""
+        ...
+
+    def replay(self, graph: Any) -> None:
+        """Launch a graph, or raise RuntimeError where a failure has made it void."""
+        ...
+
+
 class Comm:
     """What the layers above need of a group of ranks. What stands here is enough for a group of one.
 
@@ -55,10 +76,12 @@ class Comm:
         rank: index of this process in the group.
         size: number of ranks in the group.
         traffic: counters of this rank, replaced by who counts anew.
+        era: how many calls of the group have failed; graphs with messages in them are void in the next.
     """
 
     rank: int = 0
     size: int = 1
+    era: int = 0
 
     def __init__(self) -> None:
         self.traffic = Traffic()
@@ -85,6 +108,9 @@ class Comm:
             raise RuntimeError("a group of one has no peers")
         return Nothing()
 
+    def lane_of_graphs(self, device: torch.device) -> GraphLane | None:
+        """What puts messages between such devices into their graphs; None: only the host can post them."""
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's small picklable value, in rank order.
 
@@ -102,6 +128,9 @@ class Comm:
         Raises:
             RankFailedError: another rank has failed in this call.
         """
+
+    def synchronize(self) -> None:
+        """Wait for the device, which may wait for messages; after too long a time for that this rank fails."""
 
     def finish(self) -> None:
         """End a call: returns when every rank has come to its end."""
