@@ -126,7 +126,7 @@ class Resumed:
         if number in self.stage.gives:
             for place in call.used:
                 leaves[place] = None
-            before = pytree.tree_map_only(weakref.ref, lambda tensor: tensor(), before)
+            before = pytree.tree_map_only(weakref.ref, _alive, before)
             kept = _changes(args, before[0]), _changes(kwargs, before[1]), self.stages.rest.changed(), leaves
             args, kwargs, modules, leaves = pytree.tree_map_only(Tensor, _kept, copied(kept))
             self._caches[number] = (args, kwargs), modules, pytree.tree_unflatten(leaves, structure)
@@ -151,6 +151,11 @@ class Resumed:
             return tensor[:, :, start : start + stage.length] if is_video else tensor
 
         return map_tensors(cut, result)
+
+
+def _alive(tensor: weakref.ref[Tensor]) -> Any:
+    """The tensor, or where it is no more what nothing is the same as."""
+    return object() if tensor() is None else tensor()
 
 
 def _changes(now: Any, before: Any) -> Any:
