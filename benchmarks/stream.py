@@ -4,9 +4,10 @@
     python benchmarks/stream.py --device cuda --frames 21 201
 
 Wan 2.1 with random weights. `first` is when the first frames are there, `first/call` their share of the time of one
-call; `stream/call` and `session/call` are for the whole clip. Memory is the growth during one call in fresh processes,
-on the first rank. `by hand` is what one can do without a stream: some frames at a time with one more before them, whose
-result is thrown away; `its error` is how far that is from the call, relative in L2.
+call; `stream/call`, `parts/call` (a stream that reads an iterator) and `session/call` are for the whole clip. Memory is
+the growth during one call in fresh processes, on the first rank. `by hand` is what one can do without a stream: some
+frames at a time with one more before them, whose result is thrown away; `its error` is how far that is from the call,
+relative in L2.
 """
 
 from __future__ import annotations

@@ -74,6 +74,18 @@ def test_frames_that_are_blended_in_time() -> None:
     assert torch.equal(torch.cat(pieces, 2), whole)
 
 
+def test_frames_that_are_cropped_at_the_beginning() -> None:
+    """The VAE leaves out the first frames of whatever it joins: so later pieces come with blank ones before them."""
+    vae, latent = FAMILIES["mochi"].build().to(torch.float64), latents("mochi", 5)
+    vae.use_framewise_decoding = True
+    with halovae.optimize(vae) as handle:
+        whole = run_decode(FAMILIES["mochi"], vae, latent)
+        for given in (latent, iter(latent.split(1, 2))):
+            pieces = list(handle.decode_stream(given))
+            assert [piece.shape[2] for piece in pieces] == [7, 12, 6]
+            assert torch.equal(torch.cat(pieces, 2), whole)
+
+
 def ends(rank: int) -> None:
     """Streams that end early, fail, or are in the way of other calls, one after the other on one handle."""
     vae, latent = FAMILIES["wan21"].build().to(torch.float64), latents("wan21")

@@ -176,9 +176,9 @@ class Handle(Caller):
         """Encode a video that comes from an iterator. Called on every rank.
 
         Latents come as soon as they are final, and no rank holds all frames. Joined in time, the pieces are what one
-        call gives, bit for bit where that joins no steps (`Options.frames_per_call`). A VAE that walks through time in
-        steps gives a piece after each of them. Any other one gives one piece, for which all frames are held:
-        `last.pieces` tells.
+        call gives, bit for bit. A VAE that walks through time in steps gives a piece after each of them, or after as
+        many as go in one call of its network (`Options.frames_per_call`). Any other one gives one piece, for which all
+        frames are held: `last.pieces` tells.
 
         Every rank reads its own iterator, and all have to yield the same clip. Whether they do is checked at each step,
         by sizes and some values. Nothing is read ahead of the step that is asked for.

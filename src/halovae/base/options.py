@@ -42,7 +42,7 @@ class Options:
     frames_per_call: int | Literal["auto"] = "auto"
     """Latent frames that a VAE which walks through time takes in one call of its network (exact mode). More frames mean
     fewer and larger messages and kernels, and more memory. "auto": as many as fill an accelerator; on a CPU as few as
-    the VAE itself takes. 1: always as the VAE itself."""
+    the VAE itself takes. 32 at the most. 1: always as the VAE itself."""
     graphs: bool | Literal["auto"] = "auto"
     """Record the second of two calls of the same kind, and replay that from the third on (exact mode where each rank
     has a shard, on accelerators with CUDA graphs or the like; elsewhere nothing changes). The replay leaves Python out,

@@ -17,9 +17,9 @@ from halovae.calls.dataflow import Spec
 from halovae.calls.merge_steps import Merged, Steps
 from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
 from halovae.calls.state import Snapshot, copied, is_same, refill
-from halovae.calls.time_pieces import copy, without_frames
+from halovae.calls.time_pieces import blank, copy
 from halovae.calls.time_stages import Stage, TimeStages, absent
-from halovae.exact.layout import layout_of, mark, plain
+from halovae.exact.layout import layout_of, mark
 from halovae.kernels.fast_mode import finished
 
 
@@ -110,8 +110,7 @@ class Resumed:
         if number in holds:
             used = list(map(copy, self._before.results[holds[number]]))
         else:
-            blank = stage.blank
-            used = [self._missing(place, spec, blank * spec.shape[2]) for place, spec in enumerate(call.specs)]
+            used = [self._missing(place, spec, stage.blank * spec.shape[2]) for place, spec in enumerate(call.specs)]
         return call.result(used, others, device=self._device)
 
     def _real(self, number: int, call: NetworkCall, args: Any, kwargs: Any) -> Any:
@@ -121,13 +120,13 @@ class Resumed:
         used = [leaves[place] for place in call.used]
         if [tensor.shape[2] for tensor in used] != [spec.shape[2] for spec in call.specs]:
             raise NotExactError(f"call {number} of the network gave other frames than planned")
-        self._like = self._like or tuple(map(without_frames, used))
+        self._like = self._like or tuple(blank(tensor, 0) for tensor in used)
         if self.stages.blends:
             self._results.append(list(map(copy, used)))  # The VAE may write into what it gets.
         if number in self.stage.gives:
             for place in call.used:
                 leaves[place] = None
-            before = pytree.tree_map_only(weakref.ref, lambda tensor: tensor(), before)
+            before = pytree.tree_map_only(weakref.ref, _alive, before)
             kept = _changes(args, before[0]), _changes(kwargs, before[1]), self.stages.rest.changed(), leaves
             args, kwargs, modules, leaves = pytree.tree_map_only(Tensor, _kept, copied(kept))
             self._caches[number] = (args, kwargs), modules, pytree.tree_unflatten(leaves, structure)
@@ -141,7 +140,7 @@ class Resumed:
         like = self._like[place] if self._like else None
         if like is None or layout_of(like) is None:
             return absent(spec, frames, self._device)
-        return _stretched(like, frames)
+        return blank(like, frames)
 
     def _new_frames(self, result: Any) -> Any:
         stage, frames = self.stage, pictures_in(result)[0].shape[2]
@@ -154,19 +153,16 @@ class Resumed:
         return map_tensors(cut, result)
 
 
+def _alive(tensor: weakref.ref[Tensor]) -> Any:
+    """The tensor, or where it is no more what nothing is the same as."""
+    return object() if tensor() is None else tensor()
+
+
 def _changes(now: Any, before: Any) -> Any:
     """The arguments that are other ones than before a call, in place; None for those that are not."""
     if isinstance(now, dict):
         return {name: None if is_same(value, before[name]) else value for name, value in now.items()}
     return tuple(None if is_same(value, old) else value for value, old in zip(now, before, strict=True))
-
-
-@outside_modes
-def _stretched(like: Tensor, frames: int) -> Tensor:
-    """As many blank frames."""
-    layout = layout_of(like)
-    blank = like.new_zeros((*like.shape[:2], frames, *like.shape[3:]))
-    return mark(blank, layout and layout.replace(2, plain(frames)))
 
 
 @outside_modes

@@ -53,6 +53,8 @@ class Piece:
     start: int
     """The first of them, among the frames that the VAE makes of these calls alone."""
     stop: int
+    blank: frozenset[int]
+    """Other calls that have blank frames for it, where the VAE crops; the others have none."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +156,25 @@ class _Trial:
         for last, group in itertools.groupby(final):
             length = len(list(group))
             needs = tuple(n for n in range(count) if not read[n].isdisjoint(range(at, at + length)))
-            part = self._make(lambda call, noise, needs=needs: noise.clone() if call in needs else noise[:, :, :0])
             wanted = whole[:, :, at : at + length]
-            places = range(part.shape[2] - length, -1, -1)
-            start = next((s for s in places if torch.equal(part[:, :, s : s + length], wanted)), None)
-            if start is None:
+            piece = self._piece(needs, last, wanted, ()) or self._piece(needs, last, wanted, (0,))
+            if piece is None:
                 return ()
-            found.append(Piece(needs, last, start, start + length))
+            found.append(piece)
             at += length
         return tuple(found)
+
+    def _piece(self, needs: tuple[int, ...], last: int, wanted: Tensor, blank: tuple[int, ...]) -> Piece | None:
+        """Frames as the VAE makes them of these calls alone; None where they are not among what it makes."""
+        empty = frozenset(blank).difference(needs)
+
+        def result(call: int, noise: Tensor) -> Tensor:
+            return noise.clone() if call in needs else torch.zeros_like(noise[:, :, : noise.shape[2] * (call in empty)])
+
+        part, length = self._make(result), wanted.shape[2]
+        places = range(part.shape[2] - length, -1, -1)
+        start = next((s for s in places if torch.equal(part[:, :, s : s + length], wanted)), None)
+        return None if start is None else Piece(needs, last, start, start + length, empty)
 
     def _frames_of(self, call: int, whole: Tensor) -> set[int]:
         """Frames of the output in which the result of a call has a part."""
@@ -221,7 +233,7 @@ class Walker:
         if [tensor.shape[2] for tensor in used] != _lengths(call):
             raise NotExactError(f"call {number} of the network gave other frames than planned")
         self._results[number] = used
-        without = [without_frames(tensor) for tensor in used]
+        without = [blank(tensor, 0) for tensor in used]
         answer = call.result(without, real)
         del real, leaves, used
         while self._left and self._left[0].after <= number and self._are_there(self._left[0].calls):
@@ -244,7 +256,8 @@ class Walker:
         device = like[0].device
 
         def answer(number: int) -> Any:
-            used = parts[number] if number in parts else list(map(without_frames, like))
+            frames = _lengths(self._walk.calls[number]) if number in piece.blank else [0] * len(like)
+            used = parts[number] if number in parts else list(map(blank, like, frames))
             return self._walk.calls[number].result(used, device=device)
 
         before = Snapshot(self._vae, *self._given, values=False)  # Its caches go on after this.
@@ -258,11 +271,10 @@ class Walker:
 
 
 @outside_modes
-def without_frames(tensor: Tensor) -> Tensor:
-    """None of its frames, laid out as it is."""
-    layout, shape = layout_of(tensor), (*tensor.shape[:2], 0, *tensor.shape[3:])
-    empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    return mark(empty, layout and layout.replace(2, plain(0)))
+def blank(like: Tensor, frames: int) -> Tensor:
+    """As many blank frames, laid out as those of another tensor."""
+    layout, shape = layout_of(like), (*like.shape[:2], frames, *like.shape[3:])
+    return mark(torch.zeros(shape, dtype=like.dtype, device=like.device), layout and layout.replace(2, plain(frames)))
 
 
 @outside_modes
