@@ -64,17 +64,6 @@ def copied(x: Tensor, how: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
     return y, early, late.view(2, 6, -1), x
 
 
-def still(x: Tensor, count: int) -> Tensor:
-    """Equal frames."""
-    return x[:, :, :1].repeat(1, 1, count, 1, 1)
-
-
-def nearly_still(x: Tensor) -> Tensor:
-    y = still(x, 5)
-    y[:, :, 2, 0, 0] += 1
-    return F.conv3d(y, W3, padding=(0, 1, 1))
-
-
 def grown(x: Tensor) -> Tensor:
     """A result that grows frame by frame."""
     out = x[:, :, :1]
@@ -123,11 +112,6 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "causal, replicated": (lambda x: causal(x, mode="replicate"), VIDEO),
     "causal, one cached": (lambda x: causal(x[:, :, 1:], x[:, :, :1]), VIDEO),
     "causal, two cached": (lambda x: causal(x[:, :, 2:], x[:, :, :2]), VIDEO),
-    "still": (lambda x: causal(still(x, 3), still(x, 2)), VIDEO),
-    "still, replicated": (lambda x: causal(still(x, 3), mode="replicate"), VIDEO),
-    "still, strided": (lambda x: F.conv3d(F.pad(still(x, 7), (1, 1, 1, 1)), W3, BIAS, stride=(2, 1, 1)), VIDEO),
-    "still behind zeros": (lambda x: causal(still(x, 3)), VIDEO),
-    "still but for a pixel": (nearly_still, VIDEO),
     "joined in another dimension": (lambda x: torch.cat([x, x], 1), VIDEO),
     "joined with another dtype": (lambda x: torch.cat([x, x.float()], 2), VIDEO),
     "norm over channels": (norm, VIDEO),
@@ -196,7 +180,7 @@ SHARDED = [
     "upsampled", "upsampled, nearest-exact", "upsampled, unpadded", "upsampled, strided", "upsampled, alone",
     "conv3d", "conv3d, strided, dilated", "wide padding", "padding of a value", "padding twice", "padding alone",
     "reflect padding", "causal, first frame", "causal, one cached", "written later",
-    "still", "still, replicated", "still, strided", "still behind zeros", "padding for nobody",
+    "padding for nobody",
 ]  # fmt: skip
 CUTS = [GRID, ((0, 5, 12), (0, 18)), ((0, 4, 8, 12), (0, 18)), ((0, 12), (0, 6, 12, 18))]
 
@@ -222,18 +206,6 @@ def test_repeated_channels_stay_channels_last() -> None:
         convolved = F.conv2d(draw(*IMAGE), W2)
         repeated = F.pixel_shuffle(convolved.repeat_interleave(4, dim=1), 2)
     assert is_channels_last(computed(repeated))
-
-
-def test_one_of_equal_frames_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    run = convolution._run
-    monkeypatch.setattr(
-        convolution, "_run", lambda source, *args: (seen.append(source.shape[2]), run(source, *args))[1]
-    )
-    for name in ("still", "still, replicated", "still, strided"):
-        with torch.no_grad(), FastMode():
-            finished(CASES[name][0](draw(*VIDEO)))
-    assert set(seen) == {W3.shape[2]}
 
 
 LOW = ["conv3d", "causal, first frame", "causal, two cached", "asymmetric padding", "several users", "upsampled"]

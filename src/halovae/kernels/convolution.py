@@ -14,7 +14,6 @@ from halovae.kernels.cpu import winograd
 from halovae.kernels.cpu.packed import Geometry, convolve, prepared
 from halovae.kernels.cpu.pieces import Line, line_of
 from halovae.kernels.cpu.slabs import WINDOW_BYTES
-from halovae.kernels.cpu.still import copies, is_still, with_frames
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.chain import Chain
@@ -75,9 +74,6 @@ def convolution(
         joined, window = _without_zero_frames(joined, window)
     if device_type(joined.device) != "cpu":
         return on_gpu(joined, window)
-    frames = window.out_size(joined.shape[2], 0) if n == 3 else 1
-    if frames > 1 and is_still(joined):
-        return copies(_on_cpu(with_frames(joined, window.reach(0) + 1), window), frames)
     return _on_cpu(joined, window)
 
 
