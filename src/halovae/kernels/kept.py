@@ -49,8 +49,6 @@ class Kept:
     """Bytes of host memory for what is made of weights."""
     call: int = 0
     """Number of the call."""
-    gains: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
-    """What was found out by trying, by question."""
     rooms: dict[tuple[int, ...], tuple[Extent, ...]] = field(default_factory=dict[tuple[int, ...], tuple[Extent, ...]])
     """How much was put around a picture of this shape, before and after it along each dimension."""
 
