@@ -30,8 +30,7 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
     with kept().while_making() as dropped:
         made = make()
         if made is not weight and (device_type(made.device) != "cpu" or kept_bytes() + made.nbytes <= kept().room):
-            weights[key] = before
-            before.by_kind[kind] = made
+            weights.setdefault(key, before).by_kind[kind] = made
         else:
             dropped()
     return made
