@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CORE = (
-    "rules", "windows", "layout", "refusals", "kernels", "winograd", "geometry", "plan", "exact_families", "optimize",
+    "rules", "windows", "layout", "refusals", "kernels", "geometry", "plan", "exact_families", "optimize",
     "tile_families", "merge", "predict", "parallel", "graphs", "fit", "media", "pipelines", "cli_ranks",
 )  # fmt: skip
 """Operators, every family in both modes, real ranks, pipelines and the command line."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from halovae.kernels import convolution
 from halovae.kernels.cpu import slabs
 from halovae.kernels.fast_mode import FastMode, finished
-from halovae.kernels.lazy import upsampled
 from halovae.kernels.lazy.deferred import Deferred, computed, recipe_of
 from halovae.kernels.lazy.joined import Joined
 from halovae.kernels.memory_format import is_channels_last
@@ -62,17 +61,6 @@ def copied(x: Tensor, how: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         F.silu(written, inplace=True)
     x.mul_(2)
     return y, early, late.view(2, 6, -1), x
-
-
-def still(x: Tensor, count: int) -> Tensor:
-    """Equal frames."""
-    return x[:, :, :1].repeat(1, 1, count, 1, 1)
-
-
-def nearly_still(x: Tensor) -> Tensor:
-    y = still(x, 5)
-    y[:, :, 2, 0, 0] += 1
-    return F.conv3d(y, W3, padding=(0, 1, 1))
 
 
 def grown(x: Tensor) -> Tensor:
@@ -123,11 +111,6 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "causal, replicated": (lambda x: causal(x, mode="replicate"), VIDEO),
     "causal, one cached": (lambda x: causal(x[:, :, 1:], x[:, :, :1]), VIDEO),
     "causal, two cached": (lambda x: causal(x[:, :, 2:], x[:, :, :2]), VIDEO),
-    "still": (lambda x: causal(still(x, 3), still(x, 2)), VIDEO),
-    "still, replicated": (lambda x: causal(still(x, 3), mode="replicate"), VIDEO),
-    "still, strided": (lambda x: F.conv3d(F.pad(still(x, 7), (1, 1, 1, 1)), W3, BIAS, stride=(2, 1, 1)), VIDEO),
-    "still behind zeros": (lambda x: causal(still(x, 3)), VIDEO),
-    "still but for a pixel": (nearly_still, VIDEO),
     "joined in another dimension": (lambda x: torch.cat([x, x], 1), VIDEO),
     "joined with another dtype": (lambda x: torch.cat([x, x.float()], 2), VIDEO),
     "norm over channels": (norm, VIDEO),
@@ -196,7 +179,7 @@ SHARDED = [
     "upsampled", "upsampled, nearest-exact", "upsampled, unpadded", "upsampled, strided", "upsampled, alone",
     "conv3d", "conv3d, strided, dilated", "wide padding", "padding of a value", "padding twice", "padding alone",
     "reflect padding", "causal, first frame", "causal, one cached", "written later",
-    "still", "still, replicated", "still, strided", "still behind zeros", "padding for nobody",
+    "padding for nobody",
 ]  # fmt: skip
 CUTS = [GRID, ((0, 5, 12), (0, 18)), ((0, 4, 8, 12), (0, 18)), ((0, 12), (0, 6, 12, 18))]
 
@@ -224,18 +207,6 @@ def test_repeated_channels_stay_channels_last() -> None:
     assert is_channels_last(computed(repeated))
 
 
-def test_one_of_equal_frames_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    run = convolution._run
-    monkeypatch.setattr(
-        convolution, "_run", lambda source, *args: (seen.append(source.shape[2]), run(source, *args))[1]
-    )
-    for name in ("still", "still, replicated", "still, strided"):
-        with torch.no_grad(), FastMode():
-            finished(CASES[name][0](draw(*VIDEO)))
-    assert set(seen) == {W3.shape[2]}
-
-
 LOW = ["conv3d", "causal, first frame", "causal, two cached", "asymmetric padding", "several users", "upsampled"]
 
 
@@ -243,8 +214,7 @@ LOW = ["conv3d", "causal, first frame", "causal, two cached", "asymmetric paddin
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_low_precision_is_no_farther_from_the_truth(name: str, dtype: torch.dtype, monkeypatch: Any) -> None:
     """Than plain torch, but for a fifth of its own rounding; in float32 whatever this processor prefers."""
-    for module in (convolution, upsampled):
-        monkeypatch.setattr(module, "working_dtype", lambda given: torch.float32)
+    monkeypatch.setattr(convolution, "working_dtype", lambda given: torch.float32)
     function, shape = CASES[name]
     x = draw(*shape, dtype=dtype)
     cast = {"W3": W3, "W2": W2, "BIAS": BIAS, "GAMMA": GAMMA}

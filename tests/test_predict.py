@@ -192,8 +192,6 @@ def test_memory_is_what_is_allocated(name: str, half: str) -> None:
     vae = family.build()
     picture = family.sample() if half == "encode" else family.latent()
     with halovae.optimize(vae):
-        run_half(name, vae, half, picture)  # Which kernels are fastest is tried out once in a process.
-    with halovae.optimize(vae):
         allocated = allocated_by(functools.partial(run_half, name, vae, half, picture), CPU)
     assert predict(name, half, "exact", 1).memory - picture.nbytes == pytest.approx(allocated, rel=0.08)
 

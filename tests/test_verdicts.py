@@ -26,8 +26,7 @@ from halovae.calls.target import Target
 from halovae.calls.verify import compression
 from halovae.cli.main import main
 from halovae.exact.shard_mode import RULES
-from halovae.kernels import trials
-from halovae.kernels.kept import Kept
+from halovae.kernels import precision
 from halovae.media import vae_limits
 from halovae.pipelines.stages import StageTimeline, watched
 
@@ -267,23 +266,27 @@ def test_two_processes_at_once(two_ranks: Ranks, tmp_path: Path) -> None:
 # ---- what is kept besides the probe ----------------------------------------------------------------------------------
 
 
-def test_frame_counts_gains_and_ratios_are_not_asked_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frame_counts_dtypes_and_ratios_are_not_asked_twice(cache: Path) -> None:
     vae = FAMILIES["wan21"].build()
     limits = vae_limits.limits_of(vae)
     sizes = limits.fit(6, 33, 40)
     ratio = compression(Target(vae), torch.zeros(1, 3, 5, 64, 64))
-    monkeypatch.setattr(trials, "_timed_here", {})
-    with Kept().in_use():
-        gain = trials.gain("sums", lambda: (lambda: sum(range(20_000)), lambda: sum(range(2_000))))
-    monkeypatch.setattr(trials, "_timed_here", {})
-    with patch.object(vae_limits, "skeleton") as built, patch.object(Target, "run_untiled") as run, Kept().in_use():
+    precision._is_faster.cache_clear()
+    work = precision.working_dtype(torch.float16)
+    precision._is_faster.cache_clear()
+    with (
+        patch.object(vae_limits, "skeleton") as built,
+        patch.object(Target, "run_untiled") as run,
+        patch.object(precision, "_seconds") as timed,
+    ):
         again = vae_limits.limits_of(vae)
         assert again.fit(6, 33, 40) == sizes
         assert {**vars(again), "padded_count": 0} == {**vars(limits), "padded_count": 0}
         assert compression(Target(vae), torch.zeros(1, 3, 5, 64, 64)) == ratio == 8
-        assert trials.gain("sums", lambda: pytest.fail("it was timed before")) == gain
+        assert precision.working_dtype(torch.float16) == work
     assert not built.called
     assert not run.called
+    assert not timed.called
 
 
 class Seen(nn.Module):

@@ -19,21 +19,12 @@ from halovae.kernels.fast_mode import FastMode
 from halovae.kernels.kept import Kept, apart
 
 
-def _by_numpy(weight: Tensor) -> None:
-    weight.numpy()[2, 1, 0, 0] += 5
-
-
 def _by_data(weight: Tensor) -> None:
     weight.data[2, 1, 0, 0] += 5
 
 
 CHANGES: dict[str, Callable[[Tensor], object]] = {
-    "one element": lambda weight: weight[2, 1, 0, 0].add_(5),
     "one element behind torch's back": _by_data,
-    "by numpy": _by_numpy,
-    "a pruned channel": lambda weight: weight.data[:, 2].zero_(),
-    "two channels changed places": lambda weight: weight.data.copy_(weight[[0, 2, 1, 3, 4]]),
-    "turned round": lambda weight: weight.data.copy_(weight.flip(-1)),
     "replaced": lambda weight: setattr(weight, "data", weight.data * 3),
     "transposed": lambda weight: setattr(weight, "data", weight.data.transpose(2, 3)),
 }
@@ -59,7 +50,8 @@ def test_a_changed_weight_is_noticed(
         room(1 << 20)
         with FastMode():
             run(weight, last)
-        assert weights.kept_bytes()
+            assert weights.kept_bytes()
+        assert not weights.kept_bytes()
         for each in (weight, last):
             CHANGES[change](each)
         with FastMode():
@@ -102,7 +94,7 @@ def test_a_prediction_and_another_handle_leave_alone_what_is_kept(room: Callable
             assert weights.kept_bytes() == 0
             room(1 << 20)
             prepare(weight, 20, 34, calls)
-            weights.forget()
+            weights.end_call()
 
     with apart():
         thread = threading.Thread(target=other)
@@ -179,17 +171,15 @@ def test_pieces_of_one_picture_share_what_was_made_for_them(room: Callable[[int]
 def test_a_weight_that_outweighs_the_picture_is_left_as_it_is(
     room: Callable[[int], None], taps: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Unless there is room to keep it packed."""
     weight, x = draw(40, 48, *taps, dtype=dtype), draw(2, 48, *(1 for _ in taps), dtype=dtype)
     ones, padding = (1,) * len(taps), (1,) * len(taps)
     shape = packed.Geometry(tuple(weight.shape), dtype, tuple(x.shape), ones, padding, ones)
     assert shape.is_light
     assert not replace(shape, source=(2, 48, *(9 for _ in taps))).is_light
     convolution = F.conv2d if len(taps) == 2 else F.conv3d
-    for size, packs in ((0, False), (weight.nbytes, True)):
-        room(size)
-        made = packed.prepared(weight, "kind", lambda: weight, shape, {})
-        assert made.is_mkldnn == packs
-        found = packed.convolve(x, made, None, ones, padding, ones)
-        # One rounding of a sum that torch may add up in another order.
-        assert_same(found, convolution(x, weight, padding=padding), 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    room(weight.nbytes)
+    made = packed.prepared(weight, "kind", lambda: weight, shape, {})
+    assert made is weight
+    found = packed.convolve(x, made, None, ones, padding, ones)
+    # One rounding of a sum that torch may add up in another order.
+    assert_same(found, convolution(x, weight, padding=padding), 1e-2 if dtype == torch.bfloat16 else 1e-5)

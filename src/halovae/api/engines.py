@@ -31,10 +31,7 @@ from halovae.comm import Comm, Traffic, backend_name
 from halovae.comm.agreement import together, verdict_of_all
 from halovae.exact.mesh import Mesh, ShardPlan
 from halovae.exact.run import GroupRun, Runner, first_tensor, on_shards
-from halovae.kernels import autocast, trials
 from halovae.kernels.kept import apart
-from halovae.kernels.precision import working_dtype
-from halovae.kernels.weight_cache import forget
 from halovae.predict.memory_check import Room
 from halovae.tiles.tile_runner import TileRunner
 
@@ -158,7 +155,6 @@ class ExactEngine(Engine):
 
     Attributes:
         verified: halves and grids whose probe has gone well.
-        tried: kinds of calls for which all ranks take the same kernels.
         room: what is known of memory.
         merger: what is known of steps in time.
         graphs: the recordings.
@@ -168,7 +164,6 @@ class ExactEngine(Engine):
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self.comm, self.target, self.options = comm, target, options
         self.verified: set[tuple[str, tuple[int, int]]] = set()
-        self.tried: set[Any] = set()
         self.room = Room(target)
         self.merger = Merger(comm, target, options.frames_per_call)
         self.graphs = Graphs(comm, target, always=options.graphs is True)
@@ -199,11 +194,10 @@ class ExactEngine(Engine):
         return call.make(), call.resumed.held
 
     def settled(self) -> int:
-        return len(self.verified) + len(self.tried) + len(self.merger.chosen) + len(self.walks)
+        return len(self.verified) + len(self.merger.chosen) + len(self.walks)
 
     def forget(self) -> None:
         self.verified.clear()
-        self.tried.clear()
         self.merger.chosen.clear()
         self.walks.clear()
 
@@ -256,20 +250,6 @@ class _OnRanks(ExactCall[Ran]):
         if self._has_shard:
             room, given = self._engine.room, (self.picture, self.args, self.kwargs)
             room.check(self.half, self.shards, self.ratio(), self._keep, *given)
-
-    def kernels(self) -> None:
-        """Which are fastest each rank has tried out by itself; all go on with the same answers."""
-        kind = self.half, self.shards, tuple(self.picture.shape), self.picture.dtype, autocast.state()
-        self._new_kind = kind if self.comm.size > 1 and kind not in self._engine.tried else None
-        if self._new_kind:
-            if self.picture.device.type == "cpu":
-                for dtype in (self.picture.dtype, *filter(None, [autocast.dtype_of(self.picture.device)])):
-                    working_dtype(dtype)  # What is sent depends on it.
-            self._share_trials()
-
-    def _share_trials(self) -> None:
-        if trials.adopt(self.comm.all_gather_object(trials.known())):
-            forget()  # Weights in the order of kernels that are not chosen now.
 
     def probe(self) -> None:
         """The first time a half runs on a grid of this shape; every rank learns how it ended."""
@@ -338,9 +318,6 @@ class _OnRanks(ExactCall[Ran]):
         work, graphs = self.work, self._engine.graphs
         _note(work.network_seconds, work.gather_seconds)
         timeline.note("probe", self._started, self._probed)
-        if self._new_kind:
-            self._share_trials()
-            self._engine.tried.add(self._new_kind)
         phases = {
             "probe": self._probed - self._started,
             "network": work.network_seconds,

@@ -16,7 +16,7 @@ from halovae.app.job import PipelineJob
 from halovae.app.run_options import dtype_on
 from halovae.app.session import device_kind
 from halovae.app.settled import planned
-from halovae.app.survey import Survey, Way, processes
+from halovae.app.survey import Survey, Way
 from halovae.app.tables import table
 from halovae.base.errors import HalovaeError
 from halovae.base.files import write_json
@@ -125,7 +125,7 @@ def _halves(
     ways = [Way(mode="exact", ranks=1)]
     if workers > 1:
         ways += [Way(mode="exact", ranks=workers, axis=setup.vae_axis), Way(mode="tile", ranks=workers)]
-    rows = survey.rows(dict.fromkeys(HALVES, ways), processes(torch.device(device)))
+    rows = survey.rows(dict.fromkeys(HALVES, ways))
     return [
         {
             "half": row.half, "mode": row.mode, "ranks": row.ranks,

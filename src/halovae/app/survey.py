@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
@@ -13,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halovae.app import launch
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.options import MOST_RANKS, Axis, Half
 from halovae.base.quiet import quiet
@@ -26,9 +22,6 @@ from halovae.media.codec import decode_calls
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of
 from halovae.predict.predictor import Prediction, Predictor
 from halovae.predict.rates import Speed
-
-_MOST_PROCESSES = 8
-"""More have no more to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,31 +88,10 @@ class Survey:
         """What a way to run a half takes."""
         return self.exact(half, way.ranks, way.axis) if way.mode == "exact" else self.tile(half, way.ranks)
 
-    def rows(self, ways: Mapping[str, Sequence[Way]], processes: int = 1) -> Iterator[Row]:
-        """What each way to run each half takes, in this order.
-
-        Args:
-            processes: that share the work. More than one only where a given speed tells the times, so that nothing
-                that they try out disturbs them, and on a CPU of one thread, since neither an accelerator nor a pool of
-                threads survives a fork.
-        """
-        if processes == 1:
-            for half, all_of_it in ways.items():
-                yield from (self.row(half, way) for way in all_of_it)
-            return
-        for half in ways:
-            self.exact(half, 1)  # which all others are compared with
-        context: Any = multiprocessing.get_context("fork")  # nothing has to be imported again, nor found out
-        shares = [(half, share) for half, each in ways.items() for share in _shares(each)]
-        with _at_work(self), context.Pool(processes) as pool:
-            # The longest ones are begun first.
-            order = sorted(range(len(shares)), key=lambda number: -len(shares[number][1]))
-            under_way = {number: pool.apply_async(_share, shares[number]) for number in order}
-            for number, (half, share) in enumerate(shares):
-                for way, row in zip(share, under_way[number].get(), strict=True):
-                    if way.mode == "exact":
-                        self._exact.setdefault((half, way.ranks, self._plan(half, way.ranks, way.axis)), row)
-                    yield row
+    def rows(self, ways: Mapping[str, Sequence[Way]]) -> Iterator[Row]:
+        """What each way to run each half takes, in this order."""
+        for half, all_of_it in ways.items():
+            yield from (self.row(half, way) for way in all_of_it)
 
     def exact(self, half: str, ranks: int, axis: Axis = "auto") -> Row:
         key = half, ranks, self._plan(half, ranks, axis)
@@ -189,37 +161,7 @@ class Survey:
         return latents[: len(latents) // calls], calls
 
 
-_working: list[Survey] = []
-"""What a process that was forked works for."""
-
-
-@contextmanager
-def _at_work(survey: Survey) -> Iterator[None]:
-    _working.append(survey)
-    try:
-        yield
-    finally:
-        _working.pop()
-
-
-def _shares(ways: Sequence[Way]) -> list[list[Way]]:
-    """What one process works on at a time: those of tiles have much in common."""
-    return [*([way] for way in ways if way.mode == "exact"), [way for way in ways if way.mode == "tile"]]
-
-
-def _share(half: str, ways: list[Way]) -> list[Row]:
-    """Rows, without what can't travel from process to process."""
-    rows = [_working[-1].row(half, way) for way in ways]
-    return [replace(row, prediction=row.prediction and replace(row.prediction, result=None)) for row in rows]
-
-
 def _cuts(ranks: int) -> tuple[Axis, ...]:
     """By default, along each axis, and along both in the squarest way that takes all ranks."""
     rows = next(rows for rows in range(isqrt(ranks), 0, -1) if ranks % rows == 0)
     return "auto", "height", "width", (rows, ranks // rows)
-
-
-def processes(device: torch.device) -> int:
-    """How many may share the work of a survey without trials."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1 and hasattr(os, "fork")
-    return min(launch.cores(), _MOST_PROCESSES) if alone else 1

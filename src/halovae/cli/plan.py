@@ -81,7 +81,7 @@ def _on_rank(session: Session, job: _Job) -> None:
 
 
 def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
-    from halovae.app.survey import Survey, processes
+    from halovae.app.survey import Survey
     from halovae.base.files import write_json
     from halovae.base.options import HALVES
     from halovae.media import models, vae_limits
@@ -101,7 +101,7 @@ def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
         survey = Survey(vae, limits, padded, session.dtypes, speed, link)
     typer.echo(_heading(session, name, type(vae).__name__, job, survey, link, room))
     ways = {half: survey.ways(half, job.ranks) for half in HALVES}
-    rows_in_order = survey.rows(ways, processes(session.device) if job.rates else 1)
+    rows_in_order = survey.rows(ways)
     found = {half: _rows(session, rows_in_order, half, ways[half], room) for half in HALVES}
     rows = [row.to_dict() | {"fits": row.memory <= room} for half in HALVES for row in found[half]]
     unsteady = speed.unsteady if isinstance(speed, MeasuredSpeed) else 0.0

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.kernels.cpu import winograd
 from halovae.kernels.cpu.packed import Geometry, convolve, prepared
 from halovae.kernels.cpu.pieces import Line, line_of
 from halovae.kernels.cpu.slabs import WINDOW_BYTES
-from halovae.kernels.cpu.still import copies, is_still, with_frames
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.chain import Chain
@@ -75,22 +73,18 @@ def convolution(
         joined, window = _without_zero_frames(joined, window)
     if device_type(joined.device) != "cpu":
         return on_gpu(joined, window)
-    frames = window.out_size(joined.shape[2], 0) if n == 3 else 1
-    if frames > 1 and is_still(joined):
-        return copies(_on_cpu(with_frames(joined, window.reach(0) + 1), window), frames)
     return _on_cpu(joined, window)
 
 
 def _on_cpu(joined: Joined, window: Convolution) -> Tensor:
-    work, weight = working_dtype(joined.dtype), window.weight
-    shape = [joined.shape[0], len(weight), *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:]))]
+    work = working_dtype(joined.dtype)
+    shape = [
+        joined.shape[0],
+        len(window.weight),
+        *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:])),
+    ]
     make_room(prod(shape) * joined.dtype.itemsize)
     line = line_of(joined, shape, window.stride, [window.reach(i) for i in range(len(shape) - 2)])
-    if winograd.fits(weight, window.stride, window.dilation) and winograd.pays(weight, shape, work):
-        sums = winograd.sums_of(window.kernel(work))
-        bias = None if window.bias is None else window.bias.to(work)
-        step = winograd.at_once(joined.shape, line.dim, len(weight))
-        return _by_pieces(joined, line, shape, work, step, lambda slab, out: winograd.convolve(slab, sums, bias, out))
     if work == joined.dtype and _is_alone(joined) and (not joined.halo or _is_same_size(joined, window, line)):
         return _inside_first(joined, window, line, work)
     zeros = [0] * (len(shape) - 2)

@@ -18,7 +18,7 @@ from halovae.kernels import autocast, fast_arithmetic, fast_views
 from halovae.kernels.fast_rules import RULES
 from halovae.kernels.lazy.deferred import computed, settle
 from halovae.kernels.lazy.joined import read
-from halovae.kernels.weight_cache import begin_call, end_call
+from halovae.kernels.weight_cache import end_call
 
 RULE_MODULES = fast_arithmetic, fast_views
 """Imported for their rules."""
@@ -35,10 +35,6 @@ class FastMode(TorchFunctionMode):
 
     Results may be deferred and lie channels-last in memory: `finished` gives ordinary ones.
     """
-
-    def __enter__(self) -> FastMode:
-        begin_call()
-        return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)

@@ -1,4 +1,4 @@
-"""What the kernels keep from call to call. Each handle has its own, so handles in several threads share nothing."""
+"""What the kernels keep, most of it until a call ends. Each handle has its own, so that threads share nothing."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ class MadeOfWeight:
     weight: weakref.ref[Tensor]
     place: tuple[Any, ...]
     """Where its memory is, how it lies there, and the number of changes that torch has counted."""
-    digest: tuple[Tensor, ...]
-    """Of its values; nothing where they are not looked at."""
-    call: int
-    """Of the handle, in which the values were looked at last."""
     by_kind: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
 
 
@@ -47,10 +43,6 @@ class Kept:
     """Entered while something is made of one."""
     room: int = 0
     """Bytes of host memory for what is made of weights."""
-    call: int = 0
-    """Number of the call."""
-    gains: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
-    """What was found out by trying, by question."""
     rooms: dict[tuple[int, ...], tuple[Extent, ...]] = field(default_factory=dict[tuple[int, ...], tuple[Extent, ...]])
     """How much was put around a picture of this shape, before and after it along each dimension."""
 

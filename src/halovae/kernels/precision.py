@@ -1,13 +1,16 @@
-"""Which dtype this processor convolves fastest in: measured, because processors differ by a factor of ten in it."""
+"""Which dtype a device computes in."""
 
 from __future__ import annotations
 
 import functools
+import time
 
 import torch
 import torch.nn.functional as F
 
-from halovae.kernels.trials import Way, gain
+from halovae.base import verdicts
+from halovae.base.private_torch import without_functions, without_modes
+from halovae.kernels.autocast import off
 
 LOW = (torch.bfloat16, torch.float16)
 """Dtypes that are calculated with in float32 where that costs nothing."""
@@ -23,19 +26,31 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to convolve tensors of `dtype` in on the CPU.
 
     A product of two bfloat16 or float16 numbers is exact in float32, and both ways add in float32; only the rounding of
-    the sum is left, once. Processors with matrix units for low precision are many times faster in it; those without can
-    be slower than in float32. So both are timed.
+    the sum is left, once. Processors differ by a factor of ten in how fast low precision is, also those that have
+    instructions for it. So it is tried.
     """
-    if dtype not in LOW:
-        return dtype
-
-    def ways() -> tuple[Way, Way]:
-        return _convolution(torch.float32), _convolution(dtype)
-
-    return dtype if gain(("convolution in", dtype), ways) >= 1 else torch.float32
+    return torch.float32 if dtype in LOW and not _is_faster(dtype) else dtype
 
 
-def _convolution(dtype: torch.dtype) -> Way:
+@functools.cache
+def _is_faster(dtype: torch.dtype) -> bool:
+    """Whether this processor convolves faster in `dtype` than in float32; timed once on a machine, without modes."""
+    name = verdicts.name_of(torch.device("cpu"), "convolves faster in", dtype)
+    found = verdicts.read(name)
+    if not isinstance(found, bool):
+        with without_modes(), off(), torch.inference_mode(), without_functions():
+            found = _seconds(dtype) < _seconds(torch.float32)
+        verdicts.write(name, found)
+    return found
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Of a convolution: the least of five, in processor time, which other work disturbs less than the clock."""
     shapes = (1, 64, 40, 40), (64, 64, 3, 3)
     picture, weight = (torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last) for shape in shapes)
-    return functools.partial(F.conv2d, picture, weight)
+    times: list[float] = []
+    for _ in range(5):
+        started = time.thread_time()
+        F.conv2d(picture, weight)
+        times.append(time.thread_time() - started)
+    return min(times)

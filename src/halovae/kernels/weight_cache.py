@@ -1,9 +1,7 @@
-"""What is made of weights once and used many times: converted, summed or packed for the library that convolves.
+"""What is made of weights once in a call and used many times: converted, summed or packed for what convolves.
 
-A weight may change between any two calls, in all elements or in one. Changes that torch counts are seen at each use;
-others (by way of `.data` or numpy, or of inference tensors) at the first use in a call. In host memory the values are
-compared by sums, which takes a small part of the time of packing. On an accelerator nothing is kept beyond a call: to
-make it anew takes no longer than to look at the values.
+A weight may change between any two calls, in all elements or in one, so nothing is kept beyond a call: to make it anew
+takes a small part of a call. Within a call, changes that torch counts are seen.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from halovae.base.functions import outside_modes
@@ -23,74 +20,25 @@ from halovae.kernels.shapes_only import device_type
 
 def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
     """`make()`, or what it gave before for the same weight and kind. In host memory it is kept if there is room."""
-    before = _made_of(weight)
-    if before and kind in before.by_kind:
+    weights, key, place = kept().weights, id(weight), _place(weight)
+    before = weights.get(key)
+    if before is None or before.weight() is not weight or before.place != place:
+        weights.pop(key, None)
+        before = MadeOfWeight(weakref.ref(weight, lambda _: weights.pop(key, None)), place)
+    elif kind in before.by_kind:
         return before.by_kind[kind]
     with kept().while_making() as dropped:
         made = make()
-        if made is not weight and (device_type(made.device) != "cpu" or _has_room(made.nbytes)):
-            (before or _begun(weight)).by_kind[kind] = made
+        if made is not weight and (device_type(made.device) != "cpu" or kept_bytes() + made.nbytes <= kept().room):
+            weights.setdefault(key, before).by_kind[kind] = made
         else:
             dropped()
-    return made
-
-
-def keeps(weight: Tensor, kind: Hashable, size: int) -> bool:
-    """Whether `derived` has kept what was made of a weight in host memory, or would keep it: so many bytes."""
-    made = _made_of(weight)
-    return (made is not None and kind in made.by_kind) or _has_room(size)
-
-
-def _made_of(weight: Tensor) -> MadeOfWeight | None:
-    """What was made of a weight as it is now."""
-    store, key = kept(), id(weight)
-    made = store.weights.get(key)
-    if made is None or made.weight() is not weight:
-        return None
-    if made.place == _place(weight):
-        if made.call == store.call:
-            return made
-        if made.digest and all(map(torch.equal, made.digest, _digest(weight))):
-            made.call = store.call
-            return made
-    store.weights.pop(key, None)
-    return None
-
-
-def _begun(weight: Tensor) -> MadeOfWeight:
-    store, key = kept(), id(weight)
-    weights = store.weights
-    made = MadeOfWeight(
-        weakref.ref(weight, lambda _: weights.pop(key, None)), _place(weight), _digest(weight), store.call
-    )
-    weights[key] = made
     return made
 
 
 @outside_modes
 def _place(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, changes(weight)
-
-
-@outside_modes
-def _digest(weight: Tensor) -> tuple[Tensor, ...]:
-    """Sums of the bits along each side of the weight as a matrix; of weights in host memory."""
-    if weight.device.type != "cpu":
-        return ()
-    order = sorted(range(weight.ndim), key=lambda dim: -weight.stride(dim))
-    # A weight that is cut out of another one has gaps.
-    lines = weight.detach().permute(order).reshape(len(weight) if weight.ndim else 1, -1).contiguous()
-    size = lines.shape[1] * lines.element_size()
-    # The widest integers that fill a line: they are added up at the speed of the memory.
-    bits = lines.view(next(whole for whole in _INTEGERS if size % whole.itemsize == 0))
-    return bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
-
-
-def _has_room(size: int) -> bool:
-    return kept_bytes() + size <= kept().room
 
 
 def make_room(picture_bytes: int) -> None:
@@ -109,21 +57,6 @@ def kept_bytes() -> int:
     return sum(tensor.nbytes for tensor in made if device_type(tensor.device) == "cpu")
 
 
-def begin_call() -> None:
-    """From here on weights may be others than before."""
-    kept().call += 1
-
-
 def end_call() -> None:
-    """Free what was made of weights on accelerators."""
-    weights = kept().weights
-    for key, made in list(weights.items()):
-        if not made.digest:
-            weights.pop(key, None)
-
-
-def forget() -> None:
-    """Free everything, and begin anew with the room for it."""
-    store = kept()
-    store.weights.clear()
-    store.room = 0
+    """From here on weights may be others than before."""
+    kept().weights.clear()

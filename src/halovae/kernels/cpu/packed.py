@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.kernels.memory_format import memory_format
 from halovae.kernels.shapes_only import device_type
-from halovae.kernels.weight_cache import derived, keeps
+from halovae.kernels.weight_cache import derived
 
 LIGHT = 8
 """A picture with as many times fewer elements than the weight is convolved faster than the weight is packed."""
@@ -74,10 +74,6 @@ class Geometry:
         """Whether the picture is small beside the weight."""
         return LIGHT * self.positions * sum(self.weight[:2]) < prod(self.weight)
 
-    @property
-    def weight_bytes(self) -> int:
-        return prod(self.weight) * self.dtype.itemsize
-
     def pack(self, weight: Tensor) -> Tensor:
         if weight.is_meta:
             return weight.clone()  # of shapes alone the order doesn't matter
@@ -95,8 +91,7 @@ def prepared(
     """`make()`, a weight in the working dtype, in the order that this convolution asks for.
 
     One in the order that another convolution asks for would do, but can take many times as long. For most sizes of
-    picture it is the same order. Where the picture is small beside the weight, and there is no room to keep what is
-    made, the weight is left as it is.
+    picture it is the same order. Where the picture is small beside the weight, that is left as it is.
 
     Args:
         kind: says what `make` does with it. The result is kept for small pictures, if there is room.
@@ -111,7 +106,7 @@ def prepared(
             return geometry.pack(make()) if packs else make().contiguous(memory_format=memory_format(weight.ndim, True))
 
         once = packs and geometry.positions >= KEEP_BELOW
-        if packs and geometry.is_light and not keeps(weight, (kind, order), geometry.weight_bytes):
+        if packs and geometry.is_light:
             made[order] = make()
         else:
             made[order] = ordered() if once else derived(weight, (kind, order), ordered)

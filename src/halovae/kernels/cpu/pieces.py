@@ -44,9 +44,8 @@ class Line:
     def in_order(self, step: int) -> list[Extent]:
         """Pieces of `step` positions, or one more, at the most; those inside first, if these are many."""
         if self.borders and self.has_many_inside:
-            # Equal ones, as one of the border alone would cost more than its share; even, for Winograd's squares.
-            pieces = max(1 + len(self.borders), -(-self.size // step))
-            step = 2 * -(-self.size // (2 * pieces))
+            # Equal ones, as one of the border alone would cost more than its share.
+            step = -(-self.size // max(1 + len(self.borders), -(-self.size // step)))
         spans = [(at, min(at + step, self.size)) for at in range(0, self.size, step)]
         return sorted(spans, key=lambda span: not self.is_inside(span))
 

@@ -20,7 +20,7 @@ from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.deferred import OfBase, Recipe, plain, recipe_of
 from halovae.kernels.lazy.joined import joined_in
 from halovae.kernels.memory_format import memory_format
-from halovae.kernels.precision import LOW, working_dtype
+from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike, device_type, in_turn
 from halovae.kernels.weight_cache import derived
 
@@ -179,14 +179,10 @@ def is_plain(weight: Tensor) -> bool:
 def foldable(
     tensor: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Upsampled | None:
-    """The upsampling that waits in a tensor, where `upsampled_convolution` can do this convolution of it.
-
-    Sums of weights are exact enough in float32 and float64 only.
-    """
+    """The upsampling that waits in a tensor, where `upsampled_convolution` can do this convolution of it."""
     recipe, geometry = recipe_of(tensor), (tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
     fits = geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and weight.dtype == tensor.dtype and is_plain(weight)
-    wide = device_type(tensor.device) != "cpu" or working_dtype(tensor.dtype) in (torch.float32, torch.float64)
-    return recipe if fits and wide and isinstance(recipe, Upsampled) else None
+    return recipe if fits and isinstance(recipe, Upsampled) else None
 
 
 def upsampled_convolution(
@@ -211,7 +207,8 @@ def _convolved(
 ) -> Tensor:  # fmt: skip
     if device_type(recipe.device) != "cpu" and recipe.dtype in LOW:
         return dispatch.convolve_upsampled(plain(base).to(recipe.dtype), weight, bias, bordered)
-    weight, dtype, work = alike(weight, base), recipe.dtype, working_dtype(recipe.dtype)
+    weight, dtype = alike(weight, base), recipe.dtype
+    work = torch.float32 if dtype in LOW else dtype  # Sums of weights are not exact enough in less.
     folded = derived(weight, ("upsampled", work), lambda: _folded(weight.to(work)))
     bias = None if bias is None else bias.to(work)
     # What a border adds beyond the rows in question is cropped, as padding.
