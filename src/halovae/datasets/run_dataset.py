@@ -29,6 +29,7 @@ from halovae.datasets import workers
 from halovae.datasets.buckets import Bucket, ClipSize, choose, parse_buckets
 from halovae.datasets.cluster import cluster, readers
 from halovae.datasets.formats import PACKED, PARTS, Storage, check_format, check_names
+from halovae.datasets.groups import Encoder
 from halovae.datasets.items import Item, find_items
 from halovae.datasets.manifest import FAILED, Fault, Folder, fingerprint
 from halovae.datasets.units import Job, Unit, group_sizes, together, units_of
@@ -315,11 +316,14 @@ class DatasetRun:
             share = {"num_cpus": 1 if size == 1 else 0}
         else:
             share = {"num_cpus": 0, "num_gpus": 1 if size == 1 else 0}
-        pool = ActorPoolStrategy(size=groups, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2)
+        pool = ActorPoolStrategy(
+            size=groups, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        )  # fmt: skip
         data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
         # Not the share of a device: Ray would read in the processes of the devices, to have fewer.
         data = data.map(workers.read_unit, fn_kwargs={"job": self.job}, num_cpus=0.99)
-        data = data.map(workers.Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
+        data = data.map(Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
         data = data.map(workers.write_unit, fn_kwargs={"job": self.job}, num_cpus=0.5)
         for row in data.iter_rows():
             yield Unit.from_json(row["unit"]), json.loads(row["told"])
