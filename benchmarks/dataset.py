@@ -92,9 +92,10 @@ def load(given: argparse.Namespace) -> tuple[Any, vae_limits.Limits]:
 def clocked(calls: Sequence[Callable[[], Any]], clips: int, device: str) -> Spent:
     """Of calls of so many clips each, the first `WARM` of which count as the start."""
     started = time.perf_counter()
-    for number, call in enumerate(calls):
-        if number == WARM:
-            began, used = time.perf_counter(), time.process_time()
+    for call in calls[:WARM]:
+        call()
+    began, used = time.perf_counter(), time.process_time()
+    for call in calls[WARM:]:
         call()
     if device != "cpu":
         torch.accelerator.synchronize()

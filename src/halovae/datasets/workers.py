@@ -17,7 +17,7 @@ from halovae.base.files import first_line
 from halovae.datasets.buckets import look, take
 from halovae.datasets.formats import told
 from halovae.datasets.items import Item
-from halovae.datasets.units import Job, Unit, group_sizes
+from halovae.datasets.units import Job, Unit
 
 Row = dict[str, Any]
 DONE, THERE, FAILED, MEMORY, STOP = "done", "there", "failed", "memory", "stop"
@@ -117,17 +117,20 @@ class Device:
     def _bring(self, pixels: np.ndarray[Any, Any]) -> list[Any]:
         import torch
 
+        if self._beside is None:
+            return self._tensors(pixels)
+        before = torch.accelerator.current_stream()
+        torch.accelerator.set_stream(self._beside)
+        try:
+            return self._tensors(pixels)
+        finally:
+            self._beside.synchronize()
+            torch.accelerator.set_stream(before)
+
+    def _tensors(self, pixels: np.ndarray[Any, Any]) -> list[Any]:
         from halovae.media import codec
 
-        if self._beside is not None:
-            before = torch.accelerator.current_stream()
-            torch.accelerator.set_stream(self._beside)
-        try:
-            return [codec.to_tensor(clip, self._dtype, self._device) for clip in pixels]
-        finally:
-            if self._beside is not None:
-                self._beside.synchronize()
-                torch.accelerator.set_stream(before)
+        return [codec.to_tensor(clip, self._dtype, self._device) for clip in pixels]
 
     def _encode(self, clips: list[Any]) -> dict[str, Any]:
         import torch
@@ -175,55 +178,9 @@ def _written(job: Job, unit: Unit, item: Item, taken: Mapping[str, Any], latents
     return {"what": DONE}
 
 
-def needs(job: Job, sizes: Sequence[tuple[int, int, int]], devices: int, memory: float | None) -> list[dict[str, Any]]:
-    """What clips take, told on a device.
-
-    Args:
-        job: how they are encoded.
-        sizes: frames, height and width of each.
-        devices: how many there are; on a CPU they share its memory.
-        memory: bytes of each device; None: what is free.
-
-    Returns:
-        For each, how many devices it needs ("ranks", None if there are not enough), "bytes" on each of them, and the
-        bytes of a further clip in one go ("more").
-    """
-    import torch
-
-    from halovae import comm
-    from halovae.app.survey import Survey
-    from halovae.base.memory import free_bytes
-    from halovae.comm.bandwidth import LINKS
-    from halovae.media import models, vae_limits
-    from halovae.predict.rates import GivenSpeed
-
-    device = comm.default_device() if job.device != "cpu" else torch.device("cpu")
-    free = free_bytes(device) if memory is None else memory
-    room = 2**60 if free is None else free if memory is not None or job.device != "cpu" else free / devices
-    dtype = getattr(torch, job.dtype)
-    speed = GivenSpeed(flops=1e12, bandwidth=1e12, device=device)
-    found: list[dict[str, Any]] = []
-    for frames, height, width in sizes:
-        _, vae = models.find_skeleton(job.layout.model)
-        limits = vae_limits.limits_of(vae)
-        survey = Survey(
-            vae, limits, limits.fit(frames, height, width), {"encode": dtype, "decode": dtype}, speed, LINKS["nvlink"]
-        )
-        alone = survey.exact("encode", 1)
-        if alone.prediction is None:  # A VAE in tiles: what it takes shows when it runs.
-            found.append({"ranks": 1, "bytes": 0, "more": 0, "room": room})
-            continue
-        rows = {ranks: survey.exact("encode", ranks) for ranks in group_sizes(devices)}
-        fits = [ranks for ranks, row in rows.items() if row.prediction is not None and row.memory <= room][:1]
-        least = rows[fits[0]].memory if fits else min(row.memory for row in rows.values() if row.prediction is not None)
-        more = alone.prediction.memory
-        found.append({"ranks": fits[0] if fits else None, "bytes": least, "more": more, "room": room})
-    return found
-
-
 def pack_shard(job: Job, number: int, items: Sequence[Any]) -> str:
     """Why a shard can't be written; nothing if it was."""
-    from halovae.datasets.formats import pack
+    from halovae.datasets.shards import pack
 
     try:
         pack(job.layout, number, items)
