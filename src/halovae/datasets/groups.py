@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from halovae.datasets.units import Job
@@ -19,6 +26,22 @@ from halovae.datasets.workers import FAILED, MEMORY, Device, Row, reason_of
 
 _TRIES = 3
 """Times that a group whose ranks die is put together again for one unit."""
+
+
+_NAMES = "halovae-"
+"""How those of placement groups begin."""
+
+
+def release(names: str = _NAMES) -> None:
+    """Give back the devices of this run's groups: Ray keeps them for a run, also when those that asked are gone.
+
+    Args:
+        names: how those of the groups begin.
+    """
+    for row in placement_group_table().values():
+        if row["name"].startswith(names) and row["state"] != "REMOVED":
+            with suppress(ValueError):  # It is of another run.
+                remove_placement_group(get_placement_group(row["name"]))
 
 
 class Encoder:
@@ -39,13 +62,15 @@ class _Group:
     def __init__(self, job: Job, ranks: int) -> None:
         self._job, self._ranks = job, ranks
         self._actors: list[Any] = []
-        self._place: PlacementGroup | None = None
         self._lock = threading.Lock()
         self._start()
 
     def _start(self) -> None:
+        # The same when Ray starts this process again after its death.
+        names = f"{_NAMES}{ray.get_runtime_context().get_actor_id()}-"
+        release(names)
         share = {"CPU": 1.0} if self._job.device == "cpu" else {"GPU": 1.0}
-        self._place = place = placement_group([share] * self._ranks, strategy="PACK")
+        place = placement_group([share] * self._ranks, strategy="PACK", name=names + secrets.token_hex(4))
         ray.get(place.ready())
         remote: Any = ray.remote(_Rank)
         self._actors = [
@@ -57,12 +82,6 @@ class _Group:
         ]  # fmt: skip
         address = ray.get(self._actors[0].address.remote())
         ray.get([actor.join.remote(self._job, r, self._ranks, address) for r, actor in enumerate(self._actors)])
-
-    def _end(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        if self._place is not None:
-            remove_placement_group(self._place)
 
     def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
         """As `Device.encode`."""
@@ -77,7 +96,6 @@ class _Group:
                 answers = ray.get([actor.encode.remote(shared) for actor in self._actors])
             except RayActorError as error:
                 why = reason_of(error)
-                self._end()
                 self._start()
                 continue
             faults = [answer for answer in answers if "why" in answer]

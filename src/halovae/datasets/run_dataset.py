@@ -26,7 +26,7 @@ from halovae.datasets.buckets import Bucket, ClipSize, choose, parse_areas, pars
 from halovae.datasets.cluster import cluster, readers
 from halovae.datasets.forecast import Need
 from halovae.datasets.formats import PACKED, Storage, check_format, check_names
-from halovae.datasets.groups import Encoder
+from halovae.datasets.groups import Encoder, release
 from halovae.datasets.items import Item, digest, find_items
 from halovae.datasets.manifest import Fault, Folder, fingerprint
 from halovae.datasets.progress import Done, Progress
@@ -269,6 +269,8 @@ class DatasetRun:
                     )  # fmt: skip
                     shards.note(key for key, result in results.items() if result["what"] != workers.MEMORY)
                     progress.advance(unit, kinds[workers.DONE] + kinds[workers.FAILED], told["frames"])
+                if size > 1:
+                    release()
         return busy
 
     def _by_size(self, units: Sequence[Unit]) -> dict[int, list[Unit]]:
