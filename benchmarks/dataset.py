@@ -1,7 +1,7 @@
 """A folder of clips to latents: `halovae encode-dataset` against tensors in memory, and against a plain loop.
 
-    python benchmarks/dataset.py --json benchmarks/results/dataset.json
-    python benchmarks/dataset.py --devices 1,2,4          on GPUs: Wan 2.1 with random weights, 480x832x81, bfloat16
+    python benchmarks/dataset.py --json benchmarks/results/dataset-2core.json
+    python benchmarks/dataset.py --devices 1,2,4          on GPUs: Wan 2.1 of its size, 480x832x81, bfloat16
     python benchmarks/dataset.py --devices 1,2,4 --in-process
 
 `memory` is the VAE after `halovae.optimize` on clips that are decoded already, as many in one go as the command takes.
@@ -54,7 +54,7 @@ from halovae.media.latents_file import scaling_of
 
 SOURCE = Path(__file__).parents[1] / "media" / "bigbuckbunny.mp4"
 RANDOM = "wan"
-"""As `--model`: Wan 2.1 of its real size."""
+"""As `--model`: Wan 2.1 of random weights."""
 WARM = 4
 """Units of each device until its calls are steady: the first ones try kernels."""
 UNITS = 6
@@ -276,8 +276,9 @@ def _at_device(number: int, job: Job, inbox: Any, outbox: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=f"as of the command, or {RANDOM}; default: demo on a CPU, else {RANDOM}")
-    parser.add_argument("--bucket", help="default: 128x192x17 on a CPU, else 480x832x81")
+    parser.add_argument("--model", default=RANDOM, help="as of the command; default: Wan 2.1 of random weights")
+    parser.add_argument("--base-dim", type=int, help=f"of {RANDOM}; default: 32 on a CPU, else 96 as in the real one")
+    parser.add_argument("--bucket", help="default: 128x192x9 on a CPU, else 480x832x81")
     parser.add_argument("--clips", type=int, help="default: as few as tell a steady rate")
     parser.add_argument("--device", default=device_kind(None))
     parser.add_argument("--devices", default="1", help="such as 1,2,4")
@@ -287,23 +288,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     on_cpu = given.device == "cpu"
-    given.model = given.model or ("demo" if on_cpu else RANDOM)
+    given.base_dim = given.base_dim or (32 if on_cpu else 96)
     given.dtype = given.dtype or ("float32" if on_cpu else "bfloat16")
-    (bucket,) = parse_buckets([given.bucket or ("128x192x17" if on_cpu else "480x832x81")])
+    (bucket,) = parse_buckets([given.bucket or ("128x192x9" if on_cpu else "480x832x81")])
     counts = list(map(int, given.devices.split(",")))
     # What is read ahead of the devices while they start must not be most of what is counted.
     least = max((WARM + UNITS) * n * together(bucket) + 3 * readers(n, given.device) for n in counts)
     clips = given.clips or least
     if clips < least:
         parser.error(f"--clips {clips}: {least} at least, else the rate is that of a burst")
-    title = f"{clips} clips of {bucket}, {given.model}, {given.dtype}, {given.rounds} rounds"
+    model = f"Wan 2.1 of base_dim {given.base_dim}" if given.model == RANDOM else given.model
+    title = f"{clips} clips of {bucket}, {model}, {given.dtype}, {given.rounds} rounds"
     ours = in_process if given.in_process else dataset
     name = "in process" if given.in_process else "dataset"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if given.model == RANDOM:
             torch.manual_seed(0)
-            diffusers.AutoencoderKLWan().to(getattr(torch, given.dtype)).save_pretrained(folder / "model")
+            vae = diffusers.AutoencoderKLWan(base_dim=given.base_dim)
+            vae.to(getattr(torch, given.dtype)).save_pretrained(folder / "model")
             given.model = str(folder / "model")
         make_clips(folder, bucket, clips)
         ways: dict[str, Callable[[], Spent]] = {
