@@ -36,6 +36,8 @@ from halovae.media import codec, models, vae_limits
 from halovae.media.latents_file import scaling_of
 
 _GIB = 2**30
+_AT_ONCE = 16
+"""Clips that one task looks at, where there are not many more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,8 @@ class DatasetRun:
         unknown = [item for item in self.items if marks[item.key] not in seen]
         if unknown:
             rows = [{"item": json.dumps(item.to_dict())} for item in unknown]
-            blocks = min(len(rows), 8 * readers(self.devices, 0))
+            # A process takes longer to start than to look at a few clips.
+            blocks = min(1 + len(rows) // _AT_ONCE, 8 * readers(self.devices, 0))
             data: Any = ray.data.from_items(rows, override_num_blocks=blocks)
             looked = data.map(workers.look_at, fn_kwargs={"fps": self.job.fps}, num_cpus=1)
             for row in self._shown(looked.iter_rows(), len(rows), "looking"):
