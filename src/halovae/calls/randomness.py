@@ -34,7 +34,7 @@ class Generators:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return False
     asked: Any = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
     return asked is not None and asked()
