@@ -63,14 +63,30 @@ class _Group:
         self._job, self._ranks = job, ranks
         self._actors: list[Any] = []
         self._lock = threading.Lock()
-        self._start()
+        # The same when Ray starts this process again after its death.
+        self._names = f"{_NAMES}{ray.get_runtime_context().get_actor_id()}-"
+
+    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """As `Device.encode`."""
+        shared, why = ray.put(pixels), ""
+        with self._lock:
+            for _ in range(_TRIES):
+                try:
+                    if not self._actors:
+                        self._start()
+                    answers = ray.get([actor.encode.remote(shared) for actor in self._actors])
+                except RayActorError as error:  # Also of one that dies while the group comes together.
+                    why = reason_of(error)
+                    self._end()
+                    continue
+                faults = [answer for answer in answers if "why" in answer]
+                return next((fault for fault in faults if fault["kind"] == MEMORY), faults[0]) if faults else answers[0]
+        return {"kind": FAILED, "why": f"its group of {self._ranks} devices died {_TRIES} times: {why}"}
 
     def _start(self) -> None:
-        # The same when Ray starts this process again after its death.
-        names = f"{_NAMES}{ray.get_runtime_context().get_actor_id()}-"
-        release(names)
+        release(self._names)
         share = {"CPU": 1.0} if self._job.device == "cpu" else {"GPU": 1.0}
-        place = placement_group([share] * self._ranks, strategy="PACK", name=names + secrets.token_hex(4))
+        place = placement_group([share] * self._ranks, strategy="PACK", name=self._names + secrets.token_hex(4))
         ray.get(place.ready())
         remote: Any = ray.remote(_Rank)
         self._actors = [
@@ -83,24 +99,10 @@ class _Group:
         address = ray.get(self._actors[0].address.remote())
         ray.get([actor.join.remote(self._job, r, self._ranks, address) for r, actor in enumerate(self._actors)])
 
-    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
-        """As `Device.encode`."""
-        shared = ray.put(pixels)
-        with self._lock:
-            return self._encode(shared)
-
-    def _encode(self, shared: Any) -> dict[str, Any]:
-        why = ""
-        for _ in range(_TRIES):
-            try:
-                answers = ray.get([actor.encode.remote(shared) for actor in self._actors])
-            except RayActorError as error:
-                why = reason_of(error)
-                self._start()
-                continue
-            faults = [answer for answer in answers if "why" in answer]
-            return next((fault for fault in faults if fault["kind"] == MEMORY), faults[0]) if faults else answers[0]
-        return {"kind": FAILED, "why": f"its group of {self._ranks} devices died {_TRIES} times: {why}"}
+    def _end(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
 
 
 class _Rank:
