@@ -53,8 +53,8 @@ FLAGS = {
             --untiled --vae-patch-parallel-size --vae-use-tiling --vae_patch_parallel_size --vae_use_tiling -o
         """,
         "encode-dataset": """
-            --bucket --device --devices --dry-run --dtype --fail-fast --format --fps --json --memory --model --output
-            --ray-address --report --shard-size --store --store-dtype -o
+            --bucket --bucket-area --bucket-step --device --devices --dry-run --dtype --fail-fast --format --fps --json
+            --memory --model --output --ray-address --report --shard-size --store --store-dtype -o
         """,
         "compare": "--grid --json --max-l2 --min-psnr --min-ssim --report --trim",
         "plan": """

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -28,10 +29,11 @@ from halovae.base.files import write_json
 from halovae.cli.main import main
 from halovae.datasets import Latents, workers
 from halovae.datasets.buckets import Bucket, take
-from halovae.datasets.formats import Storage, keys_in, pack
+from halovae.datasets.forecast import needs
+from halovae.datasets.formats import Storage
 from halovae.datasets.items import find_items
-from halovae.datasets.run_dataset import Asked, DatasetRun
-from halovae.datasets.units import Job, Unit
+from halovae.datasets.shards import keys_in, pack
+from halovae.datasets.units import Job, Unit, units_of
 from halovae.media import codec, latents_file, models, vae_limits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of Ray's own.
@@ -42,10 +44,10 @@ CLIPS = 6
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a Ray with so many processors that no test waits for one."""
+    """The address of a Ray with one processor more than the devices and the reader of a test need."""
     os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
     context = ray.init(
-        num_cpus=6, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
+        num_cpus=5, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
         configure_logging=False, logging_level="ERROR",
     )  # fmt: skip
     yield context.address_info["gcs_address"]
@@ -71,26 +73,92 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def encoded(cluster: str, model: str, clips: Path) -> Path:
-    """What one device makes of them, undisturbed."""
-    output = clips.parent / "encoded"
-    words = ["encode-dataset", str(clips), "-o", str(output), "--model", model, *BUCKETS, "--dtype", "float64"]
-    assert main([*words, "--json", str(clips.parent / "run.json"), "--report", str(clips.parent / "report")]) == 0
-    return output
-
-
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter(tmp_path, monkeypatch)
+
+
+def layout_of(model: str, **changes: str) -> Storage:
+    vae = models.find_skeleton(model)[1]
+    given = {"folder": "o", "format": "safetensors", "store": "mode", "dtype": "float32", **changes}
+    return Storage(model=model, model_class="AutoencoderKLWan", scaling=latents_file.scaling_of(vae.config), **given)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-def test_each_clip_is_encoded_as_by_the_vae_itself(encoded: Path, model: str, clips: Path) -> None:
-    found = Latents(encoded)
+def undisturbed(folder: Path, model: str, clips: Path) -> dict[str, bytes]:
+    """What the steps make of the clips, one after the other in this process."""
+    job = Job(
+        layout=layout_of(model, folder=str(folder), dtype="float64"), device="cpu", dtype="float64", fps=None, threads=1
+    )
+    device = workers.Device(job)
+    items = [item for item in find_items(str(clips)) if item.key != "broken.mp4"]
+    for unit in units_of([(item, Bucket(64, 96, 5 if item.key.endswith("mp4") else 1)) for item in items], set()):
+        row = workers.read_unit({"unit": unit.to_json()}, job)
+        made = device.encode(row.pop("pixels"))
+        told = workers.write_unit({**row, "latents": made.pop("latents"), "made": json.dumps(made)}, job)
+        assert {result["what"] for result in json.loads(told["told"])["results"]} == {workers.DONE}
+    return files(folder)
+
+
+def test_kills_and_two_devices_give_the_same_bytes_once(
+    cluster: str, model: str, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The driver is killed at its second item; the next run goes on, on two devices, while its workers are killed."""
+    output = clips.parent / "killed"
+    words = ["encode-dataset", str(clips), "-o", str(output), "--model", model, *BUCKETS, "--dtype", "float64"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "halovae", *words, "--ray-address", cluster],
+        preexec_fn=end_with_parent, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    expected = undisturbed(tmp_path / "expected", model, clips)
+    deadline = time.monotonic() + 200
+    while len(files(output)) < 2 and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL, driver.stderr and driver.stderr.read()
+    driver.communicate()
+    first = {path: os.stat(output / path).st_mtime_ns for path in files(output)}
+    assert len(first) >= 2
+    with watching(killing({"Encoder": 1, "read_unit": 1})):
+        assert main([*words, "--devices", "2", "--json", "run.json", "--report", "report"]) == 0
+    assert files(output) == expected
+    assert {path: os.stat(output / path).st_mtime_ns for path in first} == first, "encoded again"
+    assert not list(output.rglob("*.part*"))
+    said = capsys.readouterr().out
+    assert f"{CLIPS + 3 - len(first)} encoded, {len(first)} there already, 1 failed" in said
+    _check_what_it_says(output, len(first))
+    _check_numbers(output, model, clips)
+    (output / "latents" / "1.png.safetensors").unlink()
+    assert main([*words, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert f"{CLIPS + 2} finished, 1 to encode, 1 to set aside" in plan
+    assert "64x96x1: 1 item, on 1 device" in plan
+    assert re.search(r"0.0 MiB to write, about 0:00:\d\d of encoding", plan)
+    assert main([*words, "--fail-fast"]) == 2
+    assert "broken.mp4" in capsys.readouterr().err
+    assert main([*words, "--fps", "5"]) == 2
+    assert "was made in another way (fps None, now 5)" in capsys.readouterr().err
+
+
+def _check_what_it_says(output: Path, there: int) -> None:
+    counts = json.loads(Path("run.json").read_text())["counts"]
+    told = [counts[name] for name in ("items", "encoded", "there", "failed")]
+    assert told == [CLIPS + 4, CLIPS + 3 - there, there, 1]
+    assert json.loads((output / "manifest.json").read_text())["counts"] == counts
+    (fault,) = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
+    assert fault["key"] == "broken.mp4"
+    assert "can't be read as an image or a video" in fault["why"]
+    page = Path("report/index.html").read_text()
+    assert "broken.mp4" in page
+    assert "sub/1.mp4" in page
+
+
+def _check_numbers(output: Path, model: str, clips: Path) -> None:
+    """Each clip is encoded as by the VAE itself."""
+    found = Latents(output)
     assert len(found) == CLIPS + 3
     vae = models.load(models.find(model), dtype=torch.float64, device=torch.device("cpu"))
     limits = vae_limits.limits_of(vae)
@@ -103,88 +171,79 @@ def test_each_clip_is_encoded_as_by_the_vae_itself(encoded: Path, model: str, cl
         assert torch.allclose(sample["latents"], expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
     assert found[found.keys["0.png"]]["caption"] == "columns"
     assert found[found.keys["sub/0.mp4"]]["done"]["source_frames"] == [0, 1, 2, 3, 4]
-    assert main(["decode", str(encoded / "latents" / "sub" / "0.mp4.safetensors"), "-o", "0.mp4"]) == 0
+    assert main(["decode", str(output / "latents" / "sub" / "0.mp4.safetensors"), "-o", "0.mp4"]) == 0
 
 
-def test_what_it_says(encoded: Path, clips: Path) -> None:
-    counts = json.loads((clips.parent / "run.json").read_text())["counts"]
-    assert [counts[name] for name in ("items", "encoded", "there", "failed")] == [CLIPS + 4, CLIPS + 3, 0, 1]
-    assert counts["frames"] == 5 * CLIPS + 3
-    assert json.loads((encoded / "manifest.json").read_text())["counts"] == counts
-    (fault,) = [json.loads(line) for line in (encoded / "failed.jsonl").read_text().splitlines()]
-    assert fault["key"] == "broken.mp4"
-    assert "can't be read as an image or a video" in fault["why"]
-    page = (clips.parent / "report" / "index.html").read_text()
-    assert "broken.mp4" in page
-    assert "sub/1.mp4" in page
-
-
-def test_any_number_of_devices_and_any_kills_give_the_same_bytes(
-    cluster: str, encoded: Path, model: str, clips: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The driver is killed at its second item; the next run goes on, on two devices, while its workers are killed."""
-    output = clips.parent / "killed"
-    words = ["encode-dataset", str(clips), "-o", str(output), "--model", model, *BUCKETS, "--dtype", "float64"]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "halovae", *words, "--ray-address", cluster],
-        preexec_fn=end_with_parent, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while len(files(output)) < 2 and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    assert driver.wait() == -signal.SIGKILL, driver.stderr and driver.stderr.read()
-    driver.communicate()
-    first = {path: os.stat(output / path).st_mtime_ns for path in files(output)}
-    assert len(first) >= 2
+@contextmanager
+def watching(step: Callable[[psutil.Process, str], bool]) -> Iterator[None]:
+    """Within it, `step` gets each process of Ray again and again, with what it does, until it says that it is done."""
     over = threading.Event()
-    killer = threading.Thread(target=_kill, args=(over, {"Encoder": 1, "read_unit": 1}))
-    killer.start()
-    assert main([*words, "--devices", "2"]) == 0
-    over.set()
-    killer.join()
-    expected = files(encoded)
-    assert files(output) == expected
-    assert {path: os.stat(output / path).st_mtime_ns for path in first} == first, "encoded again"
-    assert not list(output.rglob("*.part*"))
-    said = capsys.readouterr().out
-    assert f"{CLIPS + 3 - len(first)} encoded, {len(first)} there already, 1 failed" in said
-    (output / "latents" / "1.png.safetensors").unlink()
-    assert main([*words, "--dry-run"]) == 0
-    plan = capsys.readouterr().out
-    assert f"{CLIPS + 2} finished, 1 to encode, 1 to set aside" in plan
-    assert "64x96x1: 1 item, on 1 device" in plan
-    assert main([*words, "--fail-fast"]) == 2
-    assert "broken.mp4" in capsys.readouterr().err
-    assert main([*words, "--fps", "5"]) == 2
-    assert "was made in another way (fps None, now 5)" in capsys.readouterr().err
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            for process in psutil.process_iter(["cmdline"]):
+                name = " ".join(process.info["cmdline"] or [])
+                if name.startswith("ray::") and step(process, name):
+                    return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
-def _kill(over: threading.Event, left: dict[str, int]) -> None:
+def killing(left: dict[str, int]) -> Callable[[psutil.Process, str], bool]:
     """End so many processes of each kind of work, each once it is at it."""
-    while any(left.values()) and not over.wait(0.05):
-        for process in psutil.process_iter(["cmdline"]):
-            name = " ".join(process.info["cmdline"] or [])
-            kind = next((kind for kind in left if left[kind] and name.startswith("ray::") and kind in name), None)
-            if kind is not None:
-                process.kill()
-                left[kind] -= 1
+
+    def step(process: psutil.Process, name: str) -> bool:
+        kind = next((kind for kind in left if left[kind] and kind in name), None)
+        if kind is not None:
+            process.kill()
+            left[kind] -= 1
+        return not any(left.values())
+
+    return step
 
 
-def test_a_clip_that_fits_no_device_goes_to_two_as_shards(
-    cluster: str, encoded: Path, model: str, clips: Path, capsys: pytest.CaptureFixture[str]
+def starving(count: int) -> Callable[[psutil.Process, str], bool]:
+    """Let so many ranks of groups have hardly more memory than they have when they begin to encode."""
+    starved: set[int] = set()
+
+    def step(process: psutil.Process, name: str) -> bool:
+        if "_Rank.encode" in name and process.pid not in starved:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+            process.rlimit(psutil.RLIMIT_DATA, (used + 2**22, -1))
+            starved.add(process.pid)
+        return len(starved) == count
+
+    return step
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process's memory are set")
+def test_a_clip_that_is_too_large_for_a_group_goes_to_the_next_larger_one(
+    cluster: str, model: str, clips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given: dict[str, Any] = dict.fromkeys(Asked.__dataclass_fields__)
-    given |= {"source": str(clips / "sub" / "0.mp4"), "output": Path("o"), "model": model, "bucket": ["64x96x5"]}
-    given |= {"format": "safetensors", "store": "mode", "dtype": "float64", "devices": 2}
-    run = DatasetRun(Asked(**given))
-    alone = run.needs(run.buckets)[run.buckets[0]]
-    assert alone["ranks"] == 1
-    words = ["encode-dataset", given["source"], "-o", "o", "--model", model, "--bucket", "64x96x5"]
-    words += ["--dtype", "float64", "--devices", "2", "--memory", str((alone["bytes"] - 1) / 2**30)]
-    assert main([*words, "--json", "o.json"]) == 0
-    assert json.loads(Path("o.json").read_text())["counts"]["groups"] == {"64x96x5": 2}
-    whole, _ = latents_file.load(encoded / "latents" / "sub" / "0.mp4.safetensors")
+    """The plan finds two devices for it, and these have less memory than it says."""
+    bucket, source = Bucket(256, 384, 5), clips / "sub" / "0.mp4"
+    job = Job(layout=layout_of(model, dtype="float64"), device="cpu", dtype="float64", fps=None, threads=1)
+    (alone,) = needs(job, [bucket], 1, None, timed=False)
+    words = ["encode-dataset", str(source), "-o", "o", "--model", model, "--bucket", str(bucket), "--json", "o.json"]
+    words += ["--dtype", "float64", "--devices", "3", "--memory", str((alone.bytes - 1) / 2**30)]
+    with watching(starving(2)):
+        assert main(words) == 0
+    assert "0.mp4 goes to a group of 3 devices" in capsys.readouterr().err
+    counts = json.loads(Path("o.json").read_text())["counts"]
+    assert counts["groups"] == {str(bucket): 3}
+    assert [counts[name] for name in ("items", "encoded", "failed")] == [1, 1, 0]
+    vae = models.load(models.find(model), dtype=torch.float64, device=torch.device("cpu"))
+    pixels = take(find_items(str(source))[0], bucket, None).pixels
+    with torch.inference_mode():
+        clip = codec.to_tensor(pixels, torch.float64, torch.device("cpu"))
+        whole = codec.encode(vae, vae_limits.limits_of(vae), clip)
     shards, _ = latents_file.load(Path("o/latents/0.mp4.safetensors"))
     assert torch.allclose(shards, whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
     words[3] = "other"
@@ -195,16 +254,9 @@ def test_a_clip_that_fits_no_device_goes_to_two_as_shards(
 class TestWithoutRay:
     """Steps in this process."""
 
-    def layout(self, model: str, **changes: str) -> Storage:
-        vae = models.find_skeleton(model)[1]
-        given = {"folder": "o", "format": "safetensors", "store": "mode", "dtype": "float32", **changes}
-        return Storage(
-            model=model, model_class="AutoencoderKLWan", scaling=latents_file.scaling_of(vae.config), **given
-        )
-
     @pytest.mark.parametrize("format_", ["webdataset", "parquet"])
     def test_packed(self, format_: str, model: str, clips: Path) -> None:
-        layout = self.layout(model, format=format_, store="parameters", dtype="bfloat16")
+        layout = layout_of(model, format=format_, store="parameters", dtype="bfloat16")
         Path("o").mkdir()
         write_json(Path("o/manifest.json"), {**vars(layout), "scaling": layout.scaling})
         bucket, items = Bucket(64, 96, 5), find_items(str(clips / "sub"))[:3]
@@ -226,7 +278,7 @@ class TestWithoutRay:
 
     def test_musubi(self, model: str, clips: Path) -> None:
         """Names and keys by which its trainer finds latents, and its numbers: scaled."""
-        layout = self.layout(model, format="musubi")
+        layout = layout_of(model, format="musubi")
         Path("o").mkdir()
         write_json(Path("o/manifest.json"), {**vars(layout), "scaling": layout.scaling})
         item, bucket, latents = find_items(str(clips / "sub"))[0], Bucket(64, 96, 5), torch.randn(1, 16, 2, 8, 12)
@@ -247,7 +299,7 @@ class TestWithoutRay:
         with disk(Path("o")):
             if not os.path.ismount("o"):
                 pytest.skip("no disk can be mounted here")
-            job = Job(layout=self.layout(model), device="cpu", dtype="float32", fps=None, threads=1)
+            job = Job(layout=layout_of(model), device="cpu", dtype="float32", fps=None, threads=1)
             unit = Unit(bucket=Bucket(64, 96, 5), items=(find_items(str(clips))[0],), wanted=(True,))
             latents = np.zeros((1, 80 * 2**20), np.uint8)
             row = {
@@ -265,6 +317,8 @@ class TestWithoutRay:
         [
             (["--bucket", "64x96x6"], "AutoencoderKLWan would pad it to 64x96x9"),
             (["--bucket", "60x96x5"], "AutoencoderKLWan would pad it to 64x96x5"),
+            (["--bucket-area", "64x96x5", "--bucket-step", "20"], "--bucket-step 20: AutoencoderKLWan would pad"),
+            (["--bucket-area", "16x16x5"], "smaller than a square of --bucket-step 32"),
             (["--bucket", "big"], "give HEIGHTxWIDTHxFRAMES"),
             ([], "--bucket is missing"),
             (["--bucket", "64x96", "--format", "zip"], "--format zip: give safetensors, webdataset"),
@@ -295,7 +349,7 @@ class TestWithoutRay:
         assert "empty holds no clips" in capsys.readouterr().err
 
     def test_rates_are_kept_as_fractions(self, model: str, clips: Path) -> None:
-        layout = self.layout(model)
+        layout = layout_of(model)
         item = find_items(str(clips / "sub"))[0]
         taken = {"fps": "24000/1001", "times": [], "done": {}}
         layout.write(item, Bucket(64, 96, 5), taken, torch.zeros(1, 16, 2, 8, 12))

@@ -16,7 +16,7 @@ from clips import bars, make_video
 from PIL import Image
 
 from halovae.base.errors import InputError
-from halovae.datasets.buckets import Bucket, ClipSize, choose, look, parse_buckets, take
+from halovae.datasets.buckets import Bucket, ClipSize, choose, look, parse_areas, parse_buckets, take
 from halovae.datasets.formats import scale
 from halovae.datasets.items import Item, find_items
 from halovae.datasets.units import Unit, group_sizes, units_of
@@ -136,6 +136,22 @@ def test_buckets() -> None:
     for text in ("480", "0x8x1", "ax8", "99999x99999x99"):
         with pytest.raises(InputError, match="--bucket"):
             parse_buckets([text])
+
+
+def test_buckets_by_area() -> None:
+    buckets = parse_areas(["480x832x81"], 32)
+    assert {Bucket(480, 832, 81), Bucket(832, 480, 81), Bucket(608, 640, 81)} < set(buckets)
+    for bucket in buckets:
+        assert not bucket.height % 32
+        assert not bucket.width % 32
+        assert 0.9 < bucket.height * bucket.width / (480 * 832) <= 1
+        assert 1 / 3 <= bucket.height / bucket.width <= 3
+    assert choose(ClipSize(height=1080, width=1920, frames=100), buckets) == Bucket(480, 832, 81)
+    assert choose(ClipSize(height=500, width=500, frames=100), buckets) == Bucket(608, 640, 81)
+    assert len(parse_areas(["480x832x81", "480x832x17", "832x480x17"], 32)) == 2 * len(buckets)
+    assert parse_areas(["64x96"], 32) == [Bucket(64, 96), Bucket(96, 64)]
+    with pytest.raises(InputError, match="--bucket-area 16x16: smaller than a square of --bucket-step 32"):
+        parse_areas(["16x16"], 32)
 
 
 def test_units_are_the_same_whatever_is_finished() -> None:

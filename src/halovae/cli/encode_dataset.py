@@ -21,8 +21,8 @@ def encode_dataset(
     """Encode a dataset of videos and images to latents, once each, however often it is interrupted."""
     if given["model"] not in (None, DEMO):
         check_model(given["model"])
-    if not given["bucket"]:
-        raise InputError("--bucket is missing: give one or more, such as --bucket 480x832x81")
+    if not given["bucket"] and not given["bucket_area"]:
+        raise InputError("--bucket is missing: give one or more, such as --bucket 480x832x81, or --bucket-area")
     check_written(json, report)
     try:
         import ray.data as _data  # pyright: ignore[reportUnusedImport]  # Before signals are taken care of: it takes some.
@@ -30,7 +30,8 @@ def encode_dataset(
         raise InputError(f"halovae encode-dataset needs {error.name}: pip install 'halovae[dataset]'") from error
     del _data
     with guarded():
-        from halovae.datasets.run_dataset import Asked, DatasetRun, summary
+        from halovae.datasets.progress import summary
+        from halovae.datasets.run_dataset import Asked, DatasetRun
 
         words = {name: getattr(value, "value", value) for name, value in given.items()}
         run = DatasetRun(Asked(**words))
@@ -39,7 +40,7 @@ def encode_dataset(
                 typer.echo(run.plan())
                 return 0
             done = run.encode()
-        typer.echo(summary(done, run.asked))
+        typer.echo(summary(done, run.asked.output))
         if json is not None:
             write_json(json, {**run.folder.document(), "counts": done.to_dict()})
         if report is not None:

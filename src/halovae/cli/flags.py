@@ -164,6 +164,9 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_PLAN | _WARM_UP, "num_frames", int, "N", "For so many frames.", 1, least=1),
         _Flag(_DATASET, "bucket", list[str], "HxWxF", "Bring clips to this height, width and number of frames (HxW: "
               "images). Give it several times: each clip goes to the one of the nearest shape.", [], shown="none"),
+        _Flag(_DATASET, "bucket_area", list[str], "HxWxF", "Make buckets of so many frames in all shapes of about this "
+              "area, from 3:1 to 1:3.", [], shown="none"),
+        _Flag(_DATASET, "bucket_step", int, "PIXELS", "Let their sides be multiples of this.", 32, least=1),
         _Flag(_DATASET, "fps", float, "N", "Sample so many frames per second.", shown="every frame"),
         _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all"),
         _Flag(_READ, "height", int, "PIXELS", "Make the clip this high: it is scaled to cover the size, and cropped "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, log
+from math import ceil, isqrt, log
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from halovae.media.pace import OpenedFile, Shown, pace_of
 from halovae.media.reader import cover, covered, opened
 from halovae.media.video import frame_times
 
+_LONGEST = 3
+"""Side of a bucket made by area, times the other."""
 _ASSUMED = Fraction(25)
 """Frames per second of a video that tells no times."""
 
@@ -47,17 +49,39 @@ def parse_buckets(texts: Sequence[str]) -> list[Bucket]:
     Raises:
         InputError: another form, or a clip larger than fits into memory.
     """
-    found: list[Bucket] = []
+    return sorted({_parsed("--bucket", text) for text in texts})
+
+
+def _parsed(flag: str, text: str) -> Bucket:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:x(\d{1,5}))?", text)
+    sizes = [int(group or 1) for group in match.groups()] if match else [0]
+    if min(sizes) < 1:
+        raise InputError(f"{flag} {text}: give HEIGHTxWIDTHxFRAMES such as 480x832x81, or 512x512 for images")
+    bucket = Bucket(*sizes)
+    if 3 * bucket.pixels > MAX_CLIP_BYTES:
+        raise InputError(f"{flag} {text}: over {MAX_CLIP_BYTES >> 30} GiB of pixels: give a smaller one")
+    return bucket
+
+
+def parse_areas(texts: Sequence[str], step: int) -> list[Bucket]:
+    """From the words of `--bucket-area`: every shape of at most that area whose sides are multiples of `step`, each as
+    large as it can be.
+
+    Raises:
+        InputError: as by `parse_buckets`, or there is no such shape.
+    """
+    found: set[Bucket] = set()
     for text in texts:
-        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:x(\d{1,5}))?", text)
-        sizes = [int(group or 1) for group in match.groups()] if match else [0]
-        if min(sizes) < 1:
-            raise InputError(f"--bucket {text}: give HEIGHTxWIDTHxFRAMES such as 480x832x81, or 512x512 for images")
-        bucket = Bucket(*sizes)
-        if 3 * bucket.pixels > MAX_CLIP_BYTES:
-            raise InputError(f"--bucket {text}: over {MAX_CLIP_BYTES >> 30} GiB of pixels: give a smaller one")
-        found.append(bucket)
-    return sorted(set(found))
+        asked = _parsed("--bucket-area", text)
+        area = asked.height * asked.width // step**2
+        highest: dict[int, int] = {}  # For each width, in steps.
+        for high in range(1, isqrt(_LONGEST * area) + 1):
+            highest[area // high] = high
+        shapes = [(high, wide) for wide, high in highest.items() if high <= _LONGEST * wide and wide <= _LONGEST * high]
+        if not shapes:
+            raise InputError(f"--bucket-area {text}: smaller than a square of --bucket-step {step}: give a larger one")
+        found |= {Bucket(high * step, wide * step, asked.frames) for high, wide in shapes}
+    return sorted(found)
 
 
 @dataclass(frozen=True, kw_only=True)

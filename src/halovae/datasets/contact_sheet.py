@@ -11,7 +11,8 @@ from halovae.app.pages import command
 from halovae.datasets.buckets import Bucket, take
 from halovae.datasets.items import Item
 from halovae.datasets.latents import Latents
-from halovae.datasets.run_dataset import DatasetRun, Done
+from halovae.datasets.progress import Done
+from halovae.datasets.run_dataset import DatasetRun
 from halovae.evaluation import compare_clips
 from halovae.evaluation.numbers import decibel
 from halovae.evaluation.report import ClipSection, Report

@@ -1,13 +1,10 @@
-"""Latents of a dataset on disk: a file for each item, and shards that such files are packed into."""
+"""Latents of a dataset on disk: what the file of each item is called, and what is in it."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,8 +28,6 @@ PACKED = {"webdataset": ".tar", "parquet": ".parquet"}
 """Formats of several items a file, and the files' suffix."""
 PARTS = ".parts"
 """The folder of items that wait for the others of their shard."""
-_KEY = "HALOVAE.key"
-"""Of a member's header in a .tar file."""
 LATENTS = "latents"
 """The folder of items, or how the names of shards begin."""
 MUSUBI = {
@@ -145,37 +140,6 @@ def sample_name(key: str) -> str:
     return re.sub(r"[.]", "_", key)
 
 
-def pack(layout: Storage, number: int, items: Sequence[tuple[Item, Bucket]]) -> None:
-    """Put the parts of a shard that are there into it, behind nothing that it had: whole or not at all.
-
-    Raises:
-        OSError: the disk is full, or can't be written.
-    """
-    shard = layout.shard(number)
-    contents = dict(_read_shard(shard)) if shard.exists() else {}
-    places = [(item.key, layout.place(item, bucket)) for item, bucket in items]
-    contents |= {key: place.read_bytes() for key, place in places if place.exists()}
-    ordered = [(key, contents[key]) for key, _ in places if key in contents]
-    if ordered:
-        try:
-            with atomic(shard) as draft:
-                (_write_tar if layout.format == "webdataset" else _write_parquet)(draft, ordered)
-        except InputError as error:
-            raise OSError(str(error)) from error
-    for _, place in places:
-        with suppress(FileNotFoundError):
-            place.unlink()
-
-
-def keys_in(shard: Path) -> list[str]:
-    """The items of a shard."""
-    if shard.suffix == PACKED["parquet"]:
-        from pyarrow import parquet
-
-        return parquet.read_table(shard, columns=["key"])["key"].to_pylist()
-    return [key for key, _ in _members(shard)]
-
-
 def parsed(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     length = int.from_bytes(content[:8], "little")
@@ -190,77 +154,6 @@ def parsed_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
-
-
-def _members(shard: Path) -> list[tuple[str, tuple[int, int]]]:
-    """Key, begin and length of each item in a .tar file."""
-    found: list[tuple[str, tuple[int, int]]] = []
-    with tarfile.open(shard, "r:") as file:
-        for member in file:
-            if member.name.endswith(latents_file.SUFFIX):
-                found.append((member.pax_headers[_KEY], (member.offset_data, member.size)))
-    return found
-
-
-def _read_shard(shard: Path) -> Iterator[tuple[str, bytes]]:
-    for key, place in places_in(shard):
-        yield key, read_place(shard, place)
-
-
-def places_in(shard: Path) -> list[tuple[str, Any]]:
-    """The items of a shard, and where each is in it."""
-    if shard.suffix == PACKED["parquet"]:
-        return [(key, number) for number, key in enumerate(keys_in(shard))]
-    return _members(shard)
-
-
-def read_place(shard: Path, place: Any) -> bytes:
-    """The content of the file that an item of a shard was."""
-    if shard.suffix == PACKED["parquet"]:
-        from pyarrow import parquet
-
-        with parquet.ParquetFile(shard) as file:
-            row = file.read_row_group(place).to_pylist()[0]
-        latents = torch.frombuffer(bytearray(row["latents"]), dtype=getattr(torch, row["dtype"])).view(row["shape"])
-        return content_of({row["tensor"]: latents}, json.loads(row["metadata"]))
-    begin, size = place
-    with shard.open("rb") as file:
-        file.seek(begin)
-        return file.read(size)
-
-
-def _write_tar(draft: Path, items: Sequence[tuple[str, bytes]]) -> None:
-    with tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as file:
-        for key, content in items:
-            _, metadata = parsed(content)
-            parts = {
-                "safetensors": content,
-                "txt": metadata.get("caption", "").encode(),
-                "json": json.dumps(metadata, sort_keys=True).encode(),
-            }
-            for kind, part in parts.items():
-                member = tarfile.TarInfo(f"{sample_name(key)}.{kind}")
-                member.size, member.pax_headers = len(part), {_KEY: key}
-                file.addfile(member, io.BytesIO(part))
-
-
-def _write_parquet(draft: Path, items: Sequence[tuple[str, bytes]]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    columns: dict[str, list[Any]] = {}
-    for key, content in items:
-        tensors, metadata = parsed(content)
-        ((name, latents),) = tensors.items()
-        row = {
-            "key": key, "tensor": name, "latents": latents.reshape(-1).view(torch.uint8).numpy().tobytes(),
-            "shape": list(latents.shape), "dtype": str(latents.dtype).removeprefix("torch."),
-            "caption": metadata.get("caption", ""), "metadata": json.dumps(metadata),
-        }  # fmt: skip
-        for column, value in row.items():
-            columns.setdefault(column, []).append(value)
-    # A row group for each: a trainer reads items in any order.
-    parquet.write_table(pyarrow.table(columns), draft, row_group_size=1)
 
 
 def check_format(format_: str, store: str, model_class: str) -> None:

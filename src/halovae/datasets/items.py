@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -43,6 +44,16 @@ class Item:
     @property
     def range(self) -> FrameRange:
         return FrameRange.parse(self.frames) if self.frames else FrameRange()
+
+    @property
+    def state(self) -> str:
+        """Changes when its file does."""
+        try:
+            stat = Path(self.path).stat()
+            file = [stat.st_size, stat.st_mtime_ns]
+        except OSError:
+            file = []
+        return json.dumps([self.path, self.member, self.frames, *file])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +108,11 @@ def find_items(source: str) -> list[Item]:
         if one.key == other.key:
             raise InputError(f"{source} has {one.key} twice: give each clip, or each range of its frames, once")
     return found
+
+
+def digest(items: Sequence[Item]) -> str:
+    """Names a list of items by their keys."""
+    return hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest()[:32]
 
 
 def _is_hidden(path: Path) -> bool:

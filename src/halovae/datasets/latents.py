@@ -19,10 +19,9 @@ from halovae.datasets.formats import (
     metadata_of,
     parsed,
     parsed_file,
-    places_in,
-    read_place,
     scale,
 )
+from halovae.datasets.shards import places_in, read_place
 from halovae.media.latents_file import PARAMETERS, SUFFIX
 
 MANIFEST = "manifest.json"

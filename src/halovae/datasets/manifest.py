@@ -18,9 +18,10 @@ from halovae import __version__
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, read_json, reason, write_json
 from halovae.datasets.buckets import Bucket
-from halovae.datasets.formats import LATENTS, PACKED, PARTS, Storage, keys_in
+from halovae.datasets.formats import LATENTS, PACKED, PARTS, Storage
 from halovae.datasets.items import Item
 from halovae.datasets.latents import MANIFEST
+from halovae.datasets.shards import keys_in
 from halovae.media.models import VaeSource
 
 FAILED = "failed.jsonl"

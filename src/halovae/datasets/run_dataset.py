@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,27 +15,29 @@ from typing import Any
 import ray
 import torch
 from ray.data import ActorPoolStrategy
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from halovae.app.launch import cores
 from halovae.app.run_options import dtype_on
 from halovae.app.session import Stages, device_kind
 from halovae.app.tables import counted
 from halovae.base.errors import HalovaeError, InputError
-from halovae.datasets import workers
-from halovae.datasets.buckets import Bucket, ClipSize, choose, parse_buckets
+from halovae.datasets import forecast, workers
+from halovae.datasets.buckets import Bucket, ClipSize, choose, parse_areas, parse_buckets
 from halovae.datasets.cluster import cluster, readers
-from halovae.datasets.formats import PACKED, PARTS, Storage, check_format, check_names
-from halovae.datasets.items import Item, find_items
-from halovae.datasets.manifest import FAILED, Fault, Folder, fingerprint
+from halovae.datasets.forecast import Need
+from halovae.datasets.formats import PACKED, Storage, check_format, check_names
+from halovae.datasets.groups import Encoder, release
+from halovae.datasets.items import Item, digest, find_items
+from halovae.datasets.manifest import Fault, Folder, fingerprint
+from halovae.datasets.progress import Done, Progress
+from halovae.datasets.shards import Shards
 from halovae.datasets.units import Job, Unit, group_sizes, together, units_of
 from halovae.media import codec, models, vae_limits
 from halovae.media.latents_file import scaling_of
 
 _GIB = 2**30
-_SAY_EVERY = 60.0
-"""Seconds between two lines on the progress, where there is no terminal."""
+_AT_ONCE = 16
+"""Clips that one task looks at, where there are not many more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class Asked:
     output: Path
     model: str | None
     bucket: Sequence[str]
+    bucket_area: Sequence[str]
+    bucket_step: int
     fps: float | None
     format: str
     store: str
@@ -62,32 +64,6 @@ class Asked:
     fail_fast: bool
 
 
-@dataclass(kw_only=True)
-class Done:
-    """What a run did."""
-
-    items: int
-    """In the dataset."""
-    encoded: int = 0
-    there: int = 0
-    """Finished by an earlier run."""
-    failed: int = 0
-    frames: int = 0
-    seconds: float = 0.0
-    busy: float = 0.0
-    """Share of the time that devices encoded."""
-    groups: dict[str, int] = field(default_factory=dict[str, int])
-    """Devices that clips of a bucket were encoded on."""
-
-    @property
-    def rate(self) -> float:
-        """Frames per second."""
-        return self.frames / self.seconds if self.seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "frames_per_second": self.rate}
-
-
 class DatasetRun:
     """One run of `halovae encode-dataset`.
 
@@ -100,7 +76,8 @@ class DatasetRun:
 
     def __init__(self, asked: Asked) -> None:
         self.asked, self.notes = asked, Stages(speaks=True)
-        self.buckets = parse_buckets(asked.bucket)
+        given, shapes = parse_buckets(asked.bucket), parse_areas(asked.bucket_area, asked.bucket_step)
+        self.buckets = sorted({*given, *shapes})
         self.fps = None if asked.fps is None else Fraction(asked.fps).limit_denominator(100_000)
         if asked.fps is not None and not 0 < asked.fps <= 1000:
             raise InputError(f"--fps {asked.fps:g}: give more than 0, and 1000 at the most")
@@ -110,7 +87,7 @@ class DatasetRun:
         _, vae = models.find_skeleton(asked.model)
         self.limits = vae_limits.limits_of(vae)
         self.limits.known_pixels()
-        _check_buckets(self.limits, self.buckets)
+        _check_buckets(self.limits, given, shapes, asked.bucket_step)
         if asked.store == "parameters":
             _check_parameters(vae, self.limits, self.buckets[0])
         # A machine that only starts the work of a cluster may have no accelerator.
@@ -152,7 +129,7 @@ class DatasetRun:
             "store": asked.store, "store_dtype": layout.dtype, "dtype": dtype, "device": self.kind,
         }  # fmt: skip
         if asked.format in PACKED:  # A shard holds so many items of a list, which is to stay the same.
-            settings |= {"shard_size": asked.shard_size, "items": _digest(self.items)}
+            settings |= {"shard_size": asked.shard_size, "items": digest(self.items)}
         self.folder = Folder(layout, fingerprint(self.source, settings))
         self.folder.check()
 
@@ -179,11 +156,12 @@ class DatasetRun:
             keep: what is found, for the next run.
         """
         seen = self.folder.read_seen()
-        marks = {item.key: _mark(item, self.job.fps) for item in self.items}
+        marks = {item.key: f"{item.state} at {self.job.fps}" for item in self.items}
         unknown = [item for item in self.items if marks[item.key] not in seen]
         if unknown:
             rows = [{"item": json.dumps(item.to_dict())} for item in unknown]
-            blocks = min(len(rows), 8 * readers(self.devices, 0))
+            # A process takes longer to start than to look at a few clips.
+            blocks = min(1 + len(rows) // _AT_ONCE, 8 * readers(self.devices, 0))
             data: Any = ray.data.from_items(rows, override_num_blocks=blocks)
             looked = data.map(workers.look_at, fn_kwargs={"fps": self.job.fps}, num_cpus=1)
             for row in self._shown(looked.iter_rows(), len(rows), "looking"):
@@ -212,16 +190,20 @@ class DatasetRun:
                 advance()
                 yield row
 
-    def needs(self, buckets: Sequence[Bucket]) -> dict[Bucket, dict[str, Any]]:
-        """How many devices each bucket takes."""
+    def needs(self, buckets: Sequence[Bucket], *, timed: bool = False) -> dict[Bucket, Need]:
+        """What a clip of each bucket takes.
+
+        Args:
+            timed: seconds, too.
+        """
         memory = None if self.asked.memory is None else self.asked.memory * _GIB
-        sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in buckets]
+        words = self.job, buckets, self.devices, memory, timed
         if self.kind == "cpu" and not self.asked.ray_address:
-            found = workers.needs(self.job, sizes, self.devices, memory)
+            found = forecast.needs(*words)
         else:
-            remote: Any = ray.remote(workers.needs)
+            remote: Any = ray.remote(forecast.needs)
             share = {"num_cpus": 1} if self.kind == "cpu" else {"num_cpus": 0, "num_gpus": 1}
-            found = ray.get(remote.options(**share).remote(self.job, sizes, self.devices, memory))
+            found = ray.get(remote.options(**share).remote(*words))
         return dict(zip(buckets, found, strict=True))
 
     def encode(self) -> Done:
@@ -237,12 +219,18 @@ class DatasetRun:
             there = self.folder.finished(clips)
             done = Done(items=len(self.items), there=len(there & {item.key for item, _ in clips}), failed=len(faults))
             units = units_of(clips, there)
-            shards = _Shards(self.job, self.asked.shard_size, self.items, clips, there, self.folder.packed())
+            packing: list[Any] = []
+            pack: Any = ray.remote(workers.pack_shard).options(num_cpus=0.5)
+            shards = Shards(
+                self.job.layout, self.asked.shard_size, self.items, clips, there, self.folder.packed(),
+                lambda *shard: packing.append(pack.remote(self.job, *shard)),
+            )  # fmt: skip
             if units:
                 busy = self._encode(units, done, shards)
                 done.seconds = time.perf_counter() - started
                 done.busy = busy / (done.seconds * self.devices)
-            shards.finish()
+            for why in filter(None, ray.get(packing)):
+                raise InputError(why)
             self.folder.tidy()
             self.folder.tell(done.to_dict())
         if not done.encoded and not done.there:
@@ -257,50 +245,66 @@ class DatasetRun:
                 first = next(iter(faults.values()))
                 raise InputError(first.words)
 
-    def _encode(self, units: Sequence[Unit], done: Done, shards: _Shards) -> float:
+    def _encode(self, units: Sequence[Unit], done: Done, shards: Shards) -> float:
         """Returns the seconds that devices were busy."""
-        needs = self.needs(list(dict.fromkeys(unit.bucket for unit in units)))
-        waiting: dict[int, list[Unit]] = {size: [] for size in group_sizes(self.devices)}
-        for unit in units:
-            need = needs[unit.bucket]
-            # What the plan finds too large for all devices may fit after all.
-            ranks = need["ranks"] or self.devices
-            fits = need["bytes"] + (len(unit.items) - 1) * need["more"] <= need["room"]
-            waiting[ranks] += [unit] if ranks == 1 and fits else unit.singly()
+        waiting = self._by_size(units)
         paths = {item.key: item.path for item in self.items}
         busy = 0.0
-        with _Progress(self.notes, units) as progress:
+        with Progress(self.notes, units) as progress:
             while size := next((size for size, those in waiting.items() if those), None):
                 those, waiting[size] = waiting[size], []
-                larger = next((other for other in waiting if other > size), None)
                 for unit, told in self._through(those, size):
                     busy += told["seconds"] * size
                     results = {result["key"]: result for result in told["results"]}
-                    if short := [one for one in unit.singly() if results[one.keys[0]]["what"] == workers.MEMORY]:
-                        if len(unit.items) > 1:
-                            waiting[size] += short
-                        elif larger is not None:
-                            waiting[larger] += short
-                            why = results[unit.keys[0]]["why"]
-                            self.notes.note(f"{unit.keys[0]} goes to a group of {larger} devices: {why}")
-                        else:
-                            results[unit.keys[0]]["what"] = workers.FAILED
+                    self._give_on(unit, results, size, waiting)
+                    for result in results.values():
+                        if result["what"] == workers.STOP:
+                            raise InputError(result["why"])
                     kinds = Counter(result["what"] for result in results.values())
                     done.encoded += kinds[workers.DONE] + kinds[workers.THERE]
                     done.failed += kinds[workers.FAILED]
                     done.frames += told["frames"]
                     if kinds[workers.DONE]:
                         done.groups[str(unit.bucket)] = max(size, done.groups.get(str(unit.bucket), 0))
-                    for result in results.values():
-                        if result["what"] == workers.STOP:
-                            raise InputError(result["why"])
                     self._set_aside(
                         {key: Fault(key=key, path=paths[key], why=result["why"])
                          for key, result in results.items() if result["what"] == workers.FAILED}
                     )  # fmt: skip
                     shards.note(key for key, result in results.items() if result["what"] != workers.MEMORY)
                     progress.advance(unit, kinds[workers.DONE] + kinds[workers.FAILED], told["frames"])
+                if size > 1:
+                    release()
         return busy
+
+    def _by_size(self, units: Sequence[Unit]) -> dict[int, list[Unit]]:
+        """Units by the number of devices that the plan finds for them."""
+        needs = self.needs(list(dict.fromkeys(unit.bucket for unit in units)))
+        found: dict[int, list[Unit]] = {size: [] for size in group_sizes(self.devices)}
+        for unit in units:
+            need = needs[unit.bucket]
+            # What the plan finds too large for all devices may fit after all.
+            ranks = need.ranks or self.devices
+            fits = need.bytes + (len(unit.items) - 1) * need.more <= need.room
+            found[ranks] += [unit] if ranks == 1 and fits else unit.singly()
+        return found
+
+    def _give_on(
+        self, unit: Unit, results: Mapping[str, dict[str, Any]], size: int, waiting: Mapping[int, list[Unit]]
+    ) -> None:  # fmt: skip
+        """Clips that were too large wait for the next try: one by one, or on more devices. If there is none, they have
+        failed."""
+        short = [one for one in unit.singly() if results[one.keys[0]]["what"] == workers.MEMORY]
+        larger = next((other for other in waiting if other > size), None)
+        if len(unit.items) > 1:
+            waiting[size].extend(short)
+            return
+        for one in short:
+            result = results[one.keys[0]]
+            if larger is None:
+                result["what"] = workers.FAILED
+            else:
+                waiting[larger].append(one)
+                self.notes.note(f"{one.keys[0]} goes to a group of {larger} devices: {result['why']}")
 
     def _through(self, units: Sequence[Unit], size: int) -> Iterator[tuple[Unit, dict[str, Any]]]:
         """Units and what became of them, in the order in which they are finished.
@@ -315,11 +319,14 @@ class DatasetRun:
             share = {"num_cpus": 1 if size == 1 else 0}
         else:
             share = {"num_cpus": 0, "num_gpus": 1 if size == 1 else 0}
-        pool = ActorPoolStrategy(size=groups, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2)
+        pool = ActorPoolStrategy(
+            size=groups, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        )  # fmt: skip
         data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
         # Not the share of a device: Ray would read in the processes of the devices, to have fewer.
         data = data.map(workers.read_unit, fn_kwargs={"job": self.job}, num_cpus=0.99)
-        data = data.map(workers.Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
+        data = data.map(Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
         data = data.map(workers.write_unit, fn_kwargs={"job": self.job}, num_cpus=0.5)
         for row in data.iter_rows():
             yield Unit.from_json(row["unit"]), json.loads(row["told"])
@@ -328,128 +335,32 @@ class DatasetRun:
         """What a run would do, in lines of text. Nothing is written."""
         clips, faults = self.survey(keep=False)
         there = self.folder.finished(clips)
-        left = [bucket for item, bucket in clips if item.key not in there]
-        needs = self.needs(sorted(set(left)))
-        counts = Counter(left)
+        left = Counter(bucket for item, bucket in clips if item.key not in there)
+        needs = self.needs(sorted(left), timed=True)
         lines = [
-            f"{counted(len(self.items), 'item')}: {len(there)} finished, {len(left)} to encode, "
+            f"{counted(len(self.items), 'item')}: {len(there)} finished, {left.total()} to encode, "
             f"{len(faults)} to set aside; {counted(self.devices, 'device')} of {self.kind}, {self.job.dtype}"
         ]
-        total = 0
-        for bucket, need in needs.items():
-            size = counts[bucket] * _bytes(self.limits, bucket, self.job.layout)
-            total += size
-            ranks, room = need["ranks"], f"{need['bytes'] / _GIB:.2f} GiB"
-            where = f"on 1 device, {room}" if ranks == 1 else f"on {ranks} devices as shards, {room} each"
-            if ranks is None:
-                where = f"on no number of devices: {room} of {need['room'] / _GIB:.2f} GiB"
-            lines.append(f"{bucket}: {counted(counts[bucket], 'item')}, {where}, {size / 2**20:.1f} MiB of latents")
-        lines.append(f"{total / 2**20:.1f} MiB to write")
+        lines += forecast.plan(needs, left, self.devices, self.limits, self.job.layout)
         lines += [f"set aside: {fault.words}" for fault in list(faults.values())[:10]]
         return "\n".join(lines)
 
 
-class _Shards:
-    """Packs the shards of a packed format as soon as all their items are finished or have failed."""
-
-    def __init__(
-        self, job: Job, size: int, items: Sequence[Item], clips: Sequence[tuple[Item, Bucket]],
-        there: set[str], packed: set[int],
-    ) -> None:  # fmt: skip
-        self._job, self._tasks = job, list[Any]()
-        self._left: dict[int, set[str]] = {}
-        self._clips: dict[int, list[tuple[Item, Bucket]]] = {}
-        if job.layout.format not in PACKED:
-            return
-        self._number = {item.key: number // size for number, item in enumerate(items)}
-        for item, bucket in clips:
-            number = self._number[item.key]
-            self._clips.setdefault(number, []).append((item, bucket))
-            self._left.setdefault(number, set())
-            if item.key not in there:
-                self._left[number].add(item.key)
-        parts = job.layout.root / PARTS
-        for number, left in list(self._left.items()):
-            if not left and (number not in packed or parts.exists()):
-                self._pack(number)
-
-    def note(self, keys: Any) -> None:
-        """Items that nothing more will come of."""
-        for key in keys if self._left else ():
-            left = self._left[self._number[key]]
-            left.discard(key)
-            if not left:
-                self._pack(self._number[key])
-
-    def _pack(self, number: int) -> None:
-        remote: Any = ray.remote(workers.pack_shard)
-        self._tasks.append(remote.options(num_cpus=0.5).remote(self._job, number, self._clips[number]))
-
-    def finish(self) -> None:
-        """
-        Raises:
-            InputError: a shard can't be written.
-        """
-        for why in filter(None, ray.get(self._tasks)):
-            raise InputError(why)
-
-
-class _Progress:
-    """Items, frames per second and the time that is left: a bar in a terminal, else a line now and then."""
-
-    def __init__(self, notes: Stages, units: Sequence[Unit]) -> None:
-        self._notes = notes
-        self._items = sum(len(unit.keys) for unit in units)
-        self._work = sum(unit.bucket.pixels * len(unit.keys) for unit in units)
-        self._done, self._worked, self._frames = 0, 0, 0
-        self._started = self._said = time.perf_counter()
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            columns = TextColumn("encode"), BarColumn(), TextColumn("{task.description}")
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self._words(), total=self._work)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, unit: Unit, items: int, frames: int) -> None:
-        self._done += items
-        self._worked += items * unit.bucket.pixels
-        self._frames += frames
-        now = time.perf_counter()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._worked, description=self._words())
-        elif now - self._said > _SAY_EVERY:
-            self._said = now
-            self._notes.note(self._words())
-
-    def _words(self) -> str:
-        seconds = time.perf_counter() - self._started
-        words = f"{self._done} of {counted(self._items, 'item')}"
-        if self._worked:
-            left = timedelta(seconds=round(seconds * (self._work - self._worked) / self._worked))
-            words += f", {self._frames / seconds:.1f} frames/s, {left} left"
-        return words
-
-
-def _check_buckets(limits: vae_limits.Limits, buckets: Sequence[Bucket]) -> None:
+def _check_buckets(limits: vae_limits.Limits, given: Sequence[Bucket], shapes: Sequence[Bucket], step: int) -> None:
     """
     Raises:
         InputError: the VAE pads one of them.
     """
-    for bucket in buckets:
+    for bucket in (*given, *shapes):
         try:
             fit = limits.fit(bucket.frames, bucket.height, bucket.width)
         except InputError as error:
             raise InputError(f"--bucket {bucket}: {error}") from None
         near = Bucket(fit.padded_height, fit.padded_width, fit.padded_frames)
-        if near != bucket:
+        if near.frames != bucket.frames or (near != bucket and bucket in given):
             raise InputError(f"--bucket {bucket}: {limits.name} would pad it to {near}: give that, or a smaller one")
+        if near != bucket:
+            raise InputError(f"--bucket-step {step}: {limits.name} would pad {bucket} to {near}: give another step")
 
 
 def _check_parameters(vae: Any, limits: vae_limits.Limits, bucket: Bucket) -> None:
@@ -463,38 +374,3 @@ def _check_parameters(vae: Any, limits: vae_limits.Limits, bucket: Bucket) -> No
             vae_limits.parameters_of(vae.encode(next(codec.encode_calls(limits, clip.split(1, dim=1), clip.shape[1]))))
         except HalovaeError as error:
             raise InputError(f"--store parameters: {error}") from None
-
-
-def _bytes(limits: vae_limits.Limits, bucket: Bucket, layout: Storage) -> int:
-    """Of the latents of one item."""
-    frames = bucket.frames if limits.per_frame or not limits.period else 1 + (bucket.frames - 1) // limits.period
-    numbers = limits.latent_channels * frames * (bucket.height // limits.ratio) * (bucket.width // limits.ratio)
-    return numbers * getattr(torch, layout.dtype).itemsize * (2 if layout.store == "parameters" else 1)
-
-
-def _mark(item: Item, fps: str | None) -> str:
-    """Changes when a clip does."""
-    try:
-        stat = Path(item.path).stat()
-        state = [stat.st_size, stat.st_mtime_ns]
-    except OSError:
-        state = []
-    return json.dumps([item.path, item.member, item.frames, fps, *state])
-
-
-def _digest(items: Sequence[Item]) -> str:
-    import hashlib
-
-    return hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest()[:32]
-
-
-def summary(done: Done, asked: Asked) -> str:
-    """What a user reads at the end."""
-    lines = [
-        f"{asked.output}: {counted(done.items, 'item')}: {done.encoded} encoded, {done.there} there already, "
-        f"{done.failed} failed" + (f" (see {asked.output / FAILED})" if done.failed else "")
-    ]
-    if done.encoded:
-        took = timedelta(seconds=round(done.seconds))
-        lines.append(f"{took}, {done.rate:.1f} frames/s, devices busy {100 * done.busy:.0f} %")
-    return "\n".join(lines)

@@ -1,34 +1,28 @@
-"""The work on units in processes of Ray: look, read, encode on a device or a group of them, write."""
+"""The work on units, step by step, each in a process of its own: look, read, encode on a device, write. Without Ray."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import ray
-from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from halovae.base.errors import HalovaeError, RankFailedError
 from halovae.base.files import first_line
 from halovae.datasets.buckets import look, take
 from halovae.datasets.formats import told
 from halovae.datasets.items import Item
-from halovae.datasets.units import Job, Unit, group_sizes
+from halovae.datasets.units import Job, Unit
 
 Row = dict[str, Any]
 DONE, THERE, FAILED, MEMORY, STOP = "done", "there", "failed", "memory", "stop"
 """What became of an item: encoded; found finished; set aside; too large for its devices; or nothing, since the run
 can't go on."""
-_TRIES = 3
-"""Times that a group whose ranks die is put together again for one unit."""
 
 
 def look_at(row: Row, fps: str | None) -> Row:
@@ -38,7 +32,7 @@ def look_at(row: Row, fps: str | None) -> Row:
     try:
         found |= vars(look(item, None if fps is None else Fraction(fps)))
     except Exception as error:  # Whatever a broken file makes of a decoder.
-        found["why"] = _reason(error)
+        found["why"] = reason_of(error)
     return {"seen": json.dumps(found)}
 
 
@@ -55,7 +49,7 @@ def read_unit(row: Row, job: Job) -> Row:
                 clip = take(item, size, fps)
                 place[...], taken = clip.pixels, told(clip)
             except Exception as error:  # As in `look_at`.
-                fault = _reason(error)
+                fault = reason_of(error)
         told_of.append(taken)
         why.append(fault)
     if not any(told_of):
@@ -64,7 +58,10 @@ def read_unit(row: Row, job: Job) -> Row:
 
 
 class Device:
-    """A device with the VAE on it, alone or as a rank of a group."""
+    """A device with the VAE on it, alone or as a rank of a group.
+
+    With two threads that call `encode`, one brings its clips to the device while those of the other are encoded.
+    """
 
     def __init__(self, job: Job, rank: int = 0, ranks: int = 1, address: tuple[str, int] = ("", 0)) -> None:
         import torch
@@ -90,6 +87,9 @@ class Device:
             self._handle = parallelize(self._vae, gather={"encode": "first", "decode": "first"}, halves=("encode",))
         else:
             self._handle = optimize(self._vae)
+        self._beside = torch.Stream(self._device) if self._device.type != "cpu" else None
+        # Of each thread, for libraries that don't ask torch.
+        self._one_by_one = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(job.threads,))
 
     def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
         """Encode clips together.
@@ -104,105 +104,45 @@ class Device:
         import torch
 
         from halovae.base.memory import is_shortage
-        from halovae.media import codec
 
-        started = time.perf_counter()
         try:
-            with torch.inference_mode():
-                clips = [codec.to_tensor(clip, self._dtype, self._device) for clip in pixels]
-                found = [one.cpu() for one in codec.encode_clips(self._vae, self._limits, clips, self._taken)]
-            latents = np.stack([one.contiguous().reshape(-1).view(torch.uint8).numpy() for one in found])
-            shape, dtype = list(found[0].shape), str(found[0].dtype).removeprefix("torch.")
-            return {"latents": latents, "shape": shape, "dtype": dtype, "seconds": time.perf_counter() - started}
+            return self._one_by_one.submit(self._encode, self._bring(pixels)).result()
         except Exception as error:
             short = is_shortage(error)
             if short and self._device.type != "cpu":
                 torch.accelerator.empty_cache()
             stop = isinstance(error, HalovaeError) and not isinstance(error, RankFailedError)
-            return {"kind": MEMORY if short else STOP if stop else FAILED, "why": _reason(error)}
+            return {"kind": MEMORY if short else STOP if stop else FAILED, "why": reason_of(error)}
 
+    def _bring(self, pixels: np.ndarray[Any, Any]) -> list[Any]:
+        import torch
 
-class Encoder:
-    """Encodes units on one device, or on a group of them as shards."""
+        if self._beside is None:
+            return self._tensors(pixels)
+        before = torch.accelerator.current_stream()
+        torch.accelerator.set_stream(self._beside)
+        try:
+            return self._tensors(pixels)
+        finally:
+            self._beside.synchronize()
+            torch.accelerator.set_stream(before)
 
-    def __init__(self, job: Job, ranks: int) -> None:
-        self._one, self._group = (Device(job), None) if ranks == 1 else (None, _Group(job, ranks))
+    def _tensors(self, pixels: np.ndarray[Any, Any]) -> list[Any]:
+        from halovae.media import codec
 
-    def __call__(self, row: Row) -> Row:
-        made: dict[str, Any] = {}
-        if len(row["pixels"]):
-            encode = self._one.encode if self._one is not None else self._group.encode  # type: ignore[union-attr]
-            made = encode(row["pixels"])
-        latents = made.pop("latents", np.zeros((0, 0), np.uint8))
-        return {"unit": row["unit"], "read": row["read"], "made": json.dumps(made), "latents": latents}
+        return [codec.to_tensor(clip, self._dtype, self._device) for clip in pixels]
 
+    def _encode(self, clips: list[Any]) -> dict[str, Any]:
+        import torch
 
-class _Group:
-    """Ranks on devices of their own, in one process group."""
+        from halovae.media import codec
 
-    def __init__(self, job: Job, ranks: int) -> None:
-        self._job, self._ranks = job, ranks
-        self._actors: list[Any] = []
-        self._place: PlacementGroup | None = None
-        self._start()
-
-    def _start(self) -> None:
-        share = {"CPU": 1.0} if self._job.device == "cpu" else {"GPU": 1.0}
-        self._place = place = placement_group([share] * self._ranks, strategy="PACK")
-        ray.get(place.ready())
-        remote: Any = ray.remote(_Rank)
-        self._actors = [
-            remote.options(
-                num_cpus=share.get("CPU", 0), num_gpus=share.get("GPU", 0), max_concurrency=1,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=rank),
-            ).remote()
-            for rank in range(self._ranks)
-        ]  # fmt: skip
-        address = ray.get(self._actors[0].address.remote())
-        ray.get([actor.join.remote(self._job, r, self._ranks, address) for r, actor in enumerate(self._actors)])
-
-    def _end(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        if self._place is not None:
-            remove_placement_group(self._place)
-
-    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
-        """As `Device.encode`."""
-        shared, why = ray.put(pixels), ""
-        for _ in range(_TRIES):
-            try:
-                answers = ray.get([actor.encode.remote(shared) for actor in self._actors])
-            except RayActorError as error:
-                why = _reason(error)
-                self._end()
-                self._start()
-                continue
-            faults = [answer for answer in answers if "why" in answer]
-            return next((fault for fault in faults if fault["kind"] == MEMORY), faults[0]) if faults else answers[0]
-        return {"kind": FAILED, "why": f"its group of {self._ranks} devices died {_TRIES} times: {why}"}
-
-
-class _Rank:
-    """One process of a group."""
-
-    def __init__(self) -> None:
-        self._device: Device | None = None
-
-    def address(self) -> tuple[str, int]:
-        """Where this process can be reached by the others, and a port that is free."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
-
-    def join(self, job: Job, rank: int, ranks: int, address: tuple[str, int]) -> None:
-        self._device = Device(job, rank, ranks, address)
-
-    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
-        assert self._device is not None
-        found = self._device.encode(pixels)
-        # The first rank has the whole: nobody needs the others' parts.
-        return found if "why" in found or os.environ["RANK"] == "0" else {}
+        started = time.perf_counter()
+        with torch.inference_mode():
+            found = [one.cpu() for one in codec.encode_clips(self._vae, self._limits, clips, self._taken)]
+        latents = np.stack([one.contiguous().reshape(-1).view(torch.uint8).numpy() for one in found])
+        shape, dtype = list(found[0].shape), str(found[0].dtype).removeprefix("torch.")
+        return {"latents": latents, "shape": shape, "dtype": dtype, "seconds": time.perf_counter() - started}
 
 
 def write_unit(row: Row, job: Job) -> Row:
@@ -232,69 +172,23 @@ def _written(job: Job, unit: Unit, item: Item, taken: Mapping[str, Any], latents
     try:
         job.layout.write(item, unit.bucket, taken, latents)
     except HalovaeError as error:
-        return {"what": FAILED, "why": _reason(error)}
+        return {"what": FAILED, "why": reason_of(error)}
     except OSError as error:
-        return {"what": STOP, "why": _reason(error)}
+        return {"what": STOP, "why": reason_of(error)}
     return {"what": DONE}
-
-
-def needs(job: Job, sizes: Sequence[tuple[int, int, int]], devices: int, memory: float | None) -> list[dict[str, Any]]:
-    """What clips take, told on a device.
-
-    Args:
-        job: how they are encoded.
-        sizes: frames, height and width of each.
-        devices: how many there are; on a CPU they share its memory.
-        memory: bytes of each device; None: what is free.
-
-    Returns:
-        For each, how many devices it needs ("ranks", None if there are not enough), "bytes" on each of them, and the
-        bytes of a further clip in one go ("more").
-    """
-    import torch
-
-    from halovae import comm
-    from halovae.app.survey import Survey
-    from halovae.base.memory import free_bytes
-    from halovae.comm.bandwidth import LINKS
-    from halovae.media import models, vae_limits
-    from halovae.predict.rates import GivenSpeed
-
-    device = comm.default_device() if job.device != "cpu" else torch.device("cpu")
-    free = free_bytes(device) if memory is None else memory
-    room = 2**60 if free is None else free if memory is not None or job.device != "cpu" else free / devices
-    dtype = getattr(torch, job.dtype)
-    speed = GivenSpeed(flops=1e12, bandwidth=1e12, device=device)
-    found: list[dict[str, Any]] = []
-    for frames, height, width in sizes:
-        _, vae = models.find_skeleton(job.layout.model)
-        limits = vae_limits.limits_of(vae)
-        survey = Survey(
-            vae, limits, limits.fit(frames, height, width), {"encode": dtype, "decode": dtype}, speed, LINKS["nvlink"]
-        )
-        alone = survey.exact("encode", 1)
-        if alone.prediction is None:  # A VAE in tiles: what it takes shows when it runs.
-            found.append({"ranks": 1, "bytes": 0, "more": 0, "room": room})
-            continue
-        rows = {ranks: survey.exact("encode", ranks) for ranks in group_sizes(devices)}
-        fits = [ranks for ranks, row in rows.items() if row.prediction is not None and row.memory <= room][:1]
-        least = rows[fits[0]].memory if fits else min(row.memory for row in rows.values() if row.prediction is not None)
-        more = alone.prediction.memory
-        found.append({"ranks": fits[0] if fits else None, "bytes": least, "more": more, "room": room})
-    return found
 
 
 def pack_shard(job: Job, number: int, items: Sequence[Any]) -> str:
     """Why a shard can't be written; nothing if it was."""
-    from halovae.datasets.formats import pack
+    from halovae.datasets.shards import pack
 
     try:
         pack(job.layout, number, items)
     except OSError as error:
-        return _reason(error)
+        return reason_of(error)
     return ""
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     text = first_line(error)
     return text if isinstance(error, (HalovaeError, OSError)) else f"{type(error).__name__}: {text}"
