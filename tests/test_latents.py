@@ -52,6 +52,19 @@ def test_what_is_saved_is_loaded(tmp_path: Path, dtype: torch.dtype, shape: tupl
     assert (tmp_path / "o.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_what_comes_in_parts_is_what_comes_whole(tmp_path: Path) -> None:
+    for dim, whole in ((2, torch.randn(1, 2, 5, 7, 9).bfloat16()), (0, torch.randn(6, 2, 7, 9))):
+        latents_file.save(tmp_path / "whole.safetensors", whole, INFO)
+        with latents_file.LatentsWriter(tmp_path / "o.safetensors", dim) as writer:
+            for part in whole.split([1, 3, whole.shape[dim] - 4], dim):
+                writer.put(part)
+            assert writer.shape == whole.shape
+            writer.finish(INFO)
+        content = (tmp_path / "o.safetensors").read_bytes()
+        assert content == (tmp_path / "whole.safetensors").read_bytes()
+        assert content == latents_file.content_of({"latents": whole}, INFO.to_metadata())
+
+
 def test_times_are_kept(tmp_path: Path) -> None:
     uneven = replace(INFO, times=(0, 3600, 7200, 45000, 48600, 90000, 270000))
     latents_file.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), uneven)

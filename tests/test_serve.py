@@ -190,6 +190,57 @@ def test_the_vae_as_a_service(server: Server, tmp_path: Path) -> None:
     assert not list((server.store / "files").iterdir())
 
 
+def test_the_vae_streams(server: Server, tmp_path: Path) -> None:
+    """A clip that is long enough to go in parts; one client leaves, and two get each its own at once."""
+    frames = [read(CLIP, height=32, width=32).frames[0] * (number % 2) for number in range(261)]
+    write(tmp_path / "clip.mp4", frames, Fraction(16), lossless=True)
+    clip, more = {"clip": (tmp_path / "clip.mp4").read_bytes()}, {"data": {"stream": "true"}}
+    with server.client.stream("POST", "/v1/vae/encode", files=clip, **more) as answer:
+        chunks = answer.iter_raw()
+        first = next(chunks)
+        assert server.health()["busy"]
+        content = first + b"".join(chunks)
+    assert answer.headers["content-type"] == "multipart/mixed; boundary=latents"
+    assert content.endswith(b"\r\n--latents--\r\n")
+    parts = [part.partition(b"\r\n\r\n")[2][:-2] for part in content.split(b"--latents\r\n")[1:]]
+    parts[-1] = parts[-1].removesuffix(b"\r\n--latents--")
+    latents = [load(part)["latents"] for part in parts]
+    assert len(latents) > 10
+    whole = server.client.post("/v1/vae/encode", files=clip).content
+    assert torch.equal(torch.cat(latents, 2), load(whole)["latents"])
+    few = server.client.post("/v1/vae/encode", files={"clip": _png(frames[1])}, **more)
+    short = few.content.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n--latents--\r\n")
+    assert load(short)["latents"].shape[2] == 1
+
+    with server.client.stream("POST", "/v1/vae/decode", files={"latents": whole}, **more) as answer:
+        next(answer.iter_raw())
+    server.until(lambda: not server.health()["busy"])
+    counts: dict[str, int] = {}
+
+    def ask(name: str, sent: bytes) -> None:
+        answer = server.client.post("/v1/vae/decode", files={"latents": sent}, **more)
+        (tmp_path / f"{name}.mp4").write_bytes(answer.content)
+        counts[name] = len(read(tmp_path / f"{name}.mp4").frames)
+
+    threads = [threading.Thread(target=ask, args=each) for each in (("long", whole), ("short", short))]
+    for thread in threads:
+        thread.start()
+    cut = server.client.post("/v1/vae/decode", files={"latents": whole[:-100]}, **more)
+    assert cut.status_code == 400
+    assert "no safetensors file, or a damaged one" in cut.json()["error"]["message"]
+    for thread in threads:
+        thread.join()
+    assert counts == {"long": 261, "short": 1}
+    assert server.health()["starts"] == 1
+    server.until(lambda: not list((server.store / "files").iterdir()))
+
+
+def _png(frame: NDArray[np.uint8]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(frame).save(content, "PNG")
+    return content.getvalue()
+
+
 def test_many_at_once(server: Server, image: Path) -> None:
     """All are answered, each with its own video."""
     found: dict[int, str] = {}

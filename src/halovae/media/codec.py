@@ -110,7 +110,7 @@ def encode_clips(
 def joined(limits: Limits, latents: Iterable[Tensor]) -> Tensor:
     """What `encode_pieces` gives, in one."""
     pieces = list(latents)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=0 if limits.per_frame else 2)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=limits.time_dim)
 
 
 def encode_pieces(
@@ -120,7 +120,7 @@ def encode_pieces(
     count: int,
     after: Callable[[], None] = lambda: None,
     stream: Callable[..., Any] | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """As `encode`, of frames that come one by one; latents come as soon as they are final.
 
     Args:
@@ -196,7 +196,7 @@ def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] 
 
 def decode_pieces(
     vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None,
-    stream: Callable[..., Any] | None = None,
+    stream: Callable[..., Any] | None = None, place: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Generator[Tensor]:  # fmt: skip
     """As `decode`, but the frames come as soon as they are final, some at a time.
 
@@ -207,10 +207,11 @@ def decode_pieces(
         after: likewise.
         stream: `decode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: each
             call of the VAE gives one piece.
+        place: puts latents where the VAE takes them, when they are due.
     """
     pixels = limits.known_pixels()
     for part in latents.split(latents.shape[0] // decode_calls(vae, limits, latents)):
-        with closing(_samples(vae, part, stream)) as samples:
+        with closing(_samples(vae, part, stream, place)) as samples:
             for sample in samples:
                 # The frames are the batch, with a frame dimension of one or without; or else it is a batch of one.
                 clip = (sample.transpose(1, 2) if limits.frames_first else sample).transpose(0, 1)
@@ -221,15 +222,19 @@ def decode_pieces(
         after()
 
 
-def _samples(vae: Any, latents: Tensor, stream: Callable[..., Any] | None) -> Generator[Tensor]:
+def _samples(
+    vae: Any, latents: Tensor, stream: Callable[..., Any] | None, place: Callable[[Tensor], Tensor]
+) -> Generator[Tensor]:  # fmt: skip
     """What one call of `decode` gives, in one piece or by a stream in several."""
-    arguments = decode_arguments(vae, latents)
-    if stream is None:
-        yield sample_of(vae.decode(latents, **arguments))
-        return
-    if latents.ndim == 5 and latents.shape[2] > _LONG:
-        parts = stream(iter(latents.split(1, dim=2)), count=latents.shape[2], **arguments)
+    if stream is not None and latents.ndim == 5 and latents.shape[2] > _LONG:
+        arguments = decode_arguments(vae, place(latents[:, :, :1]))
+        parts = stream(map(place, latents.split(1, dim=2)), count=latents.shape[2], **arguments)
     else:
+        latents = place(latents)
+        arguments = decode_arguments(vae, latents)
+        if stream is None:
+            yield sample_of(vae.decode(latents, **arguments))
+            return
         parts = stream(latents, **arguments)
     with closing(parts) as pieces:
         yield from pieces
