@@ -120,6 +120,7 @@ def encode_pieces(
     count: int,
     after: Callable[[], None] = lambda: None,
     stream: Callable[..., Any] | None = None,
+    at_once: int = _LONG,
 ) -> Generator[Tensor]:
     """As `encode`, of frames that come one by one; latents come as soon as they are final.
 
@@ -131,11 +132,12 @@ def encode_pieces(
         after: as for `encode`.
         stream: `encode_stream` of the VAE's handle, for a long clip; ranks that `gather` does not name get what they
             hold. None: any clip is encoded in one call.
+        at_once: so many latent frames are no long clip.
 
     Raises:
         InputError: it is not known which numbers the VAE takes.
     """
-    if stream is not None and not limits.per_frame and count > _LONG * max(1, limits.period):
+    if stream is not None and not limits.per_frame and count > at_once * max(1, limits.period):
         with closing(stream(encode_inputs(limits, frames), count=limits.lead + count)) as parts:
             for part in parts:
                 after()

@@ -90,7 +90,7 @@ def serve_ranks(session: Session, job: PipelineJob, steps: int) -> None:
         while True:
             message = session.group.all_gather_object(None if wire is None else wire.receive(TICK))[0]
             if message is not None and "kind" in message:  # Else a late word on a task that is over.
-                _Turn(session, model, wire, message).run()
+                Turn(session, model, wire, message).run()
             elif wire is not None:
                 wire.send({"event": "alive"})
 
@@ -231,7 +231,7 @@ def _end_process(failure: Failure) -> None:
     os._exit(failure.exit_code)
 
 
-class _Turn:
+class Turn:
     """One task on this rank."""
 
     def __init__(self, session: Session, model: Model, wire: Wire | None, message: Mapping[str, Any]) -> None:
@@ -260,9 +260,14 @@ class _Turn:
             self._session.synchronize()
 
     def _work(self) -> None:
-        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step(), self._on_frames)
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step(), self.on_frames)
 
-    def _on_frames(self, count: int) -> None:
+    def on_frames(self, count: int) -> None:
+        """Called on every rank when so many frames can be sent.
+
+        Raises:
+            CancelledError: on the first rank: the client does not want them any more.
+        """
         if self._wire is not None:
             self._wire.send({"event": "frames", "id": self._task.id, "count": count})
             self._wait_for_reader()
