@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import replace
 from fractions import Fraction
@@ -63,6 +64,14 @@ def test_what_comes_in_parts_is_what_comes_whole(tmp_path: Path) -> None:
         content = (tmp_path / "o.safetensors").read_bytes()
         assert content == (tmp_path / "whole.safetensors").read_bytes()
         assert content == latents_file.content_of({"latents": whole}, INFO.to_metadata())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_full_disk(tmp_path: Path) -> None:
+    (tmp_path / f".o.{os.getpid()}.part.safetensors").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="can't write .*: no space left"):
+        latents_file.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), INFO)
+    assert not list(tmp_path.iterdir())
 
 
 def test_times_are_kept(tmp_path: Path) -> None:
