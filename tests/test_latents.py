@@ -69,7 +69,7 @@ def test_what_comes_in_parts_is_what_comes_whole(tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
 def test_full_disk(tmp_path: Path) -> None:
     (tmp_path / f".o.{os.getpid()}.part.safetensors").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="can't write .*: no space left"):
+    with pytest.raises(InputError, match="no space left"):
         latents_file.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), INFO)
     assert not list(tmp_path.iterdir())
 
