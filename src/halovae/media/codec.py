@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of, sample_of
 
-_LONG = 16
+LONG = 16
 """Latent frames. A longer clip goes through in parts. A shorter one fits into memory, and one call takes less time than
 to find out by trying which frames a part needs."""
 
@@ -120,7 +120,7 @@ def encode_pieces(
     count: int,
     after: Callable[[], None] = lambda: None,
     stream: Callable[..., Any] | None = None,
-    at_once: int = _LONG,
+    at_once: int = LONG,
 ) -> Generator[Tensor]:
     """As `encode`, of frames that come one by one; latents come as soon as they are final.
 
@@ -228,7 +228,7 @@ def _samples(
     vae: Any, latents: Tensor, stream: Callable[..., Any] | None, place: Callable[[Tensor], Tensor]
 ) -> Generator[Tensor]:  # fmt: skip
     """What one call of `decode` gives, in one piece or by a stream in several."""
-    if stream is not None and latents.ndim == 5 and latents.shape[2] > _LONG:
+    if stream is not None and latents.ndim == 5 and latents.shape[2] > LONG:
         arguments = decode_arguments(vae, place(latents[:, :, :1]))
         parts = stream(map(place, latents.split(1, dim=2)), count=latents.shape[2], **arguments)
     else:

@@ -16,7 +16,7 @@ from starlette.types import Send
 from halovae.media.live import LivePictures, codec_words
 from halovae.media.reader import opened
 from halovae.serve.service import ApiError, Service
-from halovae.serve.store import COMPLETED, ENCODE, PARTS_END, PARTS_TYPE, RUNNING, StoredJob, around_part
+from halovae.serve.store import COMPLETED, ENCODE, PARTS_END, PARTS_TYPE, RUNNING, VIDEO, StoredJob, around_part
 
 T = TypeVar("T")
 MP4, PARTS, JPEG, PNG = "video/mp4", "multipart/x-mixed-replace", "image/jpeg", "image/png"
@@ -128,7 +128,8 @@ async def _growing(
         async for now in service.changes(job.id, _LOOK):
             while words := file.read(_CHUNK):
                 yield words
-                service.taken(job.id, file.tell())
+                if job.kind != VIDEO:  # Else any number of clients may watch, each as it likes.
+                    service.taken(job.id, file.tell())
             if now is not None and now.status == COMPLETED:
                 return
             if now is None or now.status != RUNNING or now.attempts != job.attempts:

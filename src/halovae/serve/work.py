@@ -218,8 +218,8 @@ def encode_clip(
         on_step(0, fit.padded_frames)
         frames = _Counted(codec.padded(film, fit, vae.dtype, session.device))
         encode = model.runner.streams.get("encode")
-        few = {"at_once": 0} if watched else {}
-        pieces = codec.encode_pieces(vae, model.limits, frames, fit.padded_frames, stream=encode, **few)
+        at_once = 0 if watched else codec.LONG
+        pieces = codec.encode_pieces(vae, model.limits, frames, fit.padded_frames, stream=encode, at_once=at_once)
         for piece in stack.enter_context(closing(pieces)):
             with together(session.group), _writing():
                 if session.is_first:
