@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from halovae.pipelines.load import torch_dtypes
 @contextmanager
 def parallel_vae(
     vae: Any, setup: Setup, comm: Comm, on_call: Callable[[str, CallReport], None]
-) -> Iterator[Mapping[Half, Stream]]:  # fmt: skip
+) -> Iterator[dict[Half, Stream]]:  # fmt: skip
     """Within it, `vae` runs as `setup` asks. Called on every rank. Yields what encodes and decodes in pieces, of the
     halves that run on all ranks.
 
