@@ -73,12 +73,13 @@ def test_a_reader_holds_the_work_back(tmp_path: Path, monkeypatch: pytest.Monkey
     """Until it has taken enough, and not for ever; one that leaves ends the work."""
     monkeypatch.setattr(worker, "AHEAD_BYTES", 10)
     monkeypatch.setattr(worker, "HOLD_SECONDS", 0.2)
-    (tmp_path / STREAM).write_bytes(bytes(100))
     front, end = socket.socketpair()
     task: dict[str, Any] = {"id": "a", "kind": DECODE, "settings": {"stream": True}, "input": None}
     message = {**task, "output": str(tmp_path / "output.mp4")}
     session: Any = SimpleNamespace(group=None)
     turn = worker.Turn(session, session, worker.Wire(end), message)
+    turn.on_frames(1)  # Nothing is written yet.
+    (tmp_path / STREAM).write_bytes(bytes(100))
     for said, least, most in (("", 0.2, 9.0), ('{"taken": "a", "bytes": 95}\n', 0.0, 0.2)):
         front.sendall(said.encode())
         started = time.monotonic()

@@ -168,7 +168,7 @@ class LatentsWriter:
         joined = self.shape[self._dim] if self.shape else 0
         self.shape = (*part.shape[: self._dim], joined + part.shape[self._dim], *part.shape[self._dim + 1 :])
         self._dtype = part.dtype
-        words = memoryview(part.detach().cpu().movedim(self._dim, 0).contiguous().view(torch.uint8).numpy()).cast("B")
+        words = part.detach().cpu().movedim(self._dim, 0).contiguous().view(torch.uint8).numpy().reshape(-1).data
         try:
             if self._spool is None:
                 self._spool = tempfile.TemporaryFile(  # noqa: SIM115  # `__exit__` closes it.

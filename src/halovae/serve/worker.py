@@ -275,10 +275,11 @@ class Turn:
     def _wait_for_reader(self) -> None:
         """The one client that gets it meanwhile holds the work back, but not for ever: others wait for the ranks."""
         deadline = time.monotonic() + HOLD_SECONDS
-        stream = self._task.output.with_name(STREAM)
+        stream, is_taken = self._task.output.with_name(STREAM), self._task.settings.get("stream")
         while not self._is_cancelled():
             left = deadline - time.monotonic()
-            behind = stream.stat().st_size - self._taken if self._task.settings.get("stream") else 0
+            # The thread that writes it may not have begun.
+            behind = stream.stat().st_size - self._taken if is_taken and stream.exists() else 0
             if behind <= AHEAD_BYTES or left <= 0:
                 return
             self._hear(left)
