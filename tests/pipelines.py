@@ -154,7 +154,7 @@ def run(rank: int, name: str, setup: dict[str, Any], alone: bool = False) -> tup
         seen.append(latents.clone())
         return decode(latents, *args, **kwargs)
 
-    if runner.stream:  # Of videos that go on as they come.
-        runner.stream = functools.partial(noted, runner.stream)
+    if decode := runner.streams.get("decode"):  # Of videos that go on as they come.
+        runner.streams["decode"] = functools.partial(noted, decode)
     with runner, wrapped(pipeline.vae, "decode", noted):
         return seen, runner.run(generation(name, pipeline))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import replace
 from fractions import Fraction
@@ -50,6 +51,27 @@ def test_what_is_saved_is_loaded(tmp_path: Path, dtype: torch.dtype, shape: tupl
     # As any other new file, whatever the umask is.
     (tmp_path / "other").touch()
     assert (tmp_path / "o.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_comes_in_parts_is_what_comes_whole(tmp_path: Path) -> None:
+    for dim, whole in ((2, torch.randn(1, 2, 5, 7, 9).bfloat16()), (0, torch.randn(6, 2, 7, 9))):
+        latents_file.save(tmp_path / "whole.safetensors", whole, INFO)
+        with latents_file.LatentsWriter(tmp_path / "o.safetensors", dim) as writer:
+            for part in whole.split([1, 3, whole.shape[dim] - 4], dim):
+                writer.put(part)
+            assert writer.shape == whole.shape
+            writer.finish(INFO)
+        content = (tmp_path / "o.safetensors").read_bytes()
+        assert content == (tmp_path / "whole.safetensors").read_bytes()
+        assert content == latents_file.content_of({"latents": whole}, INFO.to_metadata())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_full_disk(tmp_path: Path) -> None:
+    (tmp_path / f".o.{os.getpid()}.part.safetensors").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="no space left"):
+        latents_file.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), INFO)
+    assert not list(tmp_path.iterdir())
 
 
 def test_times_are_kept(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -13,12 +14,13 @@ import openai
 import pytest
 import torch
 from clips import CLIP
+from numpy.typing import NDArray
 from PIL import Image
 from pipelines import picture
 from safetensors.torch import load
 from servers import SMALL, Server
 
-from halovae.media import read
+from halovae.media import read, write
 
 LONG = {"num_frames": "41", "num_inference_steps": "100"}
 """A video that takes long enough to be cancelled."""
@@ -188,6 +190,55 @@ def test_the_vae_as_a_service(server: Server, tmp_path: Path) -> None:
         assert bad.status_code == 400, bad.text
         assert str(server.store) not in bad.text
     assert not list((server.store / "files").iterdir())
+
+
+def test_the_vae_streams(server: Server, tmp_path: Path) -> None:
+    """Latents go out while further frames are encoded; a client leaves, and two get each its own at once."""
+    first_frame = read(CLIP, height=32, width=32).frames[0]
+    frames = [np.roll(first_frame, number, 1) for number in range(41)]
+    write(tmp_path / "clip.mp4", frames, Fraction(16), lossless=True)
+    clip, more = {"clip": (tmp_path / "clip.mp4").read_bytes()}, {"data": {"stream": "true"}}
+    answer = server.client.post("/v1/vae/encode", files=clip, **more)
+    content = answer.content
+    assert answer.headers["content-type"] == "multipart/mixed; boundary=latents"
+    assert content.endswith(b"\r\n--latents--\r\n")
+    parts = [part.partition(b"\r\n\r\n")[2][:-2] for part in content.split(b"--latents\r\n")[1:]]
+    parts[-1] = parts[-1].removesuffix(b"\r\n--latents--")
+    latents = [load(part)["latents"] for part in parts]
+    assert len(latents) > 5
+    whole = server.client.post("/v1/vae/encode", files=clip).content
+    assert torch.equal(torch.cat(latents, 2), load(whole)["latents"])
+    few = server.client.post("/v1/vae/encode", files={"clip": _png(frames[1])}, **more)
+    short = few.content.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n--latents--\r\n")
+    assert load(short)["latents"].shape[2] == 1
+
+    with server.client.stream("POST", "/v1/vae/decode", files={"latents": whole}, **more) as answer:
+        next(answer.iter_raw())
+    server.until(lambda: not server.health()["busy"])
+    counts: dict[str, int] = {}
+
+    def ask(name: str, sent: bytes) -> None:
+        answer = server.client.post("/v1/vae/decode", files={"latents": sent}, **more)
+        (tmp_path / f"{name}.mp4").write_bytes(answer.content)
+        counts[name] = len(read(tmp_path / f"{name}.mp4").frames)
+
+    threads = [threading.Thread(target=ask, args=each) for each in (("long", whole), ("short", short))]
+    for thread in threads:
+        thread.start()
+    cut = server.client.post("/v1/vae/decode", files={"latents": whole[:-100]}, **more)
+    assert cut.status_code == 400
+    assert "no safetensors file, or a damaged one" in cut.json()["error"]["message"]
+    for thread in threads:
+        thread.join()
+    assert counts == {"long": 41, "short": 1}
+    assert server.health()["starts"] == 1
+    server.until(lambda: not list((server.store / "files").iterdir()))
+
+
+def _png(frame: NDArray[np.uint8]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(frame).save(content, "PNG")
+    return content.getvalue()
 
 
 def test_many_at_once(server: Server, image: Path) -> None:

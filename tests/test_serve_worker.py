@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 from ranks import Ranks
 
 from halovae import comm
 from halovae.base.errors import InputError, RankFailedError
+from halovae.serve import worker
+from halovae.serve.store import DECODE, STREAM
 from halovae.serve.worker import Attempt, CancelledError
 
 STEPS = 4
@@ -58,3 +67,24 @@ def test_ranks_leave_a_task_together(two_ranks: Ranks) -> None:
     assert first == [CancelledError, "", False, 2, None]
     assert second[0] is RankFailedError
     assert second[3:] == [2, None]
+
+
+def test_a_reader_holds_the_work_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it has taken enough, and not for ever; one that leaves ends the work."""
+    monkeypatch.setattr(worker, "AHEAD_BYTES", 10)
+    monkeypatch.setattr(worker, "HOLD_SECONDS", 0.2)
+    front, end = socket.socketpair()
+    task: dict[str, Any] = {"id": "a", "kind": DECODE, "settings": {"stream": True}, "input": None}
+    message = {**task, "output": str(tmp_path / "output.mp4")}
+    session: Any = SimpleNamespace(group=None)
+    turn = worker.Turn(session, session, worker.Wire(end), message)
+    turn.on_frames(1)  # Nothing is written yet.
+    (tmp_path / STREAM).write_bytes(bytes(100))
+    for said, least, most in (("", 0.2, 9.0), ('{"taken": "a", "bytes": 95}\n', 0.0, 0.2)):
+        front.sendall(said.encode())
+        started = time.monotonic()
+        turn.on_frames(1)
+        assert least <= time.monotonic() - started < most
+    front.sendall(b'{"cancel": "a"}\n')
+    with pytest.raises(CancelledError):
+        turn.on_frames(2)

@@ -71,9 +71,10 @@ def writing(session: Session, output: Path, fps: Fraction, **settings: Any) -> I
 
 
 def encode(
-    session: Session, loaded: Loaded, fit: Fit, film: media.Film, handle: Any, label: str = ""
-) -> tuple[Tensor, Half]:  # fmt: skip
-    """Encode a clip, whose frames are read meanwhile.
+    session: Session, loaded: Loaded, fit: Fit, film: media.Film, handle: Any, take: Callable[[Tensor], None],
+    label: str = "",
+) -> Half:  # fmt: skip
+    """Encode a clip, whose frames are read meanwhile. Latents are handed on as soon as they are final.
 
     Args:
         session: of this rank.
@@ -81,19 +82,24 @@ def encode(
         fit: how the clip is padded.
         film: the clip.
         handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
+        take: gets the next latents, as `codec.encode_pieces` gives them.
         label: after the name of the stage.
 
-    Returns:
-        Latents as `codec.encode` gives them, on the ranks that `gather` names.
+    Raises:
+        HalovaeError: of `take`, on all ranks.
     """
+    agree = _raise if handle is None else session.agree
     with session.measured(f"encode{label}", handle, fit.padded_frames) as (half, advance, after):
         frames = codec.padded(film, fit, session.dtypes["encode"], session.device)
         stream = None if handle is None else handle.encode_stream
         pieces = codec.encode_pieces(
             loaded.vae, loaded.limits, _read(frames, half, advance, after), fit.padded_frames, after, stream
         )
-        latents = codec.joined(loaded.limits, pieces)
-    return latents, half
+        with closing(pieces):
+            for piece in pieces:
+                agree(_failure(take, piece))
+                del piece
+    return half
 
 
 def _read(frames: Iterator[Tensor], half: Half, advance: Advance, after: Callable[[], None]) -> Iterator[Tensor]:
@@ -131,6 +137,9 @@ def decode(
     left = codec.decode_calls(vae, limits, latents)
     agree = _raise if handle is None else session.agree
 
+    def place(part: Tensor) -> Tensor:
+        return part.to(session.device, session.dtypes["decode"])
+
     def given(piece: Tensor) -> None:
         fit.check(fit.padded_frames, *piece.shape[2:])
         cropped = fit.crop_piece(piece, count)
@@ -146,9 +155,8 @@ def decode(
         agree(_failure(fit.check, count, fit.padded_height, fit.padded_width) if is_over else None)
 
     with session.measured(f"decode{label}", handle, fit.frames) as (half, advance, after):
-        latents = latents.to(session.device, session.dtypes["decode"])
         stream = None if handle is None else handle.decode_stream
-        with closing(codec.decode_pieces(vae, limits, latents, after_call, stream)) as pieces:
+        with closing(codec.decode_pieces(vae, limits, latents, after_call, stream, place)) as pieces:
             for piece in pieces:
                 after()
                 if session.is_first and (problem := _failure(given, piece)) is not None:

@@ -89,7 +89,10 @@ def run_through(
         keep: whether the first rank keeps what came out.
         take: gets the frames in 8 bits, on the first rank, as soon as they are final.
     """
-    latents, encode = clip_files.encode(session, loaded, fit, film, handle, label)
+    encoded: list[Tensor] = []
+    encode = clip_files.encode(session, loaded, fit, film, handle, encoded.append, label)
+    latents = codec.joined(loaded.limits, encoded)
+    del encoded
     sample, count = None, 0
 
     def taken(piece: Tensor) -> None:

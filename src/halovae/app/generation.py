@@ -180,8 +180,12 @@ def loaded(session: Session, job: PipelineJob, source: PipelineSource) -> tuple[
 
 
 def _run(session: Session, runner: Runner, generation: Generation, on_frames: OnFrames) -> Result:
+    from halovae.pipelines.generation_settings import default, parameters
+
+    known = parameters(type(runner.pipeline))
+    steps, count = (getattr(generation, name) or default(known, name) for name in ("num_inference_steps", "num_frames"))
     with ExitStack() as stack:
-        advance = stack.enter_context(session.stages.stage("run", generation.num_inference_steps, "steps"))
+        advance = stack.enter_context(session.stages.stage("run", steps, "steps"))
         is_decoding = False
 
         def on_step(done: int, total: int | None) -> None:
@@ -193,7 +197,7 @@ def _run(session: Session, runner: Runner, generation: Generation, on_frames: On
             if not is_decoding:
                 is_decoding = True
                 stack.close()
-                advance = stack.enter_context(session.stages.stage("decode", generation.num_frames, "frames"))
+                advance = stack.enter_context(session.stages.stage("decode", count, "frames"))
             on_frames(frames)
             advance(len(frames))
 

@@ -68,13 +68,15 @@ def _encode(session: Session, job: _Job) -> None:
     film = clip_files.open_clip(session, job.source, job.frames, job.height, job.width)
     loaded = session.load()
     fit = session.fit(loaded, (film.count, *film.size))
-    with session.parallel(loaded.vae, gather="first") as handle:
-        encoded, half = clip_files.encode(session, loaded, fit, film, handle)
-    document = tables.document(session, loaded, fit, {"encode": half})
-    if not session.is_first:
-        return
-    latents_file.save(job.output, encoded, _info(loaded, film, fit))
-    shape = "x".join(map(str, encoded.shape))
+    with latents_file.LatentsWriter(job.output, loaded.limits.time_dim) as writer:
+        take = writer.put if session.is_first else lambda piece: None
+        with session.parallel(loaded.vae, gather="first") as handle:
+            half = clip_files.encode(session, loaded, fit, film, handle, take)
+        document = tables.document(session, loaded, fit, {"encode": half})
+        if not session.is_first:
+            return
+        writer.finish(_info(loaded, film, fit))
+    shape = "x".join(map(str, writer.shape))
     line = f"latents {shape} of {tables.clip_line(fit, film.pace.fps)}"
     _tell(session, loaded, job, line, document, "encode", half)
 

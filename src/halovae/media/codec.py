@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.media.vae_limits import Fit, Limits, decode_arguments, latent_of, sample_of
 
-_LONG = 16
+LONG = 16
 """Latent frames. A longer clip goes through in parts. A shorter one fits into memory, and one call takes less time than
 to find out by trying which frames a part needs."""
 
@@ -110,7 +110,7 @@ def encode_clips(
 def joined(limits: Limits, latents: Iterable[Tensor]) -> Tensor:
     """What `encode_pieces` gives, in one."""
     pieces = list(latents)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=0 if limits.per_frame else 2)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=limits.time_dim)
 
 
 def encode_pieces(
@@ -120,7 +120,8 @@ def encode_pieces(
     count: int,
     after: Callable[[], None] = lambda: None,
     stream: Callable[..., Any] | None = None,
-) -> Iterator[Tensor]:
+    at_once: int = LONG,
+) -> Generator[Tensor]:
     """As `encode`, of frames that come one by one; latents come as soon as they are final.
 
     Args:
@@ -131,11 +132,12 @@ def encode_pieces(
         after: as for `encode`.
         stream: `encode_stream` of the VAE's handle, for a long clip; ranks that `gather` does not name get what they
             hold. None: any clip is encoded in one call.
+        at_once: so many latent frames are no long clip.
 
     Raises:
         InputError: it is not known which numbers the VAE takes.
     """
-    if stream is not None and not limits.per_frame and count > _LONG * max(1, limits.period):
+    if stream is not None and not limits.per_frame and count > at_once * max(1, limits.period):
         with closing(stream(encode_inputs(limits, frames), count=limits.lead + count)) as parts:
             for part in parts:
                 after()
@@ -196,7 +198,7 @@ def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] 
 
 def decode_pieces(
     vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None,
-    stream: Callable[..., Any] | None = None,
+    stream: Callable[..., Any] | None = None, place: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Generator[Tensor]:  # fmt: skip
     """As `decode`, but the frames come as soon as they are final, some at a time.
 
@@ -207,10 +209,11 @@ def decode_pieces(
         after: likewise.
         stream: `decode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: each
             call of the VAE gives one piece.
+        place: puts latents where the VAE takes them, when they are due.
     """
     pixels = limits.known_pixels()
     for part in latents.split(latents.shape[0] // decode_calls(vae, limits, latents)):
-        with closing(_samples(vae, part, stream)) as samples:
+        with closing(_samples(vae, part, stream, place)) as samples:
             for sample in samples:
                 # The frames are the batch, with a frame dimension of one or without; or else it is a batch of one.
                 clip = (sample.transpose(1, 2) if limits.frames_first else sample).transpose(0, 1)
@@ -221,15 +224,19 @@ def decode_pieces(
         after()
 
 
-def _samples(vae: Any, latents: Tensor, stream: Callable[..., Any] | None) -> Generator[Tensor]:
+def _samples(
+    vae: Any, latents: Tensor, stream: Callable[..., Any] | None, place: Callable[[Tensor], Tensor]
+) -> Generator[Tensor]:  # fmt: skip
     """What one call of `decode` gives, in one piece or by a stream in several."""
-    arguments = decode_arguments(vae, latents)
-    if stream is None:
-        yield sample_of(vae.decode(latents, **arguments))
-        return
-    if latents.ndim == 5 and latents.shape[2] > _LONG:
-        parts = stream(iter(latents.split(1, dim=2)), count=latents.shape[2], **arguments)
+    if stream is not None and latents.ndim == 5 and latents.shape[2] > LONG:
+        arguments = decode_arguments(vae, place(latents[:, :, :1]))
+        parts = stream(map(place, latents.split(1, dim=2)), count=latents.shape[2], **arguments)
     else:
+        latents = place(latents)
+        arguments = decode_arguments(vae, latents)
+        if stream is None:
+            yield sample_of(vae.decode(latents, **arguments))
+            return
         parts = stream(latents, **arguments)
     with closing(parts) as pieces:
         yield from pieces

@@ -6,13 +6,17 @@ pipeline would apply is recorded beside it, so that nobody has to guess which of
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import os
 import struct
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from halovae.base.errors import InputError
-from halovae.base.files import atomic, check_input, first_line
+from halovae.base.files import atomic, check_input, first_line, reason
 
 if TYPE_CHECKING:
     from halovae.media.vae_limits import Limits
@@ -29,7 +33,8 @@ FORMAT = "halovae-latents-1"
 KEY, PARAMETERS = "latents", "parameters"
 """Names of the tensor: the latents, or mean and logarithm of the variance one behind the other along the channels."""
 SUFFIX = ".safetensors"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""As safetensors names them."""
 _SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -131,10 +136,71 @@ def save(path: Path, latents: Tensor, info: LatentsInfo) -> None:
     Raises:
         InputError: the file can't be written, or the latents are not finite.
     """
-    check_values(path, latents)
-    content = content_of({KEY: latents}, info.to_metadata())
-    with atomic(path) as draft:
-        draft.write_bytes(content)
+    with LatentsWriter(path) as writer:
+        writer.put(latents)
+        writer.finish(info)
+
+
+class LatentsWriter:
+    """Writes latents that come in parts, whole or not at all; none of them is held. Within it, `put` them; then
+    `finish`. Until then they are in a file without a name beside `path`, as only the end tells where each belongs.
+
+    Args:
+        path: as for `save`.
+        dim: along which the parts are joined, 0 or 2.
+
+    Attributes:
+        shape: of what has come so far.
+    """
+
+    def __init__(self, path: Path, dim: int = 0) -> None:
+        self.shape: tuple[int, ...] = ()
+        self._path, self._dim, self._dtype = path, dim, torch.float32
+        self._spool: IO[bytes] | None = None
+
+    def put(self, part: Tensor) -> None:
+        """Take the next part.
+
+        Raises:
+            InputError: as by `save`.
+        """
+        check_values(self._path, part)
+        joined = self.shape[self._dim] if self.shape else 0
+        self.shape = (*part.shape[: self._dim], joined + part.shape[self._dim], *part.shape[self._dim + 1 :])
+        self._dtype = part.dtype
+        words = part.detach().cpu().movedim(self._dim, 0).contiguous().view(torch.uint8).numpy().reshape(-1).data
+        try:
+            if self._spool is None:
+                self._spool = tempfile.TemporaryFile(  # noqa: SIM115  # `__exit__` closes it.
+                    dir=self._path.parent, prefix=".halovae-", buffering=0
+                )
+            while words:
+                words = words[os.write(self._spool.fileno(), words) :]
+        except OSError as error:
+            raise InputError(f"can't write {self._path}: {reason(error)}") from error
+
+    def finish(self, info: LatentsInfo) -> None:
+        """Write the file.
+
+        Raises:
+            InputError: it can't be written.
+        """
+        assert self._spool is not None, "there is a part"
+        size = self._dtype.itemsize * math.prod(self.shape)
+        blocks = math.prod(self.shape[: self._dim])  # Of each place along `dim`.
+        block = size // (blocks * self.shape[self._dim])
+        about = {"dtype": _DTYPES[self._dtype], "shape": list(self.shape), "data_offsets": [0, size]}
+        with atomic(self._path) as draft, draft.open("wb") as file:
+            file.write(_header({"__metadata__": info.to_metadata(), KEY: about}))
+            for number, place in itertools.product(range(blocks), range(self.shape[self._dim])):
+                file.write(os.pread(self._spool.fileno(), block, (place * blocks + number) * block))
+
+    def __enter__(self) -> LatentsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._spool is not None:
+            self._spool.close()
 
 
 def content_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -143,9 +209,13 @@ def content_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     begin = 8 + int.from_bytes(content[:8], "little")
     # It writes metadata in the order of a hash that each process draws anew.
-    header = json.dumps({"__metadata__": dict(metadata), **json.loads(content[8:begin])}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[begin:]
+    return _header({"__metadata__": dict(metadata), **json.loads(content[8:begin])}) + content[begin:]
+
+
+def _header(about: Mapping[str, Any]) -> bytes:
+    words = json.dumps(about).encode()
+    words += b" " * (-len(words) % 8)
+    return len(words).to_bytes(8, "little") + words
 
 
 def load(path: Path) -> tuple[Tensor, LatentsInfo]:
@@ -206,6 +276,7 @@ def check_values(path: Path, latents: Tensor) -> None:
         raise InputError(f"{path}: latents of shape {tuple(latents.shape)}: need 4 or 5 dimensions, none empty")
     if latents.dtype not in _DTYPES:
         raise InputError(f"{path}: latents of {latents.dtype}: need one of {', '.join(map(str, _DTYPES))}")
-    bad = int((~torch.isfinite(latents)).sum())
+    # In parts, since what is found takes memory too.
+    bad = sum(int((~torch.isfinite(few)).sum()) for part in latents.split(16) for few in part.split(16, dim=2))
     if bad:
         raise InputError(f"{path}: {bad} of {latents.numel()} latents are NaN or infinite")

@@ -118,6 +118,11 @@ class Limits:
     padded_count: Callable[[int], int]
     """The smallest frame count from the given one on that goes through the VAE whole."""
 
+    @property
+    def time_dim(self) -> int:
+        """The dimension of latents along which a clip goes."""
+        return 0 if self.per_frame else 2
+
     def known_pixels(self) -> Pixels:
         """The numbers that the VAE takes and gives for a picture.
 

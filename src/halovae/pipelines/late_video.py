@@ -16,8 +16,8 @@ from halovae.base.replaced import replaced
 from halovae.base.trees import map_tensors
 from halovae.media.vae_limits import sample_of
 
-Stream = Callable[..., Generator[Tensor]]
-"""Takes what `decode` takes; gives the frames as `Handle.decode_stream` does."""
+Stream = Callable[..., Generator[Any]]
+"""Takes and gives what `Handle.decode_stream` does, or `Handle.encode_stream`."""
 Show = Callable[[Tensor], Any]
 """What the pipeline makes of frames at last."""
 

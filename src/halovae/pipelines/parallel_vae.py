@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
-
-from torch import Tensor
+from typing import Any, cast
 
 from halovae.api.handle import Handle
 from halovae.api.parallelize import parallelize
@@ -26,9 +24,9 @@ from halovae.pipelines.load import torch_dtypes
 @contextmanager
 def parallel_vae(
     vae: Any, setup: Setup, comm: Comm, on_call: Callable[[str, CallReport], None]
-) -> Iterator[Stream | None]:  # fmt: skip
-    """Within it, `vae` runs as `setup` asks. Called on every rank. Yields what decodes in pieces, where that runs on
-    all ranks.
+) -> Iterator[dict[Half, Stream]]:  # fmt: skip
+    """Within it, `vae` runs as `setup` asks. Called on every rank. Yields what encodes and decodes in pieces, of the
+    halves that run on all ranks.
 
     What is encoded goes on to every rank's denoiser, so every rank gets it. What is decoded is needed by the rank that
     writes it, the first, alone: the others go on with a blank picture of that size, which takes no memory.
@@ -44,7 +42,7 @@ def parallel_vae(
     wanted = {"encode": setup.vae_encode, "decode": setup.vae_decode}
     halves: list[Half] = [half for half in HALVES if wanted[half]]
     dtypes = torch_dtypes(setup)
-    stream: Stream | None = None
+    streams: dict[Half, Stream] = {}
     with ExitStack() as stack:
         if setup.vae_size != 1 and halves:
             gather: Gather = {"encode": "all", "decode": "first"}
@@ -55,24 +53,30 @@ def parallel_vae(
             )
             for half in halves:
                 stack.enter_context(wrapped(vae, half, functools.partial(_reported, handle, on_call, half)))
+                streams[half] = functools.partial(_stream, handle, HalfDtypes(vae, dtypes), on_call, half)
             if setup.vae_decode:
                 stack.enter_context(wrapped(vae, "decode", functools.partial(_blank_but_first, comm)))
-                stream = functools.partial(_stream, handle, HalfDtypes(vae, dtypes), on_call)
         if len(set(dtypes.values())) > 1:
             # Pipelines cast what a half gets to the one `dtype` of the VAE.
             for half in HALVES:
                 stack.enter_context(wrapped(vae, half, functools.partial(_cast, HalfDtypes(vae, dtypes), half)))
-        yield stream
+        yield streams
 
 
 def _stream(
-    handle: Handle, dtypes: HalfDtypes, on_call: Callable[[str, CallReport], None], *args: Any, **kwargs: Any
-) -> Generator[Tensor]:  # fmt: skip
-    args, kwargs = dtypes.given("decode", args, kwargs)
-    with handle.decode_stream(*args, **kwargs) as pieces:
+    handle: Handle, dtypes: HalfDtypes, on_call: Callable[[str, CallReport], None], half: Half, given: Any,
+    *args: Any, **kwargs: Any,
+) -> Generator[Any]:  # fmt: skip
+    args, kwargs = dtypes.given(half, args, kwargs)
+    if isinstance(given, Iterator):
+        given = (dtypes.given(half, (part,), {})[0][0] for part in cast("Iterator[Any]", given))
+    else:
+        [given], _ = dtypes.given(half, (given,), {})
+    stream = handle.encode_stream if half == "encode" else handle.decode_stream
+    with stream(given, *args, **kwargs) as pieces:
         yield from pieces
     if handle.last is not None:
-        on_call("decode", handle.last)
+        on_call(half, handle.last)
 
 
 def mode_of(vae: Any, setup: Setup) -> Mode:

@@ -79,7 +79,8 @@ class Runner:
         device: of this rank.
 
     Attributes:
-        stream: decodes in pieces, as `Handle.decode_stream`; None where decode does not run on all ranks.
+        streams: encode and decode in pieces, as `Handle.encode_stream` and `decode_stream`; those that run on all
+            ranks.
 
     Raises:
         InputError: this pipeline or this machine can't do what is asked.
@@ -98,7 +99,7 @@ class Runner:
         prepare_scheduler(pipeline, setup)
         prepare_denoisers(pipeline.components, setup, comm.size, device)
         place(pipeline, setup, device)
-        self.stream = self._open.enter_context(parallel_vae(pipeline.vae, setup, comm, self.note))
+        self.streams = self._open.enter_context(parallel_vae(pipeline.vae, setup, comm, self.note))
 
     def __enter__(self) -> Runner:
         return self
@@ -138,7 +139,7 @@ class Runner:
                 self._give(pieces, show, given)
 
         with all_quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
-            with in_pieces(self.pipeline, self.stream, in_stage):
+            with in_pieces(self.pipeline, self.streams.get("decode"), in_stage):
                 output = self._called(chosen, generation.seed)
             if not given.is_streamed:
                 self._give((pictures for pictures in [output[0]]), lambda pictures: pictures, given)

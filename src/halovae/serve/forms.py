@@ -64,16 +64,15 @@ class VideoFields(BaseModel, extra="forbid"):
 
 
 class ClipFields(BaseModel, extra="forbid"):
-    """Of a request to encode: the file alone."""
+    """Those of a request to encode, besides the file."""
+
+    stream: Annotated[bool | None, Field(description="Whether the answer begins while the clip is worked on.")] = None
 
 
 class LatentsFields(ClipFields):
     """Those of a request to decode, besides the file."""
 
     lossless: Lossless = None
-    stream: Annotated[
-        bool | None, Field(description="Whether the answer begins with the first frames: an mp4 in fragments.")
-    ] = None
 
 
 FIELDS = {VIDEO: VideoFields, ENCODE: ClipFields, DECODE: LatentsFields}
@@ -142,8 +141,9 @@ async def accepted(request: Request) -> StoredJob:
             return service.submit(job, VIDEO, {"settings": settings})
 
 
-async def accepted_file(request: Request, kind: str) -> StoredJob:
-    """Take in a request of another kind, of which a file is all but everything.
+async def accepted_file(request: Request, kind: str, meanwhile: bool) -> StoredJob:
+    """Take in a request of another kind, of which a file is all but everything; `meanwhile` says that the answer begins
+    before the end of the work, whatever the fields say.
 
     Raises:
         ApiError: as above.
@@ -161,6 +161,7 @@ async def accepted_file(request: Request, kind: str) -> StoredJob:
         faults.check()
         with _new_folder(service.store, kind) as job:
             await asyncio.to_thread(_save, file.file, service.store.input(job))
+            settings |= {"stream": True} if meanwhile else {}
             settings |= {"pixels": limits.pixels, "frames": limits.frames}
             return service.submit(job, kind, {"settings": settings})
 

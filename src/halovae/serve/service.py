@@ -191,6 +191,10 @@ class Service:
             self.metrics.jobs.labels(found.kind, "cancelled").inc()
         self._changed()
 
+    def taken(self, job: str, count: int) -> None:
+        """A client has got so many bytes of what a running job has made so far."""
+        self.ranks.send({"taken": job, "bytes": count})
+
     def no_room(self, error: Exception) -> ApiError:
         """What to say when a request has failed by one of the store's `ERRORS`.
 

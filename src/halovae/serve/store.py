@@ -37,8 +37,12 @@ _ROOM = 2**20
 """Bytes that have to be free for work to go on."""
 THUMBNAIL = "thumbnail.jpg"
 """Name of a video's first frame, beside it."""
-STREAM = ".stream.mp4"
-"""Name of a video for who watches while it is made, beside it; it goes when the job is over, or at the next start."""
+STREAM = ".stream"
+"""Name of what clients get while it is made, beside the result; it goes when the job is over, or at the next start."""
+_BOUNDARY = "latents"
+PARTS_TYPE = f"multipart/mixed; boundary={_BOUNDARY}"
+"""Of latents that are sent while further ones are made: each part is a whole file of latents."""
+PARTS_END = f"--{_BOUNDARY}--\r\n".encode()
 _OUTPUTS = {VIDEO: "output.mp4", ENCODE: "output.safetensors", DECODE: "output.mp4"}
 
 _SCHEMA = """
@@ -57,6 +61,12 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, number);
 """
+
+
+def around_part(size: int) -> tuple[bytes, bytes]:
+    """What is before and behind a part of so many bytes of an answer in `PARTS_TYPE`."""
+    head = f"--{_BOUNDARY}\r\nContent-Type: application/octet-stream\r\nContent-Length: {size}\r\n\r\n"
+    return head.encode(), b"\r\n"
 
 
 @dataclass(frozen=True, kw_only=True)

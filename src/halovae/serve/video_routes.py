@@ -129,7 +129,9 @@ async def _events(service: Service, video_id: str) -> AsyncIterator[str]:
 
 @vae.post("/encode", openapi_extra=body_of(ENCODE))
 async def encode(request: Request, service: Serving) -> Response:
-    """A clip, a video or an image, to latents: a safetensors file, as `halovae encode` writes."""
+    """A clip, a video or an image, to latents: a safetensors file, as `halovae encode` writes. With `stream` the answer
+    is multipart/mixed and begins with the first latents: each part is such a file of the latents of further frames.
+    """
     return await _through(request, service, ENCODE, "application/octet-stream")
 
 
@@ -146,14 +148,16 @@ async def _through(
     request: Request, service: Service, kind: str, media_type: str, watched: str = watch.MP4
 ) -> Response:  # fmt: skip
     """Answers when the work is done or, where it is watched, while it is; keeps nothing of it."""
-    accepted = await accepted_file(request, kind)
-    job, meanwhile = accepted.id, watched != watch.MP4 or accepted.request["settings"].get("stream")
+    accepted = await accepted_file(request, kind, watched != watch.MP4)
+    job, meanwhile = accepted.id, accepted.request["settings"].get("stream")
     try:
         async for now in _progress(request, service, job):
             if meanwhile and service.frames_ready(now):
                 answer = watch.of_job(service, now, watched, lambda: service.remove(job))
                 if answer is not None:
                     return answer
+        if kind == ENCODE and meanwhile:
+            return watch.in_one_part(service.store.output(job), lambda: service.remove(job))
         if watched != watch.MP4:
             return watch.of_file(service.store.output(job), watched, lambda: service.remove(job))
     except BaseException:

@@ -16,7 +16,7 @@ from starlette.types import Send
 from halovae.media.live import LivePictures, codec_words
 from halovae.media.reader import opened
 from halovae.serve.service import ApiError, Service
-from halovae.serve.store import COMPLETED, RUNNING, StoredJob
+from halovae.serve.store import COMPLETED, ENCODE, PARTS_END, PARTS_TYPE, RUNNING, VIDEO, StoredJob, around_part
 
 T = TypeVar("T")
 MP4, PARTS, JPEG, PNG = "video/mp4", "multipart/x-mixed-replace", "image/jpeg", "image/png"
@@ -64,6 +64,23 @@ def of_file(path: Path, kind: str, after: Callable[[], object] = lambda: None) -
     return _in_parts(_in_threads(pictures()), kind)
 
 
+def in_one_part(path: Path, after: Callable[[], object]) -> StreamingResponse:
+    """Finished latents as those that come in parts."""
+
+    def parts() -> Iterator[bytes]:
+        try:
+            with path.open("rb") as file:
+                head, end = around_part(path.stat().st_size)
+                yield head
+                while words := file.read(_CHUNK):
+                    yield words
+                yield end + PARTS_END
+        finally:
+            after()
+
+    return _Watched(parts(), media_type=PARTS_TYPE, headers=_HEADERS)
+
+
 def of_job(
     service: Service, job: StoredJob, kind: str, after: Callable[[], object] = lambda: None
 ) -> StreamingResponse | None:  # fmt: skip
@@ -72,8 +89,11 @@ def of_job(
         file = service.store.stream(job.id).open("rb")
     except FileNotFoundError:
         return None
-    codec = codec_words(file.read(_CHUNK))
+    beginning = file.read(_CHUNK)
     file.seek(0)
+    if job.kind == ENCODE and beginning:
+        return _Watched(_growing(service, job, file, after), media_type=PARTS_TYPE, headers=_HEADERS)
+    codec = codec_words(beginning)
     if not codec:
         file.close()
         return None
@@ -108,6 +128,8 @@ async def _growing(
         async for now in service.changes(job.id, _LOOK):
             while words := file.read(_CHUNK):
                 yield words
+                if job.kind != VIDEO:  # Else any number of clients may watch, each as it likes.
+                    service.taken(job.id, file.tell())
             if now is not None and now.status == COMPLETED:
                 return
             if now is None or now.status != RUNNING or now.attempts != job.attempts:

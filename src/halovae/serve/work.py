@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from halovae import media
 from halovae.app.job import PipelineJob
@@ -20,8 +21,9 @@ from halovae.app.session import Session
 from halovae.app.settled import settled
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.files import reason
+from halovae.comm.agreement import together
 from halovae.media import codec, latents_file
-from halovae.media.latents_file import LatentsInfo, scaling_of
+from halovae.media.latents_file import KEY, LatentsInfo, scaling_of
 from halovae.media.vae_limits import Fit, Limits
 from halovae.pipelines.generation_settings import Generation, arguments, flag, parameters
 from halovae.pipelines.grid import TokenGrid
@@ -29,12 +31,13 @@ from halovae.pipelines.load import PipelineSource
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_scheduler, shifted
 from halovae.pipelines.stages import WRITE, StageTimeline
-from halovae.serve.store import STREAM, THUMBNAIL, VIDEO
+from halovae.serve.store import PARTS_END, STREAM, THUMBNAIL, VIDEO, around_part
 
 OnStep = Callable[[int, int | None], None]
 """Called by all ranks together, with the number of steps done and of all."""
 OnFrames = Callable[[int], None]
-"""Called on the first rank with the number of frames that can be watched."""
+"""Called on the first rank with the number of frames that can be sent. Waits for a client that is far behind, and
+raises where there is none any more."""
 _PER_CALL = ("flow_shift", "boundary_ratio")
 """Settings of a pipeline's setup that a request may change for itself."""
 _THUMBNAIL = (320, 320)
@@ -193,16 +196,11 @@ def encode_clip(
         InputError: no clip that can be read.
     """
     assert task.input is not None
-    film = _open_clip(task.input, **task.settings)
+    given = dict(task.settings)
+    watched = given.pop("stream", False)
+    film = _open_clip(task.input, **given)
     fit = model.limits.fit(film.count, *film.size)
     vae = model.runner.pipeline.vae
-    calls = fit.padded_frames if model.limits.per_frame else 1
-    with _stepping(on_step, calls) as after:
-        frames = codec.padded(film, fit, vae.dtype, session.device)
-        pieces = codec.encode_pieces(vae, model.limits, frames, fit.padded_frames, after)
-        encoded = codec.joined(model.limits, pieces)
-    if not session.is_first:
-        return {}
     info = LatentsInfo(
         model=model.source.model,
         model_class=type(vae).__name__,
@@ -211,9 +209,47 @@ def encode_clip(
         times=film.pace.times,
         **vars(fit),
     )
-    with _writing():
-        latents_file.save(task.output, encoded, info)
-    return {"shape": list(encoded.shape)}
+    with ExitStack() as stack:
+        stream = None
+        if session.is_first and watched:
+            stream = stack.enter_context(task.output.with_name(STREAM).open("wb"))
+        writer = stack.enter_context(latents_file.LatentsWriter(task.output, model.limits.time_dim))
+        stack.enter_context(torch.inference_mode())
+        on_step(0, fit.padded_frames)
+        frames = _Counted(codec.padded(film, fit, vae.dtype, session.device))
+        encode = model.runner.streams.get("encode")
+        at_once = 0 if watched else codec.LONG
+        pieces = codec.encode_pieces(vae, model.limits, frames, fit.padded_frames, stream=encode, at_once=at_once)
+        for piece in stack.enter_context(closing(pieces)):
+            with together(session.group), _writing():
+                if session.is_first:
+                    writer.put(piece)
+                if stream is not None:
+                    content = latents_file.content_of({KEY: piece}, info.to_metadata())
+                    head, end = around_part(len(content))
+                    stream.write(head + content + end)
+                    stream.flush()
+                    on_frames(frames.count)
+            on_step(frames.count, fit.padded_frames)
+        if not session.is_first:
+            return {}
+        with _writing():
+            if stream is not None:
+                stream.write(PARTS_END)
+            writer.finish(info)
+        return {"shape": list(writer.shape)}
+
+
+class _Counted(Iterator[Tensor]):
+    """Frames, and how many were taken."""
+
+    def __init__(self, frames: Iterator[Tensor]) -> None:
+        self._frames, self.count = frames, 0
+
+    def __next__(self) -> Tensor:
+        frame = next(self._frames)
+        self.count += 1
+        return frame
 
 
 def decode_latents(
@@ -232,12 +268,16 @@ def decode_latents(
     _check_size(info.frames, info.height, info.width, **given)
     vae = model.runner.pipeline.vae
     latents_file.check_shape(encoded, info, model.limits, type(vae).__name__)
-    encoded = encoded.to(session.device, vae.dtype)
     calls, count = codec.decode_calls(vae, model.limits, encoded), 0
+
+    def place(part: Tensor) -> Tensor:
+        return part.to(session.device, vae.dtype)
+
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
     made = _Output(session, task, info.fps, on_frames, times=info.times, lossless=lossless)
     with _stepping(on_step, calls) as after, made as output:
-        with closing(codec.decode_pieces(vae, model.limits, encoded, after, model.runner.stream)) as pieces:
+        stream = model.runner.streams.get("decode")
+        with closing(codec.decode_pieces(vae, model.limits, encoded, after, stream, place)) as pieces:
             for piece in pieces:
                 if session.is_first:
                     fit.check(fit.padded_frames, *piece.shape[2:])

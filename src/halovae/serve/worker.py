@@ -13,6 +13,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,7 @@ from halovae.pipelines.grid_sizes import grid_of
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.transformers import degree
 from halovae.serve.server_settings import RANK_FD
-from halovae.serve.store import DECODE, ENCODE, NO_ROOM, VIDEO
+from halovae.serve.store import DECODE, ENCODE, NO_ROOM, STREAM, VIDEO
 from halovae.serve.work import (
     FIELDS,
     Model,
@@ -52,6 +53,10 @@ TICK = 2.0
 STUCK_SECONDS = 120.0
 """How long a rank that has failed waits for the others to learn of it. They may be in an exchange that it will never
 join; then only the end of its process frees them."""
+AHEAD_BYTES = 2**23
+"""How much of a result may wait for the client that gets it meanwhile."""
+HOLD_SECONDS = 10.0
+"""How long each piece waits for that client at most."""
 _WORK = {VIDEO: make_video, ENCODE: encode_clip, DECODE: decode_latents}
 
 
@@ -85,7 +90,7 @@ def serve_ranks(session: Session, job: PipelineJob, steps: int) -> None:
         while True:
             message = session.group.all_gather_object(None if wire is None else wire.receive(TICK))[0]
             if message is not None and "kind" in message:  # Else a late word on a task that is over.
-                _Turn(session, model, wire, message).run()
+                Turn(session, model, wire, message).run()
             elif wire is not None:
                 wire.send({"event": "alive"})
 
@@ -226,13 +231,14 @@ def _end_process(failure: Failure) -> None:
     os._exit(failure.exit_code)
 
 
-class _Turn:
+class Turn:
     """One task on this rank."""
 
     def __init__(self, session: Session, model: Model, wire: Wire | None, message: Mapping[str, Any]) -> None:
         self._session, self._model, self._wire = session, model, wire
         self._attempt = Attempt(session.group, self._is_cancelled)
         self._result: dict[str, Any] = {}
+        self._is_unwanted, self._taken = False, 0
         path = message["input"]
         self._task = Task(
             id=message["id"],
@@ -254,11 +260,30 @@ class _Turn:
             self._session.synchronize()
 
     def _work(self) -> None:
-        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step(), self._on_frames)
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step(), self.on_frames)
 
-    def _on_frames(self, count: int) -> None:
+    def on_frames(self, count: int) -> None:
+        """Called on every rank when so many frames can be sent.
+
+        Raises:
+            CancelledError: on the first rank: the client does not want them any more.
+        """
         if self._wire is not None:
             self._wire.send({"event": "frames", "id": self._task.id, "count": count})
+            self._wait_for_reader()
+
+    def _wait_for_reader(self) -> None:
+        """The one client that gets it meanwhile holds the work back, but not for ever: others wait for the ranks."""
+        deadline = time.monotonic() + HOLD_SECONDS
+        stream, is_taken = self._task.output.with_name(STREAM), self._task.settings.get("stream")
+        while not self._is_cancelled():
+            left = deadline - time.monotonic()
+            # The thread that writes it may not have begun.
+            behind = stream.stat().st_size - self._taken if is_taken and stream.exists() else 0
+            if behind <= AHEAD_BYTES or left <= 0:
+                return
+            self._hear(left)
+        raise CancelledError
 
     def _on_step(self) -> OnStep:
         def on_step(done: int, total: int | None) -> None:
@@ -269,11 +294,18 @@ class _Turn:
         return on_step
 
     def _is_cancelled(self) -> bool:
+        while self._hear(0):
+            pass
+        return self._is_unwanted
+
+    def _hear(self, seconds: float) -> bool:
+        """Whether the front has said something within so many seconds."""
         assert self._wire is not None
-        while (message := self._wire.receive(0)) is not None:
-            if message.get("cancel") == self._task.id:
-                return True
-        return False
+        message = self._wire.receive(seconds) or {}
+        self._is_unwanted |= message.get("cancel") == self._task.id
+        if message.get("taken") == self._task.id:
+            self._taken = message["bytes"]
+        return bool(message)
 
     def _told(self, problem: Exception | None) -> dict[str, Any]:
         """What the front hears of the end."""
