@@ -21,12 +21,11 @@ from unittest.mock import patch
 import psutil
 import pytest
 import torch
-from families import FAMILIES, SHARED
+from families import FAMILIES
 from programs import Program, parts
 from ranks import Ranks, free_port
 
 from halovae import comm
-from halovae.base import verdicts
 from halovae.cli.main import main
 
 _PR_SET_PDEATHSIG = 1
@@ -94,14 +93,10 @@ def _on_rank(
 
 @contextmanager
 def _a_world_of_its_own(port: int, next_port: int) -> Iterator[None]:
-    """A program joins the world and leaves it, with as many threads as other tests; they find theirs after it.
-
-    As at a user's, it knows what programs before it have found out: it probes no VAE that was probed.
-    """
+    """A program joins the world and leaves it, with as many threads as other tests; they find theirs after it."""
     comm.shutdown()
-    given = {"MASTER_PORT": str(port), verdicts.SWITCH: "on", "XDG_CACHE_HOME": os.environ[SHARED]}
     try:
-        with patch.dict(os.environ, given), patch.object(torch, "set_num_threads", lambda count: None):
+        with patch.dict(os.environ, MASTER_PORT=str(port)), patch.object(torch, "set_num_threads", lambda count: None):
             yield
     finally:
         comm.shutdown()  # A program that fails does not leave.

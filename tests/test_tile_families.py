@@ -1,4 +1,4 @@
-"""Every family that diffusers can tile, encode and decode: on three ranks, bit for bit what diffusers gives on one."""
+"""Every family that diffusers can tile, encode and decode: on ranks, bit for bit what diffusers gives on one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import pytest
 import torch
 from ranks import Ranks
 from tiles import CUTS, run, run_alone
+
+UNEVEN = ("kl", "consistency", "wan21", "ltx2", "hunyuan_video_framewise", "minimax_h3")
+"""On three ranks, which get unlike numbers of tiles: 4, 8 or 9 tiles, with a generator, caches in time, other overlaps.
+The others are on two: each rank follows the VAE on shapes by itself, which takes most of the time."""
 
 HALVES = [(name, half) for name, cut in CUTS.items() for half in ("encode", "decode") if getattr(cut, half)]
 
@@ -22,10 +26,11 @@ def in_tiles(rank: int, name: str, half: str) -> tuple[torch.Tensor, int, set[in
 
 
 @pytest.mark.parametrize(("name", "half"), HALVES)
-def test_three_ranks(three_ranks: Ranks, name: str, half: str) -> None:
-    results = three_ranks.run(in_tiles, name, half)
+def test_ranks_give_what_diffusers_gives(two_ranks: Ranks, three_ranks: Ranks, name: str, half: str) -> None:
+    ranks = three_ranks if name in UNEVEN else two_ranks
+    results = ranks.run(in_tiles, name, half)
     for found, chains, owners, equal in results:
         assert chains == CUTS[name].chains(half)
-        assert owners == {0, 1, 2}
+        assert owners == set(range(ranks.size))
         assert equal
         assert torch.equal(found, results[0][0])
