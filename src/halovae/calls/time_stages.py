@@ -79,8 +79,10 @@ class Stage:
 
     def steps(self, most: Most) -> Steps:
         """How many of its calls go in each call of the network."""
-        is_row = len(self.run) > 1 and self.run[-1] - self.run[0] == len(self.run) - 1
-        return sizes(self.calls[: self.run[-1] + 1], most, self.run[0]) if is_row else ()
+        if len(self.run) < 2:
+            return ()
+        first, last = self.run[0], self.run[-1]
+        return sizes(self.calls[: last + 1], most, first) if last - first == len(self.run) - 1 else ()
 
     def _all(self) -> tuple[Any, ...]:
         places = [place for _, place in self.takes], [place for _, place in self.holds]
