@@ -22,6 +22,7 @@ import halovae
 from halovae.api import engines
 from halovae.base import verdicts
 from halovae.calls import blueprint
+from halovae.calls.merge_steps import Merger
 from halovae.calls.target import Target
 from halovae.calls.verify import compression
 from halovae.cli.main import main
@@ -243,6 +244,26 @@ def test_another_process_takes_what_one_has_found_out(
             assert all(map(torch.equal, one, other))
     # One rank has its cache switched off: all ask anew.
     assert [count for count, _ in two_ranks.run(first_calls, [here, here], 1)] == [2, 2]
+
+
+def test_the_steps_that_go_together_are_not_looked_for_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, find = list[str](), Merger._found
+
+    def found(self: Merger, half: str, *given: Any) -> Any:
+        looked.append(half)
+        return find(self, half, *given)
+
+    monkeypatch.setattr(Merger, "_found", found)
+    steps, latent = list[Any](), FAMILIES["wan21"].latent(torch.float32)
+    for frames in (3, 3, 2):
+        vae = FAMILIES["wan21"].build()
+        with torch.no_grad(), halovae.optimize(vae, options=halovae.Options(frames_per_call=frames)) as handle:
+            vae.decode(torch.cat([latent, latent], 2))
+            assert handle.last is not None
+            steps.append(handle.last.steps)
+    assert looked == ["decode", "decode"]
+    assert steps[0] == steps[1] != steps[2]
+    assert max(steps[0]) == 3
 
 
 def many_writes(rank: int, folder: str) -> int:
