@@ -226,7 +226,7 @@ def test_a_stopped_rank_is_ended_too(tmp_path: Path) -> None:
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10  # It has no chance to end by itself: it is killed after some seconds.
     wait_until_gone(pids, 0)
 
 

@@ -88,3 +88,5 @@ def test_a_reader_holds_the_work_back(tmp_path: Path, monkeypatch: pytest.Monkey
     front.sendall(b'{"cancel": "a"}\n')
     with pytest.raises(CancelledError):
         turn.on_frames(2)
+    front.close()
+    end.close()

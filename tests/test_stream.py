@@ -195,6 +195,6 @@ def test_memory_does_not_grow_with_the_clip() -> None:
                 run = functools.partial(engine.run, "decode", latent, (latent,), {}, emit)
                 run()
                 peaks[frames, emit is None] = allocated_by(run, cpu)
-    assert peaks[33, True] > 2 * peaks[9, True]
+    assert peaks[33, True] > 1.5 * peaks[9, True]  # What a step takes is in both.
     assert peaks[33, False] < 1.1 * peaks[9, False] + latents("wan21", 33).nbytes
     assert peaks[33, False] < 0.6 * peaks[33, True]

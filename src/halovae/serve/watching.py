@@ -89,11 +89,12 @@ def of_job(
         file = service.store.stream(job.id).open("rb")
     except FileNotFoundError:
         return None
+    job = service.store.get(job.id) or job  # It may have begun since it was looked up.
     beginning = file.read(_CHUNK)
     file.seek(0)
     if job.kind == ENCODE and beginning:
         return _Watched(_growing(service, job, file, after), media_type=PARTS_TYPE, headers=_HEADERS)
-    codec = codec_words(beginning)
+    codec = codec_words(beginning) if job.kind != ENCODE else None
     if not codec:
         file.close()
         return None
