@@ -40,8 +40,9 @@ from torch import distributed as dist
 
 import halovae
 from halovae.base.memory import PeakMemory
+from halovae.calls.device_graphs import Outlet
 from halovae.calls.merge_steps import Merger, merged
-from halovae.calls.replay import Graphs, Outlet
+from halovae.calls.replay import Graphs
 from halovae.calls.target import Target
 from halovae.comm import SoloComm, Traffic
 from halovae.exact.mesh import ShardPlan, plan_shards

@@ -17,10 +17,10 @@ from halovae.base.errors import NotExactError
 from halovae.base.memory import PeakMemory
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.calls.blueprint import words_of
-from halovae.calls.device_graphs import can_record
+from halovae.calls.device_graphs import Outlet, can_record
 from halovae.calls.exact_call import ExactCall
 from halovae.calls.merge_steps import Merger, merged
-from halovae.calls.replay import Graphs, Outlet
+from halovae.calls.replay import Graphs
 from halovae.calls.resumed import Held, Resumed
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target

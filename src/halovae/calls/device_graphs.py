@@ -55,6 +55,29 @@ def _graph_of(device: torch.device) -> str:
     return f"{device.type.upper()}Graph"
 
 
+class Outlet:
+    """Where a call leaves the parts of its result that are there before the rest.
+
+    Args:
+        take: gets them.
+    """
+
+    def __init__(self, take: Take = to_nobody) -> None:
+        self.take = take
+
+    def __call__(self, part: Tensor) -> None:
+        self.take(part)
+
+    @contextmanager
+    def to(self, take: Take) -> Iterator[None]:
+        """Within it, another one gets them."""
+        before, self.take = self.take, take
+        try:
+            yield
+        finally:
+            self.take = before
+
+
 class Tape(SoloComm):
     """Stands for a group while a call is recorded: nothing runs and nothing is sent before `replay`.
 
@@ -81,7 +104,7 @@ class Tape(SoloComm):
         self._steps: list[Callable[[], object]] = []
         self._recorded: list[_Recorded] = []
         self._under_way: dict[int, Pending] = {}
-        self._takers: list[Take] = []
+        self._outlet = Outlet()
         self._done: Any = self._module.Event()
 
     # ---- recording ---------------------------------------------------------------------------------------------------
@@ -187,10 +210,10 @@ class Tape(SoloComm):
     @outside_modes
     def part(self, tensor: Tensor) -> None:
         """A part of the result that is there before the rest: who asks for a replay gets it then, in new memory."""
-        place, layout, takers = _place_of(tensor), layout_of(tensor), self._takers
+        place, layout, outlet = _place_of(tensor), layout_of(tensor), self._outlet
 
         def hand_out() -> None:
-            takers[-1](mark(place.clone(), layout))
+            outlet(mark(place.clone(), layout))
 
         if self._lane:  # A graph ends when all that is in it has been waited for.
             self._wait_for_all()
@@ -223,12 +246,11 @@ class Tape(SoloComm):
         Raises:
             RankFailedError: another rank has failed, now or since the recording.
         """
-        self._takers.append(take)
         try:
-            for step in self._steps:
-                step()
+            with self._outlet.to(take):
+                for step in self._steps:
+                    step()
         finally:
-            self._takers.pop()
             while self._under_way:  # Of a replay that was ended.
                 self._under_way.popitem()[1].wait()
 

@@ -9,8 +9,7 @@ import functools
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from halovae.base.memory import PeakMemory, free_bytes
 from halovae.base.private_diffusers import has_library_hook
 from halovae.base.trees import map_tensors, tensors_in
-from halovae.calls.device_graphs import Take, Tape, can_record, to_nobody
+from halovae.calls.device_graphs import Outlet, Take, Tape, can_record
 from halovae.calls.module_facts import TELLING
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.state import Snapshot, has_hooks, unchanged, undone_by_failure
@@ -71,29 +70,6 @@ class KernelRecording:
                 place.copy_(tensor)
             self.tape.replay(take)
             return map_tensors(_copied, self.result)
-
-
-class Outlet:
-    """Where a call leaves the parts of its result that are there before the rest.
-
-    Args:
-        take: gets them.
-    """
-
-    def __init__(self, take: Take = to_nobody) -> None:
-        self.take = take
-
-    def __call__(self, part: Tensor) -> None:
-        self.take(part)
-
-    @contextmanager
-    def to(self, take: Take) -> Iterator[None]:
-        """Within it, another one gets them."""
-        before, self.take = self.take, take
-        try:
-            yield
-        finally:
-            self.take = before
 
 
 class Graphs:
