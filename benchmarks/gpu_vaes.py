@@ -10,6 +10,9 @@ channels last and `torch.compile` of the network, its warm-up beside it. Errors 
 in float32. "halovae" is without any option, from the third call on; "not replayed" is with `graphs=False`. "first" is
 the first call of a fresh VAE; whether kernels are in the cache on disk is as it is.
 
+With `--ahead 6`, all rows are run once before, six at a time: so compilers work side by side, and the measured pass
+finds their results on disk. Of the first pass, only the warm-up of `torch.compile` is kept.
+
 With `--fresh`, what a command line does: one encode and one decode in a process of its own, from the VAE on the device
 to the frames, by diffusers, by halovae with an empty cache of kernels on disk, and with a filled one.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import logging
 import os
@@ -28,6 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +53,15 @@ HUNYUAN_IMAGE = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (128, 256, 512, 512, 1024, 1024),
     "layers_per_block": 2, "spatial_compression_ratio": 32, "sample_size": 384,
 }  # fmt: skip
+LINEAR_ATTENTION = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+DC = {
+    "encoder_block_types": LINEAR_ATTENTION, "decoder_block_types": LINEAR_ATTENTION,
+    "upsample_block_type": "interpolate", "downsample_block_type": "conv",
+}  # fmt: skip
+SVD = {
+    "down_block_types": FOUR_DOWN["down_block_types"], "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2, "sample_size": 768,
+}  # fmt: skip
 WAN_2_2 = {
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12,
     "out_channels": 12, "scale_factor_spatial": 16,
@@ -67,6 +81,13 @@ VAES: dict[str, tuple[str, dict[str, Any], Shape, Shape]] = {
     "HunyuanVideo 480x832x33": ("AutoencoderKLHunyuanVideo", {}, (16, 9, 60, 104), (3, 33, 480, 832)),
     "HunyuanVideo15 480x832x33": ("AutoencoderKLHunyuanVideo15", {}, (32, 9, 30, 52), (3, 33, 480, 832)),
     "Mochi 480x848x31": ("AutoencoderKLMochi", {}, (12, 6, 60, 106), (3, 31, 480, 848)),
+    "KVAE 1024x1024": ("AutoencoderKLKVAE", {}, (16, 128, 128), (3, 1024, 1024)),
+    "AutoencoderDC 1024x1024": ("AutoencoderDC", DC, (32, 32, 32), (3, 1024, 1024)),
+    "HunyuanImage refiner 1024x1024": ("AutoencoderKLHunyuanImageRefiner", {}, (32, 1, 64, 64), (3, 1, 1024, 1024)),
+    "TemporalDecoder 576x1024x14": ("AutoencoderKLTemporalDecoder", SVD, (4, 72, 128), (3, 576, 1024)),
+    "KVAEVideo 480x832x17": ("AutoencoderKLKVAEVideo", {}, (16, 5, 60, 104), (3, 17, 480, 832)),
+    "Magvit 384x672x49": ("AutoencoderKLMagvit", {}, (16, 13, 48, 84), (3, 49, 384, 672)),
+    "VidTok 256x256x17": ("AutoencoderVidTok", {}, (4, 5, 32, 32), (3, 17, 256, 256)),
     "Cosmos 480x832x33": ("AutoencoderKLCosmos", {}, (16, 5, 60, 104), (3, 33, 480, 832)),
     "Wan 2.1 480x832x81": ("AutoencoderKLWan", {}, (16, 21, 60, 104), (3, 81, 480, 832)),
     "Wan 2.2 704x1280x81": ("AutoencoderKLWan", WAN_2_2, (48, 21, 44, 80), (3, 81, 704, 1280)),
@@ -81,6 +102,9 @@ LARGE: dict[str, tuple[str, dict[str, Any], Shape, Shape]] = {
 }
 """What is for several GPUs: `full_size.py`, and `gpu.py --parts several`."""
 ALL = VAES | LARGE
+
+LATENT_BATCH = {"TemporalDecoder 576x1024x14": 14}
+"""Where frames are a batch."""
 
 HALVES = ("encode", "decode")
 DEVICE = str(torch.accelerator.current_accelerator() or "cpu")
@@ -108,7 +132,7 @@ def build(name: str) -> Any:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         vae = getattr(diffusers, kind)(**config)
-    return vae.to(torch.bfloat16).eval().requires_grad_(False)
+    return vae.to(DEVICE, torch.bfloat16).eval().requires_grad_(False)
 
 
 def channels_last(vae: Any) -> Any:
@@ -121,13 +145,16 @@ def channels_last(vae: Any) -> Any:
 
 def picture(name: str, half: str) -> Tensor:
     shape = ALL[name][2 if half == "decode" else 3]
+    batch = LATENT_BATCH.get(name, 1) if half == "decode" else 1
     generator = torch.Generator(DEVICE).manual_seed(1)
-    return torch.randn((1, *shape), generator=generator, device=DEVICE).clamp_(-1, 1).to(torch.bfloat16)
+    return torch.randn((batch, *shape), generator=generator, device=DEVICE).clamp_(-1, 1).to(torch.bfloat16)
 
 
 def call(vae: Any, half: str, tensor: Tensor) -> Tensor:
     if half == "decode":
-        return vae.decode(tensor).sample
+        frames = {"num_frames": len(tensor)} if "num_frames" in inspect.signature(vae.decode).parameters else {}
+        result = vae.decode(tensor, **frames)
+        return getattr(result, "sample", result)
     result = vae.encode(tensor)
     return result.latent_dist.parameters if hasattr(result, "latent_dist") else result.latent
 
@@ -205,6 +232,15 @@ def measured(name: str, half: str, with_compiled: bool, repeats: int) -> dict[st
     }  # fmt: skip
 
 
+def warm_ups(rows: list[tuple[str, str]], options: argparse.Namespace) -> dict[tuple[str, str], float | None]:
+    """Seconds that torch.compile takes for each row, several at a time; compilers leave their results on disk."""
+    with ThreadPoolExecutor(options.ahead) as pool:
+        return {
+            row: found.get("warm-up s")
+            for row, found in zip(rows, pool.map(lambda row: in_own_process(*row, options), rows), strict=True)
+        }  # fmt: skip
+
+
 def in_own_process(name: str, half: str, options: argparse.Namespace) -> dict[str, Any]:
     arguments = ["--one", name, half, "--repeats", str(options.repeats), *(["--compiled"] if options.compiled else [])]
     row: dict[str, Any] = {"VAE": name, "half": half}
@@ -254,6 +290,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="measure torch.compile as well")
     parser.add_argument("--limit", type=float, default=120, help="seconds for each VAE and half")
+    parser.add_argument("--ahead", type=int, default=0, help="run all rows once before, so many at a time")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "HALF"), help="one row, as JSON")
     parser.add_argument("--fresh", action="store_true", help="one encode and one decode, each way in its own process")
     parser.add_argument("--fresh-one", nargs=2, metavar=("NAME", "WAY"), help="seconds of one of them")
@@ -268,13 +305,16 @@ def main() -> None:
         print(fresh(*options.fresh_one))
         return
     names = [name for name in VAES if any(part in name for part in options.vaes)]
+    todo = [(name, half) for name in names for half in (("both",) if options.fresh else options.halves)]
+    ahead = warm_ups(todo, options) if options.ahead else {}
     rows: list[dict[str, Any]] = []
-    for name in names:
-        for half in ("both",) if options.fresh else options.halves:
-            rows.append(fresh_row(name, options.limit) if options.fresh else in_own_process(name, half, options))
-            print(rows[-1], file=sys.stderr, flush=True)
-            if options.json:  # What is there by now, should the rest not be reached.
-                options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, half in todo:
+        rows.append(fresh_row(name, options.limit) if options.fresh else in_own_process(name, half, options))
+        if ahead.get((name, half)) and "warm-up s" in rows[-1]:
+            rows[-1]["warm-up s"] = ahead[name, half]
+        print(rows[-1], file=sys.stderr, flush=True)
+        if options.json:  # What is there by now, should the rest not be reached.
+            options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = max(rows, key=len)
     rows = [{column: row.get(column, row.get("not run", "not run")) for column in columns} for row in rows]
     report(f"one {torch.cuda.get_device_name()}", rows, options.json)

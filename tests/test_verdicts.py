@@ -21,15 +21,18 @@ from torch import distributed as dist
 import halovae
 from halovae.api import engines
 from halovae.base import verdicts
+from halovae.base.errors import TooLittleMemoryError
 from halovae.calls import blueprint
 from halovae.calls.merge_steps import Merger
 from halovae.calls.target import Target
 from halovae.calls.verify import compression
 from halovae.cli.main import main
+from halovae.exact.mesh import ShardPlan, plan_shards
 from halovae.exact.shard_mode import RULES
 from halovae.kernels import precision
 from halovae.media import vae_limits
 from halovae.pipelines.stages import StageTimeline, watched
+from halovae.predict import memory_check
 
 CPU = torch.device("cpu")
 
@@ -285,6 +288,24 @@ def test_two_processes_at_once(two_ranks: Ranks, tmp_path: Path) -> None:
 
 
 # ---- what is kept besides the probe ----------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_call_is_not_predicted_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run on shapes takes longer than the call in a new process on a GPU."""
+    vae, latent = kl(), latents(24, 24, batch=1)
+    plan = plan_shards(24, 24, 1, 2)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 2**16)
+
+    def refused(cut: ShardPlan) -> str:
+        with pytest.raises(TooLittleMemoryError) as failure:
+            memory_check.Room(Target(vae)).check("decode", cut, 1, "all", latent, (latent,), {})
+        return str(failure.value)
+
+    message = refused(plan)
+    with patch.object(memory_check, "Predictor") as predicts:
+        assert refused(plan) == message
+        assert not predicts.called
+    assert refused(plan_shards(24, 24, 1, 4)) != message
 
 
 def test_frame_counts_dtypes_and_ratios_are_not_asked_twice(cache: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from halovae.base import verdicts
 from halovae.base.errors import HalovaeError, TooLittleMemoryError
 from halovae.base.memory import free_bytes
 from halovae.base.trees import tensors_in
+from halovae.calls.blueprint import words_of
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
 from halovae.exact.mesh import ShardPlan
@@ -109,13 +111,27 @@ class Room:
         shapes = ((tuple(tensor.shape), tensor.dtype) for tensor in given)
         key = mode, half, described(self._target.vae), *shapes, repr(options), autocast.state()
         if key not in self._predicted:
-            try:
-                predictor = Predictor(self._target, GivenSpeed(**_NO_TIME, device=given[0].device), _NO_LINK)
-                found = getattr(predictor, mode)(half, args, kwargs, **options)
-                self._predicted[key] = found.memory - sum(tensor.nbytes for tensor in given)
-            except HalovaeError:  # The call itself says what is wrong, if anything is.
-                self._predicted[key] = None
+            # In a new process the run on shapes takes longer than the call itself, so its answer is kept.
+            words = words_of(self._target, half, args, kwargs)
+            name = words and verdicts.name_of(given[0].device, "memory", mode, sorted(options.items()), words)
+            needed = verdicts.read(name)
+            if not isinstance(needed, int):
+                needed = self._run_on_shapes(half, args, kwargs, mode, options)
+                if needed is not None:
+                    verdicts.write(name, needed)
+            self._predicted[key] = needed
         return self._predicted[key]
+
+    def _run_on_shapes(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, options: dict[str, Any]
+    ) -> int | None:
+        given = tensors_in((args, kwargs))
+        try:
+            predictor = Predictor(self._target, GivenSpeed(**_NO_TIME, device=given[0].device), _NO_LINK)
+            found = getattr(predictor, mode)(half, args, kwargs, **options)
+        except HalovaeError:  # The call itself says what is wrong, if anything is.
+            return None
+        return found.memory - sum(tensor.nbytes for tensor in given)
 
 
 def _too_little(what: str, needed: int, ranks: int, free: int, remedies: list[str]) -> TooLittleMemoryError:
