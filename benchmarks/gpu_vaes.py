@@ -11,7 +11,7 @@ in float32. "halovae" is without any option, from the third call on; "not replay
 the first call of a fresh VAE; whether kernels are in the cache on disk is as it is.
 
 With `--ahead 6`, all rows are run once before, six at a time: so compilers work side by side, and the measured pass
-finds their results on disk. Of the first pass, only the warm-up of `torch.compile` is kept.
+finds their results on disk. Of the first pass, only the warm-up of `torch.compile` is told.
 
 With `--fresh`, what a command line does: one encode and one decode in a process of its own, from the VAE on the device
 to the frames, by diffusers, by halovae with an empty cache of kernels on disk, and with a filled one.
@@ -194,7 +194,7 @@ def compiled(name: str, half: str) -> Any:
 
 
 def measured(name: str, half: str, with_compiled: bool, repeats: int) -> dict[str, Any]:
-    """One row: all variants of a half in turns."""
+    """One row: all variants of a half in turns; without rounds, only what torch.compile takes before."""
     tensor = picture(name, half)
     vaes = {way: build(name) for way in ("diffusers", "halovae", "not replayed")}
     halovae.optimize(vaes["not replayed"], options=halovae.Options(graphs=False))
@@ -213,6 +213,8 @@ def measured(name: str, half: str, with_compiled: bool, repeats: int) -> dict[st
     for way in ways.values():
         for _ in range(3):  # The second call of a kind may be recorded, and the third is replayed.
             way()
+    if not repeats:
+        return {"warm-up s": warm_up}
     rounds = [{way: seconds(run) for way, run in ways.items()} for _ in range(repeats)]
     times = {way: statistics.median(each[way] for each in rounds) for way in ways}
     assert handle.last is not None
@@ -234,10 +236,11 @@ def measured(name: str, half: str, with_compiled: bool, repeats: int) -> dict[st
 
 def warm_ups(rows: list[tuple[str, str]], options: argparse.Namespace) -> dict[tuple[str, str], float | None]:
     """Seconds that torch.compile takes for each row, several at a time; compilers leave their results on disk."""
+    once = argparse.Namespace(**vars(options) | {"repeats": 0})
     with ThreadPoolExecutor(options.ahead) as pool:
         return {
             row: found.get("warm-up s")
-            for row, found in zip(rows, pool.map(lambda row: in_own_process(*row, options), rows), strict=True)
+            for row, found in zip(rows, pool.map(lambda row: in_own_process(*row, once), rows), strict=True)
         }  # fmt: skip
 
 
