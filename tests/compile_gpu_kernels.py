@@ -12,7 +12,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from halovae.kernels.gpu import gluon_patches, triton_attention, triton_chain, triton_copy, triton_norms, triton_tokens
+from halovae.kernels.gpu import (
+    gluon_patches,
+    triton_attention,
+    triton_chain,
+    triton_copy,
+    triton_norms,
+    triton_shuffled,
+    triton_tokens,
+)
 
 PICTURE, WIDE = "*bf16", "*fp32"
 
@@ -107,8 +115,25 @@ def shuffles() -> None:
     compiled(triton_copy._shuffle, constants, 4, source=PICTURE, out=PICTURE, channels="i32", **numbers)
 
 
+def sums_of_shuffled() -> None:
+    numbers = dict.fromkeys(("frames", "height", "width", "channels"), "i32")
+    each = "batch", "row", "deep", "down", "length", "back"
+    numbers |= dict.fromkeys((f"{name}{place}" for name in each for place in (0, 1)), "i32")
+    blocks = dict(zip("PQR", (2, 2, 2), strict=True)) | {"COL": 1024}
+    one = blocks | {"C": 128, "STEP": 128, "GROUP": 1, "SHIFT": True, "BEFORE": False}
+    other = blocks | {"C": 512, "STEP": 512, "GROUP": 4, "SHIFT": False, "BEFORE": True}
+    for both in (True, False):
+        first, second = (one, other) if both else (other, other)
+        constants = {"BLOCK": 512, "COLS": 2, "BOTH": both, "shift1": None} | ({} if both else {"shift0": None})
+        constants |= {f"{name}0": value for name, value in first.items()}
+        constants |= {f"{name}1": value for name, value in second.items()}
+        types = {"x0": PICTURE, "x1": PICTURE, "out": PICTURE} | ({"shift0": WIDE} if both else {})
+        compiled(triton_shuffled._sum, constants, 4, **types, **numbers)
+
+
 if __name__ == "__main__":
     shuffles()
+    sums_of_shuffled()
     patches()
     chains()
     tokens()

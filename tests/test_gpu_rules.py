@@ -231,6 +231,98 @@ def test_what_is_rearranged_by_hand_stays_channels_last(shuffle: Any, as_on_gpu:
     assert value.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+def to_channels(video: Tensor, block: tuple[int, int, int]) -> Tensor:
+    """Pixels of each block as channels, as networks write it."""
+    for dim in (4, 3, 2):
+        video = video.unflatten(dim, (-1, block[dim - 2]))
+    return video.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+
+def to_channels_of_a_shard(video: Tensor, block: tuple[int, int, int]) -> Tensor:
+    """The same, as it is written where every size is said."""
+    (time, height, width), (p, q, r) = video.shape[2:], block
+    video = video.reshape(*video.shape[:2], time // p, p, height // q, q, width // r, r)
+    return video.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+
+def downsampled(video: Tensor, weight: Tensor, bias: Tensor, block: tuple[int, int, int], rearranged: Any) -> Tensor:
+    """Means of a video's own pixels, and a convolution of it whose pixels become channels."""
+    video = torch.cat((video[:, :, : block[0] - 1], video), 2)
+    before = video[:, :, :1].repeat(1, 1, 2, 1, 1)
+    convolved = F.conv3d(torch.cat((before, video), 2), weight, bias, padding=(0, 1, 1))
+    own, new = rearranged(video, block), rearranged(convolved, block)
+    return new + own.unflatten(1, (new.shape[1], -1)).mean(dim=2)
+
+
+@pytest.mark.parametrize("rearranged", [to_channels, to_channels_of_a_shard])
+@pytest.mark.parametrize(
+    ("block", "inputs", "outputs"),
+    [((1, 2, 2), 24, 12), ((2, 1, 1), 16, 16), ((2, 2, 2), 16, 4), ((2, 1, 4), 32, 2)],
+)
+def test_pixels_that_become_channels_are_added_in_one_pass(
+    rearranged: Any,
+    block: tuple[int, int, int],
+    inputs: int,
+    outputs: int,
+    as_on_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
+    monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))
+    source = video(2, inputs, 3 if block[0] == 2 else 2, 4, 8)
+    weight, bias = frames(outputs, inputs, 3, 3, 3), frames(outputs)
+    expected = downsampled(*(t.double() for t in (source, weight, bias)), block, to_channels)
+    with torch.no_grad(), FastMode(), Operators() as seen:
+        found = downsampled(source, weight, bias, block, rearranged)
+    assert not {torch.ops.aten.mean.dim, torch.ops.aten.add.Tensor, torch.ops.aten.cat.default} & {*seen.calls}
+    assert error(found.double(), expected) < TOLERANCE
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("how", ["alone", "bare", "otherwise", "later"])
+def test_pixels_that_become_channels_are_what_they_are(how: str, as_on_gpu: None):
+    """Whatever is done with them, and with the memory they come from."""
+    source = video(1, 16, 3, 4, 6)
+
+    def call(source: Tensor) -> Tensor:
+        shuffled = to_channels(source, (1, 2, 2))
+        if how == "bare":
+            return shuffled
+        groups = shuffled.unflatten(1, (-1, 8))
+        if how == "otherwise":
+            return groups.mean(1) + groups.amax(1)
+        means = groups.mean(2)
+        if how == "later":
+            source.mul_(2.0)
+        return means if how == "alone" else means + 1.0
+
+    expected = call(source.clone())
+    with torch.no_grad(), FastMode():
+        found = finished(call(source))
+    assert error(found, expected) < 1e-6  # means in another order
+
+
+def test_frames_of_what_waits_are_joined_to_it_where_it_lies(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
+    kept().rooms.clear()
+    source, weight = video(1, 16, 4, 5, 6), frames(8, 16, 3, 3, 3)
+    copied: list[int] = []
+    copy = dispatch.copy
+    monkeypatch.setattr(dispatch, "copy", lambda out, part: copied.append(part.shape[2]) or copy(out, part))
+
+    def call() -> Tensor:
+        normed = F.dropout(F.silu(F.group_norm(source, 4)), 0.5, training=False)
+        before, after = normed[:, :, :1].repeat((1, 1, 2, 1, 1)), normed[:, :, -1:].repeat(1, 1, 1, 1, 1)
+        return F.conv3d(torch.cat([before, normed, after], 2), weight, padding=(0, 1, 1))
+
+    expected = call()
+    with torch.no_grad(), FastMode():
+        for copies in ([2, 4, 1], [2, 1]):
+            copied.clear()
+            assert error(finished(call()), expected) < TOLERANCE
+            assert copied == copies
+
+
 def by_rows(length: int, block: int) -> Tensor:
     mask = torch.full((length, length), float("-inf"), dtype=torch.float32, device=torch.device("cpu"))
     for i in range(length):

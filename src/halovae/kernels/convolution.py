@@ -18,7 +18,7 @@ from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.chain import Chain
 from halovae.kernels.lazy.deferred import Deferred, plain
 from halovae.kernels.lazy.joined import Joined, joined_in
-from halovae.kernels.memory_format import memory_format
+from halovae.kernels.memory_format import memory_format, strides_of
 from halovae.kernels.precision import LOW, working_dtype
 from halovae.kernels.shapes_only import alike, device_type, in_turn
 from halovae.kernels.weight_cache import derived, make_room
@@ -130,6 +130,8 @@ def _by_library(source: Tensor, window: Convolution, padding: Sequence[int]) -> 
     if bias is None or source.dtype not in LOW:
         return _run(source, window, padding, source.dtype)
     result = _run(source, replace(window, bias=None), padding, source.dtype)
+    if result.is_meta:  # where torch knows nothing of the library's order
+        result = result.as_strided(result.shape, strides_of(tuple(result.shape), channels_last=True))
     wide = derived(bias, "wide", lambda: bias.float().view(-1, *[1] * (source.ndim - 2)))
     return Deferred(Chain(result, result.dtype).plus(wide, frozenset((1,))))
 

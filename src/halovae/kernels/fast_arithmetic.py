@@ -15,10 +15,11 @@ from halovae.kernels import group_norm as norms
 from halovae.kernels.convolution import convolution
 from halovae.kernels.fast_rules import fits, has_kernels, rule
 from halovae.kernels.gpu import dispatch
-from halovae.kernels.lazy import tokens
+from halovae.kernels.lazy import shuffled, tokens
 from halovae.kernels.lazy.chain import Chain, Seen, uncut_by
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import copy_of, read
+from halovae.kernels.lazy.shuffled import Shuffled
 from halovae.kernels.lazy.upsampled import (
     FramesOf,
     Repeated,
@@ -154,10 +155,15 @@ def square(input: Any, exponent: Any = 2, **kwargs: Any) -> Any:
 
 @rule(*named("mean"))
 def mean(input: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """Of squares, over channels."""
+    """Of squares, over channels; of pixels that became channels, over groups of these."""
     recipe = recipe_of(input)
     dims = tuple(dim) if isinstance(dim, (list, tuple)) else (dim,)
-    if not isinstance(recipe, MeanSquare) or recipe.dim is not None or kwargs or not keepdim:
+    if any(value is not None for value in kwargs.values()):
+        return None
+    if isinstance(recipe, Shuffled) and not keepdim and len(dims) == 1 and isinstance(dims[0], int):
+        found = recipe.mean(dims[0] % input.ndim)
+        return None if found is None else Deferred(found)
+    if not isinstance(recipe, MeanSquare) or recipe.dim is not None or not keepdim:
         return None
     return Deferred(replace(recipe, dim=dims[0] % input.ndim)) if dims in ((1,), (-1,), (input.ndim - 1,)) else None
 
@@ -260,7 +266,7 @@ def add(input: Any, other: Any, **kwargs: Any) -> Any:
     if isinstance(recipe, MeanSquare):
         waits = recipe.dim is not None and not recipe.is_root and isinstance(other, (int, float))
         return Deferred(replace(recipe, added=recipe.added + other)) if waits else None
-    for combined in (tokens.summed, tokens.turned):
+    for combined in (tokens.summed, tokens.turned, shuffled.summed):
         if (found := combined(input, other)) is not None:
             return found
     repeated = any(isinstance(recipe_of(each), Repeated) for each in (input, other))
@@ -312,6 +318,12 @@ def negate(tensor: Tensor) -> Any:
     return tokens.negated(tensor)
 
 
+@rule(F.dropout)
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """What drops nothing lets what waits go on waiting."""
+    return input if isinstance(input, Deferred) and not training else None
+
+
 @rule(F.silu)
 def silu(input: Tensor, inplace: bool = False) -> Any:
     """As the end of a chain; by itself it gains nothing."""
@@ -321,5 +333,6 @@ def silu(input: Tensor, inplace: bool = False) -> Any:
     if isinstance(chain, FramesOf) and isinstance(chain.frames, Chain):
         return Deferred(replace(chain, frames=chain.frames.activated()))
     if isinstance(chain, (Chain, Seen)):
-        return Deferred(chain.activated())
+        found = chain.activated()
+        return None if found is None else Deferred(found)
     return tokens.activated(input)

@@ -21,6 +21,7 @@ from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import Joined, copy_of, parts_in, read, to_join
 from halovae.kernels.lazy.masks import RowPrefixes
+from halovae.kernels.lazy.shuffled import Shuffled, shuffled
 from halovae.kernels.lazy.upsampled import (
     FramesOf,
     Repeated,
@@ -104,6 +105,8 @@ def getitem(tensor: Tensor, index: Any) -> Any:
         return None
     if isinstance(recipe, Repeated) and frames.indices(recipe.shape[2]) == (0, recipe.shape[2], 1):
         return Deferred(recipe)
+    if isinstance(recipe, Chain) and device_type(recipe.device) != "cpu":
+        return to_join(tensor)[index]  # most likely to be put before or behind the rest
     if not isinstance(recipe, Joined):
         return None
     found = recipe.frames(*frames.indices(recipe.shape[2]))
@@ -171,7 +174,7 @@ def view(tensor: Tensor, *sizes: Any) -> Any:
 def _seen(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Any:
     """A view of a chain that waits."""
     recipe = recipe_of(tensor)
-    seen = Seen.of(recipe) if isinstance(recipe, Chain) else recipe
+    seen = Seen.of(recipe) if isinstance(recipe, (Chain, Joined)) else recipe
     if not isinstance(seen, Seen) or (found := seen.then(view)) is None:
         return None
     return Deferred(found)
@@ -198,7 +201,12 @@ def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Any:
 
 @rule(*named("unflatten"))
 def unflatten(input: Tensor, dim: Any, sizes: Any) -> Any:
-    if recipe_of(input) is None or dim not in (0, -4) or input.ndim != 4 or len(sizes) != 2:
+    recipe = recipe_of(input)
+    if isinstance(recipe, (Chain, Joined, Seen, Shuffled)) and input.ndim >= 5 and isinstance(dim, int):
+        dim %= input.ndim
+        shape = tuple(torch.empty((), device="cpu").expand(tuple(input.shape)).unflatten(dim, sizes).shape)
+        return _regrouped(input, shape)
+    if recipe is None or dim not in (0, -4) or input.ndim != 4 or len(sizes) != 2:
         return None
     count, steps = (int(size) for size in sizes)
     return _regrouped(input, (len(input) // steps if count == -1 else count,
@@ -229,6 +237,14 @@ def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
         by_frames = len(shape) == 5 and shape[0] * shape[1] == len(input) and shape[2:] == tuple(input.shape[1:])
         on_gpu = by_frames and device_type(input.device) != "cpu"
         return Deferred(FramesOf(recipe, shape[0], turned=True)) if on_gpu else None
+    if device_type(input.device) != "cpu" and has_kernels(input):
+        if isinstance(recipe, Shuffled):
+            found = recipe.grouped(shape)
+            return None if found is None else Deferred(found)
+        if (found := shuffled(input, shape)) is not None:
+            return Deferred(found)
+        if isinstance(recipe, (Chain, Joined, Seen)) and 5 <= input.ndim < len(shape):
+            return _seen(input, lambda t: t.view(shape))
     given = tuple(map(int, input.shape))
     if len(given) < 6 or len(shape) < 4 or shape[1] < _FEW_CHANNELS or not has_kernels(input):
         return None
@@ -261,9 +277,13 @@ def repeat_interleave(input: Tensor, repeats: Any, dim: int | None = None, **kwa
 
 @rule(Tensor.repeat)
 def repeat(input: Tensor, *sizes: Any) -> Any:
-    """Likewise."""
+    """Likewise. A repeated frame is read as often as it is asked for."""
     times: tuple[int, ...] = tuple(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes
-    if not fits(input) or len(times) != input.ndim or times[1] == 1 or {times[0], *times[2:]} != {1}:
+    if not fits(input) or len(times) != input.ndim:
+        return None
+    if input.ndim == 5 and input.shape[2] == 1 and times[2] > 0 and {*times[:2], *times[3:]} == {1}:
+        return Deferred(Joined((plain(read(input)).expand(-1, -1, times[2], -1, -1),)))
+    if times[1] == 1 or {times[0], *times[2:]} != {1}:
         return None
     if not is_dense_channels_last(source := plain(read(input))):
         return None

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from halovae.base.private_torch import without_functions
 from halovae.kernels.gpu import operators
 from halovae.kernels.kept import kept
-from halovae.kernels.memory_format import memory_format
+from halovae.kernels.memory_format import memory_format, memory_of
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike, device_type
 from halovae.kernels.weight_cache import derived
@@ -41,6 +42,9 @@ FUSED_WIDTH = 256
 
 _DEPTH = 16
 """Input channels that are read at once, at least."""
+
+_LARGEST_BLOCK = 256
+"""Pixels of a block, times channels whose mean is taken, that one tile holds."""
 
 _MANY = 1 << 16
 """Elements from which a copy takes longer than it takes to ask for it."""
@@ -206,7 +210,9 @@ def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
     last = memory_format(base.ndim, True)
     around = kept().rooms.get(tuple(base.shape)) if _is_to_be_joined.get() else None
     if around is None:
-        return torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
+        out = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
+        out.room = None  # type: ignore[attr-defined]
+        return out
     shape = [size + before + after for size, (before, after) in zip(base.shape, around, strict=True)]
     out = room = torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
     for dim, (before, _) in enumerate(around):
@@ -221,7 +227,7 @@ def room_of(part: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor
     To be used at once: who asks for it again writes over what is around the part.
 
     Args:
-        part: what a kernel of ours has made.
+        part: what a chain has made, to have any.
         starts: where it begins in the larger tensor, along each dimension.
         shape: of the larger tensor.
 
@@ -232,7 +238,9 @@ def room_of(part: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor
     one_video = part.ndim == 5 and len(part) == 1
     if not (one_video or part.ndim == 4) or part.shape[:2] != tuple(shape[:2]):
         return None
-    room: Tensor | None = getattr(part, "room", None)
+    if not hasattr(part, "room"):
+        return None
+    room: Tensor | None = part.room  # type: ignore[attr-defined]
     if room is not None and tuple(room.shape) == tuple(shape) and part.storage_offset() == _offset(room, starts):
         return room
     sizes = zip(starts, part.shape, shape, strict=True)
@@ -271,6 +279,59 @@ def shuffle(target: Tensor, source: Tensor) -> None:
             triton_copy.run_shuffle(source, target, found)
     if found is None:
         target.copy_(source)
+
+
+class Term(NamedTuple):
+    """What is read as blocks `[B, C, p, q, r, T, H, W]` of a channels-last video."""
+
+    picture: Tensor
+    """It begins where the blocks do, or behind the frames `before`."""
+    steps: Sequence[int]
+    """Elements from block to block, or pixel to pixel, along each dimension; 1 from channel to channel."""
+    shape: Sequence[int]
+    """Of the blocks."""
+    group: int
+    """Of so many channels that follow each other the mean is taken, once all pixels of a block are its channels."""
+    shift: Any = None
+    """Added to each channel before: a parameter in float32 that broadcasts along everything but channels, or None."""
+    before: Tensor | None = None
+    """Frames before the first one of the picture."""
+
+
+def sum_of_shuffled(shape: Sequence[int], dtype: torch.dtype, terms: Sequence[Term]) -> Tensor | None:
+    """The sum of one or two terms in float32, rounded once; None where that is not for the kernel.
+
+    Args:
+        shape: `[B, C', T, H, W]`, of each term once its pixels are channels and means are taken.
+        dtype: of the result.
+        terms: in the same dtype.
+    """
+    shifts = [_by_channel(term.shift, term.picture) if isinstance(term.shift, Tensor) else None for term in terms]
+    for term, shift in zip(terms, shifts, strict=True):
+        if not _fits(term) or (term.shift is not None and (shift is None or shift.ndim > 1)):
+            return None
+    terms = [term._replace(shift=shift) for term, shift in zip(terms, shifts, strict=True)]
+    out = torch.empty(
+        tuple(shape), dtype=dtype, device=terms[0].picture.device, memory_format=memory_format(5, channels_last=True)
+    )
+    if out.is_meta:  # One pass over as much: the larger side of a mean is left out.
+        operators.chain(_positions(out), _positions(out), other=_positions(out) if len(terms) > 1 else None)
+        return out
+    from halovae.kernels.gpu import triton_shuffled
+
+    triton_shuffled.run(terms, out)
+    return out
+
+
+def _fits(term: Term) -> bool:
+    """Whether blocks and groups divide a tile evenly, and whatever comes before is of the same memory."""
+    sizes = *term.shape[2:5], term.group
+    before, picture = term.before, term.picture
+    together = before is None or (
+        memory_of(before) == memory_of(picture) and (before.stride(), before.dtype) == (picture.stride(), picture.dtype)
+    )
+    powers = all(size & (size - 1) == 0 for size in sizes)
+    return together and powers and prod(sizes) <= _LARGEST_BLOCK and term.steps[1] == 1
 
 
 def _frames(picture: Tensor) -> Tensor:

@@ -167,15 +167,15 @@ class Chain(OfBase):
 
 @dataclass(frozen=True)
 class Seen:
-    """A view of what a chain gives; a recipe. What is done to each position by itself can still join the chain."""
+    """A view of what a chain, or a join, gives; a recipe. What is done to each position can still join the chain."""
 
-    chain: Chain
+    chain: Recipe
     views: tuple[Callable[[Tensor], Tensor], ...]
     example: Tensor
     """On the meta device: its shape and strides."""
 
     @classmethod
-    def of(cls, chain: Chain) -> Seen:
+    def of(cls, chain: Recipe) -> Seen:
         strides = strides_of(chain.shape, chain.channels_last)
         return cls(chain, (), torch.empty_strided(chain.shape, strides, dtype=chain.dtype, device="meta"))
 
@@ -186,9 +186,9 @@ class Seen:
         except RuntimeError:
             return None
 
-    def activated(self) -> Seen:
-        """x * sigmoid(x)."""
-        return Seen(self.chain.activated(), self.views, self.example)
+    def activated(self) -> Seen | None:
+        """x * sigmoid(x); None of a join."""
+        return Seen(self.chain.activated(), self.views, self.example) if isinstance(self.chain, Chain) else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -212,6 +212,8 @@ class Seen:
 
     def compute(self) -> Tensor:
         tensor = self.chain.compute()
+        if not isinstance(self.chain, Chain):  # in the order that the views were tried on
+            tensor = tensor.contiguous(memory_format=memory_format(tensor.ndim, self.chain.channels_last))
         for view in self.views:
             tensor = view(tensor)
         return tensor

@@ -128,8 +128,9 @@ class Joined:
     def _in_room(self) -> Tensor | None:
         """In the memory around the longest part, where whoever made that has left enough."""
         lengths, valid = [part.shape[2] for part in self.parts], self._inside()
-        # Of two, the first is what a network has kept of earlier frames.
-        place = 1 if len(lengths) == 2 else lengths.index(max(lengths))
+        # Of two, the first is what a network has kept of earlier frames. Of equal ones, some are repeated.
+        sizes = [(length, hasattr(part, "room")) for length, part in zip(lengths, self.parts, strict=True)]
+        place = 1 if len(lengths) == 2 else sizes.index(max(sizes))
         main, starts = list(self._blocks())[place]
         starts = [start + low for start, (low, _) in zip(starts, valid, strict=True)]
         if (room := dispatch.room_of(main, starts, self.shape)) is None:
