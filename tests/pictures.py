@@ -31,9 +31,9 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def raises(kind: type[Exception], text: str) -> Iterator[None]:
-    with pytest.raises(kind, match=text):
-        yield
+def raises(kind: type[Exception], text: str) -> Iterator[Any]:
+    with pytest.raises(kind, match=text) as caught:
+        yield caught
 
 
 # ---- signatures and values ------------------------------------------------------------------------------------------

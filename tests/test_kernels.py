@@ -155,6 +155,10 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
         lambda x: x.reshape(1, 2, 2, 5, 12, 3, 3).permute(0, 1, 3, 2, 4, 6, 5).reshape(1, 2, 10, 12, 9),
         VIDEO,
     ),
+    "cropped, what is upsampled": (lambda x: F.conv2d(F.interpolate(x, scale_factor=2.0)[:, :, 1:-1, 2:], W2), IMAGE),
+    "cropped, what is padded": (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1))[..., 1:, :-1], W2), IMAGE),
+    "cropped, what is joined": (lambda x: torch.cat([x[:, :, :1], x], 2)[:, :, 1:, :-1, ::2], VIDEO),
+    "one frame and some channels of what is joined": (lambda x: torch.cat([x, x], 2)[:, 1:, 3], VIDEO),
     "views of channels and rows": (lambda x: F.conv3d(x, W3, padding=1).view(1, -1, 9).sum(1), VIDEO),
 }
 

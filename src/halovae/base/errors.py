@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class HalovaeError(Exception):
@@ -67,13 +68,29 @@ class VerificationError(HalovaeError, RuntimeError):
 class RankFailedError(HalovaeError, RuntimeError):
     """Another rank of the group failed during the call.
 
+    Where it failed by another error of halovae's, such as `NotExactError`, this is an instance of that class as well:
+    so one `except` clause holds on all ranks, whichever of them was the first to refuse.
+
     Attributes:
         rank: index in the group of the rank that failed.
         message: what it said.
         details: the failing rank's traceback as text.
+        kind: the name of the class of its error, where it was one.
     """
 
-    def __init__(self, rank: int, message: str, details: str = "") -> None:
+    def __init__(self, rank: int, message: str, details: str = "", kind: str = "") -> None:
         super().__init__(f"rank {rank} failed: {message}")
         self.rank, self.message = rank, message
-        self.details = details
+        self.details, self.kind = details, kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return failed_elsewhere, (self.rank, self.message, self.details, self.kind)
+
+
+_REFUSALS = (InputError, DisagreementError, TooLittleMemoryError, NotExactError, TilingError, VerificationError)
+_ELSEWHERE = {kind.__name__: type(RankFailedError.__name__, (RankFailedError, kind), {}) for kind in _REFUSALS}
+
+
+def failed_elsewhere(rank: int, message: str, details: str = "", kind: str = "") -> RankFailedError:
+    """The error to raise where another rank has failed by one of the class that is called `kind`."""
+    return _ELSEWHERE.get(kind, RankFailedError)(rank, message, details, kind)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halovae.base import verdicts
-from halovae.base.errors import DisagreementError, RankFailedError
+from halovae.base.errors import DisagreementError, failed_elsewhere
 from halovae.comm import Comm
 
 _LOOKED_AT = 64
@@ -100,14 +100,14 @@ def together(comm: Comm) -> Iterator[dict[str, Any]]:
         yield said
     except Exception as error:
         problem = error
-    told = problem and (str(problem), "".join(traceback.format_exception(problem)))
+    told = problem and (str(problem), "".join(traceback.format_exception(problem)), type(problem).__name__)
     words = {name: _message(value) for name, value in said.items()}
     everyone = comm.all_gather_object((told, words))
     if problem:
         raise problem
     for rank, (failure, _) in enumerate(everyone):
         if failure is not None:
-            raise RankFailedError(rank, *failure)
+            raise failed_elsewhere(rank, *failure)
     _compare([other for _, other in everyone])
     for name, value in said.items():
         if isinstance(value, Tally) and value.forget and len({other[name] for _, other in everyone}) > 1:

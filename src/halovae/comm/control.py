@@ -20,7 +20,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
-from halovae.base.errors import InputError, RankFailedError
+from halovae.base.errors import InputError, RankFailedError, failed_elsewhere
 from halovae.base.forks import owned_here
 from halovae.comm.handshake import Share, give_up_sending, limit_sending, star
 
@@ -154,12 +154,12 @@ class Link:
         if self.troubled:
             with self._news:
                 known = self._dead or self._failures[self.era]
-            raise RankFailedError(known.rank, known.message, known.details)
+            raise failed_elsewhere(known.rank, known.message, known.details, known.kind)
 
-    def fail(self, message: str, details: str) -> None:
+    def fail(self, message: str, details: str = "", kind: str = "") -> None:
         """Tell all ranks that this one has failed, unless they know of another failure already."""
         if not self.troubled:
-            self._tell("fail", self.era, self._rank, message, details)
+            self._tell("fail", self.era, self._rank, message, details, kind)
 
     def next_era(self) -> None:
         """Leave a failed call."""
@@ -229,10 +229,10 @@ class Link:
     def _take_note(self, name: str, value: bytes) -> None:
         self._notes[name] = value
 
-    def _take_fail(self, era: int, rank: int, message: str, details: str) -> None:
+    def _take_fail(self, era: int, rank: int, message: str, details: str = "", kind: str = "") -> None:
         with self._news:
             if era >= self.era:
-                self._failures.setdefault(era, RankFailedError(rank, message, details))
+                self._failures.setdefault(era, failed_elsewhere(rank, message, details, kind))
                 self._judge()
 
     def _take_die(self, rank: int, message: str) -> None:
@@ -256,7 +256,7 @@ class Link:
         if said is not None:  # Else the last one has come in the meantime.
             rank = next(each for each in range(self._size) if each not in said)
             message = f"it has not come to what the others have waited for {ABSENCE:.0f} s"
-            self._tell("fail", place[0], rank, message, "")
+            self._tell("fail", place[0], rank, message)
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
@@ -296,13 +296,13 @@ class Link:
 
     def _beat(self, alive: dict[int, Connection], now: float) -> None:
         if now > self._latest:
-            self.fail(f"its device has waited {ABSENCE:.0f} s for messages of other ranks", "")
+            self.fail(f"its device has waited {ABSENCE:.0f} s for messages of other ranks")
         for rank in alive:
             if now - self._heard[rank] <= self._patience:
                 self._send(rank, ("beat",))
             elif self.busy and not self.troubled:
                 silence = f"no sign of life for {self._patience:g} s: it is stopped, or its machine is"
-                self._tell("fail", self.era, rank, silence, "")
+                self._tell("fail", self.era, rank, silence)
 
     def _send(self, rank: int, message: tuple[Any, ...]) -> None:
         if self._disowned:

@@ -175,8 +175,8 @@ class GroupComm(Comm):
         self._link.busy = False
 
     def fail(self, error: BaseException) -> None:
-        message = f"{type(error).__name__}: {error}"
-        self._link.fail(message, "".join(traceback.format_exception(error)))
+        kind = type(error).__name__
+        self._link.fail(f"{kind}: {error}", "".join(traceback.format_exception(error)), kind)
         self._abort()
         self.under_way.clear()
         self._link.busy = False

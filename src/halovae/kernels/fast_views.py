@@ -101,7 +101,7 @@ def getitem(tensor: Tensor, index: Any) -> Any:
         video = recipe.as_video()
         return None if video is None else Deferred(video)
     frames = places[2] if len(places) > 2 else None
-    if not isinstance(frames, slice) or {*places[:2], *places[3:]} != {"whole"}:
+    if not isinstance(frames, slice) or any(place != "whole" for place in (*places[:2], *places[3:])):
         return None
     if isinstance(recipe, Repeated) and frames.indices(recipe.shape[2]) == (0, recipe.shape[2], 1):
         return Deferred(recipe)
