@@ -145,6 +145,16 @@ def disagreements(rank: int) -> None:
             (vae.encode, vae.decode)[rank](latents())
         with raises(InputError, "got no picture"):
             vae.decode(latents() if rank else None)
+        for bad, kind in ((latents().to("meta"), "on the meta device"), (latents().to_sparse(), "torch.sparse_coo")):
+            with raises(InputError, f"decode got a tensor .*{kind}: pass a dense one"):
+                vae.decode(bad)
+        # The probe is smaller than what is wrong, and is not to blame.
+        for call, fault in (
+            (lambda: vae.decode(latents()[:, :3]), "3 channels"), (lambda: vae.encode(pixels()[:, :1]), "1 channel"),
+            (lambda: vae.decode(latents(), foo=1), "'foo'"), (lambda: vae.decode(latents().float()), "float"),
+        ):  # fmt: skip
+            with raises(InputError, f"itself does not take what it was called with, on one rank either: .*{fault}"):
+                call()
         with raises(InputError, "computes no gradients"):
             vae.decode(latents().requires_grad_(rank == 1))
         assert vae.decode(latents())[0].shape == (2, 3, 40, 56)

@@ -110,6 +110,10 @@ class Caller:
             raise InputError(f"{half} got no picture: pass a tensor (batch, channels, [frames,] height, width)")
         if 0 in pictures[0].shape:
             raise InputError(f"{half} got an empty tensor of shape {tuple(pictures[0].shape)}")
+        for picture in pictures:
+            if picture.is_meta or picture.layout != torch.strided:
+                kind = "on the meta device" if picture.is_meta else f"in the layout {picture.layout}"
+                raise InputError(f"{half} got a tensor {kind}: pass a dense one with values")
         self._target.check_no_gradients(pictures)
 
     @contextmanager

@@ -264,12 +264,12 @@ class _OnRanks(ExactCall[Ran]):
             return
         # What fails in there fails the call at once: others may wait for a message of this rank.
         if self._has_shard:
-            alone = run_alone(self.target, half, probe)
+            alone = run_alone(self.target, half, probe, args, kwargs)
         scales = comm.all_gather_object(None if alone is None or alone.is_finite else scales_of(args, kwargs))
         if given := next(filter(None, scales), None):
             # Noise may be too much for the VAE's range, where what the caller has is not.
             name, probe = None, make_probe(shape, ratio, args, kwargs, scales=given)
-            alone = run_alone(self.target, half, probe) if self._has_shard else None
+            alone = run_alone(self.target, half, probe, args, kwargs) if self._has_shard else None
         if alone is not None:
             with apart():  # Its small pictures ask for weights in another order.
                 verdict = verify(Mesh(comm, shape), self.target, half, probe, alone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from halovae.base import verdicts
 from halovae.base.compiled import as_written
-from halovae.base.errors import NotExactError, VerificationError
+from halovae.base.errors import InputError, NotExactError, VerificationError
 from halovae.base.memory import is_shortage
-from halovae.base.trees import is_picture, map_tensors, pictures_in
+from halovae.base.trees import is_picture, map_tensors, on_meta, pictures_in
 from halovae.calls.blueprint import code_words
 from halovae.calls.dataflow import Remembered
 from halovae.calls.randomness import frozen_generators
@@ -82,18 +83,44 @@ def _tried_compression(target: Target, picture: Tensor, frames: Sequence[int]) -
                 if is_shortage(error):
                     raise
                 failure = failure or error
+    assert failure is not None
+    _check_call(target, "encode", (picture,), {}, failure)
     left = _left_in(target.vae)
     raise VerificationError(f"{target.name} encodes no picture of {_RATIO_SIZES} pixels: {failure}{left}") from failure
 
 
 def _encoded_width(target: Target, picture: Tensor) -> int:
-    encode = functools.partial(target.run_untiled, "encode")
     try:
-        with torch.inference_mode(False), as_written(), without_fetching(target.vae), Remembered():
-            latent, _ = tried(target.vae, picture.device, lambda: encode(picture.to("meta")), hooks=False)
+        latent = _on_shapes(target, "encode", (picture,), {})
     except Exception:  # Whatever a model's code raises where a value should be.
-        latent, _ = tried(target.vae, picture.device, lambda: encode(picture))
+        latent, _ = tried(target.vae, picture.device, lambda: target.run_untiled("encode", picture))
     return first_tensor(latent).shape[-1]
+
+
+def _on_shapes(target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    device = pictures_in((args, kwargs))[0].device
+    args, kwargs = on_meta(args), on_meta(kwargs)
+    with torch.inference_mode(False), as_written(), without_fetching(target.vae), Remembered():
+        return tried(target.vae, device, lambda: target.run_untiled(half, *args, **kwargs), hooks=False)[0]
+
+
+def _check_call(
+    target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception
+) -> None:  # fmt: skip
+    """What failed for a small picture may fail for the caller's as well, and then nothing is wrong with the small one.
+
+    Raises:
+        InputError: the VAE's code ends at the same place for the caller's arguments, on shapes alone.
+    """
+    try:
+        _on_shapes(target, half, args, kwargs)
+    except Exception as error:  # Whatever the VAE's code raises.
+        where = traceback.extract_tb(failure.__traceback__)[-1]
+        if any((frame.filename, frame.lineno) == (where.filename, where.lineno)
+               for frame in traceback.extract_tb(error.__traceback__)):  # fmt: skip
+            raise InputError(
+                f"{target.name}.{half} itself does not take what it was called with, on one rank either: {failure}"
+            ) from error
 
 
 def tried(vae: nn.Module, device: torch.device, run: Callable[[], Any], hooks: bool | None = None) -> tuple[Any, bool]:
@@ -206,10 +233,11 @@ class Alone:
         return bool(torch.isfinite(self.result).all())
 
 
-def run_alone(target: Target, half: str, probe: Probe) -> Alone:
-    """The un-parallel result of a probe.
+def run_alone(target: Target, half: str, probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Alone:
+    """The un-parallel result of the probe of a call with these arguments.
 
     Raises:
+        InputError: the VAE can't make that call.
         VerificationError: the VAE can't run the probe.
     """
     call = functools.partial(target.run_untiled, half)
@@ -220,6 +248,7 @@ def run_alone(target: Target, half: str, probe: Probe) -> Alone:
     except Exception as error:
         if is_shortage(error):
             raise
+        _check_call(target, half, args, kwargs, error)
         raise VerificationError(
             f"the un-parallel {half} of {target.name} can't run the probe, a smaller picture, so it can't be compared: "
             f"{error}{_left_in(target.vae)}. Pass verify=False to go without"
