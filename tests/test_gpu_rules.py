@@ -336,16 +336,20 @@ def test_pixels_that_become_channels_are_what_they_are(how: str, as_on_gpu: None
     assert error(found, expected) < 1e-6  # means in another order
 
 
-def test_frames_of_what_waits_are_joined_to_it_where_it_lies(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("maker", ["chain", "sum"])
+def test_frames_are_joined_to_their_video_where_it_lies(maker: str, as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
     kept().rooms.clear()
-    source, weight = video(1, 16, 4, 5, 6), frames(8, 16, 3, 3, 3)
+    source, weight, bias = video(1, 16, 4, 5, 6), frames(8, 16, 3, 3, 3), frames(16)
     copied: list[int] = []
     copy = dispatch.copy
     monkeypatch.setattr(dispatch, "copy", lambda out, part: copied.append(part.shape[2]) or copy(out, part))
 
     def call() -> Tensor:
-        normed = F.dropout(F.silu(F.group_norm(source, 4)), 0.5, training=False)
+        if maker == "sum":
+            normed = F.conv3d(source, weight[:, :, :1, :1, :1].repeat(2, 1, 1, 1, 1), bias) + source
+        else:
+            normed = F.dropout(F.silu(F.group_norm(source, 4)), 0.5, training=False)
         before, after = normed[:, :, :1].repeat((1, 1, 2, 1, 1)), normed[:, :, -1:].repeat(1, 1, 1, 1, 1)
         return F.conv3d(torch.cat([before, normed, after], 2), weight, padding=(0, 1, 1))
 

@@ -90,9 +90,9 @@ def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[
     form = _one_pass(base, wide, steps)
     if form is None or form.keys() - {"shift"}:
         return None
-    last = memory_format(base.ndim, True)
-    out = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
-    return _run_chain(base, out, {**form, "other": _positions(other.contiguous(memory_format=last))})
+    out = _with_room(base.shape, dtype, base.device, "sum")
+    other = other.contiguous(memory_format=memory_format(base.ndim, True))
+    return _run_chain(base, out, {**form, "other": _positions(other)})
 
 
 def add_and_norm(
@@ -216,18 +216,21 @@ def leaving_room() -> Iterator[None]:
         _is_to_be_joined.reset(token)
 
 
-def _with_room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised channels-last tensor of this shape; for a join, with as much room as the last one took."""
-    around = kept().rooms.get(tuple(shape)) if _is_to_be_joined.get() else None
+def _with_room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, maker: str = "chain") -> Tensor:
+    """An uninitialised channels-last tensor of this shape; for a join, with as much room as the last one took.
+
+    Whether a sum goes into a join is not known when it is made: it has room only before and behind all of it.
+    """
+    around = kept().rooms.get((maker, tuple(shape)))
+    has_gaps = around is not None and (len(shape) < 5 or shape[0] > 1 or any(map(any, around[3:])))
+    if not _is_to_be_joined.get() and (has_gaps or maker == "chain"):
+        around = None
     whole = shape if around is None else [size + sum(more) for size, more in zip(shape, around, strict=True)]
     last = memory_format(len(shape), True)
     out = room = torch.empty(tuple(whole), dtype=dtype, device=device, memory_format=last)
-    if around is None:
-        out.room = None  # type: ignore[attr-defined]
-        return out
-    for dim, (before, _) in enumerate(around):
+    for dim, (before, _) in enumerate(around or ()):
         out = out.narrow(dim, before, shape[dim])
-    out.room = room  # type: ignore[attr-defined]
+    out.room, out.maker = None if around is None else room, maker  # type: ignore[attr-defined]
     return out
 
 
@@ -237,7 +240,7 @@ def room_of(part: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor
     To be used at once: who asks for it again writes over what is around the part.
 
     Args:
-        part: what a chain has made, to have any.
+        part: what a chain or a sum has made, to have any.
         starts: where it begins in the larger tensor, along each dimension.
         shape: of the larger tensor.
 
@@ -251,7 +254,8 @@ def room_of(part: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor
     if room is not None and tuple(room.shape) == tuple(shape) and part.storage_offset() == _offset(room, starts):
         return room
     sizes = zip(starts, part.shape, shape, strict=True)
-    kept().rooms[tuple(part.shape)] = tuple((start, whole - size - start) for start, size, whole in sizes)
+    maker: str = part.maker  # type: ignore[attr-defined]
+    kept().rooms[maker, tuple(part.shape)] = tuple((start, whole - size - start) for start, size, whole in sizes)
     return None
 
 
