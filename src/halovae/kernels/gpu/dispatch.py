@@ -290,7 +290,8 @@ def fill(buffer: Tensor, valid: Sequence[Extent], fills: Mapping[int, Fill]) -> 
     if not supports(buffer.device) or buffer.is_meta or {fill.mode for fill in fills.values()} <= {"constant"}:
         return False
     videos = _frames(buffer)
-    if buffer.ndim not in (4, 5) or min(fills) < 2 or buffer.numel() < _MANY or not _has_whole_rows(videos):
+    known = buffer.ndim in (4, 5) and buffer.dtype in (torch.float32, *LOW) and min(fills) >= 2
+    if not known or buffer.numel() < _MANY or not _has_whole_rows(videos):
         return False
     for dim, each in fills.items():
         low, high = valid[dim]
