@@ -347,7 +347,7 @@ def sum_of_shuffled(shape: Sequence[int], dtype: torch.dtype, terms: Sequence[Te
     for term, shift in zip(terms, shifts, strict=True):
         if not _fits(term) or (term.shift is not None and (shift is None or shift.ndim > 1)):
             return None
-    terms = [term._replace(shift=shift) for term, shift in zip(terms, shifts, strict=True)]
+    terms = [Term(*term[:4], shift, term.before) for term, shift in zip(terms, shifts, strict=True)]
     out = torch.empty(
         tuple(shape), dtype=dtype, device=terms[0].picture.device, memory_format=memory_format(5, channels_last=True)
     )
