@@ -38,7 +38,7 @@ def compiled(
 
 
 def chains() -> None:
-    names = "count", "each", "frames", "height", "width", "small", "frame_step", "row_step"
+    names = "count", "each", "frames", "height", "width", "small", "length", "video_step", "frame_step", "row_step"
     numbers = dict.fromkeys(names, "i32") | {"eps": "fp32"}
     for shift, other, norm, factor, term, first in (
         (0, False, 0, 3, 3, None),
@@ -115,6 +115,14 @@ def shuffles() -> None:
     compiled(triton_copy._shuffle, constants, 4, source=PICTURE, out=PICTURE, channels="i32", **numbers)
 
 
+def borders() -> None:
+    sizes = "frames", "height", "width", "video_step", "frame_step", "row_step", "t0", "t1", "y0", "y1", "x0", "x1"
+    types = dict.fromkeys(sizes, "i32") | dict.fromkeys(("before", "around", "beside"), "fp32") | {"videos": PICTURE}
+    for modes in ((0, 2, 2), (1, 0, 1)):
+        constants = dict(zip(("TIME", "DOWN", "ACROSS"), modes, strict=True)) | {"C": 96, "ELEMENTS": 2048}
+        compiled(triton_copy._fill, constants, 4, **types)
+
+
 def sums_of_shuffled() -> None:
     numbers = dict.fromkeys(("frames", "height", "width", "channels"), "i32")
     each = "batch", "row", "deep", "down", "length", "back"
@@ -133,6 +141,7 @@ def sums_of_shuffled() -> None:
 
 if __name__ == "__main__":
     shuffles()
+    borders()
     sums_of_shuffled()
     patches()
     chains()

@@ -15,10 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import kept as store
 from halovae.kernels.convolution import Convolution, on_gpu
-from halovae.kernels.fill import Fill
+from halovae.kernels.fill import Fill, fill_outside
 from halovae.kernels.gpu import (
     dispatch,
     operators,
@@ -122,6 +121,24 @@ def test_pixels_and_channels_change_places(channels: int, to_pixels: bool):
     assert triton_copy.shuffle_of(sizes, source.stride(), source.contiguous().stride()) is None
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 5, 6, 7), (3, 8, 7, 9)])
+@pytest.mark.parametrize("modes", [("constant", "reflect"), ("replicate", "replicate"), ("reflect", "constant")])
+def test_a_border_is_filled_in_one_pass(
+    shape: tuple[int, ...], modes: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dispatch, "supports", lambda _: True)
+    monkeypatch.setattr(dispatch, "_MANY", 1)
+    dims = range(2, len(shape))
+    fills = {dim: Fill(modes[dim > 2], 0.5 * dim) for dim in dims}
+    valid = [(0, shape[0]), (0, shape[1]), *((1 + (dim == 3), shape[dim] - (dim > 2)) for dim in dims)]
+    found, expected = channels_last(frames(*shape)), channels_last(frames(*shape))
+    assert dispatch.fill(found, valid, fills)
+    there = list(valid)
+    for dim, each in fills.items():
+        fill_outside(expected, dim, there, each)
+    assert torch.equal(found, expected)
+
+
 def test_rows_with_gaps_are_not_copied_as_rows():
     source = frames(2, 3, 5, 7)
     assert not triton_copy.fits(source.transpose(1, 2))
@@ -168,7 +185,6 @@ def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], mo
 
 def test_a_bias_waits_for_what_follows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "convolves", lambda *_: False)
-    monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))  # this processor may have no lower one
     source, weight, bias = video(1, 16, 3, 6, 8), frames(8, 16, 3, 3, 3), frames(8)
     found = on_gpu(Joined((source,)), Convolution(weight, bias, (1, 1, 1), (1, 1, 1)))
     assert isinstance(recipe_of(found), Chain)

@@ -3,29 +3,37 @@
 Triton's interpreter runs the kernels.
 """
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gpu_pictures import TOLERANCE, channels_last, error, frames, video
+from shards import on_shards
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import GridExecutor
+
+from halovae.exact.run import Bounds
 from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import fast_arithmetic, fast_rules, fast_views, group_norm
 from halovae.kernels.fast_mode import FastMode, finished
 from halovae.kernels.gpu import (
     dispatch,
     triton_attention,
+    triton_chain,
+    triton_shuffled,
 )
 from halovae.kernels.kept import kept
 from halovae.kernels.lazy import chain, upsampled
 from halovae.kernels.lazy.chain import Chain
 from halovae.kernels.lazy.deferred import Deferred, recipe_of
 from halovae.kernels.lazy.joined import Joined
+from halovae.kernels.mean_square import MeanSquare
 
 
 @pytest.fixture
@@ -268,7 +276,6 @@ def test_pixels_that_become_channels_are_added_in_one_pass(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
-    monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))
     source = video(2, inputs, 3 if block[0] == 2 else 2, 4, 8)
     weight, bias = frames(outputs, inputs, 3, 3, 3), frames(outputs)
     expected = downsampled(*(t.double() for t in (source, weight, bias)), block, to_channels)
@@ -277,6 +284,33 @@ def test_pixels_that_become_channels_are_added_in_one_pass(
     assert not {torch.ops.aten.mean.dim, torch.ops.aten.add.Tensor, torch.ops.aten.cat.default} & {*seen.calls}
     assert error(found.double(), expected) < TOLERANCE
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("bounds", [((0, 4, 8), (0, 8)), ((0, 8), (0, 4, 8))])
+def test_shards_take_the_same_kernels(bounds: Bounds, as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
+    monkeypatch.setattr(MeanSquare, "compute", lambda _: pytest.fail("was not part of a chain"))
+    calls, sums = list[int](), triton_shuffled.run
+    one_at_a_time, launch = threading.RLock(), GridExecutor.__call__
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with one_at_a_time:  # the interpreter is for one thread
+            return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launched)
+    monkeypatch.setattr(triton_shuffled, "run", lambda terms, out: calls.append(len(terms)) or sums(terms, out))
+    source, first, second, bias = video(1, 16, 3, 8, 8), frames(16, 16, 3, 3, 3), frames(4, 16, 3, 3, 3), frames(4)
+
+    def network(source: Tensor) -> Tensor:
+        normed = F.dropout(F.silu(per_channel(source)), 0.5, training=False)
+        padded = torch.cat((normed[:, :, :1].repeat(1, 1, 2, 1, 1), normed), 2)
+        convolved = F.conv3d(padded, first.to(source.dtype), padding=(0, 1, 1)) + source
+        return downsampled(convolved, *(t.to(source.dtype) for t in (second, bias)), (2, 2, 2), to_channels)
+
+    with torch.no_grad():
+        for found in on_shards(network, (source,), bounds, fast=True):
+            assert error(found.double(), network(source.double())) < TOLERANCE
+    assert calls == [2, 2]
 
 
 @pytest.mark.parametrize("how", ["alone", "bare", "otherwise", "later"])
@@ -302,16 +336,20 @@ def test_pixels_that_become_channels_are_what_they_are(how: str, as_on_gpu: None
     assert error(found, expected) < 1e-6  # means in another order
 
 
-def test_frames_of_what_waits_are_joined_to_it_where_it_lies(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("maker", ["chain", "sum"])
+def test_frames_are_joined_to_their_video_where_it_lies(maker: str, as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
     kept().rooms.clear()
-    source, weight = video(1, 16, 4, 5, 6), frames(8, 16, 3, 3, 3)
+    source, weight, bias = video(1, 16, 4, 5, 6), frames(8, 16, 3, 3, 3), frames(16)
     copied: list[int] = []
     copy = dispatch.copy
     monkeypatch.setattr(dispatch, "copy", lambda out, part: copied.append(part.shape[2]) or copy(out, part))
 
     def call() -> Tensor:
-        normed = F.dropout(F.silu(F.group_norm(source, 4)), 0.5, training=False)
+        if maker == "sum":
+            normed = F.conv3d(source, weight[:, :, :1, :1, :1].repeat(2, 1, 1, 1, 1), bias) + source
+        else:
+            normed = F.dropout(F.silu(F.group_norm(source, 4)), 0.5, training=False)
         before, after = normed[:, :, :1].repeat((1, 1, 2, 1, 1)), normed[:, :, -1:].repeat(1, 1, 1, 1, 1)
         return F.conv3d(torch.cat([before, normed, after], 2), weight, padding=(0, 1, 1))
 
@@ -400,6 +438,35 @@ def test_frames_are_normed_one_by_one_without_a_copy(as_on_gpu: None):
     assert result.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+def test_frames_of_several_videos_are_normed_where_they_are_padded(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
+    """Without a pass for a bias, or a copy from the second call on."""
+    monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
+    monkeypatch.setattr(dispatch, "_MANY", 1)
+    kept().rooms.clear()
+    source, first, second = video(2, 8, 3, 4, 5), frames(16, 8, 1, 1, 1), frames(16, 16, 3, 3, 3)
+    weight, bias = frames(16), frames(16) + 1
+    passes: list[str] = []
+    copy, run = dispatch.copy, triton_chain.run
+    monkeypatch.setattr(dispatch, "copy", lambda *args: passes.append("copy") or copy(*args))
+    monkeypatch.setattr(triton_chain, "run", lambda *args, **form: passes.append("chain") or run(*args, **form))
+
+    def call(source: Tensor, first: Tensor, second: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        start = F.conv3d(source, first, bias)
+        pictures = start.permute(0, 2, 1, 3, 4).contiguous().view(6, 16, 1, 4, 5)
+        normed = F.group_norm(pictures, 4, weight, bias, 1e-6)
+        active = F.silu(normed.view(2, 3, 16, 4, 5).permute(0, 2, 1, 3, 4).contiguous())
+        padded = F.pad(F.pad(active, (1, 1, 1, 1, 0, 0), mode="reflect"), (0, 0, 0, 0, 2, 0))
+        return start + F.conv3d(padded, second, bias)
+
+    expected = call(*(t.double() for t in (source, first, second, weight, bias)))
+    with torch.no_grad(), FastMode():
+        for wanted in (["chain", "copy", "chain"], ["chain", "chain"]):
+            passes.clear()
+            found = finished(call(source, first, second, weight, bias))
+            assert passes == wanted
+            assert error(found.double(), expected) < TOLERANCE
+
+
 def test_a_value_around_a_mirrored_picture_comes_in_the_same_copy(as_on_gpu: None):
     source, weight = channels_last(frames(1, 4, 3, 5, 6)), frames(8, 4, 3, 3, 3)
 
@@ -419,7 +486,6 @@ def test_parameters_with_gaps_and_of_other_sizes(as_on_gpu: None, monkeypatch: p
     """The kernels read rows of as many values as there are channels: torch says where there are none."""
     monkeypatch.setattr(dispatch, "FEW_POSITIONS", 1)
     monkeypatch.setattr(dispatch, "convolves", lambda *_: True)
-    monkeypatch.setattr(kernels_convolution, "LOW", (torch.float32,))
     source, weight = channels_last(frames(1, 32, 6, 8)), frames(24, 32, 3, 3)
     scale, bias = frames(64)[::2], frames(48)[::2]
     calls = [lambda: F.group_norm(source, 8, scale, scale), lambda: F.conv2d(source, weight, bias, padding=1)]

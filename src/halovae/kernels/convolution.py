@@ -19,7 +19,7 @@ from halovae.kernels.lazy.chain import Chain
 from halovae.kernels.lazy.deferred import Deferred, plain
 from halovae.kernels.lazy.joined import Joined, joined_in
 from halovae.kernels.memory_format import memory_format, strides_of
-from halovae.kernels.precision import LOW, working_dtype
+from halovae.kernels.precision import working_dtype
 from halovae.kernels.shapes_only import alike, device_type, in_turn
 from halovae.kernels.weight_cache import derived, make_room
 
@@ -127,7 +127,7 @@ def on_gpu(joined: Joined, window: Convolution) -> Tensor:
 def _by_library(source: Tensor, window: Convolution, padding: Sequence[int]) -> Tensor:
     """Without the bias, which costs the vendor library a pass of its own: what follows adds it on its way."""
     bias = window.bias
-    if bias is None or source.dtype not in LOW:
+    if bias is None or source.dtype == torch.float64:
         return _run(source, window, padding, source.dtype)
     result = _run(source, replace(window, bias=None), padding, source.dtype)
     if result.is_meta:  # where torch knows nothing of the library's order

@@ -16,7 +16,7 @@ from halovae.kernels.convolution import convolution
 from halovae.kernels.fast_rules import fits, has_kernels, rule
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy import shuffled, tokens
-from halovae.kernels.lazy.chain import Chain, Seen, uncut_by
+from halovae.kernels.lazy.chain import Chain, Seen, Step, uncut_by
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import copy_of, read
 from halovae.kernels.lazy.shuffled import Shuffled
@@ -285,7 +285,12 @@ def _sum(one: Any, other: Any) -> Tensor | None:
         return None
     if any(step.kind != "plus" for step in chain.steps):
         return None  # told before the other one is computed
-    return dispatch.sum_of(chain.base, chain.dtype, chain.wide, chain.steps, plain(other))
+    steps, second = chain.steps, recipe_of(other)
+    if isinstance(second, Chain) and second.dtype == second.base.dtype and len(second.steps) == len(steps) == 1:
+        biases = steps[0].value, second.steps[0].value
+        if second.steps[0].kind == "plus" and all(isinstance(bias, Tensor) for bias in biases):
+            steps, other = (Step("plus", sum(biases)),), second.base
+    return dispatch.sum_of(chain.base, chain.dtype, chain.wide, steps, plain(other))
 
 
 def _with_parameter(one: Any, other: Any, how: str) -> Any:

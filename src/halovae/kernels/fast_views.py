@@ -105,7 +105,7 @@ def getitem(tensor: Tensor, index: Any) -> Any:
         return None
     if isinstance(recipe, Repeated) and frames.indices(recipe.shape[2]) == (0, recipe.shape[2], 1):
         return Deferred(recipe)
-    if isinstance(recipe, Chain) and device_type(recipe.device) != "cpu":
+    if isinstance(recipe, Chain) and tensor.ndim == 5 and device_type(recipe.device) != "cpu":
         return to_join(tensor)[index]  # most likely to be put before or behind the rest
     if not isinstance(recipe, Joined):
         return None

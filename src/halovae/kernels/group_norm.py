@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.kernels.gpu import dispatch
-from halovae.kernels.lazy.chain import Chain
+from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import read
+from halovae.kernels.memory_format import is_dense_channels_last
 from halovae.kernels.precision import LOW
 
 _CHUNK_BYTES = 1 << 26
@@ -87,10 +88,27 @@ def _union(parts: Sequence[Tensor]) -> Tensor:
 def _source(picture: Tensor) -> Chain:
     """What is normalised, as a picture: a tensor, to which a bias may still have to be added."""
     recipe = recipe_of(picture)
+    if isinstance(recipe, Seen) and (found := _seen(recipe)) is not None:
+        recipe = found
     if isinstance(recipe, Chain) and recipe.dtype == recipe.base.dtype and _shift(recipe) is not NotImplemented:
         return recipe
     tensor = plain(read(picture))
     return Chain(tensor.unsqueeze(-1) if picture.ndim == 3 else tensor, picture.dtype)
+
+
+def _seen(seen: Seen) -> Chain | None:
+    """A view of a tensor and its bias as the bias of a view of the tensor; None where that is something else."""
+    chain, shape = seen.chain, seen.shape
+    same_channels = len(shape) in (4, 5) and shape[1] == chain.shape[1] and seen.example.stride(1) == 1
+    if not isinstance(chain, Chain) or not same_channels or not is_dense_channels_last(chain.base):
+        return None
+    if (bias := _shift(chain)) is NotImplemented:
+        return None
+    base = chain.base
+    for view in seen.views:
+        base = view(base)
+    found = Chain(base, chain.dtype)
+    return found if bias is None else found.plus(bias.view(-1, *[1] * (len(shape) - 2)), frozenset((1,)))
 
 
 def _shift(source: Chain) -> Any:

@@ -43,8 +43,10 @@ class Kept:
     """Entered while something is made of one."""
     room: int = 0
     """Bytes of host memory for what is made of weights."""
-    rooms: dict[tuple[int, ...], tuple[Extent, ...]] = field(default_factory=dict[tuple[int, ...], tuple[Extent, ...]])
-    """How much was put around a picture of this shape, before and after it along each dimension."""
+    rooms: dict[tuple[str, tuple[int, ...]], tuple[Extent, ...]] = field(
+        default_factory=dict[tuple[str, tuple[int, ...]], tuple[Extent, ...]]
+    )
+    """How much was put around what a kernel made, by its name and the shape: before and after, for each dimension."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

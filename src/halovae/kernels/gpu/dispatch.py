@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from halovae.base.geometry import Extent
 from halovae.base.private_torch import without_functions
+from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import operators
 from halovae.kernels.kept import kept
 from halovae.kernels.memory_format import memory_format, memory_of
@@ -65,14 +67,22 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def chain(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any]) -> Tensor:
-    """The steps of a `Chain`, calculated in `wide`, rounded once to `dtype`: in one pass where they are of one form."""
+def chain(
+    base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any], shape: Sequence[int] | None = None
+) -> Tensor:
+    """The steps of a `Chain`, calculated in `wide`, rounded once to `dtype`: in one pass where they are of one form.
+
+    The result may be asked for in another shape, whose positions follow each other in the same order.
+    """
     if (form := _one_pass(base, wide, steps)) is None:
         work = base.to(wide, copy=True)
         for step in steps:
             step.run(work)
-        return work.to(dtype)
-    return _run_chain(base, _with_room(base, dtype), form)
+        found = work.to(dtype)
+        if shape is None:
+            return found
+        return found.movedim(1, -1).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return _run_chain(base, _with_room(shape or base.shape, dtype, base.device), form)
 
 
 def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any], other: Tensor) -> Tensor | None:
@@ -80,9 +90,9 @@ def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[
     form = _one_pass(base, wide, steps)
     if form is None or form.keys() - {"shift"}:
         return None
-    last = memory_format(base.ndim, True)
-    out = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
-    return _run_chain(base, out, {**form, "other": _positions(other.contiguous(memory_format=last))})
+    out = _with_room(base.shape, dtype, base.device, "sum")
+    other = other.contiguous(memory_format=memory_format(base.ndim, True))
+    return _run_chain(base, out, {**form, "other": _positions(other)})
 
 
 def add_and_norm(
@@ -175,8 +185,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
 
 
 def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
-    last = memory_format(base.ndim, True)
-    base = base.contiguous(memory_format=last)
+    base = base.contiguous(memory_format=memory_format(base.ndim, True))
+    last = memory_format(out.ndim, True)
     if out.is_meta:
         whole = out if out.is_contiguous(memory_format=last) else getattr(out, "room", out)
         operators.chain(_positions(base), _positions(whole)[: len(_positions(base))], **form)
@@ -187,7 +197,8 @@ def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
         triton_chain.run(_positions(base), _positions(out), **form)
     else:
         height, width = out.shape[-2:]
-        room = Places(height, width, out.stride(2) if out.ndim == 5 else out.stride(0), out.stride(-2))
+        frames = (out.shape[2], out.stride(0), out.stride(2)) if out.ndim == 5 else (len(out), 0, out.stride(0))
+        room = Places(height, width, *frames, out.stride(-2))
         triton_chain.run(_positions(base), out, **form, room=room)
     return out
 
@@ -205,19 +216,21 @@ def leaving_room() -> Iterator[None]:
         _is_to_be_joined.reset(token)
 
 
-def _with_room(base: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised channels-last tensor of this shape; for a join, with as much room as the last one took."""
-    last = memory_format(base.ndim, True)
-    around = kept().rooms.get(tuple(base.shape)) if _is_to_be_joined.get() else None
-    if around is None:
-        out = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=last)
-        out.room = None  # type: ignore[attr-defined]
-        return out
-    shape = [size + before + after for size, (before, after) in zip(base.shape, around, strict=True)]
-    out = room = torch.empty(shape, dtype=dtype, device=base.device, memory_format=last)
-    for dim, (before, _) in enumerate(around):
-        out = out.narrow(dim, before, base.shape[dim])
-    out.room = room  # type: ignore[attr-defined]
+def _with_room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, maker: str = "chain") -> Tensor:
+    """An uninitialised channels-last tensor of this shape; for a join, with as much room as the last one took.
+
+    Whether a sum goes into a join is not known when it is made: it has room only before and behind all of it.
+    """
+    around = kept().rooms.get((maker, tuple(shape)))
+    has_gaps = around is not None and (len(shape) < 5 or shape[0] > 1 or any(map(any, around[3:])))
+    if not _is_to_be_joined.get() and (has_gaps or maker == "chain"):
+        around = None
+    whole = shape if around is None else [size + sum(more) for size, more in zip(shape, around, strict=True)]
+    last = memory_format(len(shape), True)
+    out = room = torch.empty(tuple(whole), dtype=dtype, device=device, memory_format=last)
+    for dim, (before, _) in enumerate(around or ()):
+        out = out.narrow(dim, before, shape[dim])
+    out.room, out.maker = None if around is None else room, maker  # type: ignore[attr-defined]
     return out
 
 
@@ -227,7 +240,7 @@ def room_of(part: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor
     To be used at once: who asks for it again writes over what is around the part.
 
     Args:
-        part: what a chain has made, to have any.
+        part: what a chain or a sum has made, to have any.
         starts: where it begins in the larger tensor, along each dimension.
         shape: of the larger tensor.
 
@@ -235,16 +248,14 @@ def room_of(part: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor
         A tensor of that shape with the part in its place, the rest uninitialised; None where there is none. The next
         such part will have it.
     """
-    one_video = part.ndim == 5 and len(part) == 1
-    if not (one_video or part.ndim == 4) or part.shape[:2] != tuple(shape[:2]):
-        return None
-    if not hasattr(part, "room"):
+    if not hasattr(part, "room") or part.shape[:2] != tuple(shape[:2]):
         return None
     room: Tensor | None = part.room  # type: ignore[attr-defined]
     if room is not None and tuple(room.shape) == tuple(shape) and part.storage_offset() == _offset(room, starts):
         return room
     sizes = zip(starts, part.shape, shape, strict=True)
-    kept().rooms[tuple(part.shape)] = tuple((start, whole - size - start) for start, size, whole in sizes)
+    maker: str = part.maker  # type: ignore[attr-defined]
+    kept().rooms[maker, tuple(part.shape)] = tuple((start, whole - size - start) for start, size, whole in sizes)
     return None
 
 
@@ -259,13 +270,39 @@ def copy(target: Tensor, source: Tensor) -> None:
         return
     from halovae.kernels.gpu import triton_copy
 
-    frames, out = _frames(source), _frames(target)
-    if not (triton_copy.fits(frames) and triton_copy.fits(out)):
-        target.copy_(source)
-    elif out.is_meta:
-        operators.copy(frames.movedim(-1, 1), out.movedim(-1, 1))
-    else:
-        triton_copy.run(frames, out)
+    for frames, out in zip(_frames(source), _frames(target), strict=True):
+        if not (triton_copy.fits(frames) and triton_copy.fits(out)):
+            out.copy_(frames)
+        elif out.is_meta:
+            operators.copy(frames.movedim(-1, 1), out.movedim(-1, 1))
+        else:
+            triton_copy.run(frames, out)
+
+
+def fill(buffer: Tensor, valid: Sequence[Extent], fills: Mapping[int, Fill]) -> bool:
+    """As `fill_outside` for each dimension, in one pass; False, and nothing done, where that is not for the kernel.
+
+    Args:
+        buffer: a picture or videos.
+        valid: what is there, along each dimension.
+        fills: what lies beyond it.
+    """
+    if not supports(buffer.device) or buffer.is_meta or {fill.mode for fill in fills.values()} <= {"constant"}:
+        return False
+    videos = _frames(buffer)
+    known = buffer.ndim in (4, 5) and buffer.dtype in (torch.float32, *LOW) and min(fills) >= 2
+    if not known or buffer.numel() < _MANY or not _has_whole_rows(videos):
+        return False
+    for dim, each in fills.items():
+        low, high = valid[dim]
+        if each.mode == "reflect" and max(low, buffer.shape[dim] - high) >= high - low:
+            return False
+    alone = [(0, len(buffer))] if buffer.ndim == 4 else []
+    sides = [(valid[dim], fills.get(dim, Fill())) for dim in range(2, buffer.ndim)]
+    from halovae.kernels.gpu import triton_copy
+
+    triton_copy.run_fill(videos, [*((extent, Fill()) for extent in alone), *sides])
+    return True
 
 
 def shuffle(target: Tensor, source: Tensor) -> None:
@@ -310,7 +347,7 @@ def sum_of_shuffled(shape: Sequence[int], dtype: torch.dtype, terms: Sequence[Te
     for term, shift in zip(terms, shifts, strict=True):
         if not _fits(term) or (term.shift is not None and (shift is None or shift.ndim > 1)):
             return None
-    terms = [term._replace(shift=shift) for term, shift in zip(terms, shifts, strict=True)]
+    terms = [Term(*term[:4], shift, term.before) for term, shift in zip(terms, shifts, strict=True)]
     out = torch.empty(
         tuple(shape), dtype=dtype, device=terms[0].picture.device, memory_format=memory_format(5, channels_last=True)
     )
@@ -335,12 +372,18 @@ def _fits(term: Term) -> bool:
 
 
 def _frames(picture: Tensor) -> Tensor:
-    """A batch of pictures, or one video, as `[T, H, W, C]`."""
-    return picture.movedim(1, -1) if picture.ndim == 4 else picture[0].movedim(0, -1)
+    """A batch of pictures as `[1, T, H, W, C]`, or videos as `[B, T, H, W, C]`."""
+    last = picture.movedim(1, -1)
+    return last[None] if picture.ndim == 4 else last
+
+
+def _has_whole_rows(videos: Tensor) -> bool:
+    """Whether each row of `[B, T, H, W, C]` is one stretch of memory."""
+    return videos.stride(4) == 1 and videos.stride(3) == videos.shape[4]
 
 
 def _is_large_picture(tensor: Tensor) -> bool:
-    return tensor.numel() >= _MANY and (tensor.ndim == 4 or (tensor.ndim == 5 and len(tensor) == 1))
+    return tensor.numel() >= _MANY and tensor.ndim in (4, 5)
 
 
 def _positions(picture: Tensor) -> Tensor:
@@ -376,6 +419,10 @@ class Places(NamedTuple):
     height: int
     """Of a picture, as the next one."""
     width: int
+    length: int
+    """Of a video, in pictures."""
+    video: int
+    """Elements from the beginning of one video to that of the next."""
     frame: int
     """Elements from the beginning of one picture to that of the next."""
     row: int

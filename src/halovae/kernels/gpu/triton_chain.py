@@ -48,19 +48,19 @@ def run(
         more: likewise.
         spread: how their positions stand for those of the video: `gpu.Spread`.
         silu: whether x * sigmoid(x) follows.
-        room: rows and columns of the pictures, and how far apart in `out` frames begin, and rows: `gpu.Places`.
+        room: rows and columns of the pictures, and how far apart in `out` videos, frames and rows begin: `gpu.Places`.
     """
     count, channels = positions.shape
     padded = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // padded)
     each = count // max(len(p) if isinstance(p, Tensor) and p.ndim == 2 else 1 for p in (shift, times, plus))
     frames, height, width, small, first, time, down, across = spread or (1,) * 8
-    height, width, frame_step, row_step = room or (height, width, 0, 0)
+    height, width, length, video_step, frame_step, row_step = room or (height, width, 1, 0, 0, 0)
     _chain[(triton.cdiv(count, rows),)](
         positions, out, shift, other, times, plus, by, more, count, each, normalize or 0.0, frames, height, width,
-        small, frame_step, row_step, C=channels, PADDED=padded, ROWS=rows, SHIFT=_kind(shift), OTHER=other is not None,
-        NORM=0 if normalize is None else 1 + mean, FACTOR=_kind(times), TERM=_kind(plus), BY=by is not None,
-        MORE=more is not None, FIRST=int(first), TIME=time, DOWN=down, ACROSS=across, SILU=silu,
+        small, length, video_step, frame_step, row_step, C=channels, PADDED=padded, ROWS=rows, SHIFT=_kind(shift),
+        OTHER=other is not None, NORM=0 if normalize is None else 1 + mean, FACTOR=_kind(times), TERM=_kind(plus),
+        BY=by is not None, MORE=more is not None, FIRST=int(first), TIME=time, DOWN=down, ACROSS=across, SILU=silu,
         ROOM=room is not None, num_warps=4,
     )  # fmt: skip
 
@@ -72,11 +72,11 @@ def _kind(parameter: Tensor | float | None) -> int:
 
 @triton.jit
 def _chain(
-    x, out, shift, other, factor, term, by, more, count, each, eps, frames, height, width, small, frame_step, row_step,
-    C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, OTHER: tl.constexpr,
-    NORM: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr, BY: tl.constexpr, MORE: tl.constexpr,
-    FIRST: tl.constexpr, TIME: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SILU: tl.constexpr,
-    ROOM: tl.constexpr,
+    x, out, shift, other, factor, term, by, more, count, each, eps, frames, height, width, small, length,
+    video_step, frame_step, row_step, C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr,
+    OTHER: tl.constexpr, NORM: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr, BY: tl.constexpr,
+    MORE: tl.constexpr, FIRST: tl.constexpr, TIME: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    SILU: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip  # pyright: ignore
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, PADDED)
@@ -110,7 +110,8 @@ def _chain(
         value = value / (1.0 + tl.exp(-value))
     if ROOM:
         line = row // width
-        start = line // height * frame_step + line % height * row_step + row % width * C
+        start = line // height // length * video_step + line // height % length * frame_step
+        start += line % height * row_step + row % width * C
         place = start[:, None] + channel[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=live)
 

@@ -1,4 +1,4 @@
-"""Copying rows of channels-last pictures into a larger buffer, and shuffling their pixels, written in Triton.
+"""Copying rows of channels-last pictures into a larger buffer, filling its border, and shuffling pixels, in Triton.
 
 Such a row is one stretch of memory on both sides. torch's copy of a tensor with gaps goes element by element.
 """
@@ -15,6 +15,9 @@ from typing import NamedTuple
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+
+from halovae.base.geometry import Extent
+from halovae.kernels.fill import Fill
 
 _ELEMENTS = 2048
 """Of a row, copied at a time."""
@@ -35,6 +38,25 @@ def run(frames: Tensor, out: Tensor) -> None:
         ELEMENTS=_ELEMENTS, num_warps=4,
     )  # fmt: skip
 
+
+def run_fill(videos: Tensor, sides: Sequence[tuple[Extent, Fill]]) -> None:
+    """Fill `[B, T, H, W, C]` around what is there.
+
+    Args:
+        videos: each row of them as `fits` says.
+        sides: for time, height and width: what is there, and what lies beyond it. Of two values the later one wins.
+    """
+    batch, frames, height, width, channels = videos.shape
+    extents, fills = zip(*sides, strict=True)
+    _fill[(batch * frames * height,)](
+        videos, frames, height, width, *videos.stride()[:3], *(place for extent in extents for place in extent),
+        *(fill.value for fill in fills), C=channels, **{
+            name: _MODES.index(fill.mode) for name, fill in zip(("TIME", "DOWN", "ACROSS"), fills, strict=True)
+        }, ELEMENTS=_ELEMENTS, num_warps=4,
+    )  # fmt: skip
+
+
+_MODES = "constant", "replicate", "reflect"
 
 Dim = tuple[int, int, int]
 """Size, and stride in the source and in the result, in elements."""
@@ -124,3 +146,43 @@ def _copy_rows(
     element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     value = tl.load(source + frame * source_frame + row * source_row + element, mask=element < length)
     tl.store(out + frame * out_frame + row * out_row + element, value, mask=element < length)
+
+
+@triton.jit
+def _fill(
+    videos, frames, height, width, video_step, frame_step, row_step, t0, t1, y0, y1, x0, x1, before, around, beside,
+    C: tl.constexpr, TIME: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip  # pyright: ignore
+    """A row: all of it, or, where it is there already, its two ends."""
+    line = tl.program_id(0).to(tl.int64)
+    t, y = line // height % frames, line % height
+    start = videos + line // (height * frames) * video_step
+    out = start + t * frame_step + y * row_step
+    source = start + _inside(t, t0, t1, TIME) * frame_step + _inside(y, y0, y1, DOWN) * row_step
+    is_above, is_before = (y < y0) | (y >= y1), (t < t0) | (t >= t1)
+    is_there = (is_above | is_before) == 0
+    count = tl.where(is_there, width - (x1 - x0), width) * C
+    for first in range(0, count, ELEMENTS):
+        element = first + tl.arange(0, ELEMENTS)
+        x = element // C
+        x = tl.where(is_there & (x >= x0), x + (x1 - x0), x)
+        is_beside = (x < x0) | (x >= x1)
+        value = tl.load(source + _inside(x, x0, x1, ACROSS) * C + element % C, mask=element < count)
+        if TIME == 0:
+            value = tl.where(is_before, before, value)
+        if DOWN == 0:
+            value = tl.where(is_above, around, value)
+        if ACROSS == 0:
+            value = tl.where(is_beside, beside, value)
+        tl.store(out + x * C + element % C, value.to(videos.dtype.element_ty), mask=element < count)
+
+
+@triton.jit
+def _inside(place, low, high, MODE: tl.constexpr):
+    """The place that is repeated, or mirrored, at another one."""
+    if MODE == 2:
+        place = tl.where(place < low, 2 * low - place, place)
+        place = tl.where(place >= high, 2 * (high - 1) - place, place)
+    else:
+        place = tl.minimum(tl.maximum(place, low), high - 1)
+    return place

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from halovae.kernels.gpu.dispatch import Term
 
 _ELEMENTS = 4096
 """Of a tile, as it is read: enough to keep the memory busy, few enough for the registers."""
@@ -23,8 +20,8 @@ _MOST_CHANNELS = 512
 """Of a tile, as it is written."""
 
 
-def run(terms: Sequence[Term], out: Tensor) -> None:
-    """Write the sum of one or two terms into a dense channels-last video `[B, C, T, H, W]`.
+def run(terms: Sequence[Any], out: Tensor) -> None:
+    """Write the sum of one or two terms, each a `dispatch.Term`, into a dense channels-last video `[B, C, T, H, W]`.
 
     It is calculated in float32 and rounded once.
     """
@@ -41,7 +38,7 @@ def run(terms: Sequence[Term], out: Tensor) -> None:
     )  # fmt: skip
 
 
-def _arguments(term: Term) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(term: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Those that may be of any value, and those that the kernel is made for."""
     batch, _, *inner, _, row, col = term.steps
     length, back = 0, 0

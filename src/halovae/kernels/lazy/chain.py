@@ -18,7 +18,7 @@ from torch import Tensor
 from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.deferred import OfBase, Recipe
-from halovae.kernels.memory_format import is_channels_last, memory_format, strides_of
+from halovae.kernels.memory_format import is_channels_last, is_dense_channels_last, memory_format, strides_of
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import device_type, in_turn
 
@@ -211,7 +211,11 @@ class Seen:
         return self.chain.sources
 
     def compute(self) -> Tensor:
-        tensor = self.chain.compute()
+        chain = self.chain
+        in_order = isinstance(chain, Chain) and chain.channels_last and is_dense_channels_last(self.example)
+        if isinstance(chain, Chain) and in_order and device_type(chain.device) != "cpu":
+            return dispatch.chain(chain.base, chain.dtype, chain.wide, chain.steps, self.shape)
+        tensor = chain.compute()
         if not isinstance(self.chain, Chain):  # in the order that the views were tried on
             tensor = tensor.contiguous(memory_format=memory_format(tensor.ndim, self.chain.channels_last))
         for view in self.views:

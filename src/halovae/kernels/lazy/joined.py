@@ -162,8 +162,11 @@ class Joined:
 
     def _fill(self, buffer: Tensor, valid: list[Extent]) -> None:
         """Write the padding."""
-        for dim in sorted(self.pads):
-            fill_outside(buffer, dim, valid, self.beyond.get(dim, self.fill))
+        fills = {dim: self.beyond.get(dim, self.fill) for dim in sorted(self.pads)}
+        if dispatch.fill(buffer, valid, fills):
+            return
+        for dim, fill in fills.items():
+            fill_outside(buffer, dim, valid, fill)
 
     def _copy(self, inside: Tensor, dim: int, first: int, last: int, but: Tensor | None = None) -> None:
         """Write what is unpadded from `first` to `last`; wait for the halo only where some of that is in it.

@@ -114,10 +114,11 @@ def _term(part: Shuffled) -> dispatch.Term | None:
         return dispatch.Term(source, source.stride(), source.shape, group)
     base, before, shift = source.chain, None, None
     if isinstance(base, Joined):
-        if not base.is_bare or base.dim != 2 or len(base.parts) > 2:
+        parts = list(base.parts)
+        if not base.is_bare or base.dim != 2 or len(parts) > 2:
             return None
-        before = base.parts[0] if len(base.parts) == 2 else None
-        base = base.parts[-1]
+        base = parts.pop()
+        before = parts.pop() if parts else None
     elif isinstance(base, Chain):
         if base.dtype != base.base.dtype or [step.kind for step in base.steps] not in ([], ["plus"]):
             return None
