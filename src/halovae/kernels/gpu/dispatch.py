@@ -17,11 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from halovae.base.private_torch import without_functions
 from halovae.kernels.gpu import operators
-from halovae.kernels.kept import kept
+from halovae.kernels.kept import derived, kept
 from halovae.kernels.memory_format import memory_format, memory_of
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike, device_type
-from halovae.kernels.weight_cache import derived
 
 FEW_POSITIONS = 1 << 14
 """Of the output. Below, the vendor library has kernels that share out the sum; above, ours fills the device."""

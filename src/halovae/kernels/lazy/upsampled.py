@@ -17,12 +17,12 @@ from torch import Tensor
 from halovae.kernels.cpu.slabs import WINDOW_BYTES
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
+from halovae.kernels.kept import derived
 from halovae.kernels.lazy.deferred import OfBase, Recipe, plain, recipe_of
 from halovae.kernels.lazy.joined import joined_in
 from halovae.kernels.memory_format import memory_format
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike, device_type, in_turn
-from halovae.kernels.weight_cache import derived
 
 
 @dataclass(frozen=True)
