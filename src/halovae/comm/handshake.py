@@ -94,13 +94,7 @@ def _addresses() -> list[str]:
 
 
 def _accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int, socket.socket]:
-    """A socket to each of `ranks`, which `_greet` with the token.
-
-    Args:
-        listener: where they come to.
-        ranks: who is to come.
-        token: that they have to know.
-    """
+    """A socket to each of `ranks`, which `_greet` with the token."""
     found: dict[int, socket.socket] = {}
     deadline = time.monotonic() + CONNECT_SECONDS
     listener.settimeout(_LOOK_SECONDS)

@@ -19,11 +19,7 @@ class Mover:
     with the same exact sizes, and none has to be asked what comes.
 
     Args:
-        comm: the group.
-        calls: the recorded calls.
-        schedule: who runs what.
         holders: the ranks that need all results.
-        device: where the results are.
     """
 
     def __init__(
