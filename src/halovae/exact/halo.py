@@ -11,7 +11,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from halovae.base.errors import NotExactError
 from halovae.base.functions import outside_modes
 from halovae.base.geometry import Cut, Extent, covering, cut_at, overlap
 from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
@@ -60,7 +59,7 @@ def extend(
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     buffer = _new_like(tensor, shape)
-    dispatch.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered, clip=True))
+    dispatch.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
         fill_outside(buffer, dim, valid, fill)
@@ -126,15 +125,10 @@ def _is_present(layout: Layout, dim: int, needs: tuple[Extent, ...]) -> bool:
     return all(h[0] <= n[0] and n[1] <= h[1] for h, n in zip(have, needs, strict=True))
 
 
-def _narrow_to(
-    mesh: Mesh, tensor: Tensor, layout: Layout, needs: Mapping[int, tuple[Extent, ...]], clip: bool = False
-) -> Tensor:
+def _narrow_to(mesh: Mesh, tensor: Tensor, layout: Layout, needs: Mapping[int, tuple[Extent, ...]]) -> Tensor:
     """The part of the local tensor inside this rank's needs."""
     for dim, need in needs.items():
         low, high, start = _kept(mesh, layout, dim, need)
-        wanted = need[mesh.part(require_axis(layout, dim).axis)]
-        if not clip and (low, high) != wanted:
-            raise NotExactError(f"of rows {wanted} of dimension {dim} only {(low, high)} are there")
         if high - low != length(layout.dims[dim]):
             tensor = tensor.narrow(dim, low - start, high - low)
     return tensor
@@ -153,11 +147,7 @@ Frame = tuple[dict[int, int], list[int], list[Extent]]
 
 
 def _frame(
-    mesh: Mesh,
-    tensor: Tensor,
-    layout: Layout,
-    needs: Mapping[int, tuple[Extent, ...]],
-    pads: Mapping[int, Extent],
+    mesh: Mesh, tensor: Tensor, layout: Layout, needs: Mapping[int, tuple[Extent, ...]], pads: Mapping[int, Extent]
 ) -> Frame:
     """Global start of the buffer per sharded dim, the buffer's shape, and which of it the local tensor fills."""
     starts: dict[int, int] = {}
@@ -175,13 +165,7 @@ def _frame(
 
 
 def _fetch(
-    mesh: Mesh,
-    buffer: Tensor,
-    layout: Layout,
-    dim: int,
-    needs: tuple[Extent, ...],
-    start: int,
-    valid: list[Extent],
+    mesh: Mesh, buffer: Tensor, layout: Layout, dim: int, needs: tuple[Extent, ...], start: int, valid: list[Extent]
 ) -> None:
     """Exchange the missing rows of one dimension with the ranks that own them, and widen `valid`."""
     factor = require_axis(layout, dim)

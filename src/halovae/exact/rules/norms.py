@@ -15,14 +15,7 @@ from halovae.base.errors import NotExactError
 from halovae.base.functions import named
 from halovae.comm import all_gather
 from halovae.exact.halo import own
-from halovae.exact.layout import (
-    axes_in,
-    global_length,
-    is_sharded,
-    length,
-    mark,
-    require_layout,
-)
+from halovae.exact.layout import axes_in, global_length, is_sharded, length, mark, require_layout
 from halovae.exact.mesh import Mesh
 from halovae.exact.rules.indexing import dims_of, reduced, require_plain
 from halovae.exact.shard_mode import rule
@@ -56,7 +49,7 @@ def group_norm(
 
 
 @rule(F.layer_norm, F.rms_norm)
-def over_lastdims_of(
+def over_last_dims(
     mesh: Mesh, func: Any, tensor: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> Any:
     layout = require_layout(tensor, *args, *kwargs.values())
