@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from shards import assert_same, draw
 from torch import Tensor
 
-from halovae.kernels import weight_cache as weights
+from halovae.kernels import kept as weights
 from halovae.kernels.cpu import packed
 from halovae.kernels.fast_mode import FastMode
 from halovae.kernels.kept import Kept, apart

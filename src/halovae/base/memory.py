@@ -30,7 +30,7 @@ class PeakMemory:
         if not self._known:
             return None
         if self._device.type != "cpu":
-            return _allocated(self._device, "peak")
+            return _counted(self._device, "allocated_bytes", "peak")
         lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
@@ -53,10 +53,6 @@ class PeakMemory:
         return True
 
 
-def _allocated(device: torch.device, when: str) -> int:
-    return _counted(device, "allocated_bytes", when)
-
-
 def _counted(device: torch.device, what: str, when: str) -> int:
     """What the device's allocator counts: "current" or "peak"."""
     module = torch.get_device_module(device)
@@ -74,9 +70,9 @@ def allocated_by(call: Callable[[], object], device: torch.device) -> int:
     """
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats(device)
-        before = _allocated(device, "current")
+        before = _counted(device, "allocated_bytes", "current")
         call()
-        return _allocated(device, "peak") - before
+        return _counted(device, "allocated_bytes", "peak") - before
     profile_memory()
     try:
         call()

@@ -30,11 +30,7 @@ TELLING = (bool, int, float, str)
 
 
 class Contents:
-    """What is in some tables; tells at a glance whether the very same things are still there.
-
-    Args:
-        tables: whose values count.
-    """
+    """The values in some tables; tells at a glance whether the very same ones are still there."""
 
     def __init__(self, tables: Sequence[Mapping[str, Any]]) -> None:
         self.tables = tables
@@ -50,12 +46,10 @@ class ModuleFact:
     """One module as it was when this was made.
 
     Args:
-        module: the module.
         restless: whether it is looked at anew in each call.
 
     Attributes:
-        module: the module.
-        attributes: its attributes.
+        attributes: of the module.
         state: those of their values that may hold something which changes.
         anew: whether it is looked at anew in each call: it is restless, or keeps what is not to be held on to.
         contents: what has to stay the same.
@@ -90,11 +84,7 @@ class ModuleFact:
 
 
 class ModuleFacts:
-    """What is known of a network's modules. Asked in one thread at a time.
-
-    Args:
-        network: the network.
-    """
+    """What is known of a network's modules. Asked in one thread at a time."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network

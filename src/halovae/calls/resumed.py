@@ -55,16 +55,10 @@ class Resumed:
     """Runs a half for one stage.
 
     Args:
-        vae: the VAE.
-        half: "encode" or "decode".
-        stages: of that half.
-        stage: that is run.
         held: what the stage before has left.
 
     Attributes:
         held: what this stage leaves.
-        stages: as given.
-        stage: likewise.
         steps: how many of the stage's calls go in each call of the network; nothing: one by one.
     """
 

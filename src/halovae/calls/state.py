@@ -158,7 +158,6 @@ class Snapshot:
     depth; tensors by their values, parameters excepted. Functions and library hooks are left alone.
 
     Args:
-        network: the network, or what is known of it.
         arguments: of a call; the containers among them count too, the tensors don't.
         values: whether tensors are copied, so that those which are written into can be put back too.
 

@@ -32,7 +32,6 @@ class Notes(dist.Store):
     """The store by which the members of a process group find each other: on the link, so that a failure ends a wait.
 
     Args:
-        link: where the notes go.
         prefix: of this group's notes.
     """
 
@@ -155,11 +154,7 @@ class DeviceLane(TensorLane):
     """Moves what is in an accelerator's memory, through a backend that can ("nccl", "hccl", ...).
 
     Args:
-        kind: the backend.
-        device: of this rank.
-        store: a store that all ranks share, for this lane alone.
-        rank: of this process.
-        size: of the group.
+        store: that all ranks share, for this lane alone.
     """
 
     def __init__(self, kind: str, device: torch.device, store: dist.Store, rank: int, size: int) -> None:

@@ -55,11 +55,8 @@ def star(rank: int, size: int, share: Share) -> dict[int, Connection]:
 def limit_sending(peer: Connection, seconds: float) -> None:
     """Let `peer.send_bytes` raise BlockingIOError where the other end has taken nothing for so long."""
     with _socket(peer) as twin:
-        twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
-
-
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", *divmod(round(seconds * 1e6), 10**6))
+        timeval = struct.pack("@ll", *divmod(round(seconds * 1e6), 10**6))
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def give_up_sending(peer: Connection) -> None:
@@ -75,11 +72,7 @@ def _socket(peer: Connection) -> socket.socket:
 def host() -> tuple[str, str, int]:
     """Equal where two ranks reach each other by the loopback address: same host, same network namespace."""
     boot, net = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
-    return (
-        socket.gethostname(),
-        boot.read_text() if boot.exists() else "",
-        net.stat().st_ino if net.exists() else 0,
-    )
+    return (socket.gethostname(), boot.read_text() if boot.exists() else "", net.stat().st_ino if net.exists() else 0)
 
 
 def _addresses() -> list[str]:
@@ -94,13 +87,7 @@ def _addresses() -> list[str]:
 
 
 def _accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int, socket.socket]:
-    """A socket to each of `ranks`, which `_greet` with the token.
-
-    Args:
-        listener: where they come to.
-        ranks: who is to come.
-        token: that they have to know.
-    """
+    """A socket to each of `ranks`, which `_connect` and know the token."""
     found: dict[int, socket.socket] = {}
     deadline = time.monotonic() + CONNECT_SECONDS
     listener.settimeout(_LOOK_SECONDS)
@@ -129,20 +116,16 @@ def _accept(listener: socket.socket, ranks: set[int], token: bytes) -> dict[int,
     return found
 
 
-def _greet(peer: socket.socket, rank: int, token: bytes) -> None:
-    """Say who this is to a rank that accepts, and be sure of it."""
-    peer.sendall(_HELLO.pack(token, rank))
-    if not hmac.compare_digest(_read(peer, _TOKEN_BYTES), token):
-        raise OSError("a stranger answered")
-    peer.settimeout(None)
-
-
 def _connect(rank: int, addresses: list[str], port: int, token: bytes) -> Connection:
+    """Say who this is to the rank that accepts, and be sure of it."""
     reasons: list[str] = []
     for address in addresses:
         try:
             peer = socket.create_connection((address, port), timeout=_TRY_SECONDS)
-            _greet(peer, rank, token)
+            peer.sendall(_HELLO.pack(token, rank))
+            if not hmac.compare_digest(_read(peer, _TOKEN_BYTES), token):
+                raise OSError("a stranger answered")
+            peer.settimeout(None)
         except OSError as error:
             reasons.append(f"{address}:{port}: {error}")
         else:

@@ -11,16 +11,19 @@ from math import prod
 import torch
 from torch import Tensor
 
-from halovae.base.errors import NotExactError
+from halovae.base.functions import outside_modes
 from halovae.base.geometry import Cut, Extent, covering, cut_at, overlap
-from halovae.exact.halo_later import extend_later
 from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length, length, mark, require_axis
-from halovae.exact.mesh import Mesh, transfers
+from halovae.exact.mesh import Mesh, Transfer, transfers
+from halovae.kernels.fast_rules import fits
 from halovae.kernels.fill import Fill, fill_outside, region_of
 from halovae.kernels.gpu import dispatch
+from halovae.kernels.lazy.deferred import Deferred
+from halovae.kernels.lazy.joined import Halo, Joined, parts_in
 from halovae.kernels.memory_format import is_channels_last, memory_format
 
 ZEROS = Fill()
+_CONTIGUOUS = torch.contiguous_format
 
 
 def extend(
@@ -35,9 +38,7 @@ def extend(
     """This rank's `needs`, as one tensor.
 
     Args:
-        mesh: the grid of shards.
-        tensor: local tensor with `layout`.
-        layout: its layout; halos already present are used, not fetched again.
+        layout: of the tensor; halos already present are used, not fetched again.
         needs: per sharded dimension, the global positions that each part needs. Beyond the axis: `fill`.
         pads: per plain dimension, how many positions to add (before, after), by `fill` too.
         fill: what lies beyond the axis.
@@ -53,12 +54,12 @@ def extend(
         first, second = needs
         tensor = extend(mesh, tensor, layout, {first: needs[first]}, fill=fill)
         return extend(mesh, tensor, layout, {second: needs[second]}, pads, fill, later)
-    if later and (deferred := extend_later(mesh, tensor, layout, needs, pads, fill)) is not None:
+    if later and (deferred := _extend_later(mesh, tensor, layout, needs, pads, fill)) is not None:
         return deferred
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     buffer = _new_like(tensor, shape)
-    dispatch.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered, clip=True))
+    dispatch.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
         fill_outside(buffer, dim, valid, fill)
@@ -124,15 +125,10 @@ def _is_present(layout: Layout, dim: int, needs: tuple[Extent, ...]) -> bool:
     return all(h[0] <= n[0] and n[1] <= h[1] for h, n in zip(have, needs, strict=True))
 
 
-def _narrow_to(
-    mesh: Mesh, tensor: Tensor, layout: Layout, needs: Mapping[int, tuple[Extent, ...]], clip: bool = False
-) -> Tensor:
+def _narrow_to(mesh: Mesh, tensor: Tensor, layout: Layout, needs: Mapping[int, tuple[Extent, ...]]) -> Tensor:
     """The part of the local tensor inside this rank's needs."""
     for dim, need in needs.items():
         low, high, start = _kept(mesh, layout, dim, need)
-        wanted = need[mesh.part(require_axis(layout, dim).axis)]
-        if not clip and (low, high) != wanted:
-            raise NotExactError(f"of rows {wanted} of dimension {dim} only {(low, high)} are there")
         if high - low != length(layout.dims[dim]):
             tensor = tensor.narrow(dim, low - start, high - low)
     return tensor
@@ -151,11 +147,7 @@ Frame = tuple[dict[int, int], list[int], list[Extent]]
 
 
 def _frame(
-    mesh: Mesh,
-    tensor: Tensor,
-    layout: Layout,
-    needs: Mapping[int, tuple[Extent, ...]],
-    pads: Mapping[int, Extent],
+    mesh: Mesh, tensor: Tensor, layout: Layout, needs: Mapping[int, tuple[Extent, ...]], pads: Mapping[int, Extent]
 ) -> Frame:
     """Global start of the buffer per sharded dim, the buffer's shape, and which of it the local tensor fills."""
     starts: dict[int, int] = {}
@@ -173,13 +165,7 @@ def _frame(
 
 
 def _fetch(
-    mesh: Mesh,
-    buffer: Tensor,
-    layout: Layout,
-    dim: int,
-    needs: tuple[Extent, ...],
-    start: int,
-    valid: list[Extent],
+    mesh: Mesh, buffer: Tensor, layout: Layout, dim: int, needs: tuple[Extent, ...], start: int, valid: list[Extent]
 ) -> None:
     """Exchange the missing rows of one dimension with the ranks that own them, and widen `valid`."""
     factor = require_axis(layout, dim)
@@ -202,9 +188,6 @@ def _fetch(
     valid[dim] = (min(valid[dim][0], low), max(valid[dim][1], high))
 
 
-_CONTIGUOUS = torch.contiguous_format
-
-
 def _rows(buffer: Tensor, dim: int, rows: Extent, start: int, valid: list[Extent]) -> Tensor:
     region = list(valid)
     region[dim] = (rows[0] - start, rows[1] - start)
@@ -215,3 +198,74 @@ def _new_like(tensor: Tensor, shape: list[int]) -> Tensor:
     """An uninitialised tensor of another shape in the same memory format."""
     kept = memory_format(tensor.ndim, is_channels_last(tensor))
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kept)
+
+
+# ---- a halo that is under way while the inside is being computed -----------------------------------------------------
+#
+# What is made here is a recipe. The kernel that uses it writes rows, halo and padding straight into the buffer that it
+# needs anyway, in the dtype that it works in, and begins with the rows that need no halo.
+
+
+@outside_modes
+def _extend_later(
+    mesh: Mesh,
+    tensor: Tensor,
+    layout: Layout,
+    needs: Mapping[int, tuple[Extent, ...]],
+    pads: Mapping[int, Extent],
+    fill: Fill,
+) -> Tensor | None:
+    """As `extend`, computed by who uses it; the messages are on their way when this returns.
+
+    Returns:
+        None where that can't be: the padding is mirrored, rows of one side come from several ranks, or there is no
+        kernel for such a tensor. The messages are the same either way, so ranks may differ in it.
+    """
+    if fill.mode == "reflect" or not fits(tensor):
+        return None
+    ((dim, need),) = needs.items()  # `extend` takes one after the other.
+    factor = require_axis(layout, dim)
+    me, size = mesh.part(factor.axis), factor.cut.size
+    have, (low, high) = factor.cut.extents[me], need[me]
+    kept = overlap(have, (low, high))
+    sends, receives = transfers(mesh, layout, dim, need)
+    before, after = ([t for t in receives if (t.rows[0] < have[0]) == first] for first in (True, False))
+    if kept is None or max(len(before), len(after)) > 1:
+        return None
+    parts = parts_in(tensor)
+    halo = _begin(mesh, parts, dim, have[0], sends, before, after)
+    # A part that is whole stays the very tensor: it may have room around it.
+    inside = parts if kept == have else tuple(part.narrow(dim, kept[0] - have[0], kept[1] - kept[0]) for part in parts)
+    around = {**pads, dim: (max(0, -low), max(0, high - size))}
+    joined = Joined(inside, halo=halo).padded(around, fill)
+    assert joined is not None, "there is no other padding"
+    return Deferred(joined)
+
+
+def _begin(
+    mesh: Mesh, parts: tuple[Tensor, ...], dim: int, start: int, sends: list[Transfer], before: list[Transfer],
+    after: list[Transfer],
+) -> Halo | None:  # fmt: skip
+    """Post the messages."""
+    if not (sends or before or after):
+        return None
+    outgoing = [(peer, _copied(parts, dim, low - start, high - low)) for peer, (low, high) in sends]
+    shape = list(parts[0].shape)
+    shape[2] = sum(part.shape[2] for part in parts) if dim != 2 else shape[2]
+    incoming = [(peer, _empty(parts[0], shape, dim, high - low)) for peer, (low, high) in (*before, *after)]
+    pending = mesh.comm.post(outgoing, incoming)
+    landed = [tensor for _, tensor in incoming]
+    first, last = (landed.pop(0) if side else None for side in (before, after))
+    return Halo(dim, first, last, pending.wait)
+
+
+def _copied(parts: tuple[Tensor, ...], dim: int, low: int, count: int) -> Tensor:
+    """Some rows in memory of their own: the network may write into its tensors while the message is under way."""
+    rows = [part.narrow(dim, low, count) for part in parts]
+    if len(rows) > 1:
+        return torch.cat(rows, 2).contiguous(memory_format=_CONTIGUOUS)
+    return rows[0].clone(memory_format=_CONTIGUOUS)
+
+
+def _empty(like: Tensor, shape: list[int], dim: int, count: int) -> Tensor:
+    return torch.empty([*shape[:dim], count, *shape[dim + 1 :]], dtype=like.dtype, device=like.device)

@@ -270,7 +270,7 @@ def _walk(pending: list[Factor], shape: Sequence[int], inwards: bool = False) ->
 
     Args:
         pending: factors, none of one position.
-        shape: sizes of the whole, none of them 0.
+        shape: of the whole, without a 0.
         inwards: factors and sizes come from the last one on.
     """
     pending = pending[::-1]

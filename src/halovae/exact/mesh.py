@@ -150,10 +150,9 @@ def transfers(mesh: Mesh, layout: Layout, dim: int, needs: tuple[Extent, ...]) -
         return [], []
     factor = require_axis(layout, dim)
     peers = mesh.peers(factor.axis)
-    sends, receives = _between_parts(factor.cut, mesh.part(factor.axis), needs)
-    return [Transfer(peers[part], rows) for part, rows in sends], [
-        Transfer(peers[part], rows) for part, rows in receives
-    ]
+    moves = _between_parts(factor.cut, mesh.part(factor.axis), needs)
+    sends, receives = ([Transfer(peers[part], rows) for part, rows in one_way] for one_way in moves)
+    return sends, receives
 
 
 _Moves = list[tuple[int, Extent]]

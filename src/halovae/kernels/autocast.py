@@ -20,8 +20,8 @@ from halovae.base.functions import outside_modes
 from halovae.base.private_torch import FAKE_LOGGER, FakeTensorMode, TorchDispatchMode, without_modes
 from halovae.base.private_torch import autocast_is_on as is_on
 from halovae.base.trees import mapped, tensors_of
+from halovae.kernels.kept import derived
 from halovae.kernels.shapes_only import alike, device_type
-from halovae.kernels.weight_cache import derived
 
 Run = Callable[..., Any]
 _known: dict[Hashable, torch.dtype | None] = {}

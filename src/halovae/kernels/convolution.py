@@ -15,13 +15,13 @@ from halovae.kernels.cpu.pieces import Line, line_of
 from halovae.kernels.cpu.slabs import WINDOW_BYTES
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
+from halovae.kernels.kept import derived, make_room
 from halovae.kernels.lazy.chain import Chain
 from halovae.kernels.lazy.deferred import Deferred, plain
 from halovae.kernels.lazy.joined import Joined, joined_in
 from halovae.kernels.memory_format import memory_format, strides_of
 from halovae.kernels.precision import working_dtype
 from halovae.kernels.shapes_only import alike, device_type, in_turn
-from halovae.kernels.weight_cache import derived, make_room
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from halovae.kernels.convolution import convolution
 from halovae.kernels.fast_rules import fits, has_kernels, rule
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy import shuffled, tokens
-from halovae.kernels.lazy.chain import Chain, Seen, Step, uncut_by
+from halovae.kernels.lazy.chain import Chain, MeanSquare, Seen, Step, uncut_by
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import copy_of, read
 from halovae.kernels.lazy.shuffled import Shuffled
@@ -28,7 +28,6 @@ from halovae.kernels.lazy.upsampled import (
     is_plain,
     upsampled_convolution,
 )
-from halovae.kernels.mean_square import MeanSquare
 from halovae.kernels.memory_format import is_channels_last, memory_format
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike, device_type
@@ -335,8 +334,8 @@ def silu(input: Tensor, inplace: bool = False) -> Any:
     chain = recipe_of(input)
     if inplace:
         return None
-    if isinstance(chain, FramesOf) and isinstance(chain.frames, Chain):
-        return Deferred(replace(chain, frames=chain.frames.activated()))
+    if isinstance(chain, FramesOf) and isinstance(chain.base, Chain):
+        return Deferred(replace(chain, base=chain.base.activated()))
     if isinstance(chain, (Chain, Seen)):
         found = chain.activated()
         return None if found is None else Deferred(found)

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from halovae.base.functions import QUESTIONS, named, writes
 from halovae.kernels import autocast, fast_arithmetic, fast_views
 from halovae.kernels.fast_rules import RULES
+from halovae.kernels.kept import end_call
 from halovae.kernels.lazy.deferred import computed, settle
 from halovae.kernels.lazy.joined import read
-from halovae.kernels.weight_cache import end_call
 
 RULE_MODULES = fast_arithmetic, fast_views
 """Imported for their rules."""

@@ -232,7 +232,7 @@ def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
     convolutions around work."""
     recipe = recipe_of(input)
     if isinstance(recipe, FramesOf):
-        return Deferred(recipe.frames) if recipe.turned and shape == tuple(recipe.frames.shape) else None
+        return Deferred(recipe.base) if recipe.turned and shape == tuple(recipe.base.shape) else None
     if isinstance(recipe, (Chain, Upsampled)) and input.ndim == 4:
         by_frames = len(shape) == 5 and shape[0] * shape[1] == len(input) and shape[2:] == tuple(input.shape[1:])
         on_gpu = by_frames and device_type(input.device) != "cpu"

@@ -1,26 +1,25 @@
-"""What the kernels keep, most of it until a call ends. Each handle has its own, so that threads share nothing."""
+"""What the kernels keep, most of it until a call ends. Each handle has its own, so that threads share nothing.
+
+What is made of weights is made once in a call and used many times: converted, summed or packed for what convolves. A
+weight may change between any two calls, in all elements or in one, so nothing of it is kept beyond a call: to make it
+anew takes a small part of a call. Within a call, changes that torch counts are seen.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from halovae.base.functions import outside_modes
 from halovae.base.geometry import Extent
-
-Making = Callable[[], AbstractContextManager[Callable[[], None]]]
-"""Makes what is entered while something is made of a weight; it yields what to call if that is not kept."""
-
-
-@contextmanager
-def ordinarily() -> Iterator[Callable[[], None]]:
-    """For who does not care."""
-    yield lambda: None
+from halovae.base.private_torch import changes
+from halovae.kernels.shapes_only import device_type
 
 
 @dataclass
@@ -39,8 +38,6 @@ class Kept:
 
     weights: dict[int, MadeOfWeight] = field(default_factory=dict[int, MadeOfWeight])
     """By the id of the weight."""
-    while_making: Making = ordinarily
-    """Entered while something is made of one."""
     room: int = 0
     """Bytes of host memory for what is made of weights."""
     rooms: dict[tuple[str, tuple[int, ...]], tuple[Extent, ...]] = field(
@@ -67,11 +64,48 @@ def kept() -> Kept:
 
 
 @contextmanager
-def apart(while_making: Making = ordinarily) -> Iterator[None]:
-    """Within it nothing made of weights is there at first, and nothing stays: a prediction leaves no trace.
-
-    Args:
-        while_making: entered while something is made of a weight.
-    """
-    with replace(_current.get(), weights={}, room=0, while_making=while_making).in_use():
+def apart() -> Iterator[None]:
+    """Within it nothing made of weights is there at first, and nothing stays: a prediction leaves no trace."""
+    with replace(_current.get(), weights={}, room=0).in_use():
         yield
+
+
+def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what it gave before for the same weight and kind. In host memory it is kept if there is room."""
+    weights, key, place = kept().weights, id(weight), _place(weight)
+    before = weights.get(key)
+    if before is None or before.weight() is not weight or before.place != place:
+        weights.pop(key, None)
+        before = MadeOfWeight(weakref.ref(weight, lambda _: weights.pop(key, None)), place)
+    elif kind in before.by_kind:
+        return before.by_kind[kind]
+    made = make()
+    if made is not weight and (device_type(made.device) != "cpu" or kept_bytes() + made.nbytes <= kept().room):
+        weights.setdefault(key, before).by_kind[kind] = made
+    return made
+
+
+@outside_modes
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, changes(weight)
+
+
+def make_room(picture_bytes: int) -> None:
+    """Let what is kept of all weights take as much host memory as a picture of this size, or as the largest so far.
+
+    Beside large weights and small pictures, copies of weights would be most of the memory that a call takes.
+    """
+    store = kept()
+    store.room = max(store.room, picture_bytes)
+
+
+def kept_bytes() -> int:
+    """The host memory that is taken by what is kept."""
+    # Lists, since a weight that is collected meanwhile takes an entry away.
+    made = [tensor for entry in list(kept().weights.values()) for tensor in list(entry.by_kind.values())]
+    return sum(tensor.nbytes for tensor in made if device_type(tensor.device) == "cpu")
+
+
+def end_call() -> None:
+    """From here on weights may be others than before."""
+    kept().weights.clear()

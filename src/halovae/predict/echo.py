@@ -1,14 +1,14 @@
 """Network calls of one kind followed once: a VAE that walks through time or over tiles calls its network alike again.
 
-What a call does to shapes, clock and memory is noted when it is followed, and repeated for the next ones.
+What a call does to shapes, clock and memory is noted when it is followed, and repeated for the next ones. One in which
+kernels keep something of the weights is not noted, since the next one finds that.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,35 +27,17 @@ from halovae.predict.meter import Meter, MeteredComm, Reading
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A leaf that was there before the call."""
-
-    place: int
-
-
-@dataclass(frozen=True)
 class _View:
-    """A tensor, by where its memory is: that of a leaf before the call, or new memory of the call."""
+    """A tensor after a call, by where its memory is."""
 
-    place: int | None
     memory: int
-    """Number among the new ones."""
+    """The place of the leaf before the call that has the same one; below 0 the number of a new one."""
     size: int
     """Bytes of all of it."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
-    layout: Any
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A join that is still to be computed."""
-
-    recipe: Joined
-    """Without its parts."""
-    parts: tuple[Any, ...]
     layout: Any
 
 
@@ -81,155 +63,103 @@ class _NotAgain(Exception):
     """A call that can't be repeated from what is known of it."""
 
 
-class _Before:
-    """The tensors that were there before a call, which may let go of them.
-
-    Attributes:
-        owners: which of them has had a memory.
-    """
-
-    @outside_modes
-    def __init__(self, leaves: list[Any], meter: Meter) -> None:
-        self._meter = meter
-        self._leaves: dict[int, tuple[int, weakref.ref[Tensor], bool]] = {}
-        self.owners: dict[int, int] = {}
-        for place, leaf in enumerate(_expanded(leaves)):
-            if isinstance(leaf, Tensor):
-                self._leaves[id(leaf)] = place, weakref.ref(leaf), (waits := _join_in(leaf) is not None)
-                if not waits:
-                    self.owners.setdefault(self.memory_of(_plain(leaf)), place)
-
-    def place_of(self, tensor: Tensor) -> int | None:
-        """Which of them a tensor is."""
-        place, known, waited = self._leaves.get(id(tensor), (None, None, False))
-        if known is None or known() is not tensor:
-            return None
-        if waited and _join_in(tensor) is None:
-            raise _NotAgain
-        return place
-
-    def memory_of(self, tensor: Tensor) -> int:
-        """A number for its memory, below 0 for what was there before the run."""
-        number = self._meter.memory_of(tensor)
-        return -number_of_storage(tensor.untyped_storage()) if number is None else number
-
-
 class _Echo:
     def __init__(self, network: nn.Module, meter: Meter, comm: MeteredComm, known: Effects) -> None:
         self._network, self._meter, self._comm, self._known = network, meter, comm, known
         self._state = ModuleState(network)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key, before, state = self._look(args, kwargs)
+        key, before = self._look(args, kwargs)
         if key is None or not self._comm.is_idle:
             return self._network(*args, **kwargs)
         if key in self._known:
-            return self._repeat(self._known[key], args, kwargs, before, state)
-        known, learned = _Before(before, self._meter), _learned()
-        del before, state  # The network may let go of what is in them.
+            return self._repeat(self._known[key], args, kwargs, before)
+        places, kept_before = self._places(before), _kept()
+        del before  # The network may let go of what is in it.
         with self._meter.reading(self._comm) as cost:
             result = self._network(*args, **kwargs)
-        if _learned() == learned and self._comm.is_idle:
-            self._note(key, known, result, args, kwargs, cost)
+        if _kept() == kept_before and self._comm.is_idle:
+            self._note(key, places, result, args, kwargs, cost)
         return result
 
     @outside_modes
-    def _look(self, args: Any, kwargs: Any) -> tuple[Any, list[Any], dict[Any, Any]]:
-        """What tells calls apart, the leaves of arguments and state, and the state.
+    def _look(self, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+        """What tells calls apart, and the leaves of arguments and state.
 
         The first is None where something among the arguments is still to be computed.
         """
-        state = self._state.changed()
-        before, structure = pytree.tree_flatten((args, kwargs, state))
         try:
-            key = structure, tuple(map(_described, before)), _learned(), autocast.state()
+            before, structure = _taken_apart((args, kwargs, self._state.changed()))
+            key = structure, tuple(map(_described, before)), _kept()[0], autocast.state()
             hash(key)
         except (_NotAgain, TypeError):
-            key = None
-        return key, before, state
+            return None, []
+        return key, before
 
     @outside_modes
-    def _note(self, key: Any, before: _Before, result: Any, args: Any, kwargs: Any, cost: Reading) -> None:
-        notes = _Notes(before)
+    def _places(self, before: list[Any]) -> dict[int, int]:
+        """The first of these leaves in each memory."""
+        tensors = [(place, leaf) for place, leaf in enumerate(before) if isinstance(leaf, Tensor)]
+        return {self._memory_of(_plain(leaf)): place for place, leaf in reversed(tensors)}
+
+    def _memory_of(self, tensor: Tensor) -> int:
+        """A number for its memory, below 0 for what was there before the run."""
+        number = self._meter.memory_of(tensor)
+        return -number_of_storage(tensor.untyped_storage()) if number is None else number
+
+    @outside_modes
+    def _note(self, key: Any, places: dict[int, int], result: Any, args: Any, kwargs: Any, cost: Reading) -> None:
+        new: dict[int, int] = {}
+
+        def view(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            _check_marks(leaf)
+            tensor = _plain(leaf)
+            memory = self._memory_of(tensor)
+            if (place := places.get(memory)) is None:
+                if memory < 0:
+                    raise _NotAgain  # of a weight
+                place = new.setdefault(memory, -1 - len(new))
+            return _View(
+                place, tensor.untyped_storage().nbytes(), tuple(tensor.shape), tensor.stride(),
+                int(tensor.storage_offset()), tensor.dtype, layout_of(leaf),
+            )  # fmt: skip
+
         try:
-            after = notes.tree((args, kwargs, self._state.changed()))
-            self._known[key] = _Effect(notes.tree(result), after, cost)
+            trees = map(_taken_apart, (result, (args, kwargs, self._state.changed())))
+            noted, after = ((tuple(map(view, leaves)), structure) for leaves, structure in trees)
+            self._known[key] = _Effect(noted, after, cost)
         except _NotAgain:
             return
 
     @outside_modes
-    def _repeat(self, effect: _Effect, args: Any, kwargs: Any, before: list[Any], state: dict[Any, Any]) -> Any:
+    def _repeat(self, effect: _Effect, args: Any, kwargs: Any, before: list[Any]) -> Any:
+        new: dict[int, Any] = {}
+
+        def memory(view: _View) -> Any:
+            if view.memory >= 0:
+                return _plain(before[view.memory]).untyped_storage()
+            if view.memory not in new:
+                tensor = torch.empty(view.size, dtype=torch.uint8, device="meta")
+                self._meter.follow(tensor)
+                new[view.memory] = tensor.untyped_storage()
+            return new[view.memory]
+
+        def made(leaf: Any) -> Any:
+            if not isinstance(leaf, _View):
+                return leaf
+            tensor = torch.empty(0, dtype=leaf.dtype, device="meta")
+            return mark(tensor.set_(memory(leaf), leaf.offset, leaf.shape, leaf.stride), leaf.layout)
+
         with without_modes():
             self._meter.add(effect.cost, self._comm)
-            makes = _Makes(self._meter, before)
-            new_args, new_kwargs, new_state = makes.tree(effect.after)
+            after, result = (pytree.tree_unflatten(list(map(made, leaves)), structure) for leaves, structure in (
+                effect.after, effect.result))  # fmt: skip
+            new_args, new_kwargs, new_state = after
             refill((args, kwargs), (new_args, new_kwargs))
-            if state or new_state:
-                self._state.set(new_state)
-            return makes.tree(effect.result)
-
-
-class _Notes:
-    """Describes what there is after a call, by what was there before."""
-
-    def __init__(self, before: _Before) -> None:
-        self._before = before
-        self._new: dict[int, int] = {}
-
-    def tree(self, value: Any) -> Tree:
-        leaves, structure = pytree.tree_flatten(value)
-        return tuple(map(self._leaf, leaves)), structure
-
-    def _leaf(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if (place := self._before.place_of(leaf)) is not None:
-            return _Kept(place)
-        _check_marks(leaf)
-        layout = layout_of(leaf)
-        if (join := _join_in(leaf)) is not None:
-            return _Waiting(replace(join, parts=()), tuple(map(self._leaf, join.parts)), layout)
-        tensor = _plain(leaf)
-        memory = self._before.memory_of(tensor)
-        owner = self._before.owners.get(memory)
-        if owner is None and memory < 0:
-            raise _NotAgain  # of a weight
-        number = -1 if owner is not None else self._new.setdefault(memory, len(self._new))
-        return _View(
-            owner, number, tensor.untyped_storage().nbytes(), tuple(tensor.shape), tensor.stride(),
-            int(tensor.storage_offset()), tensor.dtype, layout,
-        )  # fmt: skip
-
-
-class _Makes:
-    """Makes what is described; new memory is followed."""
-
-    def __init__(self, meter: Meter, before: list[Any]) -> None:
-        self._meter, self._before = meter, list(_expanded(before))
-        self._new: dict[int, Any] = {}
-
-    def tree(self, tree: Tree) -> Any:
-        return pytree.tree_unflatten(list(map(self._leaf, tree[0])), tree[1])
-
-    def _leaf(self, leaf: Any) -> Any:
-        if isinstance(leaf, _Kept):
-            return self._before[leaf.place]
-        if isinstance(leaf, _Waiting):
-            return mark(Deferred(replace(leaf.recipe, parts=tuple(map(self._leaf, leaf.parts)))), leaf.layout)
-        if not isinstance(leaf, _View):
-            return leaf
-        view = torch.empty(0, dtype=leaf.dtype, device="meta")
-        view.set_(self._memory(leaf), leaf.offset, leaf.shape, leaf.stride)
-        return mark(view, leaf.layout)
-
-    def _memory(self, view: _View) -> Any:
-        if view.place is not None:
-            return _plain(self._before[view.place]).untyped_storage()
-        if view.memory not in self._new:
-            memory = torch.empty(view.size, dtype=torch.uint8, device="meta")
-            self._meter.follow(memory)
-            self._new[view.memory] = memory.untyped_storage()
-        return self._new[view.memory]
+            self._state.set(new_state)
+            return result
 
 
 @contextmanager
@@ -248,9 +178,38 @@ def echoing(vae: nn.Module, half: str, meter: Meter, comm: MeteredComm, known: E
         yield
 
 
-def _learned() -> Any:
-    """What kernels have found out that tells how the next call runs."""
-    return frozenset(kept().rooms.items())
+def _kept() -> tuple[Any, int]:
+    """What kernels have found out that tells how the next call runs, and how much they have made of weights."""
+    return frozenset(kept().rooms.items()), sum(len(made.by_kind) for made in kept().weights.values())
+
+
+class _Waiting:
+    """A join that is still to be computed, as a node of a tree: its parts are the leaves."""
+
+    def __init__(self, join: Joined, layout: Any) -> None:
+        self.parts = list(join.parts)
+        self.words = join.dim, (*join.pads.items(),), join.fill, (*join.beyond.items(),), layout
+
+
+def _join_again(parts: Any, words: Any) -> Tensor:
+    dim, pads, fill, beyond, layout = words
+    return mark(Deferred(Joined(tuple(parts), dim, dict(pads), fill, dict(beyond))), layout)
+
+
+pytree.register_pytree_node(_Waiting, lambda waiting: (waiting.parts, waiting.words), _join_again)
+
+
+def _taken_apart(value: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure, joins that wait taken apart too."""
+    return pytree.tree_flatten(pytree.tree_map_only(Deferred, _opened, value))
+
+
+def _opened(tensor: Deferred) -> Any:
+    recipe = recipe_of(tensor)
+    if not isinstance(recipe, Joined) or recipe.halo:
+        return tensor
+    _check_marks(tensor)
+    return _Waiting(recipe, layout_of(tensor))
 
 
 def _described(leaf: Any) -> Any:
@@ -258,15 +217,6 @@ def _described(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return type(leaf), leaf
     _check_marks(leaf)
-    if (join := _join_in(leaf)) is not None:
-        return (
-            join.dim,
-            tuple(join.pads.items()),
-            join.fill,
-            (*join.beyond.items(),),
-            tuple(map(_described, join.parts)),
-            layout_of(leaf),
-        )
     tensor = _plain(leaf)
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device.type, layout_of(leaf)
 
@@ -276,20 +226,6 @@ def _check_marks(tensor: Tensor) -> None:
     own = 2 if isinstance(tensor, Deferred) else 0
     if len(vars(tensor)) > own + (layout_of(tensor) is not None):
         raise _NotAgain
-
-
-def _join_in(tensor: Tensor) -> Joined | None:
-    """What waits in a tensor, where all of it is there already."""
-    recipe = recipe_of(tensor)
-    return recipe if isinstance(recipe, Joined) and recipe.halo is None else None
-
-
-def _expanded(leaves: Iterable[Any]) -> Iterator[Any]:
-    """The leaves, each with the parts of what waits in it."""
-    for leaf in leaves:
-        yield leaf
-        if isinstance(leaf, Tensor) and (join := _join_in(leaf)) is not None:
-            yield from _expanded(join.parts)
 
 
 def _plain(tensor: Tensor) -> Tensor:

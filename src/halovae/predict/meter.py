@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,25 +78,11 @@ def _place_of(result: Any, args: Any, kwargs: Any) -> int | str | None:
 
 
 @dataclass
-class _Making:
-    """Something that is made to be kept."""
-
-    aside: int
-    """Bytes that were put aside before."""
-    peak: int = 0
-    """Most of the bytes that live beside those, while it is made."""
-    memories: set[int] = field(default_factory=set[int])
-
-
-@dataclass
 class Reading:
     """What a part of a run costs."""
 
-    seconds: float = 0.0
-    exposed: float = 0.0
-    flops: int = 0
-    messages: int = 0
-    bytes: int = 0
+    counts: tuple[float, ...] = ()
+    """Seconds, those in which messages were waited for, floating-point operations, messages, and bytes in them."""
     growth: int = 0
     """Of memory at its peak, over what is live before."""
 
@@ -115,12 +102,8 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.seconds = self.exposed = 0.0
         self.flops = self.live = self.peak = 0
-        self._aside = self._lean_peak = 0
-        self._making: _Making | None = None
-        self._cost_aside = Reading()
         self._costs = costs
         self._memories: dict[int, tuple[int, Any]] = {}
-        self._made_aside: set[int] = set()
         self._numbers = itertools.count()
 
     @classmethod
@@ -145,16 +128,9 @@ class Meter(TorchDispatchMode):
         if self._costs.shapes.makes(func):
             for tensor in tensors_of(result):
                 self.follow(tensor)
-        seconds, flops = self._stand_in.turns * seconds, self._stand_in.turns * flops
-        self.seconds += seconds
-        self.flops += flops
+        self.seconds += self._stand_in.turns * seconds
+        self.flops += self._stand_in.turns * flops
         self.peak = max(self.peak, self.live + workspace)
-        if self._making:
-            self._cost_aside.seconds += seconds
-            self._cost_aside.flops += flops
-            self._making.peak = max(self._making.peak, self.live - self._making.aside + workspace)
-        else:
-            self._lean_peak = max(self._lean_peak, self.live - self._aside + workspace)
         return result
 
     def follow(self, tensor: Tensor) -> None:
@@ -166,10 +142,6 @@ class Meter(TorchDispatchMode):
         gone = weakref.ref(storage, lambda _: self._forget(key, size))
         self._memories[key] = next(self._numbers), gone
         self.live += size
-        if self._making:
-            self._made_aside.add(key)
-            self._making.memories.add(key)
-            self._aside += size
 
     def memory_of(self, tensor: Tensor) -> int | None:
         """A number for the memory of a tensor, its own for ever; None where it was there before."""
@@ -178,48 +150,25 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         del self._memories[key]
         self.live -= size
-        if key in self._made_aside:
-            self._made_aside.remove(key)
-            self._aside -= size
-
-    @contextmanager
-    def _putting_aside(self) -> Iterator[Callable[[], None]]:
-        """Within it something is made that is there when the same runs once more, unless what it yields is called."""
-        outer, before = self._making, replace(self._cost_aside)
-        making = self._making = _Making(self._aside)
-
-        def take_back() -> None:
-            self._cost_aside = before
-            self._lean_peak = max(self._lean_peak, making.peak)
-            self._made_aside -= making.memories
-            self._aside = making.aside
-
-        try:
-            yield take_back
-        finally:
-            self._making = outer
 
     @contextmanager
     def reading(self, comm: MeteredComm) -> Iterator[Reading]:
-        """What runs within it would cost what it yields if it ran once more; that is told at its end."""
-        cost, traffic, aside = Reading(), replace(comm.traffic), replace(self._cost_aside)
-        seconds, exposed, flops, lean = self.seconds, self.exposed, self.flops, self.live - self._aside
-        self._lean_peak = lean
+        """Yields what that costs which runs within it; it is told at the end."""
+        cost, before, live, peak = Reading(), self._counts(comm), self.live, self.peak
+        self.peak = live
         yield cost
-        cost.seconds = self.seconds - seconds - (self._cost_aside.seconds - aside.seconds)
-        cost.exposed = self.exposed - exposed
-        cost.flops = self.flops - flops - (self._cost_aside.flops - aside.flops)
-        cost.messages, cost.bytes = comm.traffic.messages - traffic.messages, comm.traffic.bytes - traffic.bytes
-        cost.growth = self._lean_peak - lean
+        cost.counts = tuple(map(operator.sub, self._counts(comm), before))
+        cost.growth = self.peak - live
+        self.peak = max(peak, self.peak)
 
     def add(self, cost: Reading, comm: MeteredComm) -> None:
         """Let the same happen again; memory that is left of it has to be followed."""
-        self.seconds += cost.seconds
-        self.exposed += cost.exposed
-        self.flops += cost.flops
+        counts: Any = map(operator.add, self._counts(comm), cost.counts)
+        self.seconds, self.exposed, self.flops, comm.traffic.messages, comm.traffic.bytes = counts
         self.peak = max(self.peak, self.live + cost.growth)
-        comm.traffic.messages += cost.messages
-        comm.traffic.bytes += cost.bytes
+
+    def _counts(self, comm: MeteredComm) -> tuple[float, ...]:
+        return self.seconds, self.exposed, self.flops, comm.traffic.messages, comm.traffic.bytes
 
     def wait_until(self, moment: float) -> None:
         """Let the clock stand at `moment` at least: what is missing is waiting."""
@@ -230,7 +179,7 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure what runs within it."""
-        with apart(self._putting_aside), standing_in(self._costs.device) as self._stand_in, _OnShapes(), self:
+        with apart(), standing_in(self._costs.device) as self._stand_in, _OnShapes(), self:
             yield
 
 

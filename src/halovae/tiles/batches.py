@@ -93,12 +93,9 @@ class Batches:
     CPU and those of a network with hooks, which would see other tensors.
 
     Args:
-        network: the VAE's encoder or decoder.
-        calls: the recorded calls of the whole encode or decode.
+        calls: of the whole encode or decode.
         mine: the numbers of those that this rank runs.
-        device: where.
         verdicts: what is known already, by kind of call; it grows.
-        same_bits: run all by themselves.
     """
 
     def __init__(

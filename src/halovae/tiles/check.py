@@ -34,8 +34,6 @@ class Checker:
 
     Args:
         target: the VAE, set to use tiles.
-        half: "encode" or "decode".
-        blends: its blending, which is of no account to shapes.
     """
 
     def __init__(self, target: Target, half: str, blends: Blends) -> None:
@@ -60,11 +58,6 @@ class Checker:
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], tiled: Recording) -> None:
         """Compare what the VAE makes with and without tiles.
-
-        Args:
-            args: the call's arguments.
-            kwargs: likewise.
-            tiled: the recording of the call.
 
         Raises:
             TilingError: the tiled picture has another size, or its tiles are out of place.

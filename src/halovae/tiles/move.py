@@ -19,11 +19,7 @@ class Mover:
     with the same exact sizes, and none has to be asked what comes.
 
     Args:
-        comm: the group.
-        calls: the recorded calls.
-        schedule: who runs what.
         holders: the ranks that need all results.
-        device: where the results are.
     """
 
     def __init__(
@@ -57,21 +53,17 @@ class Mover:
 
     def _outgoing(self, chain: TileChain) -> list[Message]:
         others = [rank for rank in self._holders if rank != self._comm.rank]
-        if not others:
-            return []
-        flat: list[Tensor] = []
-        for call in chain.calls:
-            specs = self._calls[call].specs
-            flat += [spec.flat(tensor) for spec, tensor in zip(specs, self.results[call], strict=True)]
+        flat = self._flat(chain) if others else []
         return [(rank, tensor) for rank in others for tensor in flat]
 
     def _incoming(self, chain: TileChain) -> list[Tensor]:
-        flat: list[Tensor] = []
-        for call in chain.calls:
-            specs = self._calls[call].specs
-            self.results[call] = [spec.empty(self._device) for spec in specs]
-            flat += [spec.flat(tensor) for spec, tensor in zip(specs, self.results[call], strict=True)]
-        return flat
+        self.results |= {call: [spec.empty(self._device) for spec in self._calls[call].specs] for call in chain.calls}
+        return self._flat(chain)
+
+    def _flat(self, chain: TileChain) -> list[Tensor]:
+        """The results of a chain, as they travel."""
+        pairs = [pair for n in chain.calls for pair in zip(self._calls[n].specs, self.results[n], strict=True)]
+        return [spec.flat(tensor) for spec, tensor in pairs]
 
     def finish(self) -> None:
         """Post what is left, and wait until everything has arrived."""

@@ -30,10 +30,6 @@ class Planner:
     """Plans one half of a VAE.
 
     Args:
-        target: the VAE.
-        half: "encode" or "decode".
-        blends: its blending.
-        ranks: how many ranks may run tiles.
         fit: take smaller tiles where there are fewer than ranks.
 
     Raises:
@@ -48,10 +44,6 @@ class Planner:
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
         """Find the calls of the VAE's own tiled method and spread them.
-
-        Args:
-            args: the arguments of encode or decode.
-            kwargs: likewise.
 
         Raises:
             TilingError: the VAE's tiled method fails or gives a wrong picture.
@@ -205,7 +197,6 @@ def assign(chains: Sequence[TileChain], ranks: int) -> Schedule:
     """Give the longest chain to the rank with the least to do, then the next.
 
     Args:
-        chains: what is to be run.
         ranks: how many ranks may work; those beyond the number of chains get nothing.
     """
     loads = [0] * ranks

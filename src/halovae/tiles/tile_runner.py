@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +64,6 @@ class TileRunner:
     """Runs a VAE's halves in its own tiles, on the ranks of a group. Every rank of the group makes one.
 
     Args:
-        comm: the group.
-        target: the VAE.
         ranks: how many of the ranks run tiles; the others wait and share the result.
         gather: "all" or "first": who gets the whole result; or a mapping that says it for each half.
         fit: choose smaller tiles where some ranks would have none to run.
@@ -176,11 +176,7 @@ class _Finished(BaseException):
 
 
 class Watched(TorchFunctionMode):
-    """Within it, torch functions raise once another rank has failed: a tile can take minutes.
-
-    Args:
-        comm: the group.
-    """
+    """Within it, torch functions raise once another rank has failed: a tile can take minutes."""
 
     def __init__(self, comm: Comm) -> None:
         super().__init__()
@@ -193,46 +189,6 @@ class Watched(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Pass:
-    """Answers the network's calls one after the other."""
-
-    def __init__(self, calls: tuple[NetworkCall, ...], mover: Mover, device: torch.device) -> None:
-        self._calls, self._mover, self._device = calls, mover, device
-        self._next = 0
-
-    def _take(self) -> tuple[int, NetworkCall]:
-        number = self._next
-        self._next += 1
-        if number >= len(self._calls):
-            raise TilingError(f"the VAE called its network more often than the {len(self._calls)} times planned")
-        return number, self._calls[number]
-
-
-class _Worker(_Pass):
-    """Runs the calls of this rank. The VAE gets zeros for all of them: it is only asked what it calls next."""
-
-    def __init__(
-        self, calls: tuple[NetworkCall, ...], mover: Mover, device: torch.device, batches: Batches, mine: set[int]
-    ) -> None:
-        super().__init__(calls, mover, device)
-        self._batches, self._mine = batches, mine
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        number, call = self._take()
-        real = None
-        if number in self._mine:
-            found = self._batches.run(number, args, kwargs)
-            real = found.get(number)
-            for one, result in found.items():
-                self._mover.results[one] = _used(self._calls[one], result)
-            self._mover.post_complete()
-        else:
-            repeat(call.draws, self._device)
-        if self._next == len(self._calls):
-            raise _Finished
-        return call.result([spec.zeros(self._device) for spec in call.specs], real, self._device)
-
-
 def _used(call: NetworkCall, result: Any) -> list[torch.Tensor]:
     """What the VAE goes on to use of a result, as it was planned."""
     leaves = pytree.tree_leaves(result)
@@ -243,26 +199,8 @@ def _used(call: NetworkCall, result: Any) -> list[torch.Tensor]:
     return [spec.arranged(tensor) for spec, tensor in tensors]
 
 
-class _Replay(_Pass):
-    """Hands out the results, which the VAE blends, crops and puts together."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        number, call = self._take()
-        repeat(call.draws, self._device)
-        return call.result(self._mover.results.pop(number), device=self._device)
-
-
 class TileCall:
-    """One half in tiles, as one rank takes part in it, by the VAE's own method.
-
-    Args:
-        target: the VAE, set to use tiles.
-        half: "encode" or "decode".
-        calls: of its network.
-        mover: has the results.
-        blends: its blending.
-        device: of the results.
-    """
+    """One half in tiles, as one rank takes part in it, by the own method of a VAE that is set to use them."""
 
     def __init__(
         self, target: Target, half: str, calls: tuple[NetworkCall, ...], mover: Mover, blends: Blends,
@@ -272,34 +210,50 @@ class TileCall:
         self._calls, self._mover, self._blends, self._device = calls, mover, blends, device
 
     def run(
-        self,
-        mine: set[int],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, mine: set[int], args: tuple[Any, ...], kwargs: dict[str, Any],
         verdicts: dict[Any, BatchVerdict] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Run the calls numbered `mine`; each chain's results leave as soon as they are complete.
 
+        The VAE gets zeros for all of them: it is only asked what it calls next.
+
         Args:
-            mine: the calls of this rank.
-            args: of the half.
-            kwargs: likewise.
             verdicts: which kinds of tiles go together, as far as it is known; None: all run by themselves.
         """
-        network = getattr(self._vae, NETWORKS[self._half])
-        batches = Batches(
-            network, self._calls, mine, self._device, {} if verdicts is None else verdicts, verdicts is None
-        )
-        worker = _Worker(self._calls, self._mover, self._device, batches, mine)
-        try:
-            with answering(self._vae, self._half, worker), self._blends.skipped():
-                self._method(*args, **kwargs)
-        except _Finished:
-            return
-        raise TilingError(f"the VAE called its network less often than the {len(self._calls)} times planned")
+        network, device = getattr(self._vae, NETWORKS[self._half]), self._device
+        batches = Batches(network, self._calls, mine, device, {} if verdicts is None else verdicts, verdicts is None)
+        numbered = self._numbered()
+
+        def work(*args: Any, **kwargs: Any) -> Any:
+            number, call = next(numbered)
+            real = None
+            if number in mine:
+                found = batches.run(number, args, kwargs)
+                real = found.get(number)
+                self._mover.results |= {one: _used(self._calls[one], result) for one, result in found.items()}
+                self._mover.post_complete()
+            else:
+                repeat(call.draws, device)
+            if number + 1 == len(self._calls):
+                raise _Finished
+            return call.result([spec.zeros(device) for spec in call.specs], real, device)
+
+        with suppress(_Finished), answering(self._vae, self._half, work), self._blends.skipped():
+            self._method(*args, **kwargs)
+            raise TilingError(f"the VAE called its network less often than the {len(self._calls)} times planned")
 
     def gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the VAE makes of the results that have arrived."""
-        replay = _Replay(self._calls, self._mover, self._device)
-        with answering(self._vae, self._half, replay), self._blends.fast():
+        """What the VAE makes of the results that have arrived: it blends, crops and puts them together."""
+        numbered = self._numbered()
+
+        def hand_out(*args: Any, **kwargs: Any) -> Any:
+            number, call = next(numbered)
+            repeat(call.draws, self._device)
+            return call.result(self._mover.results.pop(number), device=self._device)
+
+        with answering(self._vae, self._half, hand_out), self._blends.fast():
             return self._method(*args, **kwargs)
+
+    def _numbered(self) -> Iterator[tuple[int, NetworkCall]]:
+        yield from enumerate(self._calls)
+        raise TilingError(f"the VAE called its network more often than the {len(self._calls)} times planned")

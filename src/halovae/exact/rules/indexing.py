@@ -1,11 +1,12 @@
-"""Taking tensors apart and putting them together along dimensions that every rank has whole."""
+"""Functions along dimensions that every rank has whole, above all those that take tensors apart and join them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.base.errors import NotExactError
@@ -60,32 +61,47 @@ def _common_layout(tensors: Sequence[Tensor], skip: int | None) -> Layout:
     return first
 
 
-@rule(*named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"))
-def split(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = require_layout(tensor)
-    parts = func(tensor, *args, **kwargs)
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    _require_plain(layout, dim)
-    for part in parts:
-        mark(part, layout.replace(dim, plain(part.shape[dim])))
-    return parts
+def _along(functions: Iterable[Any], place: int, default: int | None, refusal: str) -> None:
+    """The rule of functions along dimensions: these have other lengths in the result, or are gone.
+
+    Args:
+        place: where among the arguments behind the tensor the dimensions stand.
+        default: the one that is meant where none is given; None: all.
+        refusal: why a shard can't do it along a dimension that is cut.
+    """
+
+    @rule(*functions)
+    def along(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout = require_layout(tensor)
+        given = args[place] if len(args) > place else default
+        given = kwargs.get("dim", kwargs.get("axis", given))
+        dims = dims_of(None if isinstance(given, (bool, Tensor)) else given, layout.ndim)
+        require_plain(layout, dims, refusal)
+        result = func(tensor, *args, **kwargs)
+        for part in [result] if isinstance(result, Tensor) else result:
+            known = layout if part.ndim == layout.ndim else reduced(layout, dims)
+            for dim in dims if known is layout else ():
+                known = known.replace(dim, plain(part.shape[dim]))
+            mark(part, known)
+        return result
 
 
-@rule(*named("unbind"))
-def unbind(mesh: Mesh, func: Any, tensor: Tensor, dim: int = 0) -> Any:
-    layout = require_layout(tensor)
-    _require_plain(layout, dim)
-    parts = func(tensor, dim)
-    for part in parts:
-        mark(part, _without(layout, dim))
-    return parts
+_PART, _SCAN = "it takes part of a sharded dimension", "it compares or scans positions of several shards"
+_along(named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"), 1, 0, _PART)
+_along(named("unbind"), 0, 0, _PART)
+_along(named("select"), 0, None, _PART)
+_along(named("amax", "amin", "argmax", "argmin", "cumsum", "std", "var", "any", "all", "prod", "max", "min", "median",
+             "sort", "argsort"), 0, None, _SCAN)  # fmt: skip
+_along((*named("topk", "norm"), torch.linalg.vector_norm, torch.linalg.norm), 1, None, _SCAN)
+_along((F.normalize,), 1, 1, "it normalises over a sharded dimension")
 
 
-@rule(*named("select"))
-def select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: int) -> Any:
-    layout = require_layout(tensor)
-    _require_plain(layout, dim)
-    return mark(func(tensor, dim, index), _without(layout, dim))
+@rule(*named("index_select"))
+def index_select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: Tensor) -> Any:
+    layout = require_layout(tensor, index)
+    require_plain(layout, [dim], _PART)
+    result = func(tensor, dim, index)
+    return mark(result, layout.replace(dim, plain(result.shape[dim])))
 
 
 @rule(*named("narrow"))
@@ -93,16 +109,8 @@ def narrow(mesh: Mesh, func: Any, tensor: Tensor, dim: int, start: int, length: 
     layout = require_layout(tensor)
     if (start, length) == (0, layout.whole[dim]):
         return mark(func(tensor, dim, start, layout.shape[dim]), layout)
-    _require_plain(layout, dim)
+    require_plain(layout, [dim], _PART)
     return mark(func(tensor, dim, start, length), layout.replace(dim, plain(length)))
-
-
-@rule(*named("index_select"))
-def index_select(mesh: Mesh, func: Any, tensor: Tensor, dim: int, index: Tensor) -> Any:
-    layout = require_layout(tensor, index)
-    _require_plain(layout, dim)
-    result = func(tensor, dim, index)
-    return mark(result, layout.replace(dim, plain(result.shape[dim])))
 
 
 @rule(Tensor.__getitem__)
@@ -191,11 +199,21 @@ def _entries(index: Any, ndim: int) -> list[Any]:
     return [*entries, *missing]
 
 
-def _require_plain(layout: Layout, dim: int) -> None:
-    if is_sharded(layout.dims[dim]):
-        raise NotExactError("it takes part of a sharded dimension")
+def require_plain(layout: Layout, dims: Iterable[int], refusal: str) -> None:
+    """Check that every rank has these dimensions whole."""
+    if any(is_sharded(layout.dims[dim]) for dim in dims):
+        raise NotExactError(refusal)
 
 
-def _without(layout: Layout, dim: int) -> Layout:
-    dim %= len(layout.dims)
-    return Layout((*layout.dims[:dim], *layout.dims[dim + 1 :]))
+def dims_of(dim: Any, ndim: int) -> list[int]:
+    """The dimensions that a function is asked to go along; where none is named, all."""
+    if dim is None or dim == () or dim == []:
+        return list(range(ndim))
+    chosen: Sequence[int] = [dim] if isinstance(dim, int) else dim
+    return [d % ndim for d in chosen]
+
+
+def reduced(layout: Layout, dims: Sequence[int], keepdim: bool = False) -> Layout:
+    """The layout without these dimensions, or with one position along each of them."""
+    kept = [(plain(1) if i in dims else dim) for i, dim in enumerate(layout.dims) if keepdim or i not in dims]
+    return Layout(tuple(kept))

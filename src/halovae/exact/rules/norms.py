@@ -15,17 +15,9 @@ from halovae.base.errors import NotExactError
 from halovae.base.functions import named
 from halovae.comm import all_gather
 from halovae.exact.halo import own
-from halovae.exact.layout import (
-    Layout,
-    axes_in,
-    global_length,
-    is_sharded,
-    length,
-    mark,
-    plain,
-    require_layout,
-)
+from halovae.exact.layout import axes_in, global_length, is_sharded, length, mark, require_layout
 from halovae.exact.mesh import Mesh
+from halovae.exact.rules.indexing import dims_of, reduced, require_plain
 from halovae.exact.shard_mode import rule
 from halovae.kernels import group_norm as norms
 
@@ -61,8 +53,7 @@ def over_last_dims(
     mesh: Mesh, func: Any, tensor: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> Any:
     layout = require_layout(tensor, *args, *kwargs.values())
-    if any(is_sharded(dim) for dim in layout.dims[-len(normalized_shape) :]):
-        raise NotExactError("it normalises over a sharded dimension")
+    require_plain(layout, range(-len(normalized_shape), 0), "it normalises over a sharded dimension")
     return mark(func(tensor, normalized_shape, *args, **kwargs), layout)
 
 
@@ -96,7 +87,7 @@ def sum_or_mean(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any
     layout = require_layout(tensor)
     dims, keepdim, dtype = _asked(tensor.ndim, *args, **kwargs)
     if not any(is_sharded(layout.dims[d]) for d in dims):
-        return mark(func(tensor, dims, keepdim, dtype=dtype), _reduced(layout, dims, keepdim))
+        return mark(func(tensor, dims, keepdim, dtype=dtype), reduced(layout, dims, keepdim))
     tensor, layout = own(mesh, tensor, layout)
     axes = axes_in(layout.dims[d] for d in dims)
     total = sum_over_ranks(mesh, torch.sum(tensor, dims, keepdim, dtype=dtype or _wide(tensor.dtype)), axes)
@@ -104,43 +95,14 @@ def sum_or_mean(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any
         total = total / prod(global_length(layout.dims[d]) for d in dims)
     if dtype is None and tensor.is_floating_point():
         total = total.to(tensor.dtype)
-    return mark(total, _reduced(layout, dims, keepdim))
+    return mark(total, reduced(layout, dims, keepdim))
 
 
 def _asked(
     ndim: int, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: torch.dtype | None = None
 ) -> tuple[list[int], bool, torch.dtype | None]:
     """Dimensions, keepdim and dtype, however the caller spelled them."""
-    return _dims(axis if dim is None else dim, ndim), keepdim, dtype
-
-
-@rule(*named("amax", "amin", "argmax", "argmin", "cumsum", "std", "var", "any", "all",
-             "prod", "max", "min", "median", "sort", "argsort"))  # fmt: skip
-def along_dim(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Functions along dimensions that no other rank has part of; the result has those dimensions shortened or gone."""
-    return _along(func, tensor, args[0] if args else None, args, kwargs)
-
-
-@rule(*named("topk", "norm"), torch.linalg.vector_norm, torch.linalg.norm)
-def along_second(mesh: Mesh, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The same where the dimension comes second, behind an order or a count."""
-    return _along(func, tensor, args[1] if len(args) > 1 else None, args, kwargs)
-
-
-def _along(func: Any, tensor: Tensor, dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layout = require_layout(tensor)
-    dim = kwargs.get("dim", kwargs.get("axis", dim))
-    dims = _dims(None if isinstance(dim, (bool, Tensor)) else dim, tensor.ndim)
-    if any(isinstance(a, Tensor) for a in args) or any(is_sharded(layout.dims[d]) for d in dims):
-        raise NotExactError("it compares or scans positions of several shards")
-    result = func(tensor, *args, **kwargs)
-    for part in [result] if isinstance(result, Tensor) else result:
-        same_rank = part.ndim == tensor.ndim
-        known = layout
-        for d in dims:
-            known = known.replace(d, plain(part.shape[d] if same_rank else 1))
-        mark(part, known if same_rank else _reduced(known, dims, False))
-    return result
+    return dims_of(axis if dim is None else dim, ndim), keepdim, dtype
 
 
 @rule(*named("softmax", "log_softmax"))
@@ -160,28 +122,6 @@ def softmax(mesh: Mesh, func: Any, tensor: Tensor, dim: int | None = None, *args
     total = sum_over_ranks(mesh, wide.exp().sum(dim, keepdim=True), axes)
     result = wide - total.log() if "log" in func.__name__ else wide.exp() / total
     return mark(result.to(wanted), layout)
-
-
-@rule(F.normalize)
-def normalize(
-    mesh: Mesh, func: Any, tensor: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> Tensor:
-    layout = require_layout(tensor)
-    if any(is_sharded(layout.dims[d]) for d in _dims(dim, layout.ndim)):
-        raise NotExactError("it normalises over a sharded dimension")
-    return mark(func(tensor, p, dim, eps, out), layout)
-
-
-def _dims(dim: Any, ndim: int) -> list[int]:
-    if dim is None or dim == () or dim == []:
-        return list(range(ndim))
-    chosen: Sequence[int] = [dim] if isinstance(dim, int) else dim
-    return [d % ndim for d in chosen]
-
-
-def _reduced(layout: Layout, dims: Sequence[int], keepdim: bool) -> Layout:
-    kept = [(plain(1) if i in dims else dim) for i, dim in enumerate(layout.dims) if keepdim or i not in dims]
-    return Layout(tuple(kept))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:

@@ -48,16 +48,9 @@ MAXIMA = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
 
 @rule(*CONVOLUTIONS)
 def convolution(
-    mesh: Mesh,
-    func: Any,
-    tensor: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
+    mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+    padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
     layout = require_layout(tensor, weight, bias)
     n = CONVOLUTIONS[func]
     if isinstance(padding, str):
@@ -67,8 +60,7 @@ def convolution(
         return upsampled_convolution(mesh, recipe, layout, weight, bias)
     windows = _windows(layout, tuple(zip(weight.shape[2:], steps, pads, gaps, strict=True)))
     tensor = extend(mesh, tensor, layout, _needs(windows), later=True)
-    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
-    result = func(tensor, weight, bias, stride, rest, dilation, groups)
+    result = func(tensor, weight, bias, stride, _left(pads, layout, windows), dilation, groups)
     return mark(result, _window_layout(mesh, layout, windows, result))
 
 
@@ -81,17 +73,9 @@ def _windows(layout: Layout, geometry: tuple[tuple[int, int, int, int], ...]) ->
 
 @rule(*TRANSPOSED)
 def transposed_convolution(
-    mesh: Mesh,
-    func: Any,
-    tensor: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Tensor:
+    mesh: Mesh, func: Any, tensor: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Tensor:  # fmt: skip
     layout = require_layout(tensor, weight, bias)
     n = TRANSPOSED[func]
     steps, pads, extras, dilations = (each(v, n) for v in (stride, padding, output_padding, dilation))
@@ -146,69 +130,43 @@ def _reflects(cut: Cut, window: Window) -> bool:
     return all(inside > max(-low, high - cut.size) for low, high, inside in needs)
 
 
-@rule(*AVERAGES)
-def average_pool(
+@rule(*AVERAGES, *MAXIMA)
+def pool(
     mesh: Mesh,
     func: Any,
     tensor: Tensor,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
+    *more: Any,
+    **named: Any,
 ) -> Tensor:
-    n = AVERAGES[func]
-    extra = () if n == 1 else (divisor_override,)
-    layout = require_layout(tensor)
-    if any(each(padding, n)) and (not count_include_pad or ceil_mode):
-        raise NotExactError("an average that leaves out the padding")
-    result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, 1, ceil_mode, ZEROS)
-    result = func(result, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
-    return mark(result, _window_layout(mesh, layout, windows, result))
-
-
-@rule(*MAXIMA)
-def max_pool(
-    mesh: Mesh,
-    func: Any,
-    tensor: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Tensor:
-    layout = require_layout(tensor)
-    if return_indices:
+    """Where the padding has been fetched or filled in, it is no longer left to the function."""
+    layout, is_average = require_layout(tensor), func in AVERAGES
+    n = AVERAGES[func] if is_average else MAXIMA[func]
+    names = ("ceil_mode", "count_include_pad", "divisor_override") if is_average else _OF_MAXIMA
+    named |= zip(names, more, strict=False)
+    if named.pop("return_indices", False):
         raise NotExactError("positions in a shard are not positions in the picture")
-    n, lowest = MAXIMA[func], Fill(value=float("-inf"))
-    result, windows, padding = _pool(mesh, tensor, layout, n, kernel_size, stride, padding, dilation, ceil_mode, lowest)
-    result = func(result, kernel_size, stride, padding, dilation, ceil_mode)
-    return mark(result, _window_layout(mesh, layout, windows, result))
-
-
-def _pool(
-    mesh: Mesh,
-    tensor: Tensor,
-    layout: Layout,
-    n: int,
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    ceil_mode: bool,
-    fill: Fill,
-) -> tuple[Tensor, dict[int, Window], list[int]]:
-    """The input with its halos, the windows, and the padding that is left to the pooling function."""
-    kernels, pads = each(kernel, n), each(padding, n)
-    geometry = list(zip(kernels, each(stride or kernel, n), pads, each(dilation, n), strict=True))
+    ceil_mode, counts_all = named.get("ceil_mode", False), named.get("count_include_pad", True)
+    if is_average and any(each(padding, n)) and (not counts_all or ceil_mode):
+        raise NotExactError("an average that leaves out the padding")
+    kernels, pads = each(kernel_size, n), each(padding, n)
+    geometry = list(zip(kernels, each(stride or kernel_size, n), pads, each(named.get("dilation", 1), n), strict=True))
     cuts = _spatial_cuts(layout, n, [g[:3] == (1, 1, 0) for g in geometry])
     windows = {dim: window(cut, *geometry[dim - layout.ndim], ceil_mode) for dim, cut in cuts.items()}
+    fill = ZEROS if is_average else Fill(value=float("-inf"))
     tensor = extend(mesh, tensor, layout, _needs(windows), fill=fill)
-    rest = [0 if i - n + layout.ndim in windows else p for i, p in enumerate(pads)]
-    return tensor, windows, rest
+    result = func(tensor, kernel_size, stride, _left(pads, layout, windows), **named)
+    return mark(result, _window_layout(mesh, layout, windows, result))
+
+
+_OF_MAXIMA = ("dilation", "ceil_mode", "return_indices")
+
+
+def _left(pads: Sequence[int], layout: Layout, windows: dict[int, Window]) -> list[int]:
+    """The padding that is left to the function: of dimensions for which nothing was fetched."""
+    return [0 if i - len(pads) + layout.ndim in windows else p for i, p in enumerate(pads)]
 
 
 def _named_padding(name: str, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -244,16 +202,9 @@ def _window_layout(mesh: Mesh, layout: Layout, windows: dict[int, Window], resul
 
 @rule(F.interpolate)
 def interpolate(
-    mesh: Mesh,
-    func: Any,
-    tensor: Tensor,
-    size: Any = None,
-    scale_factor: Any = None,
-    mode: str = "nearest",
-    align_corners: bool | None = None,
-    recompute_scale_factor: bool | None = None,
-    antialias: bool = False,
-) -> Tensor:
+    mesh: Mesh, func: Any, tensor: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
+    align_corners: bool | None = None, recompute_scale_factor: bool | None = None, antialias: bool = False,
+) -> Tensor:  # fmt: skip
     """Nearest by whole factors is local; linear modes need one row on each side, cropped afterwards."""
     options = (mode, align_corners, recompute_scale_factor, antialias)
     layout = require_layout(tensor)
@@ -279,6 +230,12 @@ def interpolate(
     return mark(_linear(mesh, func, tensor, layout, factors, options), resized)
 
 
+def _one_more(layout: Layout) -> dict[int, tuple[Extent, ...]]:
+    """A row on each side of what each part has."""
+    dims = [dim for dim in layout.sharded_dims if dim >= 2]
+    return {dim: tuple((low - 1, high + 1) for low, high in require_axis(layout, dim).cut.extents) for dim in dims}
+
+
 def _resampled(cut: Cut, length: int, target: int, mode: str) -> Cut:
     if target % length == 0:
         return refine(cut, target // length)
@@ -288,11 +245,7 @@ def _resampled(cut: Cut, length: int, target: int, mode: str) -> Cut:
 
 
 def _linear(mesh: Mesh, func: Any, tensor: Tensor, layout: Layout, factors: list[int], options: Any) -> Tensor:
-    needs = {
-        dim: tuple((low - 1, high + 1) for low, high in require_axis(layout, dim).cut.extents)
-        for dim in layout.sharded_dims
-        if dim >= 2
-    }
+    needs = _one_more(layout)
     wide = extend(mesh, tensor, layout, needs, fill=Fill("replicate"))
     result = func(wide, [f * s for f, s in zip(factors, wide.shape[2:], strict=True)], None, *options)
     for dim in needs:
@@ -307,10 +260,7 @@ def upsampled_convolution(
     small = with_lengths(layout, recipe.base)
     for dim in layout.sharded_dims:
         small = recut(mesh, small, dim, coarsen(require_axis(layout, dim).cut, 2))
-    needs = {
-        dim: tuple((low - 1, high + 1) for low, high in require_axis(small, dim).cut.extents)
-        for dim in small.sharded_dims
-    }
+    needs = _one_more(small)
     wide = extend(mesh, recipe.base, small, needs, later=True)
     result = upsampled.upsampled_convolution(recipe, weight, bias, wide, tuple(needs))
     return mark(result, with_lengths(layout, result))

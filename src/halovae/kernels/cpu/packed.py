@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.kernels.kept import derived
 from halovae.kernels.memory_format import memory_format
 from halovae.kernels.shapes_only import device_type
-from halovae.kernels.weight_cache import derived
 
 LIGHT = 8
 """A picture with as many times fewer elements than the weight is convolved faster than the weight is packed."""

@@ -19,11 +19,10 @@ from halovae.base.geometry import Extent
 from halovae.base.private_torch import without_functions
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import operators
-from halovae.kernels.kept import kept
+from halovae.kernels.kept import derived, kept
 from halovae.kernels.memory_format import memory_format, memory_of
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike, device_type
-from halovae.kernels.weight_cache import derived
 
 FEW_POSITIONS = 1 << 14
 """Of the output. Below, the vendor library has kernels that share out the sum; above, ours fills the device."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of
 from halovae.kernels.gpu import dispatch
 from halovae.kernels.lazy.deferred import OfBase, Recipe
-from halovae.kernels.memory_format import is_channels_last, is_dense_channels_last, memory_format, strides_of
+from halovae.kernels.memory_format import is_channels_last, is_dense_channels_last, memory_format, memory_of, strides_of
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import device_type, in_turn
 
@@ -226,3 +226,55 @@ class Seen:
 def uncut_by(parameter: Tensor, ndim: int) -> frozenset[int]:
     """The dimensions along which a broadcast parameter varies."""
     return frozenset(ndim - 1 - i for i, size in enumerate(reversed(parameter.shape)) if size > 1)
+
+
+# ---- the root mean square over channels, as networks write it out: each function waits for the next one, and the
+# division by the root becomes one step of a chain
+
+
+@dataclass(frozen=True)
+class MeanSquare(OfBase):
+    """Something on the way from a tensor to its root mean square; a recipe."""
+
+    base: Chain
+    """What is squared."""
+    dtype: torch.dtype
+    dim: int | None = None
+    """The mean over it is taken; None: not yet."""
+    added: float = 0.0
+    power: float = 1.0
+    """1: the mean square; 0.5: its root; -0.5: one over the root."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(1 if dim == self.dim else size for dim, size in enumerate(self.base.shape))
+
+    @property
+    def channels_last(self) -> bool:
+        return self.dim is None and self.base.channels_last
+
+    @property
+    def is_root(self) -> bool:
+        return self.power != 1.0
+
+    def is_of(self, chain: Chain) -> bool:
+        """Whether it is the root mean square of the very tensor that a chain makes."""
+        return chain.steps is self.base.steps and _is_same(chain.base, self.base.base)
+
+    def compute(self) -> Tensor:
+        tensor = self.base.cast(self.dtype).compute() if self.base.steps else self.base.base.to(self.dtype)
+        value = tensor.square()
+        if self.dim is None:
+            return value
+        value = value.mean(self.dim, keepdim=True)
+        if self.added:
+            value = value + self.added
+        return value if self.power == 1.0 else value.sqrt() if self.power == 0.5 else value.rsqrt()
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (
+        memory_of(one) == memory_of(other)
+        and (one.dtype, one.shape, one.stride(), one.storage_offset())
+        == (other.dtype, other.shape, other.stride(), other.storage_offset())
+    )

@@ -45,9 +45,9 @@ class Recipe(Protocol):
 
 
 class OfBase:
-    """What a recipe has from the tensor that it begins with."""
+    """What a recipe has from the tensor, or from the recipe, that it begins with."""
 
-    base: Tensor
+    base: Any
 
     @property
     def device(self) -> torch.device:
@@ -55,11 +55,11 @@ class OfBase:
 
     @property
     def channels_last(self) -> bool:
-        return is_channels_last(self.base)
+        return is_channels_last(self.base) if isinstance(self.base, Tensor) else self.base.channels_last
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
-        return (self.base,)
+        return (self.base,) if isinstance(self.base, Tensor) else self.base.sources
 
 
 class Deferred(torch.Tensor):

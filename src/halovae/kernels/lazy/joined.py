@@ -172,10 +172,7 @@ class Joined:
         """Write what is unpadded from `first` to `last`; wait for the halo only where some of that is in it.
 
         Args:
-            inside: where to write it.
-            dim: along which `first` and `last` are meant.
-            first: position.
-            last: position behind the last one.
+            dim: along which `first` and `last` are meant; the last one is not written any more.
             but: a part that is there already.
         """
         for block, starts in self._blocks():

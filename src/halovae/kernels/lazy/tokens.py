@@ -73,9 +73,6 @@ class Scaled(_Tokens):
     def compute(self) -> Tensor:
         return self.tokens * self.scale
 
-    def added_to(self, residual: Tensor) -> Sum:
-        return Sum(residual, torch.promote_types(self.dtype, residual.dtype), self.tokens, self.scale)
-
 
 @dataclass(frozen=True)
 class Sum(_Tokens):
@@ -120,9 +117,6 @@ class Activated(_Tokens):
     def compute(self) -> Tensor:
         return F.silu(self.tokens)
 
-    def gating(self, tokens: Tensor) -> Gated:
-        return Gated(tokens, self.dtype, self.tokens)
-
 
 @dataclass(frozen=True)
 class Gated(_Tokens):
@@ -151,12 +145,6 @@ class Part(_Tokens):
     def compute(self) -> Tensor:
         part = plain(self.tokens)[..., self.start : self.stop]
         return -part if self.negative else part
-
-    def part(self, start: int, stop: int) -> Part:
-        return replace(self, start=self.start + start, stop=self.start + stop)
-
-    def negated(self) -> Part:
-        return replace(self, negative=not self.negative)
 
 
 @dataclass(frozen=True)
@@ -218,7 +206,7 @@ def part(tokens: Tensor, places: slice) -> Deferred | None:
     if step != 1 or start >= stop:
         return None
     if isinstance(recipe, Part) and not recipe.negative:
-        return Deferred(recipe.part(start, stop))
+        return Deferred(replace(recipe, start=recipe.start + start, stop=recipe.start + stop))
     if isinstance(recipe, Normed) and tokens.ndim == 4:
         return Deferred(Part(tokens, tokens.dtype, start, stop))
     return None
@@ -226,7 +214,7 @@ def part(tokens: Tensor, places: slice) -> Deferred | None:
 
 def negated(tokens: Any) -> Deferred | None:
     recipe = recipe_of(tokens)
-    return Deferred(recipe.negated()) if isinstance(recipe, Part) else None
+    return Deferred(replace(recipe, negative=not recipe.negative)) if isinstance(recipe, Part) else None
 
 
 def joined(parts: Sequence[Any]) -> Deferred | None:
@@ -280,7 +268,7 @@ def scaled(one: Any, other: Any) -> Deferred | None:
         if isinstance(recipe, Activated):
             fits = isinstance(tokens, Tensor) and not isinstance(tokens, Deferred) and are_tokens(tokens)
             if fits and (tokens.shape, tokens.dtype) == (factor.shape, factor.dtype) and _rows_alike(tokens, recipe):
-                return Deferred(recipe.gating(tokens))
+                return Deferred(Gated(tokens, recipe.dtype, recipe.tokens))
             continue
         fits = isinstance(tokens, Tensor) and tokens.ndim == 3 and _is_parameter(factor, tokens) and are_tokens(tokens)
         if fits and (base := plain(tokens)).is_contiguous():
@@ -314,7 +302,7 @@ def summed(one: Any, other: Any) -> Deferred | None:
         recipe = recipe_of(layer)
         fits = isinstance(recipe, Scaled) and are_tokens(residual) and tuple(residual.shape) == recipe.shape
         if isinstance(recipe, Scaled) and fits and (base := plain(residual)).is_contiguous():
-            return Deferred(recipe.added_to(base))
+            return Deferred(Sum(base, torch.promote_types(recipe.dtype, base.dtype), recipe.tokens, recipe.scale))
     return None
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from halovae.kernels.cpu.slabs import WINDOW_BYTES
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import dispatch
+from halovae.kernels.kept import derived
 from halovae.kernels.lazy.deferred import OfBase, Recipe, plain, recipe_of
 from halovae.kernels.lazy.joined import joined_in
 from halovae.kernels.memory_format import memory_format
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike, device_type, in_turn
-from halovae.kernels.weight_cache import derived
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def joined_repeats(recipes: Sequence[Any]) -> Repeated | None:
 
 
 @dataclass(frozen=True)
-class FramesOf:
+class FramesOf(OfBase):
     """Pictures that wait, as frames of videos; a recipe, on accelerators."""
 
-    frames: Recipe
+    base: Recipe
     """`[B * T, C, H, W]`."""
     batch: int
     turned: bool
@@ -146,28 +146,20 @@ class FramesOf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        count, channels, *sizes = self.frames.shape
+        count, channels, *sizes = self.base.shape
         length = count // self.batch
         return (self.batch, *((length, channels) if self.turned else (channels, length)), *sizes)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.frames.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.frames.device
+        return self.base.dtype
 
     @property
     def channels_last(self) -> bool:
-        return self.frames.channels_last and not self.turned
-
-    @property
-    def sources(self) -> tuple[Tensor, ...]:
-        return self.frames.sources
+        return self.base.channels_last and not self.turned
 
     def compute(self) -> Tensor:
-        turned = self.frames.compute().unflatten(0, (self.batch, -1))
+        turned = self.base.compute().unflatten(0, (self.batch, -1))
         return turned if self.turned else turned.transpose(1, 2)
 
 
@@ -191,9 +183,6 @@ def upsampled_convolution(
     """The 3 x 3 convolution with padding 1 of a deferred upsampling. `[B, C, 2H, 2W]` to `[B, C', 2H, 2W]`.
 
     Args:
-        recipe: the upsampling.
-        weight: `[C', C, 3, 3]`.
-        bias: `[C']`.
         base: the small picture, if it is not the recipe's own. It may be deferred.
         bordered: dimensions (2, 3) in which `base` has one more row before and after, and no padding is due.
     """
