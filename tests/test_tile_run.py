@@ -26,7 +26,11 @@ def count(rank: int, name: str, half: str, height: int, width: int) -> tuple[boo
     picture = cut.picture(half, height, width)
     found, outcome = run(cut, vae, half, picture)
     schedule = outcome.plan.schedule
-    return torch.equal(found, run_alone(cut, vae, half, picture)), len(schedule.chains), schedule.spread
+    equal = torch.equal(found, run_alone(cut, vae, half, picture))
+    # Of several pictures a convolution may leave its result in another layout, whose sums have other last bits.
+    two = torch.cat([picture, picture.flip(-1)])
+    equal = equal and torch.equal(run(cut, vae, half, two)[0], run_alone(cut, vae, half, two))
+    return equal, len(schedule.chains), schedule.spread
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])

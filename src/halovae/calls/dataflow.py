@@ -200,13 +200,14 @@ class Spec:
         # Made in two steps: a prediction takes what `torch.zeros` makes for a constant, whose values are known.
         return torch.empty((), dtype=self.dtype, device=device).zero_().expand(self.shape)
 
-    def arranged(self, tensor: Tensor) -> Tensor:
-        """The tensor in this memory order, dense: a copy only where it is not so already."""
-        return self.flat(tensor).permute([self.order.index(d) for d in range(len(self.order))])
+    def laid(self, flat: Tensor, order: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape whose elements lie in memory as they do in `flat`, its dimensions in that order."""
+        return flat.view([self.shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
 
-    def flat(self, tensor: Tensor) -> Tensor:
-        """The tensor's elements as they lie in memory, contiguous: what is sent."""
-        return tensor.permute(self.order).contiguous()
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a tensor as they lie in memory; in the order of its dimensions where it has gaps."""
+    return tensor.permute(memory_order(tensor)).reshape(-1)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:

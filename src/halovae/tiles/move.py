@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from halovae.calls.dataflow import flat, memory_order
 from halovae.calls.record import NetworkCall
 from halovae.comm import Comm, Message, Pending
 from halovae.tiles.tile_plan import Schedule, TileChain
@@ -30,6 +31,7 @@ class Mover:
         self._chains = [schedule.of(rank) for rank in range(comm.size)]
         self._rounds = schedule.rounds
         self._posted: list[Pending] = []
+        self._arriving: dict[int, list[Tensor]] = {}
 
     def post_complete(self) -> None:
         """Begin the rounds whose chain of this rank has been run."""
@@ -53,21 +55,31 @@ class Mover:
 
     def _outgoing(self, chain: TileChain) -> list[Message]:
         others = [rank for rank in self._holders if rank != self._comm.rank]
-        flat = self._flat(chain) if others else []
-        return [(rank, tensor) for rank in others for tensor in flat]
+        tensors = [flat(tensor) for call in chain.calls for tensor in self.results[call]] if others else []
+        return [(rank, tensor) for rank in others for tensor in tensors]
 
     def _incoming(self, chain: TileChain) -> list[Tensor]:
-        self.results |= {call: [spec.empty(self._device) for spec in self._calls[call].specs] for call in chain.calls}
-        return self._flat(chain)
-
-    def _flat(self, chain: TileChain) -> list[Tensor]:
-        """The results of a chain, as they travel."""
-        pairs = [pair for n in chain.calls for pair in zip(self._calls[n].specs, self.results[n], strict=True)]
-        return [spec.flat(tensor) for spec, tensor in pairs]
+        for call in chain.calls:
+            self._arriving[call] = [
+                torch.empty(spec.numel, dtype=spec.dtype, device=self._device) for spec in self._calls[call].specs
+            ]
+        return [buffer for call in chain.calls for buffer in self._arriving[call]]
 
     def finish(self) -> None:
-        """Post what is left, and wait until everything has arrived."""
+        """Post what is left, wait until everything has arrived, and lay it out as it was where it was made.
+
+        Which layout a device's convolution gives is not seen on shapes alone. The VAE's own code goes on with the
+        result, and in another layout its sums may have other last bits.
+        """
         while len(self._posted) < self._rounds:
             self._post()
+        mine = {call: [memory_order(tensor) for tensor in tensors] for call, tensors in self.results.items()}
+        orders = {call: order for rank in self._comm.all_gather_object(mine) for call, order in rank.items()}
         for pending in self._posted:
             pending.wait()
+        for call, buffers in self._arriving.items():
+            specs = self._calls[call].specs
+            laid_out = orders.get(call, [spec.order for spec in specs])
+            self.results[call] = [
+                spec.laid(buffer, order) for spec, buffer, order in zip(specs, buffers, laid_out, strict=True)
+            ]

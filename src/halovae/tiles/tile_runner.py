@@ -196,7 +196,7 @@ def _used(call: NetworkCall, result: Any) -> list[torch.Tensor]:
     for spec, tensor in tensors:
         if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
             raise TilingError(f"the network gave {tuple(tensor.shape)} {tensor.dtype} where {spec} was planned")
-    return [spec.arranged(tensor) for spec, tensor in tensors]
+    return [tensor for _, tensor in tensors]
 
 
 class TileCall:
