@@ -112,7 +112,7 @@ def look(item: Item, fps: Fraction | None) -> ClipSize:
             size, end = pictures[0].size, pictures[-1].end
             times = [shown.begins for shown in pictures]
         else:
-            with opened(path) as source:
+            with opened(path, threads=1) as source:
                 first = next(source.pictures, None)
             if first is None:
                 raise InputError(f"{item.key} has no frames")
@@ -191,7 +191,8 @@ def take(item: Item, bucket: Bucket, fps: Fraction | None) -> Taken:
     numbers: list[int] = []
     begins: list[Fraction | None] = []
     size, end = (0, 0), None
-    with item.file() as path, opened(path) as source:
+    # One thread: other clips are read at the same time.
+    with item.file() as path, opened(path, threads=1) as source:
         for number, shown, times in _sampled(source, wanted, fps):
             if not numbers:
                 size = shown.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
@@ -73,18 +73,23 @@ _ORIENTATION = 0x0112
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[OpenedFile]:
+def open_video(path: Path, threads: int = 0) -> Iterator[OpenedFile]:
     """The video in a file.
+
+    Args:
+        path: of the file.
+        threads: that decode it; 0: one for each core.
 
     Raises:
         InputError: there is none, or it can't be decoded.
     """
     with _opened(path) as (container, stream):
+        stream.codec_context.thread_count = threads
         notes = _notes(container, stream)
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         yield OpenedFile(
             size=(stream.height, stream.width),
-            pictures=_shown(path, container, stream, notes),
+            pictures=_shown(path, container, stream, notes, threads),
             rates=tuple(Fraction(rate) for rate in rates if rate),
             tick=Fraction(stream.time_base or 0),
             lossy=_lossy(container, stream),
@@ -158,9 +163,13 @@ def _lossy(container: InputContainer, stream: VideoStream) -> str:
     return "" if not codec.lossy or container.metadata.get("comment") == LOSSLESS else codec.name
 
 
-def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: list[str]) -> Iterator[Shown]:
+def _shown(
+    path: Path, container: InputContainer, stream: VideoStream, notes: list[str], threads: int
+) -> Iterator[Shown]:  # fmt: skip
     """Frames in order of display."""
     seen, turned, turn = 0, None, None
+    # One for all frames: to set it up takes longer than to convert a small one.
+    convert = functools.partial(VideoReformatter().reformat, threads=threads)
     problems: list[str] = []
     for packet, frame in _frames(path, container, stream, problems):
         width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
@@ -178,7 +187,7 @@ def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: li
         tick = Fraction(frame.time_base or stream.time_base or 0)
         yield Shown(
             size=(width, frame.height) if turn in _ON_ITS_SIDE else (frame.height, width),
-            make=functools.partial(_upright, path, frame, width, turn),
+            make=functools.partial(_upright, path, frame, width, turn, convert),
             begins=None if frame.pts is None else frame.pts * tick,
             lasts=frame.duration * tick if frame.duration else None,
         )
@@ -268,8 +277,10 @@ def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def _upright(path: Path, frame: VideoFrame, width: int, turn: Image.Transpose | None) -> Image.Image:
-    picture = to_rgb(path, frame, width)
+def _upright(
+    path: Path, frame: VideoFrame, width: int, turn: Image.Transpose | None, convert: Callable[..., VideoFrame]
+) -> Image.Image:  # fmt: skip
+    picture = to_rgb(path, frame, width, convert)
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -290,11 +301,15 @@ def _matrix(path: Path, frame: VideoFrame) -> Any:
     return Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
 
 
-def to_rgb(path: Path, frame: VideoFrame, width: int) -> Image.Image:
-    """`width` pixels wide."""
+def to_rgb(path: Path, frame: VideoFrame, width: int, convert: Callable[..., VideoFrame]) -> Image.Image:
+    """`width` pixels wide.
+
+    Args:
+        convert: `VideoReformatter.reformat`.
+    """
     matrix = _matrix(path, frame)
     try:
-        converted = frame.reformat(width=width, format="rgb24", src_colorspace=matrix, interpolation=_SCALER)
+        converted = convert(frame, width=width, format="rgb24", src_colorspace=matrix, interpolation=_SCALER)
         return Image.fromarray(converted.to_ndarray())
     except (av.FFmpegError, ValueError) as error:
         raise InputError(
