@@ -175,19 +175,20 @@ class Taken:
     """For JSON: the size of the source, what of a picture is kept in its pixels, and the numbers of its frames."""
 
 
-def take(item: Item, bucket: Bucket, fps: Fraction | None) -> Taken:
+def take(item: Item, bucket: Bucket, fps: Fraction | None, pixels: NDArray[np.uint8] | None = None) -> Taken:
     """Decode, sample, scale and crop a clip.
 
     Args:
         item: the clip.
         bucket: the size to bring it to.
         fps: the rate to sample at, where each moment shows the frame that a player shows; None: each frame.
+        pixels: what is filled; None: a new array.
 
     Raises:
         InputError: it can't be decoded up to the last frame that is wanted.
     """
     target, wanted = (bucket.height, bucket.width), item.range
-    pixels = np.empty((bucket.frames, *target, 3), np.uint8)
+    pixels = np.empty((bucket.frames, *target, 3), np.uint8) if pixels is None else pixels
     numbers: list[int] = []
     begins: list[Fraction | None] = []
     size, end = (0, 0), None

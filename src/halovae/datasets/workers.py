@@ -82,8 +82,7 @@ def read_unit(row: Row, job: Job) -> Row:
         if wanted and not job.layout.place(item, size).exists():
             try:
                 with begun(job.layout.root / BEGUN, item.key):
-                    clip = take(item, size, fps)
-                place[...], taken = clip.pixels, told(clip)
+                    taken = told(take(item, size, fps, place))
             except Exception as error:  # As in `look_at`.
                 fault = reason_of(error)
         told_of.append(taken)
