@@ -333,7 +333,7 @@ class DatasetRun:
             yield Unit.from_json(row["unit"]), json.loads(row["told"])
 
     def plan(self) -> str:
-        """What a run would do, in lines of text. Nothing is written."""
+        """What a run would do, in lines of text. Nothing is kept."""
         with self.folder.marks() as begun:
             clips, faults = self.survey(begun, keep=False)
         there = self.folder.finished(clips)
