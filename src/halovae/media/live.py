@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from halovae.media.video import to_rgb
@@ -34,7 +33,6 @@ class LivePictures:
     def __init__(self) -> None:
         self._bytes = bytearray()
         self._decoder: Any = None
-        self._convert = VideoReformatter().reformat
 
     def feed(self, words: bytes) -> Iterator[Image.Image]:
         """The pictures that are whole with the next part of the file."""
@@ -50,4 +48,4 @@ class LivePictures:
                 self._decoder.extradata = _settings(content)
             elif kind == b"mdat":  # One frame.
                 for frame in self._decoder.decode(av.Packet(content)):
-                    yield to_rgb(Path("stream.mp4"), frame, frame.width, self._convert)
+                    yield to_rgb(Path("stream.mp4"), frame, frame.width)

@@ -163,12 +163,7 @@ class Film:
 
 @contextmanager
 def opened(path: Path, threads: int = 0) -> Iterator[OpenedFile]:
-    """The pictures of a video or an image.
-
-    Args:
-        path: of the file.
-        threads: as of `open_video`.
-    """
+    """The pictures of a video or an image; `threads` as of `open_video`."""
     with open_pictures(path) as source:
         if source is not None:
             yield source

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -70,15 +71,12 @@ _ORIENTATIONS = {
 """EXIF's numbers by the signs of a display matrix: x' = ax + cy and y' = bx + dy for (a, b, c, d)."""
 _ORIENTATION = 0x0112
 """EXIF's tag."""
+_local = threading.local()
 
 
 @contextmanager
 def open_video(path: Path, threads: int = 0) -> Iterator[OpenedFile]:
-    """The video in a file.
-
-    Args:
-        path: of the file.
-        threads: that decode it; 0: one for each core.
+    """The video in a file, decoded by so many threads; 0: one for each core.
 
     Raises:
         InputError: there is none, or it can't be decoded.
@@ -89,7 +87,7 @@ def open_video(path: Path, threads: int = 0) -> Iterator[OpenedFile]:
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         yield OpenedFile(
             size=(stream.height, stream.width),
-            pictures=_shown(path, container, stream, notes, threads),
+            pictures=_shown(path, container, stream, notes),
             rates=tuple(Fraction(rate) for rate in rates if rate),
             tick=Fraction(stream.time_base or 0),
             lossy=_lossy(container, stream),
@@ -163,13 +161,9 @@ def _lossy(container: InputContainer, stream: VideoStream) -> str:
     return "" if not codec.lossy or container.metadata.get("comment") == LOSSLESS else codec.name
 
 
-def _shown(
-    path: Path, container: InputContainer, stream: VideoStream, notes: list[str], threads: int
-) -> Iterator[Shown]:  # fmt: skip
+def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: list[str]) -> Iterator[Shown]:
     """Frames in order of display."""
     seen, turned, turn = 0, None, None
-    # One for all frames: to set it up takes longer than to convert a small one.
-    convert = functools.partial(VideoReformatter().reformat, threads=threads)
     problems: list[str] = []
     for packet, frame in _frames(path, container, stream, problems):
         width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
@@ -187,7 +181,7 @@ def _shown(
         tick = Fraction(frame.time_base or stream.time_base or 0)
         yield Shown(
             size=(width, frame.height) if turn in _ON_ITS_SIDE else (frame.height, width),
-            make=functools.partial(_upright, path, frame, width, turn, convert),
+            make=functools.partial(_upright, path, frame, width, turn),
             begins=None if frame.pts is None else frame.pts * tick,
             lasts=frame.duration * tick if frame.duration else None,
         )
@@ -277,10 +271,8 @@ def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def _upright(
-    path: Path, frame: VideoFrame, width: int, turn: Image.Transpose | None, convert: Callable[..., VideoFrame]
-) -> Image.Image:  # fmt: skip
-    picture = to_rgb(path, frame, width, convert)
+def _upright(path: Path, frame: VideoFrame, width: int, turn: Image.Transpose | None) -> Image.Image:
+    picture = to_rgb(path, frame, width)
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -301,20 +293,25 @@ def _matrix(path: Path, frame: VideoFrame) -> Any:
     return Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
 
 
-def to_rgb(path: Path, frame: VideoFrame, width: int, convert: Callable[..., VideoFrame]) -> Image.Image:
-    """`width` pixels wide.
-
-    Args:
-        convert: `VideoReformatter.reformat`.
-    """
+def to_rgb(path: Path, frame: VideoFrame, width: int) -> Image.Image:
+    """`width` pixels wide."""
     matrix = _matrix(path, frame)
     try:
-        converted = convert(frame, width=width, format="rgb24", src_colorspace=matrix, interpolation=_SCALER)
+        converted = _converter().reformat(
+            frame, threads=1, width=width, format="rgb24", src_colorspace=matrix, interpolation=_SCALER
+        )
         return Image.fromarray(converted.to_ndarray())
     except (av.FFmpegError, ValueError) as error:
         raise InputError(
             f"{path}: its pixels ({frame.format.name}) can't be converted to RGB: {_words(error)}"
         ) from error
+
+
+def _converter() -> VideoReformatter:
+    """One for all frames of a thread: by itself PyAV makes one for each frame, which takes as long as its work."""
+    if not hasattr(_local, "converter"):
+        _local.converter = VideoReformatter()
+    return _local.converter
 
 
 def _words(error: Exception) -> str:
