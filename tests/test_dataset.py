@@ -5,53 +5,66 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
 from clips import bars, make_video
-from command import end_with_parent, enter, run, saved
+from command import PATIENCE, end_with_parent, enter, run, saved, start
 from PIL import Image
+from ray import cloudpickle
 from servers import disk
+from torch import Tensor
 
 from halovae.base.files import write_json
 from halovae.cli.main import main
-from halovae.datasets import Latents, workers
+from halovae.datasets import Latents, groups, workers
 from halovae.datasets.buckets import Bucket, take
-from halovae.datasets.forecast import needs
+from halovae.datasets.forecast import needs, plan
 from halovae.datasets.formats import Storage
-from halovae.datasets.items import find_items
+from halovae.datasets.items import Item, find_items
 from halovae.datasets.shards import keys_in, pack
 from halovae.datasets.units import Job, Unit, units_of
-from halovae.media import codec, latents_file, models, vae_limits
+from halovae.media import codec, latents_file, models, vae_limits, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of Ray's own.
 
-BUCKETS = ["--bucket", "64x96x5", "--bucket", "64x96"]
+BUCKETS = [f"--bucket={size}" for size in ("64x96x5", "64x96", "128x192x5", "192x288x5")]
 CLIPS = 6
+FATAL = "sub/5.mp4"
+"""Ends each process that reads it, as a broken file does with a decoder that has an error."""
+LARGER = {"large.mp4": (192, 288), "starving.mp4": (128, 192)}
+"""Height and width of those that no device alone encodes; of the others they are 64 and 96."""
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a Ray with one processor more than the devices and the reader of a test need."""
-    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
-    context = ray.init(
-        num_cpus=5, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, logging_level="ERROR",
-    )  # fmt: skip
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Ray with one processor more than the devices and the reader of a test need.
+
+    What one process finds out about the VAE, the next ones know, as those of a user.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+        patch.setenv("HALOVAE_CACHE", "")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        context = ray.init(
+            num_cpus=4, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
+            configure_logging=False, logging_level="ERROR", _system_config={"prestart_worker_first_driver": False},
+        )  # fmt: skip
+        yield context.address_info["gcs_address"]
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -103,40 +116,49 @@ def undisturbed(folder: Path, model: str, clips: Path) -> dict[str, bytes]:
     return files(folder)
 
 
-def test_kills_and_two_devices_give_the_same_bytes_once(
+def test_kills_and_groups_give_the_same_bytes_once(
     cluster: str, model: str, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The driver is killed at its second item; the next run goes on, on two devices, while its workers are killed."""
+    """The driver is killed at its second item. The next run goes on, on two devices: an encoder is killed, one clip
+    ends each process that reads it, one finds too little memory on a device alone, and one is planned for two."""
     output = clips.parent / "killed"
     words = ["encode-dataset", str(clips), "-o", str(output), "--model", model, *BUCKETS, "--dtype", "float64"]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "halovae", *words, "--ray-address", cluster],
-        preexec_fn=end_with_parent, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    expected = undisturbed(tmp_path / "expected", model, clips)
-    deadline = time.monotonic() + 200
-    while len(files(output)) < 2 and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    assert driver.wait() == -signal.SIGKILL, driver.stderr and driver.stderr.read()
-    driver.communicate()
+    with start(*words, "--ray-address", cluster, preexec_fn=end_with_parent) as driver:
+        expected = undisturbed(tmp_path / "expected", model, clips)
+        deadline = time.monotonic() + PATIENCE
+        while len(files(output)) < 2 and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        driver.kill()
+        said = driver.communicate()
+    assert driver.returncode == -signal.SIGKILL, said
+    (output / f"latents/{FATAL}.safetensors").unlink(missing_ok=True)
     first = {path: os.stat(output / path).st_mtime_ns for path in files(output)}
-    assert len(first) >= 2
-    with watching(killing({"Encoder": 1, "read_unit": 1})):
-        assert main([*words, "--devices", "2", "--json", "run.json", "--report", "report"]) == 0
-    assert files(output) == expected
+    for name, size in LARGER.items():
+        write(clips / name, bars(5, *size), Fraction(25))
+    job = Job(layout=layout_of(model, dtype="float64"), device="cpu", dtype="float64", fps=None, threads=1)
+    large = Bucket(192, 288, 5)
+    (alone,) = needs(job, [large], 1, 1.0, timed=False)
+    limits = vae_limits.limits_of(models.find_skeleton(model)[1])
+    assert "on no number of devices" in plan({large: alone}, Counter([large]), 1, limits, job.layout)[0]
+    room = str((alone.bytes - 1) / 2**30)
+    with sabotage():
+        assert main([*words, "--devices", "2", "--memory", room, "--json", "run.json", "--report", "report"]) == 0
+    found = files(output)
+    del expected[f"latents/{FATAL}.safetensors"]
+    assert {path: found[path] for path in expected} == expected
     assert {path: os.stat(output / path).st_mtime_ns for path in first} == first, "encoded again"
     assert not list(output.rglob("*.part*"))
-    said = capsys.readouterr().out
-    assert f"{CLIPS + 3 - len(first)} encoded, {len(first)} there already, 1 failed" in said
+    said = capsys.readouterr()
+    assert f"{CLIPS + 4 - len(first)} encoded, {len(first)} there already, 2 failed" in said.out
+    assert said.err.count("goes to a group") == said.err.count("starving.mp4 goes to a group of 2 devices") == 1
+    assert (output / "killed").exists()
     _check_what_it_says(output, len(first))
     _check_numbers(output, model, clips)
-    (output / "latents" / "1.png.safetensors").unlink()
     assert main([*words, "--dry-run"]) == 0
-    plan = capsys.readouterr().out
-    assert f"{CLIPS + 2} finished, 1 to encode, 1 to set aside" in plan
-    assert "64x96x1: 1 item, on 1 device" in plan
-    assert re.search(r"0.0 MiB to write, about 0:00:\d\d of encoding", plan)
+    planned = capsys.readouterr().out
+    assert f"{CLIPS + 4} finished, 1 to encode, 1 to set aside" in planned
+    assert "64x96x5: 1 item, on 1 device" in planned
+    assert re.search(r"0.0 MiB to write, about 0:00:\d\d of encoding", planned)
     assert main([*words, "--fail-fast"]) == 2
     assert "broken.mp4" in capsys.readouterr().err
     assert main([*words, "--fps", "5"]) == 2
@@ -146,25 +168,30 @@ def test_kills_and_two_devices_give_the_same_bytes_once(
 def _check_what_it_says(output: Path, there: int) -> None:
     counts = json.loads(Path("run.json").read_text())["counts"]
     told = [counts[name] for name in ("items", "encoded", "there", "failed")]
-    assert told == [CLIPS + 4, CLIPS + 3 - there, there, 1]
+    assert told == [CLIPS + 6, CLIPS + 4 - there, there, 2]
+    assert {"128x192x5": 2, "192x288x5": 2}.items() <= counts["groups"].items()
+    assert set(counts["groups"].values()) == {1, 2}
     assert json.loads((output / "manifest.json").read_text())["counts"] == counts
-    (fault,) = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
-    assert fault["key"] == "broken.mp4"
-    assert "can't be read as an image or a video" in fault["why"]
+    faults = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
+    why = {fault["key"]: fault["why"] for fault in faults}
+    assert why.keys() == {"broken.mp4", FATAL}
+    assert "can't be read as an image or a video" in why["broken.mp4"]
+    assert why[FATAL] == "it has ended 2 processes that were at it"
+    assert not (output / ".begun").exists()
     page = Path("report/index.html").read_text()
     assert "broken.mp4" in page
-    assert "sub/1.mp4" in page
+    assert "Brought to 64x96x5, encoded, and decoded again: PSNR" in page
 
 
 def _check_numbers(output: Path, model: str, clips: Path) -> None:
     """Each clip is encoded as by the VAE itself."""
     found = Latents(output)
-    assert len(found) == CLIPS + 3
+    assert len(found) == CLIPS + 4
     vae = models.load(models.find(model), dtype=torch.float64, device=torch.device("cpu"))
     limits = vae_limits.limits_of(vae)
     items = {item.key: item for item in find_items(str(clips))}
     for sample in found:
-        bucket = Bucket(64, 96, 5 if sample["key"].endswith("mp4") else 1)
+        bucket = Bucket(*LARGER.get(sample["key"], (64, 96)), 5 if sample["key"].endswith("mp4") else 1)
         clip = codec.to_tensor(take(items[sample["key"]], bucket, None).pixels, torch.float64, torch.device("cpu"))
         with torch.inference_mode():
             expected = codec.encode(vae, limits, clip)[0]
@@ -175,80 +202,40 @@ def _check_numbers(output: Path, model: str, clips: Path) -> None:
 
 
 @contextmanager
-def watching(step: Callable[[psutil.Process, str], bool]) -> Iterator[None]:
-    """Within it, `step` gets each process of Ray again and again, with what it does, until it says that it is done."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            for process in psutil.process_iter(["cmdline"]):
-                name = " ".join(process.info["cmdline"] or [])
-                if name.startswith("ray::") and step(process, name):
-                    return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+def sabotage() -> Iterator[None]:
+    """Within it, workers get the steps of a dataset as this process has them."""
+    modules = workers, groups, sys.modules[__name__]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
     try:
-        yield
+        with patch.object(workers, "take", _take), patch.object(workers.Device, "_encode", _encode):
+            yield
     finally:
-        over.set()
-        thread.join()
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
-def killing(left: dict[str, int]) -> Callable[[psutil.Process, str], bool]:
-    """End so many processes of each kind of work, each once it is at it."""
-
-    def step(process: psutil.Process, name: str) -> bool:
-        kind = next((kind for kind in left if left[kind] and kind in name), None)
-        if kind is not None:
-            process.kill()
-            left[kind] -= 1
-        return not any(left.values())
-
-    return step
+def _take(item: Item, *given: Any) -> Any:
+    if item.key == FATAL:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(item, *given)
 
 
-def starving(count: int) -> Callable[[psutil.Process, str], bool]:
-    """Let so many ranks of groups have hardly more memory than they have when they begin to encode."""
-    starved: set[int] = set()
-
-    def step(process: psutil.Process, name: str) -> bool:
-        if "_Rank.encode" in name and process.pid not in starved:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
-            process.rlimit(psutil.RLIMIT_DATA, (used + 2**22, -1))
-            starved.add(process.pid)
-        return len(starved) == count
-
-    return step
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process's memory are set")
-def test_a_clip_that_is_too_large_for_a_group_goes_to_the_next_larger_one(
-    cluster: str, model: str, clips: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The plan finds two devices for it, and these have less memory than it says."""
-    bucket, source = Bucket(256, 384, 5), clips / "sub" / "0.mp4"
-    job = Job(layout=layout_of(model, dtype="float64"), device="cpu", dtype="float64", fps=None, threads=1)
-    (alone,) = needs(job, [bucket], 1, None, timed=False)
-    words = ["encode-dataset", str(source), "-o", "o", "--model", model, "--bucket", str(bucket), "--json", "o.json"]
-    words += ["--dtype", "float64", "--devices", "3", "--memory", str((alone.bytes - 1) / 2**30)]
-    with watching(starving(2)):
-        assert main(words) == 0
-    assert "0.mp4 goes to a group of 3 devices" in capsys.readouterr().err
-    counts = json.loads(Path("o.json").read_text())["counts"]
-    assert counts["groups"] == {str(bucket): 3}
-    assert [counts[name] for name in ("items", "encoded", "failed")] == [1, 1, 0]
-    vae = models.load(models.find(model), dtype=torch.float64, device=torch.device("cpu"))
-    pixels = take(find_items(str(source))[0], bucket, None).pixels
-    with torch.inference_mode():
-        clip = codec.to_tensor(pixels, torch.float64, torch.device("cpu"))
-        whole = codec.encode(vae, vae_limits.limits_of(vae), clip)
-    shards, _ = latents_file.load(Path("o/latents/0.mp4.safetensors"))
-    assert torch.allclose(shards, whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
-    words[3] = "other"
-    assert main([*words[:-1], "1e-6", "--dry-run"]) == 0
-    assert "on no number of devices" in capsys.readouterr().out
+def _encode(device: workers.Device, clips: list[Tensor], encode: Any = workers.Device._encode) -> dict[str, Any]:
+    """One device is killed. For the clip of 128 rows there is hardly more memory than is used, unless in a group."""
+    with suppress(FileExistsError):
+        (device._marks.parent / "killed").touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if clips[0].shape[2] != 128 or "WORLD_SIZE" in os.environ:
+        return encode(device, clips)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 2**20, limits[1]))
+    try:
+        return encode(device, clips)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 class TestWithoutRay:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import tarfile
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +18,7 @@ from clips import bars, make_video
 from PIL import Image
 
 from halovae.base.errors import InputError
+from halovae.datasets import workers
 from halovae.datasets.buckets import Bucket, ClipSize, choose, look, parse_areas, parse_buckets, take
 from halovae.datasets.formats import scale
 from halovae.datasets.items import Item, find_items
@@ -152,6 +155,29 @@ def test_buckets_by_area() -> None:
     assert parse_areas(["64x96"], 32) == [Bucket(64, 96), Bucket(96, 64)]
     with pytest.raises(InputError, match="--bucket-area 16x16: smaller than a square of --bucket-step 32"):
         parse_areas(["16x16"], 32)
+
+
+def test_what_ends_processes_is_not_begun_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even in another run: it may have ended all of this one. Then it has its chance again."""
+    row, ended = {"item": json.dumps(find_items(str(folder))[0].to_dict())}, []
+
+    def end(*_: object) -> None:
+        ended.append(True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "look", end)
+        for _ in range(2):
+            if not (child := os.fork()):
+                workers.look_at(row, None, tmp_path)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert (
+            json.loads(workers.look_at(row, None, tmp_path)["seen"])["why"]
+            == "it has ended 2 processes that were at it"
+        )
+        assert not ended
+    assert json.loads(workers.look_at(row, None, tmp_path)["seen"])["frames"] == 20
+    assert not list(tmp_path.iterdir())
 
 
 def test_units_are_the_same_whatever_is_finished() -> None:

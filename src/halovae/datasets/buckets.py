@@ -112,7 +112,7 @@ def look(item: Item, fps: Fraction | None) -> ClipSize:
             size, end = pictures[0].size, pictures[-1].end
             times = [shown.begins for shown in pictures]
         else:
-            with opened(path) as source:
+            with opened(path, threads=1) as source:
                 first = next(source.pictures, None)
             if first is None:
                 raise InputError(f"{item.key} has no frames")
@@ -175,23 +175,25 @@ class Taken:
     """For JSON: the size of the source, what of a picture is kept in its pixels, and the numbers of its frames."""
 
 
-def take(item: Item, bucket: Bucket, fps: Fraction | None) -> Taken:
+def take(item: Item, bucket: Bucket, fps: Fraction | None, pixels: NDArray[np.uint8] | None = None) -> Taken:
     """Decode, sample, scale and crop a clip.
 
     Args:
         item: the clip.
         bucket: the size to bring it to.
         fps: the rate to sample at, where each moment shows the frame that a player shows; None: each frame.
+        pixels: what is filled; None: a new array.
 
     Raises:
         InputError: it can't be decoded up to the last frame that is wanted.
     """
     target, wanted = (bucket.height, bucket.width), item.range
-    pixels = np.empty((bucket.frames, *target, 3), np.uint8)
+    pixels = np.empty((bucket.frames, *target, 3), np.uint8) if pixels is None else pixels
     numbers: list[int] = []
     begins: list[Fraction | None] = []
     size, end = (0, 0), None
-    with item.file() as path, opened(path) as source:
+    # One thread: other clips are read at the same time.
+    with item.file() as path, opened(path, threads=1) as source:
         for number, shown, times in _sampled(source, wanted, fps):
             if not numbers:
                 size = shown.size

@@ -58,16 +58,18 @@ def needs(job: Job, buckets: Sequence[Bucket], devices: int, memory: float | Non
     torch.set_num_threads(job.threads)
     try:
         speed = MeasuredSpeed(device, dtype) if timed else GivenSpeed(flops=1e12, bandwidth=1e12, device=device)
-        return [_need(job, bucket, group_sizes(devices), room, speed, timed) for bucket in buckets]
+        limits = vae_limits.limits_of(models.find_skeleton(job.layout.model)[1])
+        return [_need(job, limits, bucket, group_sizes(devices), room, speed, timed) for bucket in buckets]
     finally:
         torch.set_num_threads(threads)
 
 
 def _need(
-    job: Job, bucket: Bucket, sizes: Sequence[int], room: float, speed: MeasuredSpeed | GivenSpeed, timed: bool
+    job: Job, limits: vae_limits.Limits, bucket: Bucket, sizes: Sequence[int], room: float,
+    speed: MeasuredSpeed | GivenSpeed, timed: bool,
 ) -> Need:  # fmt: skip
     _, vae = models.find_skeleton(job.layout.model)
-    limits, dtype = vae_limits.limits_of(vae), getattr(torch, job.dtype)
+    dtype = getattr(torch, job.dtype)
     fit = limits.fit(bucket.frames, bucket.height, bucket.width)
     survey = Survey(vae, limits, fit, {"encode": dtype, "decode": dtype}, speed, LINKS["nvlink"])
     alone = survey.exact("encode", 1).prediction

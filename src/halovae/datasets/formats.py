@@ -28,6 +28,8 @@ PACKED = {"webdataset": ".tar", "parquet": ".parquet"}
 """Formats of several items a file, and the files' suffix."""
 PARTS = ".parts"
 """The folder of items that wait for the others of their shard."""
+BEGUN = ".begun"
+"""The folder of what processes are at."""
 LATENTS = "latents"
 """The folder of items, or how the names of shards begin."""
 MUSUBI = {

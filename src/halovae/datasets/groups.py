@@ -51,7 +51,7 @@ class Encoder:
         self._encode = (Device(job) if ranks == 1 else _Group(job, ranks)).encode
 
     def __call__(self, row: Row) -> Row:
-        made = self._encode(row["pixels"]) if len(row["pixels"]) else {}
+        made = self._encode(row["pixels"], row["unit"]) if len(row["pixels"]) else {}
         latents = made.pop("latents", np.zeros((0, 0), np.uint8))
         return {"unit": row["unit"], "read": row["read"], "made": json.dumps(made), "latents": latents}
 
@@ -66,8 +66,8 @@ class _Group:
         # The same when Ray starts this process again after its death.
         self._names = f"{_NAMES}{ray.get_runtime_context().get_actor_id()}-"
 
-    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
-        """As `Device.encode`."""
+    def encode(self, pixels: np.ndarray[Any, Any], name: str) -> dict[str, Any]:
+        """As `Device.encode`. What ends ranks is counted here, and needs no name."""
         shared, why = ray.put(pixels), ""
         with self._lock:
             for _ in range(_TRIES):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -18,7 +20,7 @@ from halovae import __version__
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, read_json, reason, write_json
 from halovae.datasets.buckets import Bucket
-from halovae.datasets.formats import LATENTS, PACKED, PARTS, Storage
+from halovae.datasets.formats import BEGUN, LATENTS, PACKED, PARTS, Storage
 from halovae.datasets.items import Item
 from halovae.datasets.latents import MANIFEST
 from halovae.datasets.shards import keys_in
@@ -125,7 +127,26 @@ class Folder:
                     draft.unlink()
             self.tell({})
             self.note_faults({})
-            yield
+            (self.root / BEGUN).mkdir(exist_ok=True)
+            try:
+                yield
+            finally:  # After a kill they stay, and count in the next run: it may have been an item that ended all.
+                shutil.rmtree(self.root / BEGUN, ignore_errors=True)
+
+    @contextmanager
+    def marks(self) -> Iterator[Path]:
+        """A folder for `workers.begun` of a run that writes nothing.
+
+        Raises:
+            InputError: it can't be made.
+        """
+        beside = self.root if self.root.is_dir() else self.root.parent
+        try:
+            folder = TemporaryDirectory(prefix=BEGUN, dir=beside)
+        except OSError as error:
+            raise InputError(f"can't write to {beside}: {reason(error)}") from error
+        with folder:
+            yield Path(folder.name)
 
     def document(self) -> dict[str, Any]:
         """What the manifest says besides the counts."""

@@ -25,7 +25,7 @@ from halovae.datasets import forecast, workers
 from halovae.datasets.buckets import Bucket, ClipSize, choose, parse_areas, parse_buckets
 from halovae.datasets.cluster import cluster, readers
 from halovae.datasets.forecast import Need
-from halovae.datasets.formats import PACKED, Storage, check_format, check_names
+from halovae.datasets.formats import BEGUN, PACKED, Storage, check_format, check_names
 from halovae.datasets.groups import Encoder, release
 from halovae.datasets.items import Item, digest, find_items
 from halovae.datasets.manifest import Fault, Folder, fingerprint
@@ -149,10 +149,11 @@ class DatasetRun:
                 self._set(asked.devices or (1 if self.kind == "cpu" else most))
             yield
 
-    def survey(self, *, keep: bool) -> tuple[list[tuple[Item, Bucket]], dict[str, Fault]]:
+    def survey(self, begun: Path, *, keep: bool) -> tuple[list[tuple[Item, Bucket]], dict[str, Fault]]:
         """The bucket of each clip, and the clips that have none.
 
         Args:
+            begun: the folder of `workers.begun`.
             keep: what is found, for the next run.
         """
         seen = self.folder.read_seen()
@@ -163,7 +164,7 @@ class DatasetRun:
             # A process takes longer to start than to look at a few clips.
             blocks = min(1 + len(rows) // _AT_ONCE, 8 * readers(self.devices, 0))
             data: Any = ray.data.from_items(rows, override_num_blocks=blocks)
-            looked = data.map(workers.look_at, fn_kwargs={"fps": self.job.fps}, num_cpus=1)
+            looked = data.map(workers.look_at, fn_kwargs={"fps": self.job.fps, "marks": begun}, num_cpus=1)
             for row in self._shown(looked.iter_rows(), len(rows), "looking"):
                 found = json.loads(row["seen"])
                 mark = marks[found["key"]]
@@ -214,7 +215,7 @@ class DatasetRun:
         """
         started = time.perf_counter()
         with self.folder.held():
-            self.clips, faults = clips, _ = self.survey(keep=True)
+            self.clips, faults = clips, _ = self.survey(self.folder.root / BEGUN, keep=True)
             self._set_aside(faults)
             there = self.folder.finished(clips)
             done = Done(items=len(self.items), there=len(there & {item.key for item, _ in clips}), failed=len(faults))
@@ -332,8 +333,9 @@ class DatasetRun:
             yield Unit.from_json(row["unit"]), json.loads(row["told"])
 
     def plan(self) -> str:
-        """What a run would do, in lines of text. Nothing is written."""
-        clips, faults = self.survey(keep=False)
+        """What a run would do, in lines of text. Nothing is kept."""
+        with self.folder.marks() as begun:
+            clips, faults = self.survey(begun, keep=False)
         there = self.folder.finished(clips)
         left = Counter(bucket for item, bucket in clips if item.key not in there)
         needs = self.needs(sorted(left), timed=True)

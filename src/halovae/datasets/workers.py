@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ import numpy as np
 from halovae.base.errors import HalovaeError, RankFailedError
 from halovae.base.files import first_line
 from halovae.datasets.buckets import look, take
-from halovae.datasets.formats import told
+from halovae.datasets.formats import BEGUN, told
 from halovae.datasets.items import Item
 from halovae.datasets.units import Job, Unit
 
@@ -23,14 +26,46 @@ Row = dict[str, Any]
 DONE, THERE, FAILED, MEMORY, STOP = "done", "there", "failed", "memory", "stop"
 """What became of an item: encoded; found finished; set aside; too large for its devices; or nothing, since the run
 can't go on."""
+_ENDS = 2
+"""Processes that may end while they are at an item: Ray would start one after the other, without end."""
 
 
-def look_at(row: Row, fps: str | None) -> Row:
+class DeadlyError(HalovaeError):
+    """Processes have ended while they were at it."""
+
+
+@contextmanager
+def begun(folder: Path, name: str) -> Iterator[None]:
+    """Within it, a file tells who comes next if this process ends.
+
+    Args:
+        folder: of such files, the same for all machines.
+        name: of what is begun.
+
+    Raises:
+        DeadlyError: as many processes as may have ended at it before.
+    """
+    mark = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+    ends = 0
+    with suppress(OSError), mark.open("ab") as file:  # A disk is no fault of the item.
+        ends = file.tell()
+        file.write(b".")
+    try:
+        if ends >= _ENDS:
+            raise DeadlyError(f"it has ended {ends} processes that were at it")
+        yield
+    finally:
+        with suppress(OSError):
+            mark.unlink()
+
+
+def look_at(row: Row, fps: str | None, marks: Path) -> Row:
     """What the header of an item says, or why it can't be read."""
     item = Item.from_dict(json.loads(row["item"]))
     found: dict[str, Any] = {"key": item.key}
     try:
-        found |= vars(look(item, None if fps is None else Fraction(fps)))
+        with begun(marks, item.key):
+            found |= vars(look(item, None if fps is None else Fraction(fps)))
     except Exception as error:  # Whatever a broken file makes of a decoder.
         found["why"] = reason_of(error)
     return {"seen": json.dumps(found)}
@@ -46,8 +81,8 @@ def read_unit(row: Row, job: Job) -> Row:
         # A worker that did this before may have died after it: what is written is not made again.
         if wanted and not job.layout.place(item, size).exists():
             try:
-                clip = take(item, size, fps)
-                place[...], taken = clip.pixels, told(clip)
+                with begun(job.layout.root / BEGUN, item.key):
+                    taken = told(take(item, size, fps, place))
             except Exception as error:  # As in `look_at`.
                 fault = reason_of(error)
         told_of.append(taken)
@@ -71,6 +106,7 @@ class Device:
         from halovae.media import models, vae_limits
 
         torch.set_num_threads(job.threads)
+        self._marks = job.layout.root / BEGUN
         if ranks > 1:
             # The only accelerator that this process sees is its own.
             os.environ.update(
@@ -91,11 +127,12 @@ class Device:
         # Of each thread, for libraries that don't ask torch.
         self._one_by_one = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(job.threads,))
 
-    def encode(self, pixels: np.ndarray[Any, Any]) -> dict[str, Any]:
+    def encode(self, pixels: np.ndarray[Any, Any], name: str = "") -> dict[str, Any]:
         """Encode clips together.
 
         Args:
             pixels: (clips, frames, height, width, 3).
+            name: of these clips, for `begun`; empty: what ends this process is not kept from the next one.
 
         Returns:
             "latents", (clips, bytes) of numbers of "dtype" in "shape", and the "seconds" that it took; or what it is
@@ -106,9 +143,10 @@ class Device:
         from halovae.base.memory import is_shortage
 
         try:
-            return self._one_by_one.submit(self._encode, self._bring(pixels)).result()
+            return self._one_by_one.submit(self._in_turn, self._bring(pixels), name).result()
         except Exception as error:
-            short = is_shortage(error)
+            # The system ends processes when memory is short.
+            short = is_shortage(error) or isinstance(error, DeadlyError)
             if short and self._device.type != "cpu":
                 torch.accelerator.empty_cache()
             stop = isinstance(error, HalovaeError) and not isinstance(error, RankFailedError)
@@ -131,6 +169,10 @@ class Device:
         from halovae.media import codec
 
         return [codec.to_tensor(clip, self._dtype, self._device) for clip in pixels]
+
+    def _in_turn(self, clips: list[Any], name: str) -> dict[str, Any]:
+        with begun(self._marks, name) if name else nullcontext():
+            return self._encode(clips)
 
     def _encode(self, clips: list[Any]) -> dict[str, Any]:
         import torch

@@ -162,13 +162,13 @@ class Film:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[OpenedFile]:
-    """The pictures of a video or an image."""
+def opened(path: Path, threads: int = 0) -> Iterator[OpenedFile]:
+    """The pictures of a video or an image; `threads` as of `open_video`."""
     with open_pictures(path) as source:
         if source is not None:
             yield source
             return
-    with open_video(path) as source:
+    with open_video(path, threads) as source:
         yield source
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -16,7 +17,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
@@ -70,16 +71,18 @@ _ORIENTATIONS = {
 """EXIF's numbers by the signs of a display matrix: x' = ax + cy and y' = bx + dy for (a, b, c, d)."""
 _ORIENTATION = 0x0112
 """EXIF's tag."""
+_local = threading.local()
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[OpenedFile]:
-    """The video in a file.
+def open_video(path: Path, threads: int = 0) -> Iterator[OpenedFile]:
+    """The video in a file, decoded by so many threads; 0: one for each core.
 
     Raises:
         InputError: there is none, or it can't be decoded.
     """
     with _opened(path) as (container, stream):
+        stream.codec_context.thread_count = threads
         notes = _notes(container, stream)
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         yield OpenedFile(
@@ -294,12 +297,21 @@ def to_rgb(path: Path, frame: VideoFrame, width: int) -> Image.Image:
     """`width` pixels wide."""
     matrix = _matrix(path, frame)
     try:
-        converted = frame.reformat(width=width, format="rgb24", src_colorspace=matrix, interpolation=_SCALER)
+        converted = _converter().reformat(
+            frame, threads=1, width=width, format="rgb24", src_colorspace=matrix, interpolation=_SCALER
+        )
         return Image.fromarray(converted.to_ndarray())
     except (av.FFmpegError, ValueError) as error:
         raise InputError(
             f"{path}: its pixels ({frame.format.name}) can't be converted to RGB: {_words(error)}"
         ) from error
+
+
+def _converter() -> VideoReformatter:
+    """One for all frames of a thread: by itself PyAV makes one for each frame, which takes as long as its work."""
+    if not hasattr(_local, "converter"):
+        _local.converter = VideoReformatter()
+    return _local.converter
 
 
 def _words(error: Exception) -> str:
