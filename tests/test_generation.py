@@ -154,11 +154,11 @@ ALL_AT_ONCE = [
     (
         ["--image", "nowhere.png", "-o", "nowhere/o.mp4", "--flow-shift", "0", "--axis", "0x2", "--json", "o.txt"],
         [
-            "--axis 0x2: give auto, height, width, or rows and columns such as 2x4",
-            "--flow-shift 0.0: give a number above 0",
-            "output folder nowhere does not exist: create it first",
-            "output o.txt: the name must end with .json",
             "nowhere.png does not exist",
+            "output folder nowhere does not exist: create it first",
+            "--flow-shift 0.0: give a number above 0",
+            "--axis 0x2: give auto, height, width, or rows and columns such as 2x4",
+            "output o.txt: the name must end with .json",
         ],
     ),
     (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +33,11 @@ class _Job:
 @flags.takes("compare")
 def compare(context: typer.Context, *, one: Path, other: Path, grid: str | None, **rest: Any) -> int:
     """Compare two videos, two images or two latents files; exit code 1 if a gate fails."""
-    from halovae.app.run_options import check_written
+    from halovae.app.run_options import check_written, parse_grid
     from halovae.app.watch import guarded
     from halovae.base.files import check_input
 
-    job = _Job(one=one, other=other, grid=_parse_grid(grid), words=tuple(context.obj), **rest)
+    job = _Job(one=one, other=other, grid=parse_grid(grid), words=tuple(context.obj), **rest)
     for path in (one, other):
         check_input(path)
     check_written(job.json, job.report)
@@ -60,7 +59,9 @@ def _check_gates(job: _Job, one: bool, other: bool) -> None:
     pictures_only = {"--min-ssim": job.min_ssim, "--min-psnr": job.min_psnr, "--grid": job.grid}
     wrong = [name for name, value in pictures_only.items() if value is not None] if one else []
     if wrong:
-        raise InputError(f"{wrong[0]} is for pictures, but {job.one} holds latents: use --max-l2")
+        raise InputError(
+            "\n".join(f"{name} is for pictures, but {job.one} holds latents: use --max-l2" for name in wrong)
+        )
     if job.max_l2 is not None and not one:
         raise InputError(f"--max-l2 is for latents, but {job.one} is a picture: use --min-ssim or --min-psnr")
 
@@ -174,13 +175,3 @@ def _latent_text(found: LatentComparison) -> str:
     rows.append(("all", f"{found.relative_l2:.3e}", f"{found.largest:.3e}", ""))
     rows.append((f"worst frame ({found.worst})", f"{found.frames[found.worst]:.3e}", "", ""))
     return table(rows)
-
-
-def _parse_grid(text: str | None) -> tuple[int, int, int] | None:
-    """Rows, columns and overlap; 0 rows or columns: no lines between them."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:\+(\d{1,5}))?", text)
-    if match is None or not (int(match[1]) or int(match[2])):
-        raise InputError(f"--grid {text}: give rows and columns from tile to tile such as 192x192, or 192x192+64")
-    return int(match[1]), int(match[2]), int(match[3] or 0)

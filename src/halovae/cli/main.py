@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -19,11 +19,8 @@ from halovae.cli.make_demo_model import make_demo_model
 from halovae.cli.pipeline_commands import image_to_image, image_to_video, text_to_video
 from halovae.cli.plan import plan
 from halovae.cli.serve import serve
-from halovae.cli.usage import Command, CommandGroup
+from halovae.cli.usage import USAGE_ERROR, Command, CommandGroup
 from halovae.cli.vae_commands import decode, encode, roundtrip, warm_up
-
-# Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
-_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="halovae",
@@ -99,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = typer.main.get_command(app).main(words, prog_name="halovae", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0
-    except _UsageError as error:
+    except USAGE_ERROR as error:
         return _complain(" ".join(error.format_message().split()), error.exit_code)
     except KeyboardInterrupt as error:
         if launch.place() is None:  # A rank's launcher says it, once for all.

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from halovae.app import launch
-from halovae.app.run_options import RunOptions, check_written
+from halovae.app.run_options import RunOptions, check_written, parse_counts
 from halovae.base.errors import InputError
-from halovae.base.options import MOST_RANKS
 from halovae.cli import flags
 
 if TYPE_CHECKING:
@@ -44,24 +43,15 @@ def plan(
     """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
     from halovae.app.run_ranks import run
 
-    if link not in ("nvlink", "pcie", "ethernet", "measured"):
-        raise InputError(f"--link {link}: give nvlink, pcie, ethernet or measured")
     if (flops is None) != (bandwidth is None):
         raise InputError("--flops and --bandwidth belong together: give both, or none to measure this device")
     check_written(json)
     rates = None if flops is None or bandwidth is None else (flops * 1e12, bandwidth * 1e9)
     job = _Job(
-        sizes=(num_frames, height, width), ranks=_counts(ranks), link=link, memory=memory, rates=rates, json=json
+        sizes=(num_frames, height, width), ranks=parse_counts(ranks), link=link, memory=memory, rates=rates, json=json
     )
     started = 2 if link == "measured" and launch.place() is None else None
     return run(context, RunOptions(ranks=started, **how), lambda session: _on_rank(session, job))
-
-
-def _counts(words: str) -> tuple[int, ...]:
-    counts = [int(word) if word.isdecimal() else 0 for word in words.split(",")]
-    if not all(1 <= count <= MOST_RANKS for count in counts):
-        raise InputError(f"--ranks {words}: give numbers from 1 to {MOST_RANKS} such as 1,2,4,8")
-    return tuple(dict.fromkeys(counts))
 
 
 def _on_rank(session: Session, job: _Job) -> None:
