@@ -259,12 +259,18 @@ def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None
         )
         if first != second
     ]
+    remedy = "use --trim to compare what they share"
+    if sizes[0] != sizes[1]:  # A piece out of the middle of the larger one is another picture.
+        remedy = "scale one of them, or use halovae roundtrip --compare, which compares at one size"
     if differing and not trim:
-        raise InputError(f"{one} and {other} differ: {', '.join(differing)}: use --trim to compare what they share")
+        raise InputError(f"{one} and {other} differ: {', '.join(differing)}: {remedy}")
     count, height, width = map(min, (reference.count, *reference.size), (result.count, *result.size))
     for film in (reference, result):
         film.trim(count, height, width)
-    notes = tuple(f"trimmed: {text}" for text in differing)
+    notes = tuple(
+        f"{'cropped around the centre, not scaled' if text.startswith('size') else 'trimmed'}: {text}"
+        for text in differing
+    )
     lossy = {path.name: film.lossy for path, film in ((one, reference), (other, result)) if film.lossy}
     return Clips(reference=reference, result=result, count=count, size=(height, width), lost=_lost(lossy), notes=notes)
 

@@ -29,7 +29,7 @@ def encode_dataset(
     except ModuleNotFoundError as error:
         raise InputError(f"halovae encode-dataset needs {error.name}: pip install 'halovae[dataset]'") from error
     del _data
-    with guarded():
+    with guarded("the same command goes on from there"):
         from halovae.datasets.progress import summary
         from halovae.datasets.run_dataset import Asked, DatasetRun
 

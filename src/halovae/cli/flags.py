@@ -371,7 +371,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_COMPARE, "max_l2", float, "VALUE", "Latents: fail if a frame's relative L2 is above.", least=0),
         _Flag(_COMPARE, "grid", str, "HxW[+O]", "Tiles every H rows and W columns, overlapping by O: measure seams "
               "there.", shown="no seams are measured", check=parse_grid),
-        _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different sizes or lengths share.", False),
+        _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different lengths or sizes share: larger "
+              "pictures are cropped around the centre, not scaled.", False),
         _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded.", False),
         _Flag(_DATASET, "dry_run", bool, None, "Look at the clips, print the plan and stop: nothing is written.",
               False),

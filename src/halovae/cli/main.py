@@ -11,7 +11,7 @@ import typer
 
 from halovae import __version__
 from halovae.app import launch
-from halovae.app.watch import Interrupted, failure_of, report
+from halovae.app.watch import Interrupted, failure_of, interruption, report
 from halovae.cli.compare import compare
 from halovae.cli.doctor import doctor
 from halovae.cli.encode_dataset import encode_dataset
@@ -99,9 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USAGE_ERROR as error:
         return _complain(" ".join(error.format_message().split()), error.exit_code)
     except KeyboardInterrupt as error:
-        if launch.place() is None:  # A rank's launcher says it, once for all.
-            sys.stderr.write("halovae: interrupted\n")
-        return error.exit_code if isinstance(error, Interrupted) else 130
+        known = error if isinstance(error, Interrupted) else None
+        sys.stderr.write(interruption(known.then if known else ""))
+        return known.exit_code if known else 130
     except BrokenPipeError:  # The reader of our output (head, less) has gone.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more at the end.
         return 1

@@ -15,6 +15,13 @@ _TRY = {
 }
 
 
+_SHOWS = {
+    "image-to-video": "its videos are the image, standing still, whatever the seed",
+    "text-to-video": "its videos are clouds of colour, others for each seed",
+    "image-to-image": "its pictures are the image in coarse squares",
+}
+
+
 @flags.takes("make-demo-model")
 def make_demo_model(context: typer.Context, *, folder: Path, kind: str) -> int:
     """Build a tiny pipeline in diffusers' format, without any download, to try the other commands."""
@@ -29,6 +36,6 @@ def make_demo_model(context: typer.Context, *, folder: Path, kind: str) -> int:
             from halovae.pipelines.demo import make_demo_model as make
 
             make(folder, kind)
-    typer.echo(f"{folder}: try it with")
+    typer.echo(f"{folder}: {_SHOWS[kind]}; try it with")
     typer.echo(f"  halovae {kind} --model {folder} {_TRY[kind]} --ranks 2")
     return 0
