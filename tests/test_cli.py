@@ -181,6 +181,8 @@ ALL_AT_ONCE = {
         "decode none -o o.avi --json o.txt --tile-size 3 --memory 1",
         ["No such option: --memory", "output o.avi", "--tile-size 3: ", "output o.txt"],
     ),
+    "size": ("plan --height 1000000 --width 1000000", ["--height 1000000 --width 1000000: more than 67108864 pixels"]),
+    "size of noise": ("warm-up --height 9000 --width 9000", ["--height 9000 --width 9000: more than 67108864 pixels"]),
     "serve": (
         "serve --model none --port x --keep long --flow-shift 0",
         ["--port x: give a whole number from 0 to 65535", "--model none: ", "--keep long", "--flow-shift 0.0: "],

@@ -269,7 +269,7 @@ def test_reports_and_repr(two_ranks: Ranks) -> None:
 def test_a_report_tells_what_of_the_time_is_the_probe() -> None:
     phases = {"probe": 2.25, "network": 3.5}
     report = CallReport(half="decode", mode="exact", reference="un-tiled", seconds=5.75, phases=phases, shape=(1, 2))
-    assert str(report).startswith("decode exact on 1 x 2 shards: 5.750 s (2.250 s of them the probe), ")
+    assert str(report).startswith("decode exact on 1 x 2 shards: 5.750 s (probe 2.250), ")
     assert "probe" not in str(replace(report, phases={"network": 3.5}))
 
 

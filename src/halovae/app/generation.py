@@ -58,7 +58,11 @@ def start(context: typer.Context, task: str, given: Mapping[str, Any]) -> int:
 def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
     """Note files that can't be read or written, before anything is loaded."""
     from halovae.media import SUFFIXES, check_still
+    from halovae.media.reader import check_size
 
+    if given["height"] and given["width"]:
+        with faults.noted():
+            check_size(given["height"], given["width"])
     with faults.noted():
         check_model(given["model"])
     output: Path = given["output"]

@@ -42,7 +42,9 @@ def plan(
 ) -> int:  # fmt: skip
     """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
     from halovae.app.run_ranks import run
+    from halovae.media.reader import check_size
 
+    check_size(height, width)
     if (flops is None) != (bandwidth is None):
         raise InputError("--flops and --bandwidth belong together: give both, or none to measure this device")
     check_written(json)

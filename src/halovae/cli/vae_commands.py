@@ -212,7 +212,9 @@ def _roundtrip(session: Session, job: _Job) -> None:
 def warm_up(context: typer.Context, *, height: int, width: int, num_frames: int, **how: Any) -> int:
     """Encode and decode noise once, so that what is found out and compiled in first calls is on disk afterwards."""
     from halovae.app.run_ranks import run
+    from halovae.media.reader import check_size
 
+    check_size(height, width)
     return run(context, run_options(**how), lambda session: _warm_up(session, (num_frames, height, width)))
 
 
