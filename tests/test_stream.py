@@ -170,9 +170,10 @@ def ways(rank: int) -> None:
             steps = handle.last.steps
             pieces = list(handle.decode_stream(latent))
             assert handle.last.steps == steps
-            assert handle.last.pieces == len(pieces) == (1 if options.get("mode") == "tile" else count), options
+            expected = 1 if options.get("mode") == "tile" else len(steps) or count
+            assert handle.last.pieces == len(pieces) == expected, options
             parts = list(handle.decode_stream(latent.split((count + 1) // 2, 2)))
-            assert handle.last.pieces == len(parts) == (len(steps) or len(pieces))
+            assert handle.last.pieces == len(parts) == expected
             assert torch.equal(torch.cat(parts, 2), torch.cat(pieces, 2)) or whole.numel() == 0, options
             joined = pieces[0] if whole.numel() == 0 and len(pieces) == 1 else torch.cat(pieces, 2)
             assert torch.equal(joined, whole), options
