@@ -93,7 +93,8 @@ def ends(rank: int) -> None:
 
     def works(handle: halovae.Handle) -> None:
         assert torch.allclose(run_decode(FAMILIES["wan21"], vae, latent), expected, rtol=0, atol=1e-5)
-        assert [piece.shape[2] for piece in handle.decode_stream(latent)] == [1, 4, 4]
+        assert [piece.shape[2] for piece in handle.decode_stream(z=latent)] == [1, 4, 4]
+        assert [piece.shape[2] for piece in handle.decode_stream(latent, False)] == [1, 4, 4]
         assert not vae._feat_map or not any(isinstance(kept, torch.Tensor) for kept in vae._feat_map)
 
     with halovae.parallelize(vae, verify=False, axis="height") as handle:

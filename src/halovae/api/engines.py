@@ -366,8 +366,8 @@ class _InPieces(_InStages):
         self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit
     ) -> None:  # fmt: skip
         if not args:  # The clip is given by name.
-            clip = next((name for name, value in kwargs.items() if value is pictures_in(kwargs)[0]), None)
-            args, kwargs = (kwargs.get(clip),) if clip else (), {n: v for n, v in kwargs.items() if n != clip}
+            clip = pictures_in(kwargs)[0]
+            args, kwargs = (clip,), {name: value for name, value in kwargs.items() if value is not clip}
         super().__init__(engine, half, args, kwargs)
         self._emit = emit
         self._outlet = Outlet(self._part)
@@ -392,6 +392,8 @@ class _InPieces(_InStages):
 
     def _found(self) -> tuple[Part, ...]:
         """The parts of the clip; none where there is one only."""
+        if self.args[0] is not self.picture:
+            return ()
         try:
             stages = self._known_stages()
             self.join_steps_of(stages, bool(self.steps))
