@@ -182,7 +182,7 @@ class WholeClip:
 
     def __call__(self, method: Function, clip: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output without a frame."""
-        held, frames = Held(), 0
+        held, frames, new = Held(), 0, clip
         for count, stage, _ in self._parts:
             frames, held.is_used_up = frames + count, True
             run = Resumed(self._vae, self._half, self._stages, stage, held)
