@@ -12,6 +12,7 @@ in all longer clips. Once two stages are alike, so are all that follow, and a sh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -26,6 +27,7 @@ from halovae.base.errors import InputError, NotExactError
 from halovae.base.trees import map_tensors, pictures_in, tensors_in
 from halovae.calls.dataflow import Spec
 from halovae.calls.merge_steps import Most, Steps, row_of, sizes
+from halovae.calls.module_facts import ModuleFacts
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
 from halovae.calls.state import ModuleState, unchanged
@@ -145,6 +147,7 @@ class TimeStages:
     ) -> None:  # fmt: skip
         self._vae, self._half, self._method, self._record = vae, half, method, record
         self._clip, self._small, self._kwargs = clip, small, kwargs
+        self._facts = ModuleFacts(vae)
         self._trials: dict[int, _Trial | None] = {}
         self._known: dict[Any, tuple[Stage, Position]] = {}
         self._next: dict[Any, Part | None] = {}
@@ -398,11 +401,14 @@ class TimeStages:
         return _Trial(calls, names, output)
 
     def _noise_clip(self, frames: int, fresh: int | None = None) -> Tensor:
-        small = self._small
-        shape = *small.shape[:2], _LONGEST, *small.shape[3:]
-        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))[:, :, :frames] * 2 - 1
+        noise = self._long_noise[:, :, :frames].clone()
         noise[:, :, : frames - (frames if fresh is None else fresh)] = 0
-        return noise.to(small.device, small.dtype)
+        return noise.to(self._small.device, self._small.dtype)
+
+    @functools.cached_property
+    def _long_noise(self) -> Tensor:
+        shape = *self._small.shape[:2], _LONGEST, *self._small.shape[3:]
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def _make(
         self, calls: Sequence[NetworkCall], frames: int, used: Callable[[int, Any], Any], fresh: int,
@@ -426,7 +432,7 @@ class TimeStages:
             return call.result([tensor.to(device) for tensor in results], device=device)
 
         kwargs = map_tensors(torch.clone, self._kwargs)
-        quietly = unchanged(self._vae, kwargs), frozen_generators(device), torch.no_grad()
+        quietly = unchanged(self._facts, kwargs), frozen_generators(device), torch.no_grad()
         with quietly[0], quietly[1], quietly[2], answering(self._vae, self._half, answer), FastMode():
             output = finished(pictures_in(self._method(clip, **kwargs))[0])
         if output.ndim != 5 or len(names) != len(calls):
