@@ -1,7 +1,7 @@
 """Every family, encode and decode: the sharded result is the un-parallel one in float64.
 
 With gloo between processes on one cut, and on all kinds of cuts where networks differ in what they ask of it; else a
-grid on threads.
+grid on threads. The probe goes the same way.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ranks import Ranks
 from threads import ThreadComm, run_threads
 
 import halovae
-from halovae.base.errors import NotExactError
+from halovae.base.errors import NotExactError, VerificationError
 from halovae.calls.target import Target
-from halovae.exact.mesh import plan_shards
+from halovae.calls.verify import make_probe, run_alone, verify
+from halovae.exact.mesh import Mesh, plan_shards
 from halovae.exact.run import GroupRun
 
 CUTS: list[tuple[Any, int]] = [("height", 2), ("width", 3), ((2, 2), 4)]
@@ -45,8 +46,9 @@ def run_cuts(rank: int, name: str, cuts: list[tuple[Any, int]]) -> list[Outcome]
     vae = family.build().to(torch.float64)
     vae.use_tiling = True  # exact mode has to bypass it
     for axis, size in cuts:
-        # The probe is for the first cut: it triples the work, and other tests show that it finds mistakes.
-        with halovae.parallelize(vae, untiled=True, axis=axis, size=size, verify=axis == "height") as handle:
+        # The probe is for one cut: it triples the work, and other tests show that it finds mistakes.
+        probed = name in KINDS and axis == "height"
+        with halovae.parallelize(vae, untiled=True, axis=axis, size=size, verify=probed) as handle:
             for half in HALVES[name]:
                 if not getattr(family, f"exact_{half}"):
                     with pytest.raises(NotExactError):
@@ -75,12 +77,13 @@ def test_equals_the_un_parallel_result(two_ranks: Ranks, four_ranks: Ranks, name
 
 
 @pytest.mark.parametrize(("name", "half"), [pair for pair in EXACT if pair[0] not in KINDS])
-def test_on_a_grid(name: str, half: str) -> None:
+def test_on_a_grid_and_by_the_probe(name: str, half: str) -> None:
     family = FAMILIES[name]
     vae = family.build().to(torch.float64)
     vae.use_tiling = False
     *_, height, width = family.sample_shape if half == "encode" else family.latent_shape
-    plan = plan_shards(height, width, family.ratio[0] if half == "encode" else 1, 4, (2, 2))
+    ratio = family.ratio[0] if half == "encode" else 1
+    plan = plan_shards(height, width, ratio, 4, (2, 2))
 
     def on_thread(comm: ThreadComm) -> torch.Tensor:
         own = copy.deepcopy(vae)
@@ -97,3 +100,13 @@ def test_on_a_grid(name: str, half: str) -> None:
     first, *others = run_threads(4, on_thread)
     assert error(first, plain(name, half)) <= getattr(family, f"{half}_tolerance")
     assert all(torch.equal(first, other) for other in others), "ranks hold different results"
+
+    picture = family.sample(torch.float64) if half == "encode" else family.latent(torch.float64)
+    kwargs = family.decode_kwargs(picture) if half == "decode" else {}
+    probe = make_probe((2, 1), ratio, (picture,), kwargs)
+    alone = run_alone(Target(vae), half, probe)
+
+    def probed(comm: ThreadComm) -> VerificationError | None:
+        return verify(Mesh(comm, (2, 1)), Target(copy.deepcopy(vae)), half, probe, alone)
+
+    assert run_threads(2, probed) == [None, None]
