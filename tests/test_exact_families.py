@@ -104,7 +104,7 @@ def test_on_a_grid_and_by_the_probe(name: str, half: str) -> None:
     picture = family.sample(torch.float64) if half == "encode" else family.latent(torch.float64)
     kwargs = family.decode_kwargs(picture) if half == "decode" else {}
     probe = make_probe((2, 1), ratio, (picture,), kwargs)
-    alone = run_alone(Target(vae), half, probe)
+    alone = run_alone(Target(vae), half, probe, (picture,), kwargs)
 
     def probed(comm: ThreadComm) -> VerificationError | None:
         return verify(Mesh(comm, (2, 1)), Target(copy.deepcopy(vae)), half, probe, alone)
