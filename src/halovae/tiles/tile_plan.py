@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from halovae.base.errors import TilingError
+from halovae.base.private_torch import pytree
 from halovae.calls.record import NETWORKS, NetworkCall, Recording
 from halovae.calls.target import Target, tile_grid
 from halovae.tiles.blend import Blends
@@ -147,6 +148,8 @@ class _Packer(pickle.Pickler):
             raise pickle.PicklingError("it is this rank's own")
         if isinstance(obj, Tensor):
             return _shape_of, (tuple(obj.shape), obj.stride(), obj.dtype)
+        if isinstance(obj, pytree.TreeSpec) and obj.is_leaf():  # Pickle makes one in a way that torch warns of.
+            return pytree.tree_structure, (0,)
         return NotImplemented
 
 
