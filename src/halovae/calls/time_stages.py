@@ -267,7 +267,8 @@ class TimeStages:
         Raises:
             NotExactError: it can't.
         """
-        if len(self._calls(total or _MANY)) == 1:
+        few = self._trial(_BEYOND) if total is None else None  # It is needed below, and tells what a long clip would.
+        if not (few and len(few.calls) > 1) and len(self._calls(total or _MANY)) == 1:
             raise NotExactError("it makes all frames at once")
         place, seen = self.start, set[Position]()
         while place not in seen and (total is None or place.frames < total):
