@@ -48,16 +48,16 @@ def predict(name: str, half: str, mode: str, ranks: int, vae: Any = None, link: 
 
 
 def predict_each(
-    name: str, half: str, mode: str, counts: Sequence[int] = (1, 2), vae: Any = None, link: LinkSpeed = LINK,
-    predictor: Predictor | None = None,
-) -> list[Prediction]:  # fmt: skip
+    name: str, half: str, mode: str, counts: Sequence[int] = (1, 2), vae: Any = None, link: LinkSpeed = LINK
+) -> list[Prediction]:
     """On each number of ranks."""
     family = FAMILIES[name]
-    predictor = predictor or Predictor(Target(vae or on_meta(name)), SPEED, link)
+    vae = vae or on_meta(name)
     picture = family.sample() if half == "encode" else family.latent()
     if mode == "tile" and name in CUTS:
         picture = CUTS[name].picture(half)
     kwargs = family.decode_kwargs(picture) if half == "decode" else {}
+    predictor = Predictor(Target(vae), SPEED, link)
     if mode == "tile":
         return [predictor.tile(half, (picture,), kwargs, ranks=ranks) for ranks in counts]
     ratio = family.ratio[0] if half == "encode" else 1
@@ -66,16 +66,15 @@ def predict_each(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str) -> None:
-    predictor = Predictor(Target(on_meta(name)), SPEED, LINK)
     for half in ("encode", "decode"):
         if not getattr(FAMILIES[name], half):
             continue
-        check_exact(name, half, predictor)
+        check_exact(name, half)
         if name in CUTS and getattr(CUTS[name], half):
-            check_tiles(name, half, predictor)
+            check_tiles(name, half)
 
 
-def check_exact(name: str, half: str, predictor: Predictor) -> None:
+def check_exact(name: str, half: str) -> None:
     """Less time and memory on more ranks where exact mode takes the VAE; otherwise the same refusal as its own."""
     family = FAMILIES[name]
     if not getattr(family, f"exact_{half}"):
@@ -85,15 +84,15 @@ def check_exact(name: str, half: str, predictor: Predictor) -> None:
         with pytest.raises(InputError, match="can't be followed on shapes alone"):
             predict(name, half, "exact", 1)
     else:
-        one, two = predict_each(name, half, "exact", predictor=predictor)
+        one, two = predict_each(name, half, "exact")
         assert two.flops < 0.75 * one.flops
         assert two.messages > one.messages == 0
         assert two.exposed > one.exposed == 0
         assert one.memory > 0
 
 
-def check_tiles(name: str, half: str, predictor: Predictor) -> None:
-    one, two = predict_each(name, half, "tile", predictor=predictor)
+def check_tiles(name: str, half: str) -> None:
+    one, two = predict_each(name, half, "tile")
     assert two.flops < 0.75 * one.flops
     assert one.cut == two.cut == f"{CUTS[name].chains(half)} tiles"
     assert two.seconds < one.seconds + two.exposed
