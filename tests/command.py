@@ -50,8 +50,13 @@ def saved(family: str, folder: Path) -> str:
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     """The program in a process of its own, which has imported all already."""
+    return start_program([sys.executable, "-m", "halovae", *arguments], **options)
+
+
+def start_program(words: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Any program of Python, likewise."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return (Program if parts() else subprocess.Popen)([sys.executable, "-m", "halovae", *arguments], **options)
+    return (Program if parts() else subprocess.Popen)(words, **options)
 
 
 def end_with_parent() -> None:
@@ -62,7 +67,12 @@ def end_with_parent() -> None:
 
 def run(*arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of such a process."""
-    with start(*arguments) as process:
+    return run_program([sys.executable, "-m", "halovae", *arguments])
+
+
+def run_program(words: list[str]) -> tuple[int, str, str]:
+    """Those of any program of Python, which has imported all already."""
+    with start_program(words) as process:
         try:
             output, errors = process.communicate(timeout=PATIENCE)
         finally:

@@ -62,9 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG = (
-    "exact_families", "serve", "agreement", "predict", "docs", "tile_families", "merge", "stream", "service",
-    "optimize", "pipelines", "generation", "graphs", "cli_ranks", "retreat", "parallel", "launch", "fit", "families",
-    "tile_run", "cli_plan", "gpu_kernels", "gpu_rules", "cli_modes", "report_browser", "accuracy",
+    "exact_families", "serve", "parts", "predict", "dataset", "docs", "stream", "tile_families", "merge", "service",
+    "agreement", "optimize", "pipelines", "generation", "graphs", "cli_ranks", "retreat", "parallel", "launch", "fit",
+    "families", "tile_run", "cli_plan", "gpu_kernels", "gpu_rules", "cli_modes", "report_browser", "accuracy",
 )  # fmt: skip
 """The groups that take longest, which go first: a worker that finds one at the end lets the others wait."""
 

@@ -9,6 +9,7 @@ norms, temporal compression); only channels and layer counts are small. Paramete
     video = run_decode(family, vae, family.latent(torch.float64))
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -136,12 +137,19 @@ def plain(name: str, half: str) -> torch.Tensor:
     """
     kept = Path(os.environ[SHARED]) / f"{name}-{half}.pt"
     if not kept.exists():
-        vae = FAMILIES[name].build().to(torch.float64)
-        vae.use_tiling = False
+        vae = _untiled(name)
         draft = kept.with_suffix(f".{os.getpid()}")
         torch.save(run_half_in_float64(name, vae, half), draft)
         draft.replace(kept)
     return torch.load(kept)
+
+
+@functools.lru_cache(1)
+def _untiled(name: str) -> Any:
+    """For both halves, of which one follows the other."""
+    vae = FAMILIES[name].build().to(torch.float64)
+    vae.use_tiling = False
+    return vae
 
 
 def _draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -131,7 +131,10 @@ def _begin(words: list[str], files: dict[int, int], place: tuple[str, dict[str, 
         os.close(descriptor)
     folder, environment = place
     _become(environment, folder, **started)
-    subprocess.Popen = _Forking
+    execs = subprocess.Popen
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("Popen") is execs:  # Torchrun has it by name.
+            vars(module)["Popen"] = _Forking
     _run(words)
 
 

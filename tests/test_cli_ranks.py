@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from clips import CLIP as CLIP_PATH
 from clips import cut_after_header
-from command import PATIENCE, enter, interrupt, names, on_ranks, run, saved
+from command import enter, interrupt, names, on_ranks, run, run_program, saved
 from ranks import Ranks
 
 from halovae import media
@@ -74,9 +73,9 @@ def test_torchrun(tiny: str, two_ranks: Ranks) -> None:
     """Encoded under torchrun, decoded by other ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     encode = ["encode", CLIP, "-o", "o.safetensors", "--frames", "0:5", "--height", "64", "--model", tiny]
-    done = subprocess.run([*torchrun, "-m", "halovae", *encode], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks on cpu" in done.stdout
+    code, output, errors = run_program([*torchrun, "-m", "halovae", *encode])
+    assert code == 0, errors
+    assert "2 ranks on cpu" in output
     assert on_ranks(two_ranks, "decode", "o.safetensors", "-o", "o.mp4")[0] == 0
     assert len(read(Path("o.mp4")).frames) == 5
 

@@ -156,7 +156,6 @@ def ways(rank: int) -> None:
     family = FAMILIES["wan21"]
     vae = family.build().to(torch.float64)
     for options in (
-        {"gather": "first", "axis": "width"},
         {"gather": "shard", "axis": "width"},
         {"size": 2, "options": halovae.Options(frames_per_call=3)},
         {"size": 2, "gather": "first"},

@@ -9,7 +9,7 @@ from tiles import CUTS, run, run_alone
 
 UNEVEN = ("kl", "consistency", "wan21", "ltx2", "hunyuan_video_framewise", "minimax_h3")
 """On three ranks, which get unlike numbers of tiles: 4, 8 or 9 tiles, with a generator, caches in time, other overlaps.
-The others are on two: each rank follows the VAE on shapes by itself, which takes most of the time."""
+The others are on two."""
 
 HALVES = [(name, half) for name, cut in CUTS.items() for half in ("encode", "decode") if getattr(cut, half)]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from halovae import comm
 from halovae.base.errors import DisagreementError, InputError, RankFailedError
 from halovae.calls.target import Target
 from halovae.comm.agreement import one_call
+from halovae.tiles.tile_plan import Planner, packed, unpacked
 from halovae.tiles.tile_runner import TileRunner
 
 WAN = CUTS["wan21"]
@@ -44,7 +47,9 @@ def test_counts(two_ranks: Ranks, name: str, half: str, height: int, width: int,
 
 def with_spares(rank: int, gather: str) -> tuple[bool, tuple[int, ...]]:
     vae, picture = WAN.build(), WAN.picture("decode")
-    found, _ = run(WAN, vae, "decode", picture, ranks=2, gather=gather)
+    with patch.object(Planner, "plan", autospec=True, side_effect=Planner.plan) as plan:
+        found, _ = run(WAN, vae, "decode", picture, ranks=2, gather=gather)
+    assert plan.call_count == (rank == 0)  # One plans for all.
     return torch.equal(found, run_alone(WAN, vae, "decode", picture)) if found.numel() else False, tuple(found.shape)
 
 
@@ -130,6 +135,15 @@ def test_fit_gives_every_rank_work(three_ranks: Ranks) -> None:
         assert at_work == 3
         assert tiles.size < (64, 64)
         assert tiles.overlap == (16, 16)
+
+
+def test_what_is_a_ranks_own_is_in_no_plan_for_others() -> None:
+    plan = TileRunner(comm.SoloComm(), Target(WAN.build()), ranks=2).plan("decode", (WAN.picture("decode"),), {})
+    sent = packed(plan)
+    assert sent
+    assert unpacked(sent).schedule == plan.schedule
+    for own in (torch.Generator(), torch.zeros(1)):
+        assert packed(replace(plan, settings={"own": own})) is None
 
 
 def test_shards_are_refused() -> None:

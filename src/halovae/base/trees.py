@@ -224,15 +224,24 @@ def pictures_in(value: Any) -> list[Tensor]:
 # ---- an operator's arguments or results, which are simpler -----------------------------------------------------------
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+_NO_TENSORS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in lists, tuples and dicts."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, dict):
+        value = [*cast("dict[str, Any]", value).values()]
+    if isinstance(value, (list, tuple)):
         for item in cast("list[Any]", value):
-            yield from tensors_of(item)
-    elif isinstance(value, dict):
-        yield from tensors_of(list(cast("dict[str, Any]", value).values()))
+            # Every operator of a run on shapes is asked: what is nearly always there is told apart first.
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif type(item) not in _NO_TENSORS:
+                found += tensors_of(item)
+    return found
 
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from halovae.base import verdicts
 from halovae.base.compiled import is_compiled
 from halovae.base.private_diffusers import LIBRARY_HOOKS
 from halovae.base.private_torch import COMPILED_CALL, DeviceContext, any_global_hook, function_modes
@@ -38,7 +39,9 @@ _CONTAINER = "return_dict"
 
 
 def words_of(target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """What a trial depends on besides the values of its pictures; None where that can't be told."""
+    """What a trial depends on besides the values of its pictures; None where that can't be told, or nothing is kept."""
+    if verdicts.folder() is None:
+        return None
     try:
         if not all(isinstance(value, _TOLD) for value in (*args, *kwargs.values())):
             return None
@@ -56,10 +59,12 @@ def words_of(target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def code_words(vae: nn.Module) -> str | None:
-    """A digest of a VAE's code, config and settings, whatever its weights are; None where that can't be told.
+    """A digest of a VAE's code, config and settings, whatever its weights are; None as of `words_of`.
 
     What modules keep in attributes with an underscore is taken for the state that calls leave in them.
     """
+    if verdicts.folder() is None:
+        return None
     try:
         if has_hooks(vae) or any_global_hook() or _is_watched():
             return None

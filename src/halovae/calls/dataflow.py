@@ -69,7 +69,16 @@ def has_meta(value: Any) -> bool:
     return any([type(item) not in _NUMBERS and has_meta(item) for item in cast("list[Any]", value)])  # noqa: C419
 
 
-class Remembered(TorchDispatchMode):
+class OnShapes(TorchDispatchMode):
+    """Sees each operator of a run on shapes."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No compiler is on its way here, and what keeps it out takes long."""
+        return False
+
+
+class Remembered(OnShapes):
     """Within it, an operator on the meta device runs once for arguments of equal shapes."""
 
     def __init__(self) -> None:
@@ -81,7 +90,7 @@ class Remembered(TorchDispatchMode):
         return self._shapes.run(func, args, kwargs) if meets_meta(args, kwargs) else func(*args, **kwargs)
 
 
-class Dataflow(TorchDispatchMode):
+class Dataflow(OnShapes):
     """Every operator that meets a meta tensor runs on meta tensors: it finds shapes, computes and allocates nothing.
 
     Args:
@@ -113,8 +122,9 @@ class Dataflow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(tensors_of((args, kwargs)))
-        self.met = self.met or any(id(tensor) in self.watched for tensor in tensors)
+        tensors = tensors_of((args, kwargs))
+        if self.watched and not self.met:
+            self.met = any(id(tensor) in self.watched for tensor in tensors)
         chance = torch.Tag.nondeterministic_seeded in func.tags
         if chance and decomposes(func):
             # In inference mode dropout and attention come whole, and may not draw at all.
@@ -124,8 +134,9 @@ class Dataflow(TorchDispatchMode):
             self.draws.append(Draw(func, args, kwargs))
         if not meets_meta(args, kwargs):
             return func(*args, **kwargs)
-        self.reads.update(id(t) for t in tensors if id(t) in self._origins)
-        origin = Origin().union(*(self.origin(t) for t in tensors))
+        known = [found for tensor in tensors if (found := self._origins.get(id(tensor)))]
+        self.reads.update([id(tensor) for tensor, _ in known])
+        origin = Origin().union(*[origin for _, origin in known])
         result = self._shapes.run(func, args, kwargs)
         for tensor in tensors_of(result):
             self.follow(tensor, origin | self.origin(tensor))
@@ -213,6 +224,8 @@ def flat(tensor: Tensor) -> Tensor:
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """Dimensions from the slowest to the fastest; a tensor that is not dense counts as contiguous."""
     natural = tuple(range(tensor.ndim))
+    if tensor.is_contiguous():
+        return natural
     # A dimension of size 1 has an arbitrary stride; sorting is stable, so such ties keep the natural order.
     order = sorted(natural, key=lambda dim: -tensor.stride(dim))
     step = 1

@@ -22,6 +22,7 @@ from halovae.base.private_torch import pytree, version, without_modes
 from halovae.base.replaced import replaced
 from halovae.base.trees import on_meta, tensors_in
 from halovae.calls.dataflow import Dataflow, Draw, Origin, Spec
+from halovae.calls.module_facts import ModuleFacts
 from halovae.calls.state import ModuleState, kept_tensors, refill, unchanged, without_fetching
 from halovae.kernels import autocast
 from halovae.kernels.shapes_only import standing_in
@@ -94,6 +95,7 @@ class Recorder:
 
     def __init__(self, vae: nn.Module, half: str, method: Function) -> None:
         self._vae, self._half, self._method = vae, half, method
+        self._facts = ModuleFacts(vae)
         self._state = ModuleState(getattr(vae, NETWORKS[half]))
         self._effects: dict[Any, _Effect] = {}
         self._known: dict[Any, Any] = {}
@@ -104,13 +106,13 @@ class Recorder:
         Raises:
             TilingError: what the network gets depends on what it gave before, or can't be told.
         """
-        with unchanged(self._vae, args, kwargs) as before, without_fetching(self._vae):
+        with unchanged(self._facts, args, kwargs) as before, without_fetching(self._vae):
             recording = self._run(args, kwargs, ())
-            left = _others(kept_tensors(self._vae), before.tensors)
+            left = _others(kept_tensors(self._facts), before.tensors)
             keeps = False
             if left:  # Caches, or what is made once and for all: a second call tells.
                 again = self._run(args, kwargs, left)
-                keeps = again.keeps and bool(_others(left, kept_tensors(self._vae)))
+                keeps = again.keeps and bool(_others(left, kept_tensors(self._facts)))
         return replace(recording, keeps=keeps)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Iterable[Tensor]) -> Recording:

@@ -12,6 +12,7 @@ in all longer clips. Once two stages are alike, so are all that follow, and a sh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -26,6 +27,7 @@ from halovae.base.errors import InputError, NotExactError
 from halovae.base.trees import map_tensors, pictures_in, tensors_in
 from halovae.calls.dataflow import Spec
 from halovae.calls.merge_steps import Most, Steps, row_of, sizes
+from halovae.calls.module_facts import ModuleFacts
 from halovae.calls.randomness import frozen_generators
 from halovae.calls.record import NETWORKS, Function, NetworkCall, Recording, answering
 from halovae.calls.state import ModuleState, unchanged
@@ -147,6 +149,7 @@ class TimeStages:
     ) -> None:  # fmt: skip
         self._vae, self._half, self._method, self._record = vae, half, method, record
         self._clip, self._small, self._more, self._kwargs = clip, small, more, kwargs
+        self._facts = ModuleFacts(vae)
         self._trials: dict[int, _Trial | None] = {}
         self._known: dict[Any, tuple[Stage, Position]] = {}
         self._next: dict[Any, Part | None] = {}
@@ -269,7 +272,8 @@ class TimeStages:
         Raises:
             NotExactError: it can't.
         """
-        if len(self._calls(total or _MANY)) == 1:
+        few = self._trial(_BEYOND) if total is None else None  # It is needed below, and tells what a long clip would.
+        if not (few and len(few.calls) > 1) and len(self._calls(total or _MANY)) == 1:
             raise NotExactError("it makes all frames at once")
         place, seen = self.start, set[Position]()
         while place not in seen and (total is None or place.frames < total):
@@ -418,11 +422,14 @@ class TimeStages:
         return _Trial(calls, names, output)
 
     def _noise_clip(self, frames: int, fresh: int | None = None) -> Tensor:
-        small = self._small
-        shape = *small.shape[:2], _LONGEST, *small.shape[3:]
-        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))[:, :, :frames] * 2 - 1
+        noise = self._long_noise[:, :, :frames].clone()
         noise[:, :, : frames - (frames if fresh is None else fresh)] = 0
-        return noise.to(small.device, small.dtype)
+        return noise.to(self._small.device, self._small.dtype)
+
+    @functools.cached_property
+    def _long_noise(self) -> Tensor:
+        shape = *self._small.shape[:2], _LONGEST, *self._small.shape[3:]
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def _make(
         self, calls: Sequence[NetworkCall], frames: int, used: Callable[[int, Any], Any], fresh: int,
@@ -446,7 +453,7 @@ class TimeStages:
             return call.result([tensor.to(device) for tensor in results], device=device)
 
         more, kwargs = map_tensors(torch.clone, (self._more, self._kwargs))
-        quietly = unchanged(self._vae, more, kwargs), frozen_generators(device), torch.no_grad()
+        quietly = unchanged(self._facts, more, kwargs), frozen_generators(device), torch.no_grad()
         with quietly[0], quietly[1], quietly[2], answering(self._vae, self._half, answer), FastMode():
             output = finished(pictures_in(self._method(clip, *more, **kwargs))[0])
         if output.ndim != 5 or len(names) != len(calls):

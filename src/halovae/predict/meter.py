@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.base.private_torch import TorchDispatchMode, number_of_storage, schema, without_functions
+from halovae.base.private_torch import number_of_storage, schema, without_functions
 from halovae.base.trees import tensors_of
-from halovae.calls.dataflow import Shapes, fresh, has_meta, key_of, meets_meta
+from halovae.calls.dataflow import OnShapes, Shapes, fresh, has_meta, key_of, meets_meta
 from halovae.comm import Message, Pending, SoloComm
 from halovae.comm.bandwidth import LinkSpeed
 from halovae.kernels import autocast
@@ -87,7 +87,7 @@ class Reading:
     """Of memory at its peak, over what is live before."""
 
 
-class Meter(TorchDispatchMode):
+class Meter(OnShapes):
     """Within it, what meets a tensor of the meta device runs there, and takes time and memory on paper.
 
     Attributes:
@@ -105,11 +105,6 @@ class Meter(TorchDispatchMode):
         self._costs = costs
         self._memories: dict[int, tuple[int, Any]] = {}
         self._numbers = itertools.count()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No compiler is on its way here, and what keeps it out takes long."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from halovae.base.errors import TilingError
+from halovae.base.private_torch import pytree
 from halovae.calls.record import NETWORKS, NetworkCall, Recording
 from halovae.calls.target import Target, tile_grid
 from halovae.tiles.blend import Blends
@@ -133,7 +139,39 @@ def _smaller(tiles: TileSettings, part: float) -> TileSettings | None:
     return dataclasses.replace(tiles, size=(height, width))
 
 
-# ---- which rank runs which tiles: from shapes alone, so every rank finds the same answer by itself -------------------
+# ---- a plan for other ranks ------------------------------------------------------------------------------------------
+
+
+class _Packer(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Generator) or (isinstance(obj, Tensor) and not obj.is_meta):
+            raise pickle.PicklingError("it is this rank's own")
+        if isinstance(obj, Tensor):
+            return _shape_of, (tuple(obj.shape), obj.stride(), obj.dtype)
+        if isinstance(obj, pytree.TreeSpec) and obj.is_leaf():  # Pickle makes one in a way that torch warns of.
+            return pytree.tree_structure, (0,)
+        return NotImplemented
+
+
+def _shape_of(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def packed(plan: TilePlan) -> bytes | None:
+    """What another rank takes for its own plan; None where a rank's own things are in it."""
+    file = io.BytesIO()
+    try:
+        _Packer(file).dump(plan)
+    except Exception:  # Whatever a stranger's objects raise.
+        return None
+    return file.getvalue()
+
+
+def unpacked(words: bytes) -> TilePlan:
+    return pickle.loads(words)
+
+
+# ---- which rank runs which tiles: from shapes alone ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

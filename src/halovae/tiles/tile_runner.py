@@ -27,7 +27,7 @@ from halovae.kernels import autocast
 from halovae.tiles.batches import ALONE, Batches, BatchVerdict
 from halovae.tiles.blend import Blends
 from halovae.tiles.move import Mover
-from halovae.tiles.tile_plan import Planner, TilePlan
+from halovae.tiles.tile_plan import Planner, TilePlan, packed, unpacked
 from halovae.tiles.tile_settings import applied, described
 
 
@@ -143,18 +143,35 @@ class TileRunner:
         given = repr([*map(_signature, walk((args, kwargs))), autocast.state()])
         key = half, described(self._target.vae), given
         if key not in self.plans:
-            with together(self._comm):
-                if half not in self._planners:
-                    self._planners[half] = Planner(self._target, half, self._blends, self._ranks, self._fit)
-                plan = self._planners[half].plan(args, kwargs)
-            schedules = self._comm.all_gather_object(repr(plan.schedule))
-            if len(set(schedules)) > 1:
-                rank = next(rank for rank, other in enumerate(schedules) if other != schedules[0])
+            self.plans[key] = self._agreed(half, args, kwargs)
+        return self.plans[key]
+
+    def _agreed(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
+        """The first rank's plan: the others would find the same, in which time they may share its processor."""
+        plan, problem = None, None
+        if self._comm.rank == 0:
+            try:
+                plan = self._own_plan(half, args, kwargs)
+            except Exception as error:  # Each rank is to find its own.
+                problem = error
+        everyone = self._comm.all_gather_object((described(self._target.vae), plan and packed(plan)))
+        settings, found = everyone[0]
+        for rank, (other, _) in enumerate(everyone):
+            if other != settings:
                 raise DisagreementError(
                     f"rank 0 and rank {rank} cut different tiles: enable_tiling() with the same sizes on all ranks"
                 )
-            self.plans[key] = plan
-        return self.plans[key]
+        if found:
+            return plan or unpacked(found)
+        with together(self._comm):
+            if problem:
+                raise problem
+            return plan or self._own_plan(half, args, kwargs)
+
+    def _own_plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
+        if half not in self._planners:
+            self._planners[half] = Planner(self._target, half, self._blends, self._ranks, self._fit)
+        return self._planners[half].plan(args, kwargs)
 
 
 def _signature(value: Any) -> Any:
