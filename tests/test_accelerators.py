@@ -84,7 +84,7 @@ def test_low_precision(devices: Ranks, half: str) -> None:
 def fails_and_goes_on(rank: int) -> list[float]:
     vae, latent = placed("kl", "decode")
     expected, seconds = run_half("kl", vae, "decode", latent), list[float]()
-    with halovae.parallelize(vae, verify=False):
+    with halovae.parallelize(vae, verify=False, options=halovae.Options(alone=False)):
         run_half("kl", vae, "decode", latent)
         for number in range(6):
             handle = vae.decoder.up_blocks[0].register_forward_pre_hook(_raise) if rank == number % 2 else None
@@ -108,7 +108,7 @@ def test_a_failure_is_raised_on_all_and_the_next_call_is_right(devices: Ranks) -
 
 def dies(rank: int, graphs: bool) -> float:
     vae, latent = placed("kl", "decode")
-    with halovae.parallelize(vae, verify=False, options=halovae.Options(graphs=graphs)):
+    with halovae.parallelize(vae, verify=False, options=halovae.Options(graphs=graphs, alone=False)):
         for _ in range(3):
             run_half("kl", vae, "decode", latent)
         if rank == 1 and graphs:  # When the other one's device waits for it.

@@ -61,7 +61,7 @@ def fail_then_succeed(rank: int, size: int, mode: str) -> list[float]:
     vae.use_tiling = mode == "tile"
     expected = {"encode": vae.encode(x)[0].parameters, "decode": vae.decode(z)[0]}
     seconds: list[float] = []
-    with halovae.parallelize(vae, mode=mode, verify=False) as handle:
+    with halovae.parallelize(vae, mode=mode, verify=False, options=halovae.Options(alone=False)) as handle:
         vae.encode(x), vae.decode(z)  # The first ones try what the VAE takes: an error there is an answer.
         for number in range(12):
             half, picture = (("encode", x), ("decode", z))[number % 2]

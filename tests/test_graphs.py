@@ -213,7 +213,7 @@ def test_a_stream_is_replayed_piece_by_piece(pair: Ranks) -> None:
 def in_one_graph(rank: int) -> None:
     """Messages as part of the graph: told, counted, void after a failure; where a rank can't, all post by the host."""
     vae, (tensor, *_) = placed("kl", "decode")
-    expected, options = run_half("kl", vae, "decode", tensor), halovae.Options(graphs=True)
+    expected, options = run_half("kl", vae, "decode", tensor), halovae.Options(graphs=True, alone=False)
     with recorder() as device, messages_in_graphs(device):
         with halovae.parallelize(vae, verify=False, options=options) as handle:
 

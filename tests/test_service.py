@@ -53,7 +53,7 @@ class OneConvolution(torch.nn.Module):
 def many_calls(rank: int, calls: int) -> tuple[tuple[int, int], tuple[int, int], int]:
     """Threads and files before and after, and by how much the memory grew from the half of the calls on."""
     vae, z = OneConvolution(), torch.ones(1, 3, 8, 8)
-    with halovae.parallelize(vae, verify=False):
+    with halovae.parallelize(vae, verify=False, options=halovae.Options(alone=False)):
         vae.decode(z)
         before = held()
         for _ in range(calls // 2):

@@ -54,7 +54,7 @@ class AutoEngine(Engine):
 
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self._comm, self._target = comm, target
-        frugal = replace(options, mode="exact", frames_per_call=1, graphs=False)
+        frugal = replace(options, mode="exact", frames_per_call=1, graphs=False, alone=False)
         # From the one that takes most memory to the one that takes least.
         self._ways: dict[str, ExactEngine | TileEngine] = {
             "exact": ExactEngine(comm, target, replace(options, mode="exact")),
@@ -128,6 +128,9 @@ class AutoEngine(Engine):
                 kinds = {kind for kind, _ in problems.values()}
                 if not kinds or _OTHER in kinds:
                     return False
+                engine = self._ways[choice.way]
+                if isinstance(engine, ExactEngine) and engine.contest and engine.contest.give_up():
+                    return True
                 next_ways = self._tiles if _REFUSED in kinds else self._leaner
                 way = next(next_ways(choice.way, half, args, kwargs), None)
         except Exception:  # A rank has died: the first error says more.

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol, cast
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from halovae.base import timeline, verdicts
 from halovae.base.errors import NotExactError
-from halovae.base.memory import PeakMemory
+from halovae.base.memory import PeakMemory, is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.blueprint import words_of
+from halovae.calls.contest import Contest
 from halovae.calls.device_graphs import Outlet, can_record
 from halovae.calls.exact_call import ExactCall
 from halovae.calls.merge_steps import Merger, Steps
@@ -28,8 +29,8 @@ from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.time_stages import Part, Stage, TimeStages, one_step
 from halovae.calls.verify import Probe, compression, make_probe, run_alone, scales_of, verify
-from halovae.comm import Comm, Traffic, backend_name
-from halovae.comm.agreement import together, verdict_of_all
+from halovae.comm import Comm, SoloComm, Traffic, backend_name
+from halovae.comm.agreement import one_call, together, verdict_of_all
 from halovae.exact.mesh import Mesh, ShardPlan
 from halovae.exact.run import GroupRun, Runner, first_tensor, on_shards
 from halovae.kernels.kept import apart
@@ -168,6 +169,8 @@ class ExactEngine(Engine):
         merger: what is known of steps in time.
         graphs: the recordings.
         parts: of clips that leave in pieces, by kind of call; none where there is one piece.
+        solo: makes calls of this rank alone, where there may be any.
+        contest: decides which calls are made so.
     """
 
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
@@ -179,12 +182,33 @@ class ExactEngine(Engine):
         self.parts: dict[Any, tuple[Part, ...]] = {}
         self._stages: dict[Any, TimeStages] = {}
         self._ratio: int | None = None
+        self.solo: ExactEngine | None = None
+        self.contest: Contest | None = None
+        is_free = options.axis == "auto" and options.size is None and not options.same_bits
+        if comm.size > 1 and options.alone and is_free:
+            self.solo = ExactEngine(SoloComm(), target, replace(options, gather="all"))
+            question = options.frames_per_call, options.graphs
+            self.contest = Contest(comm, target, options.alone is True, question)
 
     def run(
         self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
     ) -> Ran:  # fmt: skip
-        call = _InPieces(self, half, args, kwargs, emit) if emit else _OnRanks(self, half, args, kwargs)
-        return call.make()
+        contest, solo, keep = self.contest, self.solo, gather_of(self.options.gather, half)
+        if contest:
+            contest.begin()
+        if emit:
+            return _InPieces(self, half, args, kwargs, emit).make()
+        if contest is None or solo is None or keep == "shard":
+            return _OnRanks(self, half, args, kwargs).make()
+        ran = contest.run(
+            half, args, kwargs, keep=keep,
+            shards=lambda *given: _OnRanks(self, half, *given).make(),
+            alone=lambda *given: _Alone(self, solo, half, *given).make(),
+            trial=lambda *given: _OnRanks(solo, half, *given).make(),
+        )  # fmt: skip
+        (self if contest.is_alone else solo).graphs.drop(half)
+        phases = ran.report.phases | ({"trial": contest.seconds} if contest.seconds else {})
+        return replace(ran, report=replace(ran.report, phases=phases, alone=contest.words))
 
     def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any], more: tuple[Any, ...] = ()) -> TimeStages:
         kind = self.target.kind(half, (frame, *more), kwargs)
@@ -203,19 +227,31 @@ class ExactEngine(Engine):
         return call.make(), call.resumed.held
 
     def settled(self) -> int:
-        return len(self.verified) + len(self.merger.chosen) + len(self.parts)
+        tried = self.contest.settled() if self.contest else 0
+        return len(self.verified) + len(self.merger.chosen) + len(self.parts) + tried
 
     def forget(self) -> None:
         self.verified.clear()
         self.merger.chosen.clear()
         self.parts.clear()
+        if self.contest:
+            self.contest.forget()
 
     def free(self) -> None:
         self.graphs.clear()
+        if self.solo:
+            self.solo.free()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         self.free()
-        return False
+        if self.contest is None or not self.contest.is_at_risk:
+            return False
+        try:
+            with one_call(self.comm):
+                is_short = any(self.comm.all_gather_object(is_shortage(error)))
+        except Exception:  # A rank has died: the first error says more.
+            return False
+        return is_short and self.contest.give_up()
 
     def compression(self, half: str, picture: Tensor) -> int:
         """Pixels per latent for encode, 1 for decode."""
@@ -234,6 +270,8 @@ class ExactEngine(Engine):
 
 class _OnRanks(ExactCall[Ran]):
     """On the ranks of a group and their devices."""
+
+    in_pieces = False
 
     def __init__(self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         options = engine.options
@@ -314,12 +352,12 @@ class _OnRanks(ExactCall[Ran]):
     def runner(self) -> Runner:
         graphs = self._engine.graphs
         graphs.begin()
-        all_work = prod(self.shards.shape) == self.comm.size
+        all_work = prod(self.shards.shape) == self._engine.comm.size
         if not self._engine.options.graphs or not all_work or not can_record(self.picture.device):
             return on_shards
 
         def kind() -> Any:
-            return type(self), self.shards, self.steps, self.target.kind(self.half, self.args, self.kwargs)
+            return self.in_pieces, self.shards, self.steps, self.target.kind(self.half, self.args, self.kwargs)
 
         return functools.partial(graphs.run, self.half, kind, self._outlet)
 
@@ -339,6 +377,25 @@ class _OnRanks(ExactCall[Ran]):
             kept_memory=graphs.kept,
         )  # fmt: skip
         return Ran(self.result, report, graphs.growth)
+
+
+class _Alone(_OnRanks):
+    """The whole picture on each rank that gets the result; the others learn what it is."""
+
+    def __init__(
+        self, engine: ExactEngine, solo: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:  # fmt: skip
+        super().__init__(solo, half, args, kwargs)
+        if gather_of(engine.options.gather, half) == "first":
+            self.comm, self._keep = engine.comm, "first"
+
+    def ratio(self) -> int:
+        return 1
+
+    def join_steps(self) -> None:
+        self.steps = ()
+        if self._has_shard:
+            super().join_steps()
 
 
 class _InStages(_OnRanks):
@@ -361,6 +418,8 @@ class _InStages(_OnRanks):
 
 class _InPieces(_InStages):
     """A call whose output leaves in pieces, and is never whole."""
+
+    in_pieces = True
 
     def __init__(
         self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit

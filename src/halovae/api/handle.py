@@ -420,7 +420,7 @@ class Handle(Caller):
     ) -> Ran | None:
         """The input of one rank, on all ranks; the result on that rank, elsewhere None."""
         if self._whole is None:
-            self._whole = self._make_engine(gather="all")
+            self._whole = self._make_engine(gather="all", alone=False)
         args, kwargs = _from_rank(self._comm, rank, (args, kwargs), picture.device)
         ran = self._whole.run(half, pictures_in((args, kwargs))[0], args, kwargs)
         return ran if rank == self._comm.rank else None

@@ -94,9 +94,9 @@ def parallelize(
         axis: what to cut: "height", "width", (rows, columns), or "auto" (the smallest largest shard, by preference
             of one axis).
         size: use the first `size` ranks only; the others wait and share the result.
-        gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard, or in tile mode
-            nothing), or nobody ("shard"; `handle.last.extents` says which part; exact mode only). A mapping says it for
-            each half, as in {"encode": "all", "decode": "first"}.
+        gather: who holds the whole output: "all" ranks, the "first" (the others then hold their shard, or nothing in
+            tile mode and where the first one works alone), or nobody ("shard"; `handle.last.extents` says which part;
+            exact mode only). A mapping says it for each half, as in {"encode": "all", "decode": "first"}.
         dtype: the number format to compute in, or one for each half, as in {"encode": torch.float32}: float32,
             bfloat16, float16 or float64. A half gives what a VAE of that dtype gives; its floating-point inputs are
             cast. Weights are cast where they are and kept once; `restore()` casts them back, but what fewer bits have

@@ -30,6 +30,7 @@ from halovae.app.run_options import RunOptions, dtype_on
 from halovae.base import timeline
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.memory import PeakMemory
+from halovae.base.options import UNTIMED
 from halovae.base.options import Half as HalfName
 from halovae.calls.dtypes import HalfDtypes
 from halovae.media import models
@@ -79,7 +80,7 @@ class Half:
 
     def add(self, report: Any) -> None:
         """Take in the report of one parallel call."""
-        self.seconds -= report.phases.get("choose", 0.0) + report.phases.get("probe", 0.0)
+        self.seconds -= report.phases.get("probe", 0.0)
         self.mode, self.shards = report.mode, report.shape
         self.tiles, self.spread, self.tile_sizes = report.tiles, report.spread, report.tile_sizes
         self.choice = report.choice
@@ -195,7 +196,7 @@ class Session:
         options = {"mode": work.mode, "untiled": work.untiled, "axis": self.options.axis, "size": work.ranks, **options}
         from halovae.api.parallelize import parallelize
 
-        with parallelize(vae, **options) as handle:
+        with parallelize(vae, options=UNTIMED, **options) as handle:
             yield handle
 
     @contextmanager

@@ -48,6 +48,13 @@ class Options:
     has a shard, on accelerators with CUDA graphs or the like; elsewhere nothing changes). The replay leaves Python out,
     and keeps the memory of one call of each half. "auto": where the replay is faster, the memory kept is at most a
     quarter of what is free, and no hooks hang on the VAE, since these do nothing in a replay. True: always."""
+    alone: bool | Literal["auto"] = "auto"
+    """Let each rank that gets the result run the whole picture by itself where that is faster than shards: a picture
+    may be too small for its ranks (exact mode, calls of encode and decode that gather the result, where `axis` and
+    `size` are left open). "auto": the third call of a kind tries both ways if shards are small and take less than 0.5
+    s, and the faster one is kept, on disk too. So later results may differ by rounding from the first three. There is
+    no trial with `same_bits`, with torch's deterministic algorithms, with hooks on the VAE, or if one rank has too
+    little memory for all. True: alone wherever that can be. False: always on shards."""
     tiles: Tiles = "own"
     """Tile mode. "own": the sizes that the VAE is set to. "fit": smaller ones where some rank would have no tile."""
     same_bits: bool = False
@@ -64,8 +71,10 @@ class Options:
         frames = self.frames_per_call
         if frames != "auto" and (type(frames) is not int or frames < 1):
             raise InputError(f"frames_per_call is {frames!r}: give a number of latent frames, at least 1, or 'auto'")
-        if type(self.graphs) is not bool and self.graphs != "auto":
-            raise InputError(f"graphs is {self.graphs!r}: give True, False or 'auto'")
+        for name in ("graphs", "alone"):
+            value = getattr(self, name)
+            if type(value) is not bool and value != "auto":
+                raise InputError(f"{name} is {value!r}: give True, False or 'auto'")
         if type(self.same_bits) is not bool:
             raise InputError(f"same_bits is {self.same_bits!r}: give True or False")
         if type(self.sessions) is not int or self.sessions < 1:
@@ -147,6 +156,10 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...], also: str = "") 
         raise InputError(f"{name} is {value!r}: allowed are {choices}{' or ' + also if also else ''}")
 
 
+UNTIMED = Options(alone=False)
+"""Of what writes files: the same settings and seed give the same bytes, whatever times were measured before."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CallReport:
     """What one encode or decode did on this rank."""
@@ -160,7 +173,7 @@ class CallReport:
     seconds: float
     phases: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds of attempts that ran out of memory or were refused (auto mode), agreement, probe (exact mode, first
-    call only), network and gather."""
+    call only), network, gather, and of the trial whether ranks are faster alone (exact mode, third call only)."""
     messages: int = 0
     """Messages this rank sent."""
     bytes: int = 0
@@ -177,6 +190,9 @@ class CallReport:
     """Exact mode: where the rows and the columns of the input were cut."""
     steps: tuple[int, ...] = ()
     """Exact mode: steps in time in each call of the network, where several go in one; else nothing."""
+    alone: str = ""
+    """Exact mode: why each rank that gets the result ran the whole picture by itself: the time of such a call, and that
+    on shards. Nothing where it did not."""
     replayed: bool = False
     """Exact mode: whether a recording of an earlier call was replayed."""
     recording: str = ""
@@ -207,12 +223,13 @@ class CallReport:
         rows, cols = self.shape
         together = f", {self.tiles_per_call} in one call" if self.tiles_per_call > 1 else ""
         cut = f"{self.tiles} tiles (spread {self.spread:.2f}{together})" if self.tiles else f"{rows} x {cols} shards"
+        alone = f" (each rank alone: {self.alone})" if self.alone else ""
         memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
         replayed = f", replayed: {self.recording}" if self.replayed else ""
         probe = self.phases.get("probe", 0.0)
         probed = f" (probe {probe:.3f})" if probe else ""
         return (
-            f"{self.half} {self.mode} on {cut}: {self.seconds:.3f} s{probed}, {self.messages} messages, "
+            f"{self.half} {self.mode} on {cut}{alone}: {self.seconds:.3f} s{probed}, {self.messages} messages, "
             f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}{replayed}, "
             f"reference: {self.reference}"
         )

@@ -22,6 +22,10 @@ class Generators:
         found += [value for value in walk(values) if isinstance(value, torch.Generator)]
         self._states = [(generator, generator.get_state()) for generator in {id(g): g for g in found}.values()]
 
+    def have_drawn(self) -> bool:
+        """Whether a number has been drawn from one of them since."""
+        return any(not torch.equal(generator.get_state(), state) for generator, state in self._states)
+
     def rewind(self) -> None:
         """Bring all of them back to the states they were in."""
         for generator, state in self._states:

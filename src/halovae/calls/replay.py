@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from halovae.kernels import autocast
 from halovae.kernels.kept import apart
 
 LOG = logging.getLogger("halovae")
+T = TypeVar("T")
 
 _FREE_SHARE = 4
 """Without having been asked to, a recording keeps at most this part of the memory that is free: others need it too."""
@@ -106,6 +107,10 @@ class Graphs:
         """Take in by how many bytes the peak of a call that was not replayed was above what was in use before."""
         self._taken[half] = growth
 
+    def drop(self, half: str) -> None:
+        """Free what is kept of one half."""
+        self._recordings.pop(half, None)
+
     @property
     def kept(self) -> int:
         """Bytes that recordings keep."""
@@ -127,7 +132,7 @@ class Graphs:
             recording = self._recordings[half]
             self.way, self.growth, self.replayed = "replay", recording.growth, str(recording)
             return recording.replay((args, kwargs), outlet.take)
-        self._recordings.pop(half, None)  # This call may need the memory.
+        self.drop(half)  # This call may need the memory.
         if "plain" in ways:
             result = on_shards(mesh, call, args, kwargs)
             self._last[half] = self._key(kind)  # As the next call finds it: the first one may leave new attributes.
@@ -165,7 +170,7 @@ class Graphs:
             take(part)
 
         with outlet.to(copy_and_take):
-            result, seconds = self._timed(device, lambda: on_shards(mesh, call, *arguments))
+            result, seconds = timed(self._comm, device, lambda: on_shards(mesh, call, *arguments))
         traffic = self._comm.traffic
         # A replay leaves nothing in the VAE that the next call could go on with, and nothing in the caller's tensors.
         pairs = zip(tensors_in(arguments), tensors_in(copies), strict=True)
@@ -181,7 +186,7 @@ class Graphs:
                 recording, problem = self._record(key, outlet, mesh, call, args, kwargs, way, problem)
                 problem = self._first(problem)  # Before anything of it is launched.
                 if recording and not problem:
-                    found, replay_seconds = self._timed(device, functools.partial(_replayed, recording, copies))
+                    found, replay_seconds = timed(self._comm, device, functools.partial(_replayed, recording, copies))
                     problem = self._first("" if _is_near(found, (result, parts)) else "its replay gives another result")
                     del found
                 if not problem:
@@ -198,15 +203,6 @@ class Graphs:
         else:
             LOG.info("%s of %s takes as long replayed: it goes on as before", half, self._target.name)
         return result
-
-    def _timed(self, device: torch.device, run: Callable[[], Any]) -> tuple[Any, float]:
-        module = torch.get_device_module(device)
-        module.synchronize(device)
-        started = time.perf_counter()
-        result = run()
-        self._comm.synchronize()
-        module.synchronize(device)
-        return result, time.perf_counter() - started
 
     def _first(self, problem: str) -> str:
         """The first problem that a rank has, so that all go on alike."""
@@ -232,6 +228,17 @@ class Graphs:
             return None, str(error).split("\n", 1)[0] or type(error).__name__
         held = sum(tensor.nbytes for tensor in tensors_in(result))
         return KernelRecording(key, tape, (args, kwargs), result, max(0, memory.growth - held), note), ""
+
+
+def timed(comm: Comm, device: torch.device, run: Callable[[], T]) -> tuple[T, float]:
+    """A result, and the seconds until the device of this rank has it."""
+    module = torch.get_device_module(device)
+    module.synchronize(device)
+    started = time.perf_counter()
+    result = run()
+    comm.synchronize()
+    module.synchronize(device)
+    return result, time.perf_counter() - started
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

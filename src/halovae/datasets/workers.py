@@ -17,6 +17,7 @@ import numpy as np
 
 from halovae.base.errors import HalovaeError, RankFailedError
 from halovae.base.files import first_line
+from halovae.base.options import UNTIMED
 from halovae.datasets.buckets import look, take
 from halovae.datasets.formats import BEGUN, told
 from halovae.datasets.items import Item
@@ -120,7 +121,9 @@ class Device:
         self._limits = vae_limits.limits_of(self._vae)
         self._taken = vae_limits.parameters_of if job.layout.store == "parameters" else vae_limits.latent_of
         if ranks > 1:
-            self._handle = parallelize(self._vae, gather={"encode": "first", "decode": "first"}, halves=("encode",))
+            self._handle = parallelize(
+                self._vae, gather={"encode": "first", "decode": "first"}, halves=("encode",), options=UNTIMED
+            )
         else:
             self._handle = optimize(self._vae)
         self._beside = torch.Stream(self._device) if self._device.type != "cpu" else None

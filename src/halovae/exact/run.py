@@ -307,25 +307,32 @@ def _share_result(comm: Comm, result: Any, written: dict[int, Tensor], spares: r
     Raises:
         NotExactError: the result can't be sent.
     """
-    said: bytes | None = None
+    said, tensors = packed(result, written, keep) if comm.rank == 0 else (None, [])
+    comm.all_gather_object(said)
+    comm.exchange([(spare, tensor) for spare in spares for tensor in tensors], [])
+
+
+def packed(result: Any, written: dict[int, Tensor], keep: str) -> tuple[bytes, list[Tensor]]:
+    """What spare ranks are told of a result, and the tensors that follow.
+
+    Raises:
+        NotExactError: it can't be sent.
+    """
     tensors: list[Tensor] = []
 
     def leave_slot(tensor: Tensor) -> Any:
         tensors.append(tensor.contiguous())
         return _slot_of(tensor)
 
-    if comm.rank == 0:
-        changes = map_tensors(leave_slot, written)
-        skeleton = map_tensors(leave_slot if keep == "all" else _slot_of, result)
-        try:
-            said = pickle.dumps((changes, skeleton))
-            pickle.loads(said)  # What fails here would fail there.
-        except Exception as error:
-            name = type(result).__name__
-            raise NotExactError(f"a {name} can't be sent to ranks without a shard: {error}") from error
-    comm.all_gather_object(said)
-    if comm.rank == 0:
-        comm.exchange([(spare, tensor) for spare in spares for tensor in tensors], [])
+    changes = map_tensors(leave_slot, written)
+    skeleton = map_tensors(leave_slot if keep == "all" else _slot_of, result)
+    try:
+        said = pickle.dumps((changes, skeleton))
+        pickle.loads(said)  # What fails here would fail there.
+    except Exception as error:
+        name = type(result).__name__
+        raise NotExactError(f"a {name} can't be sent to ranks without a shard: {error}") from error
+    return said, tensors
 
 
 def _slot_of(tensor: Tensor) -> _Slot:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from halovae.api.handle import Handle
 from halovae.api.parallelize import parallelize
 from halovae.base.errors import InputError
-from halovae.base.options import HALVES, CallReport, Gather, Half, Mode
+from halovae.base.options import HALVES, UNTIMED, CallReport, Gather, Half, Mode
 from halovae.base.replaced import wrapped
 from halovae.base.trees import map_tensors, tensors_in
 from halovae.calls.dtypes import HalfDtypes
@@ -46,11 +46,8 @@ def parallel_vae(
     with ExitStack() as stack:
         if setup.vae_size != 1 and halves:
             gather: Gather = {"encode": "all", "decode": "first"}
-            handle = stack.enter_context(
-                parallelize(
-                    vae, mode=setup.vae_mode, axis=setup.vae_axis, size=setup.vae_size, gather=gather, halves=halves
-                )
-            )
+            ways: dict[str, Any] = {"mode": setup.vae_mode, "axis": setup.vae_axis, "size": setup.vae_size}
+            handle = stack.enter_context(parallelize(vae, gather=gather, halves=halves, options=UNTIMED, **ways))
             for half in halves:
                 stack.enter_context(wrapped(vae, half, functools.partial(_reported, handle, on_call, half)))
                 streams[half] = functools.partial(_stream, handle, HalfDtypes(vae, dtypes), on_call, half)
