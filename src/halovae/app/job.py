@@ -1,20 +1,20 @@
-"""One run of a command that runs a whole pipeline: what it shall do, and what it made."""
+"""One run of a command that runs a whole pipeline: what it shall do, from the words of its flags."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halovae.app.run_options import RunOptions, parse_axis
+from halovae.app import launch
+from halovae.app.run_options import RunOptions, check_other, check_written, parse_axis
 from halovae.base.errors import Faults, InputError
+from halovae.base.files import check_model, check_output
 from halovae.pipelines.generation_settings import Generation, Setup
 
 if TYPE_CHECKING:
-    from halovae.base.timeline import Span
-    from halovae.pipelines.load import PipelineSource
-    from halovae.pipelines.runner import Result
+    from halovae.app.session import Session
 
 _RENAMED = {
     "guidance_scale_high": "guidance_scale_2",
@@ -54,21 +54,6 @@ class PipelineJob:
     """The command line."""
     notes: tuple[str, ...]
     """What of the flags a user might not expect."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineRun:
-    """What a run made on this rank, for whoever writes or shows it."""
-
-    source: PipelineSource
-    generation: Generation
-    """With the sizes that were chosen."""
-    setup: Setup
-    result: Result
-    spans: list[list[Span]]
-    """The timeline of every rank."""
-    document: dict[str, Any]
-    """What `--json` writes. On every rank."""
 
 
 def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> PipelineJob:
@@ -122,3 +107,55 @@ def _vae_mode(given: Mapping[str, Any]) -> str | None:
     if given["vae_use_tiling"] and asked not in (None, "tile"):
         raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
     return "tile" if given["vae_use_tiling"] else asked
+
+
+def start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
+    """Check the arguments, by name, of the command for a task, and run it; returns the exit code."""
+    place, faults = launch.place(), Faults()
+    ranks = place.world_size if place else given["ranks"] or 1
+    job = None
+    with faults.noted():
+        job = job_of(task, given, tuple(words))
+        job.setup.check_ranks(ranks)
+    _check_files(task, given, faults)
+    faults.check()
+    assert job is not None
+    if job.dry_run:
+        from halovae.app.dry_run import dry_run
+
+        return dry_run(job, ranks)
+
+    def on_rank(session: Session) -> None:
+        from halovae.app.generation import generate
+
+        generate(session, job)
+
+    return launch.run(words, job.options, on_rank)
+
+
+def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
+    """Note files that can't be read or written, before anything is loaded."""
+    from halovae.media import SUFFIXES, check_still
+
+    with faults.noted():
+        check_model(given["model"])
+    output: Path = given["output"]
+    with faults.noted():
+        check_output(output, (".png",) if task == "image-to-image" else SUFFIXES)
+        if given.get("num_frames") is not None:
+            check_still(output, given["num_frames"])
+    for written in ((given["json"], None), (None, given["report"])):
+        with faults.noted():
+            check_written(*written)
+    for name in ("image", "last_image"):
+        if given.get(name) is not None:
+            with faults.noted():
+                _check_image(given[name], output)
+
+
+def _check_image(path: Path, output: Path) -> None:
+    from halovae.media import inspect
+
+    if not inspect(path).is_image:
+        raise InputError(f"{path} is a video: give a still image")
+    check_other(output, path)

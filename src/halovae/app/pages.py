@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +18,9 @@ from halovae.app.comparison import BEFORE, differences, in_8_bits
 from halovae.app.tables import clip_line, counted, described
 from halovae.base import timeline
 from halovae.base.timeline import Span, Timeline
-from halovae.evaluation import ClipComparison, CutLines, Frames, Gate, LatentComparison, compare_clips
+from halovae.evaluation import CutLines, Frames, compare_clips
 from halovae.evaluation.numbers import decibel
-from halovae.evaluation.report import ClipSection, LatentSection, Report, lanes
+from halovae.evaluation.report import ClipSection, Report, lanes
 from halovae.media.vae_limits import Fit
 from halovae.tiles.tile_settings import TileSettings
 
@@ -159,62 +158,9 @@ def _section(
     )  # fmt: skip
 
 
-def clips_report(
-    one: Path, other: Path, reference: Frames, result: Frames, found: ClipComparison, gates: Sequence[Gate],
-    lost: str, words: Sequence[str],
-) -> Report:  # fmt: skip
-    """The report of two clips that `halovae compare` was given; `lost` tells what their codecs have to do with it."""
-    section = ClipSection(
-        title=f"{other.name} against {one.name}",
-        text=f"Every pixel of the two files as they decode, in 8-bit RGB. {lost}".rstrip(),
-        reference_name=one.name,
-        result_name=other.name,
-        reference=reference,
-        result=result,
-        found=found,
-        borders=found.grid,
-        borders_name="given lines",
-    )
-    height, width = found.energy.shape
-    facts = {"Frames": str(len(found.frames)), "Size": f"{width}x{height}"}
-    apart = f"PSNR is {decibel(found.psnr)}{', with what codecs lost' if lost else ''}."
-    verdict = _verdict(gates) or ("Identical in every level of every frame." if found.is_identical else apart)
-    return Report(
-        title=section.title, passed=_passed(gates, found.is_identical), verdict=verdict, facts=facts, clips=[section],
-        gates=gates, command=command(words),
-    )  # fmt: skip
-
-
-def latents_report(
-    one: Path, other: Path, found: LatentComparison, gates: Sequence[Gate], words: Sequence[str]
-) -> Report:
-    """The report of two latents files that `halovae compare` was given."""
-    section = LatentSection(
-        title=f"{other.name} against {one.name}", text="", reference_name=one.name, result_name=other.name, found=found
-    )
-    apart = f"The relative L2 distance is {found.relative_l2:.1e}." if found.largest else "Identical in every latent."
-    return Report(
-        title=section.title, passed=_passed(gates, not found.largest), verdict=_verdict(gates) or apart,
-        latents=[section], gates=gates, command=command(words),
-    )  # fmt: skip
-
-
 def command(words: Sequence[str]) -> str:
     """The command line, as it can be typed again."""
     return shlex.join(["halovae", *words])
-
-
-def _passed(gates: Sequence[Gate], is_identical: bool) -> bool | None:
-    """None where nobody has said how near is near enough."""
-    return all(gate.passed for gate in gates) if gates else is_identical or None
-
-
-def _verdict(gates: Sequence[Gate]) -> str:
-    """Which gates failed, or that none did; nothing where there are none."""
-    failed = [str(gate) for gate in gates if not gate.passed]
-    if not gates:
-        return ""
-    return "; ".join(failed) + "." if failed else "All gates passed."
 
 
 def _levels(sample: Tensor) -> NDArray[np.float32]:

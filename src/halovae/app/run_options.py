@@ -13,6 +13,7 @@ from halovae.base.errors import InputError
 from halovae.base.files import check_input, check_output
 
 if TYPE_CHECKING:
+    from halovae.media import FrameRange
     from halovae.tiles.tile_settings import TileSettings
 
 
@@ -87,6 +88,23 @@ class RunOptions:
     vae_decode_dtype: str | None = None
     device: str | None = None
     work: Work = field(default_factory=Work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeJob:
+    """What one run of a command that runs a VAE alone shall do."""
+
+    source: Path
+    output: Path
+    json: Path | None
+    frames: FrameRange | None = None
+    height: int | None = None
+    width: int | None = None
+    compare: bool = False
+    lossless: bool = False
+    report: Path | None = None
+    words: tuple[str, ...] = ()
+    """The command line."""
 
 
 def dtype_on(kind: str, asked: str | None = None) -> str:

@@ -1,29 +1,124 @@
-"""`halovae image-to-video`, `text-to-video` and `image-to-image`: whole pipelines, from a prompt to a file."""
+"""`halovae image-to-video`, `text-to-video`, `image-to-image` and `serve`: whole pipelines, and a tiny one to try."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from halovae.app.generation import start
+from halovae.app import launch
+from halovae.app.job import job_of, start
+from halovae.app.watch import guarded
+from halovae.base.errors import InputError
+from halovae.base.files import check_model, check_new_folder
 from halovae.cli import flags
+from halovae.pipelines.generation_settings import TASKS
+
+if TYPE_CHECKING:
+    from halovae.app.session import Session
+    from halovae.serve.server_settings import ServeOptions
 
 
 @flags.takes("image-to-video", output=Path("i2v_output.mp4"))
 def image_to_video(context: typer.Context, **given: Any) -> int:
     """Make a video from an image and a prompt, with any image-to-video pipeline of diffusers, on several devices."""
-    return start(context, "image-to-video", given)
+    return start(context.obj, "image-to-video", given)
 
 
 @flags.takes("text-to-video", output=Path("t2v_output.mp4"))
 def text_to_video(context: typer.Context, **given: Any) -> int:
     """Make a video from a prompt, with any text-to-video pipeline of diffusers, on several devices."""
-    return start(context, "text-to-video", given)
+    return start(context.obj, "text-to-video", given)
 
 
 @flags.takes("image-to-image", output=Path("i2i_output.png"))
 def image_to_image(context: typer.Context, **given: Any) -> int:
     """Edit an image after a prompt, with any image-to-image pipeline of diffusers, on several devices."""
-    return start(context, "image-to-image", given)
+    return start(context.obj, "image-to-image", given)
+
+
+@flags.takes("serve")
+def serve(context: typer.Context, **given: Any) -> int:
+    """Keep a pipeline loaded on several devices, and serve it over HTTP, as OpenAI's videos API and with a web page."""
+    tasks = ("image-to-video", "text-to-video")
+    if given["task"] not in tasks:
+        raise InputError(f"--task {given['task']}: give {' or '.join(tasks)}")
+    job = job_of(given["task"], {**given, "output": Path("video.mp4"), "dry_run": False, "json": None, "report": None})
+    place, ranks = launch.place(), given["ranks"]
+    if place is not None and not launch.was_launched():
+        raise InputError(
+            "halovae serve starts its ranks by itself: "
+            f"run `halovae serve --ranks {place.local_world_size} ...` without torchrun, once on each machine"
+        )
+    count = place.world_size if place else 1 if ranks is None else ranks
+    if place is None:
+        launch.check_ranks(count)
+    job.setup.check_ranks(count)
+    check_model(job.model)
+    chosen = _options(given, count)
+    if place is None:
+        return _front(chosen, context.obj)
+
+    def on_rank(session: Session) -> None:
+        from halovae.serve.worker import serve_ranks
+
+        serve_ranks(session, job, given["max_steps"])
+
+    return launch.run(context.obj, job.options, on_rank)
+
+
+def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
+    from halovae.serve.server_settings import ServeOptions, ServerLimits, parse_keep, read_key
+
+    path = given["api_key_file"]
+    return ServeOptions(
+        model=given["served_model_name"] or given["model"],
+        task=given["task"],
+        ranks=ranks,
+        host=given["host"],
+        port=given["port"],
+        store=given["store"],
+        keep=parse_keep(given["keep"]),
+        key=None if path is None else read_key(path),
+        limits=ServerLimits(
+            upload_bytes=given["max_upload"] * 2**20,
+            pixels=given["max_pixels"],
+            frames=given["max_frames"],
+            steps=given["max_steps"],
+            queue=given["max_queue"],
+        ),
+    )
+
+
+def _front(chosen: ServeOptions, arguments: list[str]) -> int:
+    try:
+        from halovae.serve.front import serve as run_front
+    except ModuleNotFoundError as error:
+        raise InputError(f"halovae serve needs {error.name}: pip install 'halovae[serve]'") from error
+    return run_front(chosen, arguments)
+
+
+_TRY = {
+    "image-to-video": '--image PICTURE --prompt "" --height 128 --width 192 --num-frames 17 --num-inference-steps 4',
+    "text-to-video": '--prompt "a cup" --height 128 --width 192 --num-frames 17 --num-inference-steps 8',
+    "image-to-image": '--image PICTURE --prompt "" --strength 0.3 --height 256 --width 384 --num-inference-steps 8',
+}
+
+
+@flags.takes("make-demo-model")
+def make_demo_model(context: typer.Context, *, folder: Path, kind: str) -> int:
+    """Build a tiny pipeline in diffusers' format, without any download, to try the other commands."""
+    if kind not in TASKS:
+        raise InputError(f"--kind {kind}: give {', '.join(TASKS[:-1])} or {TASKS[-1]}")
+    check_new_folder(folder)
+    with guarded():
+        from halovae.base.quiet import all_quiet
+
+        with all_quiet():  # Importing speaks too.
+            from halovae.pipelines.demo import make_demo_model as make
+
+            make(folder, kind)
+    typer.echo(f"{folder}: try it with")
+    typer.echo(f"  halovae {kind} --model {folder} {_TRY[kind]} --ranks 2")
+    return 0

@@ -129,7 +129,6 @@ class Film:
         check_input(path)
         self.path = path
         self._choice = frames, (height, width)
-        self._part: tuple[int, int, int] | None = None
         with opened(path) as source:
             wanted = _Wanted(path, source, *self._choice)
             for shown in wanted:
@@ -139,6 +138,7 @@ class Film:
             self.pace = wanted.pace()
         self.count, self.size = wanted.count, wanted.size
         """`size`: height and width of every frame."""
+        self._whole = self.size
         self.lossy = source.lossy
         """What it was compressed with, where that may have lost something."""
         self.notes = (*source.notes, *self.pace.notes)
@@ -146,18 +146,18 @@ class Film:
 
     def trim(self, count: int, height: int, width: int) -> None:
         """Keep the first frames only, and of them the middle."""
-        self._part = count, height, width
+        self.count, self.size = count, (height, width)
 
     def __iter__(self) -> Iterator[Frame]:
-        count, height, width = self._part or (self.count, *self.size)
-        top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
+        height, width = self.size
+        top, left = (self._whole[0] - height) // 2, (self._whole[1] - width) // 2
         with opened(self.path) as source:
             wanted = _Wanted(self.path, source, *self._choice)
-            for shown in islice(wanted, count):
-                yield cover(shown.picture, self.size)[top : top + height, left : left + width]
-        if wanted.count < count:
+            for shown in islice(wanted, self.count):
+                yield cover(shown.picture, self._whole)[top : top + height, left : left + width]
+        if wanted.count < self.count:
             raise InputError(
-                f"{self.path} has changed while it was read: it has {wanted.count} frames now, not {count}"
+                f"{self.path} has changed while it was read: it has {wanted.count} frames now, not {self.count}"
             )
 
 
