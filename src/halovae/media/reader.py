@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,35 @@ from PIL import Image
 
 from halovae.base.errors import InputError
 from halovae.base.files import check_input
-from halovae.media.frame_range import FrameRange
 from halovae.media.images import open_pictures
-from halovae.media.media_limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS
-from halovae.media.pace import OpenedFile, Pace, Shown, pace_of
+from halovae.media.opened_file import MAX_CLIP_BYTES, MAX_FRAME_PIXELS, OpenedFile, Pace, Shown, pace_of
 from halovae.media.video import open_video
 
 Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class FrameRange:
+    """Frames `start` to `stop` - 1, counted from 0. `stop` None means to the end."""
+
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise InputError(f"--frames {self}: A:B needs 0 <= A < B")
+
+    @classmethod
+    def parse(cls, text: str) -> FrameRange:
+        """From "A:B", "A:" or ":B"."""
+        match = re.fullmatch(r"(\d{0,12}):(\d{0,12})", text)
+        if match is None:
+            raise InputError(f"--frames {text}: give A:B, A: or :B, as in 0:33")
+        start, stop = match.groups()
+        return cls(int(start or 0), int(stop) if stop else None)
+
+    def __str__(self) -> str:
+        return f"{self.start}:{'' if self.stop is None else self.stop}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +74,7 @@ class Header:
 
 
 def inspect(path: Path) -> Header:
-    """Look at the header only.
-
-    Raises:
-        InputError: no readable image or video, or more pixels than `MAX_FRAME_PIXELS`.
-    """
+    """Look at the header only."""
     check_input(path)
     with opened(path) as source:
         return Header(is_image=source.is_still, height=source.size[0], width=source.size[1])
@@ -107,10 +126,7 @@ class Film:
     """A clip that may be longer than memory: its frames are decoded anew each time they are gone through.
 
     Args:
-        path: a video or an image.
-        frames: as for `read`.
-        height: likewise.
-        width: likewise.
+        path, frames, height, width: as for `read`.
         advance: called after each frame while they are counted, at first.
 
     Raises:
@@ -242,12 +258,7 @@ def cover(picture: Image.Image, target: tuple[int, int]) -> Frame:
 
 
 def covered(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of what `cover` takes of a picture, in its pixels.
-
-    Args:
-        source: height and width of the picture.
-        target: height and width that it is scaled to.
-    """
+    """Left, top, right and bottom of what `cover` takes of a picture, in its pixels; sizes are height and width."""
     (rows, columns), (height, width) = source, target
     scale = max(width / columns, height / rows)
     kept_width, kept_height = width / scale, height / scale
