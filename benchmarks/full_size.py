@@ -195,7 +195,7 @@ def accuracy(_: str, options: argparse.Namespace, device: torch.device) -> None:
     import numpy as np
 
     from halovae import comm
-    from halovae.evaluation.clip_scores import compare_clips
+    from halovae.evaluation import compare_clips
     from halovae.pipelines.parallel_vae import parallel_vae
     from halovae.pipelines.runner import Runner
 

@@ -37,16 +37,9 @@ def open_clip(
 
 @contextmanager
 def writing(session: Session, output: Path, fps: Fraction, **settings: Any) -> Iterator[Take]:
-    """Within it, the first rank writes a clip while its further frames are made. Called on every rank.
+    """Within it, the first rank writes a clip while its further frames are made; settings are those of `media.Writer`.
 
-    Args:
-        session: of this rank.
-        output: as for `media.Writer`.
-        fps: likewise.
-        settings: likewise.
-
-    Yields:
-        What takes the next frames, as `media.write` does, on the first rank.
+    Called on every rank. Yields what takes the next frames, on the first rank.
 
     Raises:
         InputError: at the end, on all ranks: the file can't be written.
@@ -75,16 +68,9 @@ def encode(
     """Encode a clip, whose frames are read meanwhile. Latents are handed on as soon as they are final.
 
     Args:
-        session: of this rank.
-        loaded: the VAE.
-        fit: how the clip is padded.
-        film: the clip.
         handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
-        take: gets the next latents, as `codec.encode_pieces` gives them.
+        take: gets the next latents, as `codec.encode_pieces` gives them. What it raises, all ranks raise.
         label: after the name of the stage.
-
-    Raises:
-        HalovaeError: of `take`, on all ranks.
     """
     agree = _raise if handle is None else session.agree
     with session.measured(f"encode{label}", handle, fit.padded_frames) as (half, advance, after):
@@ -120,16 +106,9 @@ def decode(
     """Decode a clip, and let the first rank have its frames as soon as they are final.
 
     Args:
-        session: of this rank.
-        loaded: the VAE.
-        fit: the sizes of the clip.
-        latents: as `codec.decode` takes them.
-        handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
-        take: gets the next frames, (3, frames, height, width) of -1 to 1, cropped.
+        handle: as for `encode`.
+        take: gets the next frames, (3, frames, height, width) of -1 to 1, cropped. What it raises, all ranks raise.
         label: after the name of the stage.
-
-    Raises:
-        HalovaeError: of `take`, on all ranks.
     """
     vae, limits, count = loaded.vae, loaded.limits, 0
     left = codec.decode_calls(vae, limits, latents)

@@ -25,8 +25,8 @@ from halovae.evaluation import (
     compare_latents,
     latent_gates,
 )
-from halovae.evaluation.numbers import decibel
 from halovae.evaluation.report import ClipSection, LatentSection, Report, write_report
+from halovae.evaluation.scores import decibel
 from halovae.media import latents_file
 
 _ROUNDING = 5e-4

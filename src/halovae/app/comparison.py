@@ -25,8 +25,7 @@ from halovae.base.options import HALVES, Gather
 from halovae.base.replaced import replaced
 from halovae.calls.target import Target
 from halovae.calls.verify import TOLERANCE, distance
-from halovae.evaluation.numbers import bound, decibel, finite
-from halovae.evaluation.scores import PEAK, psnr
+from halovae.evaluation.scores import PEAK, bound, decibel, finite, psnr
 from halovae.media import Film, codec
 from halovae.media.vae_limits import Fit
 
@@ -132,7 +131,6 @@ def told(
     """What is said of a run, next to one rank alone where that ran too.
 
     Args:
-        result: of the ranks; kept where one rank alone ran too.
         peak: bytes, the most that any rank took.
         lost: what writing changes the pixels by, see `clip_files.loss`.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import typer
@@ -18,6 +17,7 @@ from halovae.base import verdicts
 from halovae.base.errors import InputError, VerificationError
 from halovae.base.files import reason
 from halovae.comm.bandwidth import measure_all
+from halovae.evaluation.report.document import version_of
 from halovae.media.vae_limits import latent_of, sample_of
 
 _PACKAGES = ("halovae", "torch", "diffusers", "safetensors", "av", "pillow", "numpy")
@@ -29,12 +29,7 @@ compute with the 10 bits of TF32, another algorithm for another shape."""
 def versions() -> str:
     """Of what an installation is made of."""
     rows = [("python", platform.python_version()), ("system", f"{platform.platform()}, {launch.cores()} cores")]
-    for name in _PACKAGES:
-        try:
-            rows.append((name, version(name)))
-        except PackageNotFoundError:
-            rows.append((name, "not installed"))
-    return columns([*rows, ("cache", kept_verdicts())])
+    return columns([*rows, *((name, version_of(name)) for name in _PACKAGES), ("cache", kept_verdicts())])
 
 
 def clear_cache() -> None:

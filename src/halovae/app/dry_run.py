@@ -38,15 +38,7 @@ if TYPE_CHECKING:
 
 
 def dry_run(job: PipelineJob, ranks: int) -> int:
-    """Check all that configs can tell of a run, and print its plan. In this process alone.
-
-    Args:
-        job: what was asked for.
-        ranks: that it would run on.
-
-    Raises:
-        InputError: what the run itself would refuse too, as far as configs tell.
-    """
+    """Check all that configs can tell of a run on so many ranks, and print its plan. In this process alone."""
     kind = device_kind(job.options.device)
     job = replace(job, setup=replace(job.setup, dtype=dtype_on(kind, job.options.dtype)))
     source = find_pipeline(job.model, job.task)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halovae.app import launch
-from halovae.app.run_options import RunOptions, check_other, check_written, parse_axis
+from halovae.app.run_options import RunOptions, parse_axis
 from halovae.base.errors import Faults, InputError
-from halovae.base.files import check_model, check_output
 from halovae.pipelines.generation_settings import Generation, Setup
 
 if TYPE_CHECKING:
-    from halovae.app.session import Session
+    pass
 
 _RENAMED = {
     "guidance_scale_high": "guidance_scale_2",
@@ -107,55 +105,3 @@ def _vae_mode(given: Mapping[str, Any]) -> str | None:
     if given["vae_use_tiling"] and asked not in (None, "tile"):
         raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
     return "tile" if given["vae_use_tiling"] else asked
-
-
-def start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
-    """Check the arguments, by name, of the command for a task, and run it; returns the exit code."""
-    place, faults = launch.place(), Faults()
-    ranks = place.world_size if place else given["ranks"] or 1
-    job = None
-    with faults.noted():
-        job = job_of(task, given, tuple(words))
-        job.setup.check_ranks(ranks)
-    _check_files(task, given, faults)
-    faults.check()
-    assert job is not None
-    if job.dry_run:
-        from halovae.app.dry_run import dry_run
-
-        return dry_run(job, ranks)
-
-    def on_rank(session: Session) -> None:
-        from halovae.app.generation import generate
-
-        generate(session, job)
-
-    return launch.run(words, job.options, on_rank)
-
-
-def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
-    """Note files that can't be read or written, before anything is loaded."""
-    from halovae.media import SUFFIXES, check_still
-
-    with faults.noted():
-        check_model(given["model"])
-    output: Path = given["output"]
-    with faults.noted():
-        check_output(output, (".png",) if task == "image-to-image" else SUFFIXES)
-        if given.get("num_frames") is not None:
-            check_still(output, given["num_frames"])
-    for written in ((given["json"], None), (None, given["report"])):
-        with faults.noted():
-            check_written(*written)
-    for name in ("image", "last_image"):
-        if given.get(name) is not None:
-            with faults.noted():
-                _check_image(given[name], output)
-
-
-def _check_image(path: Path, output: Path) -> None:
-    from halovae.media import inspect
-
-    if not inspect(path).is_image:
-        raise InputError(f"{path} is a video: give a still image")
-    check_other(output, path)

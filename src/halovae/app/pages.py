@@ -19,8 +19,8 @@ from halovae.app.tables import clip_line, counted, described
 from halovae.base import timeline
 from halovae.base.timeline import Span, Timeline
 from halovae.evaluation import CutLines, Frames, compare_clips
-from halovae.evaluation.numbers import decibel
 from halovae.evaluation.report import ClipSection, Report, lanes
+from halovae.evaluation.scores import decibel
 from halovae.media.vae_limits import Fit
 from halovae.tiles.tile_settings import TileSettings
 
@@ -40,11 +40,8 @@ def recorded(session: Session) -> Iterator[Timeline]:
 
 
 def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[CutLines, str]:
-    """Where the last call cut the picture, in pixels, and what these borders are called.
-
-    Args:
-        handle: of the parallel VAE after a decode; None where one rank ran it as it is.
-    """
+    """Where the last call cut the picture, in pixels, and what these borders are called; nothing where one rank ran
+    it."""
     size = fit.height, fit.width
     if handle is None or handle.last is None:
         return CutLines(), ""

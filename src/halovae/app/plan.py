@@ -145,11 +145,8 @@ def _cells(row: Row, found: Prediction) -> tuple[str, ...]:
 
 
 def _check_room(survey: Survey, found: dict[str, list[Row]], room: float) -> None:
-    """Refuse a clip of which a half fits in none of the ways that were asked for.
-
-    Raises:
-        InputError: with the number of ranks on which it would.
-    """
+    """Refuse a clip of which a half fits in none of the ways that were asked for, with the number of ranks that would
+    do."""
     for half, rows in found.items():
         able = [row for row in rows if row.prediction is not None]
         if not able:

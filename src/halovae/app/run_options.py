@@ -34,21 +34,14 @@ class Work:
     """What to tell the user about the names that were used."""
 
     def check(self, vae: Any) -> None:
-        """
-        Raises:
-            InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
-        """
+        """Refuse exact mode where it would give another result than the VAE itself, and nobody has asked for that."""
         from halovae.calls.target import Target
 
         if self.mode == "exact" and not self.untiled:
             Target(vae).check_exact("--mode exact", "add --untiled")
 
     def set_tiles(self, vae: Any) -> None:
-        """Give the VAE the sizes that were asked for.
-
-        Raises:
-            InputError: its tiles can't be set, or not to these sizes.
-        """
+        """Give the VAE the sizes that were asked for."""
         if self.tile_size is None and self.tile_overlap is None:
             return
         from halovae.tiles.tile_settings import TileSettings
@@ -113,11 +106,7 @@ def dtype_on(kind: str, asked: str | None = None) -> str:
 
 
 def parse_axis(text: str, mode: str | None = None) -> options.Axis:
-    """From the words of `--axis`.
-
-    Raises:
-        InputError: another word, a grid without rows or columns, or a cut where there are tiles.
-    """
+    """From the words of `--axis`."""
     if mode == "tile" and text != "auto":
         raise InputError(f"--axis {text}: tiles are not cut; leave it out, or use --mode exact")
     if text in ("auto", "height", "width"):
@@ -133,11 +122,7 @@ def run_options(
     tile_overlap: str | None = None, vae_use_tiling: bool = False, vae_patch_parallel_size: int | None = None,
     **others: Any,
 ) -> RunOptions:  # fmt: skip
-    """From the words of the flags; `others` are those that need no reading.
-
-    Raises:
-        InputError: a word that is no mode, sizes that are none, or flags that contradict each other.
-    """
+    """From the words of the flags; `others` are those that need no reading."""
     if mode not in (None, "exact", "tile", "auto"):
         raise InputError(f"--mode {mode}: give exact, tile or auto")
     if vae_use_tiling and mode not in (None, "tile"):
@@ -178,11 +163,7 @@ def _pair(flag: str, text: str | None, least: int) -> tuple[int, int] | None:
 def check_files(
     source: Path, output: Path, suffixes: tuple[str, ...], json: Path | None, report: Path | None = None
 ) -> None:
-    """Refuse files that can't be read or written, and one file given for two things.
-
-    Raises:
-        InputError: says which.
-    """
+    """Refuse files that can't be read or written, and one file given for two things."""
     check_input(source)
     check_output(output, suffixes)
     check_written(json, report)
@@ -190,11 +171,7 @@ def check_files(
 
 
 def check_written(json: Path | None, report: Path | None = None) -> None:
-    """Refuse places of reports that can't be written.
-
-    Raises:
-        InputError: says which.
-    """
+    """Refuse places of reports that can't be written."""
     if json is not None:
         check_output(json, (".json",))
     if report is not None:
@@ -204,9 +181,6 @@ def check_written(json: Path | None, report: Path | None = None) -> None:
 
 
 def check_other(output: Path, source: Path) -> None:
-    """
-    Raises:
-        InputError: what is written would take the place of what is read.
-    """
+    """Refuse to write what would take the place of what is read."""
     if output.exists() and output.samefile(source):
         raise InputError(f"output {output} is the input: give another name")

@@ -56,11 +56,7 @@ class Row:
 
 
 class Survey:
-    """Predicts the halves of one VAE for one clip.
-
-    Args:
-        vae: it may be without weights.
-    """
+    """Predicts the halves of one VAE, which may be without weights, for one clip."""
 
     def __init__(
         self, vae: nn.Module, limits: Limits, fit: Fit, dtypes: Mapping[Half, torch.dtype], speed: Speed,

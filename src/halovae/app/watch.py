@@ -88,11 +88,8 @@ def report(failure: Failure) -> bool:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Within it, the first signal raises `Interrupted`, and the process is gone `GRACE` seconds later at the latest.
-
-    Raises:
-        Interrupted: in the main thread, on SIGINT, SIGTERM or SIGHUP, or when the launcher has died.
-    """
+    """Within it, the first signal raises `Interrupted` in the main thread, and the process is gone `GRACE` seconds
+    later at the latest. So does the end of the launcher."""
     guard = _Guard()
     try:
         yield

@@ -63,9 +63,7 @@ class _Flag:
 def takes(command: str, **defaults: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a function the flags of a command: the command line passes all of them, as keyword arguments.
 
-    Args:
-        command: whose flags.
-        defaults: of this command, by the parameter's name.
+    `defaults` of this command are by the parameter's name.
     """
 
     def give(function: Callable[..., int]) -> Callable[..., int]:

@@ -11,6 +11,7 @@ import typer
 
 from halovae.app import launch
 from halovae.app.run_options import RunOptions, check_written
+from halovae.app.run_ranks import run
 from halovae.app.watch import guarded
 from halovae.base.errors import InputError
 from halovae.base.files import check_input
@@ -70,7 +71,7 @@ def plan(
         plan.plan(session, plan.PlanJob(sizes=sizes, ranks=counts, link=link, memory=memory, rates=rates, json=json))
 
     started = 2 if link == "measured" and launch.place() is None else None
-    return launch.run(context.obj, RunOptions(ranks=started, **how), on_rank)
+    return run(context.obj, RunOptions(ranks=started, **how), on_rank)
 
 
 def _counts(words: str) -> tuple[int, ...]:
@@ -95,7 +96,7 @@ def doctor(context: typer.Context, *, ranks: int | None, device: str | None, cle
     if here is None:
         device = device or _doctor().fallback(ranks)
         context.obj = ["doctor", f"--ranks={ranks}", *([] if device is None else [f"--device={device}"])]
-    return launch.run(context.obj, RunOptions(ranks=ranks, device=device), lambda session: _doctor().prove(session))
+    return run(context.obj, RunOptions(ranks=ranks, device=device), lambda session: _doctor().prove(session))
 
 
 def _doctor() -> Any:

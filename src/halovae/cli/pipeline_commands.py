@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from halovae.app import launch
-from halovae.app.job import job_of, start
+from halovae.app.job import job_of
+from halovae.app.run_options import check_other, check_written
+from halovae.app.run_ranks import run
 from halovae.app.watch import guarded
-from halovae.base.errors import InputError
-from halovae.base.files import check_model, check_new_folder
+from halovae.base.errors import Faults, InputError
+from halovae.base.files import check_model, check_new_folder, check_output
 from halovae.cli import flags
 from halovae.pipelines.generation_settings import TASKS
 
@@ -23,19 +26,71 @@ if TYPE_CHECKING:
 @flags.takes("image-to-video", output=Path("i2v_output.mp4"))
 def image_to_video(context: typer.Context, **given: Any) -> int:
     """Make a video from an image and a prompt, with any image-to-video pipeline of diffusers, on several devices."""
-    return start(context.obj, "image-to-video", given)
+    return _start(context.obj, "image-to-video", given)
 
 
 @flags.takes("text-to-video", output=Path("t2v_output.mp4"))
 def text_to_video(context: typer.Context, **given: Any) -> int:
     """Make a video from a prompt, with any text-to-video pipeline of diffusers, on several devices."""
-    return start(context.obj, "text-to-video", given)
+    return _start(context.obj, "text-to-video", given)
 
 
 @flags.takes("image-to-image", output=Path("i2i_output.png"))
 def image_to_image(context: typer.Context, **given: Any) -> int:
     """Edit an image after a prompt, with any image-to-image pipeline of diffusers, on several devices."""
-    return start(context.obj, "image-to-image", given)
+    return _start(context.obj, "image-to-image", given)
+
+
+def _start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
+    """Check the arguments, by name, of the command for a task, and run it; returns the exit code."""
+    place, faults = launch.place(), Faults()
+    ranks = place.world_size if place else given["ranks"] or 1
+    job = None
+    with faults.noted():
+        job = job_of(task, given, tuple(words))
+        job.setup.check_ranks(ranks)
+    _check_files(task, given, faults)
+    faults.check()
+    assert job is not None
+    if job.dry_run:
+        from halovae.app.dry_run import dry_run
+
+        return dry_run(job, ranks)
+
+    def on_rank(session: Session) -> None:
+        from halovae.app.generation import generate
+
+        generate(session, job)
+
+    return run(words, job.options, on_rank)
+
+
+def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
+    """Note files that can't be read or written, before anything is loaded."""
+    from halovae.media import SUFFIXES, check_still
+
+    with faults.noted():
+        check_model(given["model"])
+    output: Path = given["output"]
+    with faults.noted():
+        check_output(output, (".png",) if task == "image-to-image" else SUFFIXES)
+        if given.get("num_frames") is not None:
+            check_still(output, given["num_frames"])
+    for written in ((given["json"], None), (None, given["report"])):
+        with faults.noted():
+            check_written(*written)
+    for name in ("image", "last_image"):
+        if given.get(name) is not None:
+            with faults.noted():
+                _check_image(given[name], output)
+
+
+def _check_image(path: Path, output: Path) -> None:
+    from halovae.media import inspect
+
+    if not inspect(path).is_image:
+        raise InputError(f"{path} is a video: give a still image")
+    check_other(output, path)
 
 
 @flags.takes("serve")
@@ -65,7 +120,7 @@ def serve(context: typer.Context, **given: Any) -> int:
 
         serve_ranks(session, job, given["max_steps"])
 
-    return launch.run(context.obj, job.options, on_rank)
+    return run(context.obj, job.options, on_rank)
 
 
 def _options(given: dict[str, Any], ranks: int) -> ServeOptions:

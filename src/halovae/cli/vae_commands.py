@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from halovae.app.launch import run
 from halovae.app.run_options import RunOptions, VaeJob, check_files, check_written, run_options
+from halovae.app.run_ranks import run
 from halovae.app.watch import guarded
 from halovae.base.errors import InputError
 from halovae.base.files import DEMO, check_model, write_json

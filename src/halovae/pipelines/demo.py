@@ -82,15 +82,7 @@ _SCHEDULERS = {
 
 
 def make_demo_model(folder: Path, task: str = "image-to-video") -> None:
-    """Build a pipeline and save it to `folder`, which appears whole or not at all. A folder that exists is kept.
-
-    Args:
-        folder: where to.
-        task: what it shall do, one of `pipelines.TASKS`.
-
-    Raises:
-        InputError: `folder` is there already, or can't be written.
-    """
+    """Build a pipeline for a task and save it to `folder`, which appears whole or not at all and must be new."""
     check_new_folder(folder)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
     try:

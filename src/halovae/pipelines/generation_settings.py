@@ -85,11 +85,7 @@ class Setup:
         return {"encode": self.vae_encode_dtype or own, "decode": self.vae_decode_dtype or own}
 
     def check_ranks(self, ranks: int) -> None:
-        """Check the choices against the number of ranks.
-
-        Raises:
-            InputError: more ranks are asked for than there are, or the degrees don't divide them.
-        """
+        """Refuse choices that this number of ranks can't honour."""
         degree = self.ulysses_degree * self.ring_degree
         asked = f"--ulysses-degree {self.ulysses_degree}"
         if self.ring_degree > 1:

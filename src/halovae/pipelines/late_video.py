@@ -48,14 +48,9 @@ def _made(tensor: Tensor) -> Tensor:
 def in_pieces(
     pipeline: Any, stream: Stream | None, take: Callable[[Generator[Tensor], Show], None]
 ) -> Iterator[None]:  # fmt: skip
-    """Within it, a video that the pipeline hands on from its VAE to its processor as it is goes to `take` instead, and
-    the pipeline gives a black pixel. One that it does something else with is decoded whole, as ever.
-
-    Args:
-        pipeline: any of diffusers.
-        stream: of its VAE; None: it has none.
-        take: gets the pieces, and what makes pictures of each.
-    """
+    """Within it, a video that the pipeline hands on from its VAE to its processor as it is goes to `take` instead, in
+    pieces with what makes pictures of each, and the pipeline gives a black pixel. One that it does something else with
+    is decoded whole, as ever; so is all where the VAE has no stream."""
     processor = getattr(pipeline, "video_processor", None)
     if stream is None or processor is None or not hasattr(processor, "postprocess_video"):
         yield

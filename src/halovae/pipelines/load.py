@@ -147,13 +147,8 @@ def _lacks(cls: Any, task: str) -> str:
 def outline(source: PipelineSource, with_encoders: bool = True) -> dict[str, Any]:
     """The parts of a pipeline by name, as far as configs tell them: networks without weights, and the scheduler.
 
-    Tokenizers and other parts that are no networks are left out.
-
-    Args:
-        with_encoders: whether the parts that come from transformers, which encode text and images, are in it.
-
-    Raises:
-        InputError: a config is missing or can't be used.
+    Tokenizers and other parts that are no networks are left out; on request also what comes from transformers, which
+    encodes text and images.
     """
     parts: dict[str, Any] = {}
     for name, entry in source.index.items():

@@ -39,11 +39,7 @@ def denoisers(components: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_denoisers(components: Mapping[str, Any], setup: Setup, ranks: int, device: torch.device) -> None:
-    """Set the attention's backend, spread sequences over the ranks, compile: as `setup` asks. Called on every rank.
-
-    Raises:
-        InputError: this pipeline or this machine can't do what is asked.
-    """
+    """Set the attention's backend, spread sequences over the ranks, compile: as `setup` asks. Called on every rank."""
     if setup.attention_backend is not None:
         check_backend(components, setup)
         for part in denoisers(components).values():
@@ -134,14 +130,10 @@ def _compile(part: Any) -> None:
 
 @contextmanager
 def shared_sequences(parts: int) -> Iterator[None]:
-    """Within it, a sequence that can't be shared is an error of the caller's, not of the code's.
+    """Within it, a sequence that `parts` ranks can't share is an error of the caller's, not of the code's.
 
-    Args:
-        parts: ranks that share one.
-
-    Raises:
-        InputError: a sequence (of text, say) has a length that `parts` does not divide, the attention's backend
-            can't pass keys and values around, or diffusers' plan for this transformer does not work out.
+    A sequence (of text, say) may have a length that `parts` does not divide, the attention's backend may not pass keys
+    and values around, or diffusers' plan for this transformer does not work out.
     """
     try:
         yield

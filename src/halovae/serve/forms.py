@@ -109,21 +109,14 @@ class FormFaults:
         self.found.setdefault(name, []).append(message)
 
     def check(self) -> None:
-        """
-        Raises:
-            ApiError: names them all, if there are any.
-        """
+        """Tell them all, if there are any."""
         if self.found:
             messages = itertools.chain.from_iterable(self.found.values())
             raise ApiError(400, "; ".join(messages), param=next(iter(self.found)), code="invalid_value")
 
 
 async def accepted(request: Request) -> StoredJob:
-    """Take in a request for a video: its fields checked, its image on the disk.
-
-    Raises:
-        ApiError: says all that is wrong with it.
-    """
+    """Take in a request for a video: its fields checked, its image on the disk."""
     service: Service = request.app.state.service
     service.check_room()
     faults = FormFaults()
@@ -143,11 +136,7 @@ async def accepted(request: Request) -> StoredJob:
 
 async def accepted_file(request: Request, kind: str, meanwhile: bool) -> StoredJob:
     """Take in a request of another kind, of which a file is all but everything; `meanwhile` says that the answer begins
-    before the end of the work, whatever the fields say.
-
-    Raises:
-        ApiError: as above.
-    """
+    before the end of the work, whatever the fields say."""
     service: Service = request.app.state.service
     service.check_room()
     faults, limits, name = FormFaults(), service.options.limits, FILES[kind]

@@ -94,14 +94,7 @@ class StoredJob:
 
 
 class Store:
-    """The jobs of one server. One thread uses it at a time.
-
-    Args:
-        folder: made if it is not there.
-
-    Raises:
-        InputError: the folder can't be used, another server uses it, or its data base is damaged.
-    """
+    """The jobs of one server, in a folder that no other server uses. One thread uses it at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._files = folder / "files"
@@ -131,14 +124,7 @@ class Store:
         self._lock.close()
 
     def check_room(self, free: int = 0) -> None:
-        """See whether files can be written.
-
-        Args:
-            free: bytes that the disk has to have.
-
-        Raises:
-            OSError: says why not.
-        """
+        """See whether files can be written, and whether the disk has so many bytes."""
         with tempfile.TemporaryFile(dir=self._files) as file:
             file.write(bytes(_ROOM))
             file.flush()
