@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halovae.app.run_options import RunOptions, parse_axis
-from halovae.base.errors import Faults, InputError
+from halovae.app.run_options import RunOptions, chosen_mode, parse_axis
+from halovae.base.errors import Faults
 from halovae.pipelines.generation_settings import Generation, Setup
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     with faults.noted():
         values["vae_axis"] = parse_axis(given["axis"])
     with faults.noted():
-        values["vae_mode"] = _vae_mode(given)
+        values["vae_mode"] = chosen_mode("--vae-mode", given["vae_mode"], given["vae_use_tiling"])
     for name in ("dtype", "vae_dtype", "vae_encode_dtype", "vae_decode_dtype"):
         values[name] = None if given.get(name) is None else given[name].value
     values["dtype"] = values["dtype"] or Setup.dtype  # until the device is known
@@ -98,10 +98,3 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         words=words,
         notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
     )
-
-
-def _vae_mode(given: Mapping[str, Any]) -> str | None:
-    asked = None if given["vae_mode"] is None else given["vae_mode"].value
-    if given["vae_use_tiling"] and asked not in (None, "tile"):
-        raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
-    return "tile" if given["vae_use_tiling"] else asked

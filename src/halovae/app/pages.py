@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from halovae.tiles.tile_settings import TileSettings
 if TYPE_CHECKING:
     from halovae.app.comparison import ClipResult, Told
     from halovae.app.session import Loaded, Session
-    from halovae.media import Film
 
 
 @contextmanager
@@ -55,39 +53,26 @@ def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[CutLines, str]
     return CutLines(rows=rows, columns=columns).inside(size), "shard borders"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A clip, and what came of it in one way or two."""
+def roundtrip_report(
+    session: Session, loaded: Loaded, fit: Fit, handle: Any, result: ClipResult, alone: ClipResult | None, told: Told,
+    spans: Sequence[Sequence[Span]], output: str, lost: str, words: Sequence[str],
+) -> Report:  # fmt: skip
+    """The report of `halovae roundtrip`: of a clip through the ranks and, if that was asked for, through one alone.
 
-    name: str
-    """Of the clip."""
-    output: str
-    """Name of the file."""
-    lost: str
-    """What writing it changes the pixels by, see `clip_files.loss`."""
-    film: Film
-    result: ClipResult
-    """Of the ranks."""
-    alone: ClipResult | None
-    """Of one rank without any cut, if that was asked for."""
-    told: Told
-    """What the terminal says."""
-    handle: Any
-    """Of the parallel VAE; None where one rank ran it as it is."""
-    spans: Sequence[Sequence[Span]]
-    """The timeline of every rank."""
-    words: Sequence[str]
-    """The command line."""
-
-
-def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Report:
-    """The report of `halovae roundtrip`."""
-    film, result, alone, told = run.film, run.result, run.alone, run.told
-    cut = borders(loaded.vae, run.handle, loaded.limits.ratio, fit)
+    Args:
+        handle: of the parallel VAE; None where one rank ran it as it is.
+        told: what the terminal says.
+        spans: the timeline of every rank.
+        output: name of the file.
+        lost: what writing it changes the pixels by, see `clip_files.loss`.
+        words: of the command line.
+    """
+    film = result.film
+    cut = borders(loaded.vae, handle, loaded.limits.ratio, fit)
     ranks = counted(session.group.size, "rank")
     kept = _section(
         "Result against source",
-        f"What the VAE keeps of the clip, before {run.output} was written.",
+        f"What the VAE keeps of the clip, before {output} was written.",
         ("Source", "Result"),
         film,
         result.frames,
@@ -98,21 +83,21 @@ def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Re
         tiles = "in tiles " * ("tile" in (result.encode.mode, result.decode.mode))
         text = (
             "One rank: the VAE as diffusers runs it, un-tiled, with the same clip, weights and precision. "
-            f"Both are compared {BEFORE} {run.output}; {in_8_bits(differences(result, alone), result.frames.size)}."
+            f"Both are compared {BEFORE} {output}; {in_8_bits(differences(result, alone), result.frames.size)}."
         )
         apart = _section(
             f"{ranks} {tiles}against one rank", text, ("One rank", f"{ranks} {tiles}".strip()),
             _levels(alone.kept), _levels(result.kept), cut,
         )  # fmt: skip
         sections = [apart, kept]
-    seconds, found_lanes = lanes(run.spans)
+    seconds, found_lanes = lanes(spans)
     facts = {
         "Clip": clip_line(fit, film.pace.fps),
         "VAE": described(session, loaded, result.encode),
-        "File": f"{run.output}, {lossy_words(run.lost)}" if run.lost else f"{run.output}, which keeps every pixel",
+        "File": f"{output}, {lossy_words(lost)}" if lost else f"{output}, which keeps every pixel",
     }
     return Report(
-        title=f"{run.name} through {loaded.source.model} on {ranks}",
+        title=f"{film.path.name} through {loaded.source.model} on {ranks}",
         verdict=f"{told.verdict} PSNR to the source is {decibel(kept.found.psnr)}.".strip(),
         passed=told.passed,
         facts=facts,
@@ -121,7 +106,7 @@ def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Re
         clips=sections,
         seconds=seconds,
         lanes=found_lanes,
-        command=command(run.words),
+        command=command(words),
     )
 
 

@@ -66,7 +66,8 @@ def _plan(session: Session, job: PlanJob, link: LinkSpeed) -> None:
         padded = limits.fit(*job.sizes)
     for note in padded.notes:
         session.stages.note(note)
-    room = job.memory * _GIB if job.memory is not None else _free(session)  # before trials take any
+    room = free_bytes(session.device) if job.memory is None else job.memory * _GIB  # before trials take any
+    room = 2**60 if room is None else room  # The system can't tell.
     given = job.rates and GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1], device=session.device)
     with session.stages.stage("one rank"):
         speed = given or MeasuredSpeed(session.device, session.dtype)
@@ -159,9 +160,3 @@ def _check_room(survey: Survey, found: dict[str, list[Row]], room: float) -> Non
         raise InputError(
             f"{half} needs {least / _GIB:.3g} GiB on a rank at the least, and {room / _GIB:.3g} are free: {remedy}"
         )
-
-
-def _free(session: Session) -> int:
-    """Bytes free on this device now; far more than there are where the system can't tell."""
-    free = free_bytes(session.device)
-    return 2**60 if free is None else free

@@ -117,17 +117,22 @@ def parse_axis(text: str, mode: str | None = None) -> options.Axis:
     return int(match[1]), int(match[2])
 
 
+def chosen_mode(flag: str, asked: str | None, use_tiling: bool) -> str | None:
+    """What `--mode` or `--vae-mode`, and `--vae-use-tiling`, ask for together."""
+    if asked not in (None, *options.MODES):
+        raise InputError(f"{flag} {asked}: give exact, tile or auto")
+    if use_tiling and asked not in (None, "tile"):
+        raise InputError(f"--vae-use-tiling means {flag} tile, but {flag} {asked} is given too: leave one out")
+    return "tile" if use_tiling else asked
+
+
 def run_options(
     *, axis: str, mode: str | None = None, untiled: bool = False, tile_size: str | None = None,
     tile_overlap: str | None = None, vae_use_tiling: bool = False, vae_patch_parallel_size: int | None = None,
     **others: Any,
 ) -> RunOptions:  # fmt: skip
     """From the words of the flags; `others` are those that need no reading."""
-    if mode not in (None, "exact", "tile", "auto"):
-        raise InputError(f"--mode {mode}: give exact, tile or auto")
-    if vae_use_tiling and mode not in (None, "tile"):
-        raise InputError(f"--vae-use-tiling means --mode tile, but --mode {mode} is given too: leave one out")
-    chosen = mode or ("tile" if vae_use_tiling else None)
+    chosen = chosen_mode("--mode", mode, vae_use_tiling)
     if untiled and chosen not in (None, "exact"):
         raise InputError(f"--untiled is for exact mode, but --mode {chosen} is asked for: leave one of them out")
     for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):

@@ -119,11 +119,9 @@ def roundtrip(session: Session, job: VaeJob) -> None:
     if job.json is not None:
         write_json(job.json, document)
     if job.report is not None:
-        run = pages.Run(
-            name=job.source.name, output=job.output.name, lost=lost, film=film, result=result, alone=alone, told=told,
-            handle=handle, spans=spans, words=job.words,
-        )  # fmt: skip
-        page = pages.roundtrip_report(session, loaded, fit, run)
+        page = pages.roundtrip_report(
+            session, loaded, fit, handle, result, alone, told, spans, job.output.name, lost, job.words
+        )
         typer.echo(f"report: {write_report(job.report, page)}")
     if told.passed is False:
         raise HalovaeError(told.verdict)

@@ -23,14 +23,6 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class VaeMode(str, Enum):
-    """How the VAE runs on ranks."""
-
-    exact = "exact"
-    tile = "tile"
-    auto = "auto"
-
-
 @dataclass(frozen=True)
 class _Flag:
     commands: Set[str]
@@ -217,7 +209,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
     ),
     usage.VAE: (
         _Flag(_ALONE, "mode", str, _MODES, _MODE, shown=_OWN_MODE),
-        _Flag(_WHOLE, "vae_mode", VaeMode, _MODES, _MODE, shown=_OWN_MODE),
+        _Flag(_WHOLE, "vae_mode", str, _MODES, _MODE, shown=_OWN_MODE),
         _Flag(_ALONE, "untiled", bool, None, _UNTILED, False),
         _Flag(_WHOLE, "vae_untiled", bool, None, _UNTILED, False),
         _Flag(_ALONE, "tile_size", str, "H,W", "Make tiles this high and wide, in pixels.", shown="the VAE's own"),

@@ -85,17 +85,12 @@ class ClipComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, where null stands for what is infinite."""
+        names = ("ssim", "ms_ssim", "largest", "mean", "share_off", "drift", "flicker")
         return {
             "identical": self.is_identical,
             "psnr": finite(self.psnr),
-            "ssim": self.ssim,
-            "ms_ssim": self.ms_ssim,
-            "largest": self.largest,
-            "mean": self.mean,
-            "share_off": self.share_off,
+            **{name: getattr(self, name) for name in names},
             "colour_shift": list(self.colour_shift),
-            "drift": self.drift,
-            "flicker": self.flicker,
             "seam_energy": finite(self.seam),
             "grid": self.grid.to_dict(),
             "worst_frame": self.frames[self.worst].frame,

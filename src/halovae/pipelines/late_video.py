@@ -60,7 +60,7 @@ def in_pieces(
     @functools.wraps(decode)
     def decode_later(*args: Any, **kwargs: Any) -> Any:
         video = torch.empty(0).as_subclass(LateVideo)
-        video.make = lambda: sample_of(_first(decode(*args, **kwargs)))
+        video.make = lambda: _sample(decode(*args, **kwargs))
         video.stream = functools.partial(stream, *args, **kwargs)
         return DecoderOutput(sample=video) if kwargs.get("return_dict", True) else (video,)
 
@@ -75,5 +75,5 @@ def in_pieces(
         yield
 
 
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+def _sample(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else sample_of(output)

@@ -108,6 +108,14 @@ class FormFaults:
     def add(self, name: str, message: str) -> None:
         self.found.setdefault(name, []).append(message)
 
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Go on after the block when it refuses something."""
+        try:
+            yield
+        except InputError as error:
+            self.add(name, str(error))
+
     def check(self) -> None:
         """Tell them all, if there are any."""
         if self.found:
@@ -281,21 +289,13 @@ def _check_grid(given: Mapping[str, Any], grid: TokenGrid | None, facts: Mapping
         return
     before = len(faults.found)
     for name, check in (("width", grid.check_side), ("height", grid.check_side), ("num_frames", grid.check_count)):
-        with _noted(faults, name):
+        with faults.noted(name):
             if name in given:
                 check(name, given[name])
     if len(faults.found) == before and "width" in given and "height" in given and "seconds" not in given:
         frames = given.get("num_frames", facts.get("frames", 1))
-        with _noted(faults, "size"):
+        with faults.noted("size"):
             grid.check_tokens(given["height"], given["width"], frames, facts.get("parts", 1), mark="")
-
-
-@contextmanager
-def _noted(faults: FormFaults, name: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        faults.add(name, str(error))
 
 
 @contextmanager

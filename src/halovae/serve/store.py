@@ -175,7 +175,9 @@ class Store:
             "INSERT INTO jobs (id, kind, status, created, request) VALUES (?, ?, ?, ?, ?)",
             (job, kind, QUEUED, time.time(), json.dumps(request)),
         )
-        return self._known(job)
+        added = self.get(job)
+        assert added is not None
+        return added
 
     def get(self, job: str) -> StoredJob | None:
         return self._first("SELECT * FROM jobs WHERE id = ?", (job,))
@@ -257,11 +259,6 @@ class Store:
             (status, time.time(), json.dumps(value), job),
         )
         return self.get(job)
-
-    def _known(self, job: str) -> StoredJob:
-        found = self.get(job)
-        assert found is not None
-        return found
 
     def _first(self, query: str, values: Sequence[Any]) -> StoredJob | None:
         row = self._base.execute(query, values).fetchone()
