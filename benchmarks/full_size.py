@@ -125,7 +125,7 @@ class Peer:
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         from diffusers import ContextParallelConfig
 
-        from halovae.pipelines.spreading import some_device
+        from halovae.pipelines.transformers import some_device
 
         self.pipeline, self.device = pipeline.to(device), device
         with some_device():

@@ -39,7 +39,6 @@ from halovae.serve.work import (
     FIELDS,
     Model,
     NoRoomError,
-    OnStep,
     Task,
     decode_latents,
     encode_clip,
@@ -232,7 +231,7 @@ class Turn:
             self._session.synchronize()
 
     def _work(self) -> None:
-        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step(), self.on_frames)
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self.on_step, self.on_frames)
 
     def on_frames(self, count: int) -> None:
         """Called on every rank when so many frames can be sent. Raises where the client does not want them any more."""
@@ -253,13 +252,11 @@ class Turn:
             self._hear(left)
         raise CancelledError
 
-    def _on_step(self) -> OnStep:
-        def on_step(done: int, total: int | None) -> None:
-            self._attempt.step()
-            if self._wire is not None:
-                self._wire.send({"event": "progress", "id": self._task.id, "done": done, "total": total})
-
-        return on_step
+    def on_step(self, done: int, total: int | None) -> None:
+        """Called by all ranks together, with the number of steps done and of all."""
+        self._attempt.step()
+        if self._wire is not None:
+            self._wire.send({"event": "progress", "id": self._task.id, "done": done, "total": total})
 
     def _is_cancelled(self) -> bool:
         while self._hear(0):
