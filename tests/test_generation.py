@@ -127,6 +127,7 @@ REFUSED = [
         ["--vae-use-tiling", "--vae-mode", "auto"],
         "--vae-use-tiling means --vae-mode tile, but --vae-mode auto",
     ),
+    (["--vae-mode", "fast"], "--vae-mode fast: give exact, tile or auto"),
     (["--vae-mode", "tile", "--axis", "height"], "--axis can't be honoured with --vae-mode tile"),
     (["--image", "nowhere.png"], "nowhere.png does not exist"),
     (["--last-image", "nowhere.png"], "nowhere.png does not exist"),

@@ -114,7 +114,7 @@ def run_through(
     def taken(piece: Tensor) -> None:
         nonlocal sample, count
         if take is not None:
-            take(codec.Frames(piece))
+            take(codec.frames_of(piece))
         if keep:
             if sample is None:
                 sample = piece.new_empty((piece.shape[0], fit.frames, *piece.shape[2:]))

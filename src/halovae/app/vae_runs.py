@@ -72,7 +72,7 @@ def decode(session: Session, job: VaeJob) -> None:
     fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
     written = clip_files.writing(session, job.output, info.fps, times=info.times, lossless=job.lossless)
     with session.parallel(loaded.vae, gather="first") as handle, written as take:
-        half = clip_files.decode(session, loaded, fit, encoded, handle, lambda frames: take(codec.Frames(frames)))
+        half = clip_files.decode(session, loaded, fit, encoded, handle, lambda frames: take(codec.frames_of(frames)))
     document = tables.document(session, loaded, fit, {"decode": half})
     if not session.is_first:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,35 +29,22 @@ def to_tensor(frames: NDArray[np.uint8], dtype: torch.dtype, device: torch.devic
     return clip.permute(3, 0, 1, 2)
 
 
-class Frames(Sequence[NDArray[np.uint8]]):
-    """Frames of 0 to 255 of a clip, each made when it is asked for: (height, width, 3).
+def frames_of(clip: Tensor) -> Iterator[NDArray[np.uint8]]:
+    """Frames of 0 to 255, (height, width, 3), of a clip (3, frames, height, width) of -1 to 1; what is beyond is
+    clamped.
 
-    Args:
-        clip: (3, frames, height, width) of -1 to 1; what is beyond is clamped.
+    Each is made when it is asked for.
     """
-
-    def __init__(self, clip: Tensor) -> None:
-        self._clip = clip
-
-    def __len__(self) -> int:
-        return self._clip.shape[1]
-
-    @overload
-    def __getitem__(self, index: int) -> NDArray[np.uint8]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Frames: ...
-    def __getitem__(self, index: int | slice) -> NDArray[np.uint8] | Frames:
-        if isinstance(index, slice):
-            return Frames(self._clip[:, index])
-        levels = ((self._clip[:, index].to(torch.float32).clamp(-1, 1) + 1) * 127.5).round()
-        return levels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    for picture in clip.unbind(1):
+        levels = ((picture.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round()
+        yield levels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def to_frames(clip: Tensor) -> NDArray[np.uint8]:
     """(3, frames, height, width) of -1 to 1, clamped, to (frames, height, width, 3) of 0 to 255."""
     channels, *sizes = clip.shape
     frames = np.empty((*sizes, channels), np.uint8)
-    for filled, pixels in zip(frames, Frames(clip), strict=True):
+    for filled, pixels in zip(frames, frames_of(clip), strict=True):
         filled[...] = pixels
     return frames
 
