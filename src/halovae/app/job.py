@@ -33,24 +33,24 @@ class PipelineJob:
     task: str
     model: str
     output: Path
-    image: Path | None
-    last_image: Path | None
     generation: Generation
     """Without the images, which every rank reads for itself."""
     setup: Setup
     options: RunOptions
     """What else a rank needs to know."""
-    fps: int
-    crf: int | None
+    image: Path | None = None
+    last_image: Path | None = None
+    fps: int = 1
+    crf: int | None = None
     """Of the mp4, None: halovae's own."""
-    lossless: bool
+    lossless: bool = False
     """Whether the mp4 keeps every pixel."""
-    dry_run: bool
-    json: Path | None
-    report: Path | None
-    words: tuple[str, ...]
+    dry_run: bool = False
+    json: Path | None = None
+    report: Path | None = None
+    words: tuple[str, ...] = ()
     """The command line."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What of the flags a user might not expect."""
 
 
@@ -74,27 +74,15 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     if given.get("lossless") and given.get("crf") is not None:
         faults.add(f"--lossless loses nothing, so --crf {given['crf']} has no meaning: leave one of them out")
     faults.check()
+    own = {field.name for field in fields(PipelineJob)} & set(given)
     return PipelineJob(
+        **{name: given[name] for name in own},
         task=task,
-        model=given["model"],
-        output=given["output"],
-        image=given.get("image"),
-        last_image=given.get("last_image"),
         generation=generation,
         setup=setup,
         options=RunOptions(
-            model=given["model"],
-            ranks=given["ranks"],
-            axis=setup.vae_axis,
-            dtype=given["dtype"],
-            device=given["device"],
+            axis=setup.vae_axis, **{name: given[name] for name in ("model", "ranks", "dtype", "device")}
         ),
-        fps=given.get("fps", 1),
-        crf=given.get("crf"),
-        lossless=given.get("lossless", False),
-        dry_run=given["dry_run"],
-        json=given["json"],
-        report=given["report"],
         words=words,
         notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
     )

@@ -96,30 +96,24 @@ def roundtrip_report(
         "VAE": described(session, loaded, result.encode),
         "File": f"{output}, {lossy_words(lost)}" if lost else f"{output}, which keeps every pixel",
     }
+    costs_text = memory_words(session.device)
+    if alone is not None and session.group.size > 1:
+        costs_text += (
+            " One rank is the VAE as diffusers runs it. halovae's operators are faster than diffusers', so that "
+            f"{ranks} can be more than {session.group.size} times as fast."
+        )
     return Report(
         title=f"{film.path.name} through {loaded.source.model} on {ranks}",
         verdict=f"{told.verdict} PSNR to the source is {decibel(kept.found.psnr)}.".strip(),
         passed=told.passed,
         facts=facts,
         costs=told.rows,
-        costs_text=_costs_text(session, alone is not None),
+        costs_text=costs_text,
         clips=sections,
         seconds=seconds,
         lanes=found_lanes,
         command=command(words),
     )
-
-
-def _costs_text(session: Session, with_alone: bool) -> str:
-    """What has to be known to read the table."""
-    ranks = session.group.size
-    text = memory_words(session.device)
-    if with_alone and ranks > 1:
-        text += (
-            " One rank is the VAE as diffusers runs it. halovae's operators are faster than diffusers', so that "
-            f"{ranks} ranks can be more than {ranks} times as fast."
-        )
-    return text
 
 
 def memory_words(device: torch.device) -> str:

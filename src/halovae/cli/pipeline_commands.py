@@ -99,7 +99,8 @@ def serve(context: typer.Context, **given: Any) -> int:
     tasks = ("image-to-video", "text-to-video")
     if given["task"] not in tasks:
         raise InputError(f"--task {given['task']}: give {' or '.join(tasks)}")
-    job = job_of(given["task"], {**given, "output": Path("video.mp4"), "dry_run": False, "json": None, "report": None})
+    task = given.pop("task")
+    job = job_of(task, {**given, "output": Path("video.mp4")})
     place, ranks = launch.place(), given["ranks"]
     if place is not None and not launch.was_launched():
         raise InputError(
@@ -111,7 +112,7 @@ def serve(context: typer.Context, **given: Any) -> int:
         launch.check_ranks(count)
     job.setup.check_ranks(count)
     check_model(job.model)
-    chosen = _options(given, count)
+    chosen = _options(task, given, count)
     if place is None:
         return _front(chosen, context.obj)
 
@@ -123,13 +124,13 @@ def serve(context: typer.Context, **given: Any) -> int:
     return run(context.obj, job.options, on_rank)
 
 
-def _options(given: dict[str, Any], ranks: int) -> ServeOptions:
+def _options(task: str, given: dict[str, Any], ranks: int) -> ServeOptions:
     from halovae.serve.server_settings import ServeOptions, ServerLimits, parse_keep, read_key
 
     path = given["api_key_file"]
     return ServeOptions(
         model=given["served_model_name"] or given["model"],
-        task=given["task"],
+        task=task,
         ranks=ranks,
         host=given["host"],
         port=given["port"],
