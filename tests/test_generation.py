@@ -115,6 +115,7 @@ REFUSED = [
     (["--ulysses-degree", "2"], "--ulysses-degree 2 needs 2 ranks, but there are 1: use --ranks 2"),
     (["--ulysses-degree", "3", "--ranks", "3"], "does not divide the 8 attention heads of WanTransformer3DModel"),
     (["--ulysses-degree", "8", "--ranks", "8", "--height", "80"], "60 tokens, which 8 ranks can't share evenly"),
+    (["--ranks", "0"], "--ranks 0: give 1 or more"),
     (["--ring-degree", "2", "--ranks", "3"], "does not divide 3 ranks"),
     (["--vae-patch-parallel-size", "3", "--ranks", "2"], "--vae-patch-parallel-size 3: give 1 to 2"),
     (["--guidance-scale-high", "3"], "--guidance-scale-high can't be honoured"),

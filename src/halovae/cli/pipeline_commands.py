@@ -44,7 +44,7 @@ def image_to_image(context: typer.Context, **given: Any) -> int:
 def _start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
     """Check the arguments, by name, of the command for a task, and run it; returns the exit code."""
     place, faults = launch.place(), Faults()
-    ranks = place.world_size if place else given["ranks"] or 1
+    ranks = place.world_size if place else 1 if given["ranks"] is None else given["ranks"]
     job = None
     with faults.noted():
         job = job_of(task, given, tuple(words))
