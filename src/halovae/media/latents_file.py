@@ -60,12 +60,8 @@ class LatentsInfo:
     """As in `media.Clip`: where frames come unevenly, when each begins and the final one ends, in 1/90000 s."""
 
     def __post_init__(self) -> None:
-        pairs = {
-            "frames": (self.frames, self.padded_frames),
-            "height": (self.height, self.padded_height),
-            "width": (self.width, self.padded_width),
-        }
-        for name, (size, padded) in pairs.items():
+        for name in ("frames", "height", "width"):
+            size, padded = getattr(self, name), getattr(self, f"padded_{name}")
             if not 1 <= size <= padded:
                 raise InputError(f"metadata {name}={size}, padded to {padded}: need 1 <= {name} <= padded_{name}")
         if self.fps <= 0:

@@ -218,15 +218,9 @@ class Store:
     def videos(self, after: StoredJob | None, limit: int, newest_first: bool) -> list[StoredJob]:
         """A page of the videos, in the order in which they came."""
         beyond, order = ("<", "DESC") if newest_first else (">", "ASC")
-        condition = "kind = ?"
-        values: list[Any] = [VIDEO]
-        if after is not None:
-            condition += f" AND number {beyond} ?"
-            values.append(after.number)
-        rows = self._base.execute(
-            f"SELECT * FROM jobs WHERE {condition} ORDER BY number {order} LIMIT ?", (*values, limit)
-        )
-        return [_job(row) for row in rows]
+        start = after.number if after is not None else 2**62 if newest_first else 0
+        query = f"SELECT * FROM jobs WHERE kind = ? AND number {beyond} ? ORDER BY number {order} LIMIT ?"
+        return [_job(row) for row in self._base.execute(query, (VIDEO, start, limit))]
 
     def count(self, status: str) -> int:
         return int(self._base.execute("SELECT COUNT(*) FROM jobs WHERE status = ?", (status,)).fetchone()[0])
