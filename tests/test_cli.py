@@ -123,16 +123,19 @@ BAD_USE = {
     "no ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--ranks", "0"], "--ranks 0: give 1 or more"),
     "fewer ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--ranks", "-2"], "--ranks -2: give 1 or more"),
     "too many ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--ranks", "9999"], "--ranks 9999: "),
-    "words for ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--ranks", "two"], "Invalid value for '--ranks'"),
+    "words for ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--ranks", "two"], "--ranks two: give a whole number"),
     "axis": (["roundtrip", CLIP, "-o", "o.mp4", "--axis", "depth"], "--axis depth: give auto, height, width"),
     "empty axis": (["roundtrip", CLIP, "-o", "o.mp4", "--axis", "0x2"], "--axis 0x2"),
     "grid without ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--axis", "2x2"], "needs 4 ranks, but there are 1"),
     "order of frames": (["roundtrip", CLIP, "-o", "o.mp4", "--frames", "9:3"], "--frames 9:3"),
     "words for frames": (["roundtrip", CLIP, "-o", "o.mp4", "--frames", "all"], "--frames all: give A:B"),
     "frames beyond": (["roundtrip", "small.mp4", "-o", "o.mp4", "--frames", "3:8"], "has 5 frames"),
-    "height": (["roundtrip", CLIP, "-o", "o.mp4", "--height", "0"], "Invalid value for '--height'"),
-    "width": (["roundtrip", CLIP, "-o", "o.mp4", "--width", "1e3"], "Invalid value for '--width'"),
-    "dtype": (["roundtrip", CLIP, "-o", "o.mp4", "--dtype", "int8"], "Invalid value for '--dtype'"),
+    "height": (["roundtrip", CLIP, "-o", "o.mp4", "--height", "0"], "--height 0: give a whole number from 1"),
+    "width": (["roundtrip", CLIP, "-o", "o.mp4", "--width", "1e3"], "--width 1e3: give a whole number from 1"),
+    "dtype": (
+        ["roundtrip", CLIP, "-o", "o.mp4", "--dtype", "int8"],
+        "--dtype int8: give float32, float64, ",
+    ),
     "device": (["roundtrip", CLIP, "-o", "o.mp4", "--device", "abacus"], "--device abacus: this machine has"),
     "no model": (["roundtrip", "o.png", "-o", "p.png", "--model", "none"], "--model none: no such folder"),
     "model without a VAE": (["roundtrip", "o.png", "-o", "p.png", "--model", "."], "has no VAE"),
@@ -161,6 +164,44 @@ def test_bad_use_is_one_line(name: str, in_folder: Path, capfd: pytest.CaptureFi
     assert complaints[0].startswith("halovae: error: ")
     assert message in complaints[0]
     assert names(in_folder) == before
+
+
+ALL_AT_ONCE = {
+    "words": (
+        "encode none.mp4 -o o.safetensors --dtype int8 --axis 3x --mode foo --device tpu",
+        ["--dtype int8: ", "none.mp4 does not exist", "--mode foo: ", "--axis 3x: ", "--device tpu: this machine has"],
+    ),
+    "numbers": ("plan --height 64 --width 0 --ranks a --link foo", ["--width 0: ", "--ranks a: ", "--link foo: "]),
+    "unknown": ("plan --hight 6 --width 3 --nope --link", ["--hight", "--nope", "'--link' req", "option '--height'"]),
+    "together": (
+        f"roundtrip {CLIP} -o o.mp4 --untiled --mode tile --axis 2x1 --vae-use-tiling",
+        ["--untiled is for exact", "--axis 2x1: tiles are not cut"],
+    ),
+    "files": (
+        "decode none -o o.avi --json o.txt --tile-size 3 --memory 1",
+        ["No such option: --memory", "output o.avi", "--tile-size 3: ", "output o.txt"],
+    ),
+    "size": ("plan --height 1000000 --width 1000000", ["--height 1000000 --width 1000000: more than 67108864 pixels"]),
+    "size of noise": ("warm-up --height 9000 --width 9000", ["--height 9000 --width 9000: more than 67108864 pixels"]),
+    "serve": (
+        "serve --model none --port x --keep long --flow-shift 0",
+        ["--port x: give a whole number from 0 to 65535", "--model none: ", "--keep long", "--flow-shift 0.0: "],
+    ),
+    "dataset": (
+        "encode-dataset clips -o latents --bucket 3 --format zip --fps fast",
+        ["--fps fast: give a number", "--format zip: give safetensors, ", "--bucket 3: give HEIGHTxWIDTHxFRAMES"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALL_AT_ONCE)
+def test_all_faults_are_told_at_once(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, messages = ALL_AT_ONCE[name]
+    assert main(arguments.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(messages), lines
+    assert all(line.startswith("halovae: error: ") for line in lines)
+    assert all(message in line for message, line in zip(messages, lines, strict=True)), lines
 
 
 def test_what_the_library_warns_of_is_a_note(capfd: pytest.CaptureFixture[str]) -> None:

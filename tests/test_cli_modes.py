@@ -49,7 +49,7 @@ REFUSED = {
     "axis of tiles": (["--mode", "tile", "--axis", "height"], "--axis height: tiles are not cut"),
     "tiles without tiles": (["--mode", "tile", "--untiled"], "--untiled is for exact mode, but --mode tile"),
     "two modes": (["--vae-use-tiling", "--mode", "auto"], "--vae-use-tiling means --mode tile, but --mode auto"),
-    "patches": (["--vae-patch-parallel-size", "0"], "Invalid value for '--vae-patch-parallel-size'"),
+    "patches": (["--vae-patch-parallel-size", "0"], "--vae-patch-parallel-size 0: give a whole number"),
     "more patches than ranks": (["--ranks", "2", "--vae-patch-parallel-size", "3"], "there are only 2 ranks"),
     "odd sizes": (
         ["--mode", "tile", "--tile-size", "60,60"],

@@ -88,7 +88,7 @@ REFUSED = {
     "ranks": (["--ranks", "1,x"], "--ranks 1,x: give numbers from 1 to 1024"),
     "no ranks": (["--ranks", "0"], "--ranks 0: give numbers"),
     "link": (["--link", "string"], "--link string: give nvlink, pcie, ethernet or measured"),
-    "memory": (["--memory", "0"], "Invalid value for '--memory'"),
+    "memory": (["--memory", "0"], "--memory 0: give a number above 0"),
     "report": (["--json", "p.txt"], "must end with .json"),
     "model": (["--model", "none"], "--model none: no such folder"),
     "config": (["--model", "bad.json"], "is no autoencoder of diffusers"),

@@ -164,9 +164,11 @@ class TestTrim:
     ) -> None:
         clips = write_lossless("a.mkv", bars()), write_lossless("b.mkv", frames, rate)
         assert main(["compare", *clips]) == 2
-        assert f"differ: {said}: use --trim" in capsys.readouterr().err
+        remedy = "scale one of them, or use halovae roundtrip --compare" if "size" in said else "use --trim"
+        assert f"differ: {said}: {remedy}" in capsys.readouterr().err
         assert main(["compare", *clips, "--trim"]) == 0
-        assert f"note: trimmed: {said}" in capsys.readouterr().err
+        done = "cropped around the centre, not scaled" if "size" in said else "trimmed"
+        assert f"note: {done}: {said}" in capsys.readouterr().err
 
     def test_sizes_around_the_centre(self) -> None:
         frames = bars()

@@ -111,6 +111,7 @@ def test_dry_run_loads_no_weights(demo: str, in_folder: Path, capsys: pytest.Cap
 REFUSED = [
     (["--lossless", "--crf", "20"], "--lossless loses nothing, so --crf 20 has no meaning"),
     (["--height", "100"], "--height 100 is not a multiple of 16: use 96 or 112"),
+    (["--height", "9600", "--width", "9600"], "--height 9600 --width 9600: more than 67108864 pixels"),
     (["--num-frames", "6"], "--num-frames 6: the VAE would change it, use 5 or 9"),
     (["--ulysses-degree", "2"], "--ulysses-degree 2 needs 2 ranks, but there are 1: use --ranks 2"),
     (["--ulysses-degree", "3", "--ranks", "3"], "does not divide the 8 attention heads of WanTransformer3DModel"),
@@ -156,11 +157,11 @@ ALL_AT_ONCE = [
     (
         ["--image", "nowhere.png", "-o", "nowhere/o.mp4", "--flow-shift", "0", "--axis", "0x2", "--json", "o.txt"],
         [
-            "--axis 0x2: give auto, height, width, or rows and columns such as 2x4",
-            "--flow-shift 0.0: give a number above 0",
-            "output folder nowhere does not exist: create it first",
-            "output o.txt: the name must end with .json",
             "nowhere.png does not exist",
+            "output folder nowhere does not exist: create it first",
+            "--flow-shift 0.0: give a number above 0",
+            "--axis 0x2: give auto, height, width, or rows and columns such as 2x4",
+            "output o.txt: the name must end with .json",
         ],
     ),
     (

@@ -202,6 +202,27 @@ def test_ranks_that_say_much_do_not_block(tmp_path: Path) -> None:
     assert errors.endswith("y\n")
 
 
+STUCK = """
+import ctypes
+from halovae.app import watch
+watch.GRACE = 0.1
+library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with watch.guarded("the same command goes on"):
+    print("ready", flush=True)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+"""
+
+
+def test_who_has_no_time_to_unwind_tells_of_the_interruption_too() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "halovae: interrupted; the same command goes on\n")
+
+
 @pytest.mark.parametrize("behaviour", ["works", "waits", "stuck"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_within_5_seconds(tmp_path: Path, behaviour: str, signum: signal.Signals) -> None:

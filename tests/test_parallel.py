@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import halovae
 from halovae.base.errors import DisagreementError, InputError, RankFailedError
+from halovae.base.options import CallReport
 
 
 def same_signatures(rank: int) -> list[Tensor]:
@@ -262,6 +264,13 @@ def test_reports_and_repr(two_ranks: Ranks) -> None:
     assert "1 of" not in text
     assert "decode exact on 2 x 1 shards" in text
     assert max(map(len, lines)) <= 120
+
+
+def test_a_report_tells_what_of_the_time_is_the_probe() -> None:
+    phases = {"probe": 2.25, "network": 3.5}
+    report = CallReport(half="decode", mode="exact", reference="un-tiled", seconds=5.75, phases=phases, shape=(1, 2))
+    assert str(report).startswith("decode exact on 1 x 2 shards: 5.750 s (probe 2.250), ")
+    assert "probe" not in str(replace(report, phases={"network": 3.5}))
 
 
 # ---- a picture for each rank -----------------------------------------------------------------------------------------

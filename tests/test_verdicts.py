@@ -68,7 +68,7 @@ def test_what_is_kept_is_read_and_forgotten(cache: Path, capsys: pytest.CaptureF
     verdicts.write(one, 4)
     assert verdicts.read(one) == 4
     assert main(["doctor", "--clear-cache"]) == 0
-    assert capsys.readouterr().out.startswith("forgotten: 1 verdict, ")
+    assert capsys.readouterr().out.startswith("forgotten: 1 answer, ")
     assert verdicts.usage() == (0, 0)
 
 

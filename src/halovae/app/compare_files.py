@@ -90,7 +90,9 @@ def _is_latents(job: CompareJob) -> bool:
     pictures_only = {"--min-ssim": job.min_ssim, "--min-psnr": job.min_psnr, "--grid": job.grid}
     wrong = [name for name, value in pictures_only.items() if one and value is not None]
     if wrong:
-        raise InputError(f"{wrong[0]} is for pictures, but {job.one} holds latents: use --max-l2")
+        raise InputError(
+            "\n".join(f"{name} is for pictures, but {job.one} holds latents: use --max-l2" for name in wrong)
+        )
     if job.max_l2 is not None and not one:
         raise InputError(f"--max-l2 is for latents, but {job.one} is a picture: use --min-ssim or --min-psnr")
     return one
@@ -167,11 +169,13 @@ def _trim(job: CompareJob, stages: Stages, one: media.Film, other: media.Film) -
         "rate": rates if abs(rates[0] / rates[1] - 1) >= _ROUNDING else (rates[0], rates[0]),
     }
     differing = [f"{what} {pair[0]} and {pair[1]}" for what, pair in pairs.items() if len(set(pair)) > 1]
+    remedy = "use --trim to compare what they share"
+    if len(set(pairs["size"])) > 1:  # A piece out of the middle of the larger one is another picture.
+        remedy = "scale one of them, or use halovae roundtrip --compare, which compares at one size"
     if differing and not job.trim:
-        names = f"{job.one} and {job.other}"
-        raise InputError(f"{names} differ: {', '.join(differing)}: use --trim to compare what they share")
+        raise InputError(f"{job.one} and {job.other} differ: {', '.join(differing)}: {remedy}")
     for text in differing:
-        stages.note(f"trimmed: {text}")
+        stages.note(f"{'cropped around the centre, not scaled' if text.startswith('size') else 'trimmed'}: {text}")
     count, height, width = map(min, (one.count, *one.size), (other.count, *other.size))
     for film in (one, other):
         film.trim(count, height, width)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halovae.base import options
-from halovae.base.errors import InputError
+from halovae.base.errors import Faults, InputError
 from halovae.base.files import check_input, check_output
 
 if TYPE_CHECKING:
@@ -132,21 +132,27 @@ def run_options(
     **others: Any,
 ) -> RunOptions:  # fmt: skip
     """From the words of the flags; `others` are those that need no reading."""
-    chosen = chosen_mode("--mode", mode, vae_use_tiling)
+    faults, chosen = Faults(), mode or ("tile" if vae_use_tiling else None)
+    with faults.noted():
+        chosen_mode("--mode", mode, vae_use_tiling)
     if untiled and chosen not in (None, "exact"):
-        raise InputError(f"--untiled is for exact mode, but --mode {chosen} is asked for: leave one of them out")
+        faults.add(f"--untiled is for exact mode, but --mode {chosen} is asked for: leave one of them out")
     for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):
         if words is not None and chosen in (None, "exact"):
-            raise InputError(f"{flag} {words}: exact mode has no tiles; add --mode tile, or leave {flag} out")
+            faults.add(f"{flag} {words}: exact mode has no tiles; add --mode tile, or leave {flag} out")
+    cut: options.Axis = "auto"
+    with faults.noted():
+        cut = parse_axis(axis, chosen)
+    faults.check()
     work = Work(
         mode=chosen,
         untiled=untiled,
-        tile_size=_pair("--tile-size", tile_size, least=1),
-        tile_overlap=_pair("--tile-overlap", tile_overlap, least=0),
+        tile_size=parse_pair("--tile-size", tile_size, least=1),
+        tile_overlap=parse_pair("--tile-overlap", tile_overlap, least=0),
         ranks=vae_patch_parallel_size,
         notes=("--vae-use-tiling: this is --mode tile",) if vae_use_tiling else (),
     )
-    return RunOptions(axis=parse_axis(axis, work.mode), work=work, **others)
+    return RunOptions(axis=cut, work=work, **others)
 
 
 def _in_proportion(tiles: TileSettings, size: tuple[int, int]) -> tuple[int, int]:
@@ -156,13 +162,32 @@ def _in_proportion(tiles: TileSettings, size: tuple[int, int]) -> tuple[int, int
     return height, width
 
 
-def _pair(flag: str, text: str | None, least: int) -> tuple[int, int] | None:
+def parse_pair(flag: str, text: str | None, least: int) -> tuple[int, int] | None:
+    """From the words of `--tile-size` or `--tile-overlap`."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,5}),(\d{1,5})", text)
     if match is None or min(int(match[1]), int(match[2])) < least:
         raise InputError(f"{flag} {text}: give height and width in pixels such as 256,256")
     return int(match[1]), int(match[2])
+
+
+def parse_counts(words: str) -> tuple[int, ...]:
+    """From the words of `plan --ranks`."""
+    counts = [int(word) if word.isdecimal() else 0 for word in words.split(",")]
+    if not all(1 <= count <= options.MOST_RANKS for count in counts):
+        raise InputError(f"--ranks {words}: give numbers from 1 to {options.MOST_RANKS} such as 1,2,4,8")
+    return tuple(dict.fromkeys(counts))
+
+
+def parse_grid(text: str | None) -> tuple[int, int, int] | None:
+    """From the words of `--grid`: rows, columns and overlap; 0 rows or columns: no lines between them."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:\+(\d{1,5}))?", text)
+    if match is None or not (int(match[1]) or int(match[2])):
+        raise InputError(f"--grid {text}: give rows and columns from tile to tile such as 192x192, or 192x192+64")
+    return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
 def check_files(

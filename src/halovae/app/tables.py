@@ -92,4 +92,4 @@ def kept_verdicts() -> str:
     folder, (count, size) = verdicts.folder(), verdicts.usage()
     if folder is None:
         return f"off: {verdicts.SWITCH} says so, or this user has no home"
-    return f"{count} verdict{'s' * (count != 1)}, {size / 1024:.1f} KiB in {folder}"
+    return f"{count} answer{'s' * (count != 1)}, {size / 1024:.1f} KiB in {folder}"

@@ -37,9 +37,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupted(KeyboardInterrupt):
     """SIGINT, SIGTERM or SIGHUP has come."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, then: str = "") -> None:
         super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+        self.exit_code, self.then = 128 + signum, then
+
+
+def interruption(then: str = "") -> str:
+    """The line that tells a user of it, and what to do next. A rank has none: who started it says it, once for all."""
+    return "" if "RANK" in os.environ else f"halovae: interrupted{then and '; '}{then}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +92,11 @@ def report(failure: Failure) -> bool:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def guarded(then: str = "") -> Iterator[None]:
     """Within it, the first signal raises `Interrupted` in the main thread, and the process is gone `GRACE` seconds
-    later at the latest. So does the end of the launcher."""
-    guard = _Guard()
+    later at the latest. So does the end of the launcher. `then` is what a user can do after it, for the line that
+    tells."""
+    guard = _Guard(then)
     try:
         yield
     finally:
@@ -100,14 +106,21 @@ def guarded() -> Iterator[None]:
 class _Guard:
     """Handlers of signals, and the thread that ends the process where they are of no use."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: str) -> None:
         self._wakeup_read, self._wakeup_write = os.pipe()
         os.set_blocking(self._wakeup_write, False)
         self._over, self._inherited = threading.Event(), False
-        self._handlers = {signum: signal.signal(signum, _raise) for signum in _SIGNALS}
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            # A second Ctrl-C must not interrupt the clean-up that the first one began.
+            for each in _SIGNALS:
+                signal.signal(each, signal.SIG_IGN)
+            raise Interrupted(signum, then)
+
+        self._handlers = {signum: signal.signal(signum, interrupt) for signum in _SIGNALS}
         # Written by the C handler at once, also while the main thread is in native code.
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
-        arguments = self._wakeup_read, self._over
+        arguments = self._wakeup_read, self._over, then
         self._thread = threading.Thread(target=_watch, args=arguments, name="halovae-watch", daemon=True)
         self._thread.start()
         owned_here(self, _Guard._disown)
@@ -147,14 +160,7 @@ def restore_terminal() -> None:
         os.write(sys.stderr.fileno(), b"\r\x1b[K\x1b[?25h")
 
 
-def _raise(signum: int, frame: FrameType | None) -> None:
-    # A second Ctrl-C must not interrupt the clean-up that the first one began.
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(signum)
-
-
-def _watch(wakeup: int, over: threading.Event) -> None:
+def _watch(wakeup: int, over: threading.Event, then: str) -> None:
     launcher = int(os.environ.get(LAUNCHER_FD, "-1"))
     sources = [wakeup] if launcher < 0 else [wakeup, launcher]
     while True:
@@ -171,5 +177,6 @@ def _watch(wakeup: int, over: threading.Event) -> None:
         if not over.wait(GRACE):
             remove_partial()
             restore_terminal()
+            os.write(2, interruption(then).encode())
             os._exit(128 + received[0])
         return

@@ -25,6 +25,9 @@ class Faults:
     def __init__(self) -> None:
         self._lines: dict[str, None] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
     def add(self, line: str) -> None:
         self._lines[line] = None
 

@@ -209,8 +209,10 @@ class CallReport:
         cut = f"{self.tiles} tiles (spread {self.spread:.2f}{together})" if self.tiles else f"{rows} x {cols} shards"
         memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
         replayed = f", replayed: {self.recording}" if self.replayed else ""
+        probe = self.phases.get("probe", 0.0)
+        probed = f" (probe {probe:.3f})" if probe else ""
         return (
-            f"{self.half} {self.mode} on {cut}: {self.seconds:.3f} s, {self.messages} messages, "
+            f"{self.half} {self.mode} on {cut}: {self.seconds:.3f} s{probed}, {self.messages} messages, "
             f"{self.bytes / 2**20:.2f} MiB sent, {self.wait_seconds:.3f} s in exchanges{memory}{replayed}, "
             f"reference: {self.reference}"
         )

@@ -37,7 +37,7 @@ def folder() -> Path | None:
         return None
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (base if base.is_absolute() else Path.home() / ".cache") / "halovae" / "verdicts"
+        return (base if base.is_absolute() else Path.home() / ".cache") / "halovae" / "answers"
     except RuntimeError:  # Nobody's process, which has no home.
         return None
 

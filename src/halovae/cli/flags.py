@@ -11,7 +11,12 @@ from typing import Any
 
 import typer
 
+from halovae.app import launch
+from halovae.app.run_options import check_written, parse_axis, parse_counts, parse_grid, parse_pair
+from halovae.base.errors import InputError
+from halovae.base.files import DEMO, check_input, check_model, check_new_folder, check_output
 from halovae.cli import usage
+from halovae.pipelines.generation_settings import Setup
 
 
 class Dtype(str, Enum):
@@ -39,11 +44,48 @@ class _Flag:
     """The flag, where it is not `--name`."""
     least: float | None = None
     most: float | None = None
+    check: Callable[[Any], object] | None = None
+    """Refuses a value that is wrong whatever the other flags say."""
+    is_slow: bool = False
+    """Whether the check is left to the command's ranks, if nothing else is wrong."""
+
+    @property
+    def flag(self) -> str:
+        return self.spelled.split()[0] if self.spelled else "--" + self.name.replace("_", "-")
+
+    @property
+    def gives(self) -> str:
+        """What may be given, in words; nothing where the check tells it."""
+        allowed = self._allowed
+        if allowed:
+            return f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+        if self.kind not in (int, float):
+            return ""
+        number = "a whole number" if self.kind is int else "a number"
+        if self.least is not None:
+            number += f" from {self.least:g}" if self.least < 0 or self.least in (0, 1) else " above 0"
+        return number if self.most is None else f"{number} to {self.most:g}"
+
+    @property
+    def _allowed(self) -> tuple[str, ...]:
+        if self.kind is not str and isinstance(self.kind, type) and issubclass(self.kind, Enum):
+            return tuple(one.value for one in self.kind)
+        return tuple((self.metavar or "").split("|")) if "|" in (self.metavar or "") else ()
+
+    def check_value(self, value: Any) -> None:
+        """
+        Raises:
+            InputError: says which flag, which value, and what may be given.
+        """
+        if self._allowed and value not in self._allowed:
+            raise InputError(f"{self.flag} {value}: give {self.gives}")
+        if self.check is not None:
+            self.check(value)
 
     def parameter(self, panel: str, default: Any) -> Parameter:
         """As typer wants it."""
         option: Any = typer.Argument if panel == usage.ARGUMENTS else typer.Option
-        spelled = self.spelled.split() or ["--" + self.name.replace("_", "-")]
+        spelled = self.spelled.split() or [self.flag]
         described = option(
             default, *(() if panel == usage.ARGUMENTS else spelled), metavar=self.metavar, help=self.words,
             show_default=self.shown or True, min=self.least, max=self.most, rich_help_panel=panel,
@@ -60,17 +102,63 @@ def takes(command: str, **defaults: Any) -> Callable[[Callable[..., int]], Calla
 
     def give(function: Callable[..., int]) -> Callable[..., int]:
         context = [Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-        chosen = [
-            flag.parameter(panel, defaults.get(flag.name, flag.default))
-            for panel, flags in _TABLE.items()
-            for flag in flags
-            if command in flag.commands
-        ]
+        own = [(panel, flag) for panel, flags in _TABLE.items() for flag in flags if command in flag.commands]
+        chosen = [flag.parameter(panel, defaults.get(flag.name, flag.default)) for panel, flag in own]
+        function.flags = [flag for _, flag in own]  # type: ignore[attr-defined]  # For `usage.Command`.
         function.__signature__ = Signature(context + chosen)  # type: ignore[attr-defined]
         function.__annotations__ = {one.name: one.annotation for one in context + chosen}
         return function
 
     return give
+
+
+def _check_vae(model: str) -> None:
+    if model != DEMO:
+        check_model(model)
+
+
+def _check_clip(output: Path) -> None:
+    from halovae.media import SUFFIXES
+
+    check_output(output, SUFFIXES)
+
+
+def _check_frames(text: str) -> None:
+    from halovae.media import FrameRange
+
+    FrameRange.parse(text)
+
+
+def _check_ranks(ranks: int) -> None:
+    launch.check_ranks(min(ranks, 1))  # Whether this machine bears so many is asked where they are started.
+
+
+def _check_device(kind: str) -> None:
+    from halovae.app.session import device_kind
+
+    device_kind(kind)
+
+
+def _check_keep(text: str) -> None:
+    from halovae.serve.server_settings import parse_keep
+
+    parse_keep(text)
+
+
+def _check_key(path: Path) -> None:
+    from halovae.serve.server_settings import read_key
+
+    read_key(path)
+
+
+def _check_buckets(flag: str) -> Callable[[list[str]], None]:
+    def check(texts: list[str]) -> None:
+        from halovae.datasets.buckets import parse_bucket
+
+        for text in texts:
+            parse_bucket(flag, text)
+
+    return check
 
 
 _I2V, _T2V, _I2I, _SERVE = ({name} for name in ("image-to-video", "text-to-video", "image-to-image", "serve"))
@@ -101,34 +189,36 @@ _SIZE = "Use this many of the ranks for the VAE; the others wait, and share its 
 # fmt: off
 _TABLE: dict[str, tuple[_Flag, ...]] = {
     usage.ARGUMENTS: (
-        _Flag(_READ, "source", Path, "INPUT", "A video or an image.", ...),
-        _Flag(_DECODE, "source", Path, "LATENTS", "A file that halovae encode has made.", ...),
-        _Flag(_COMPARE, "one", Path, "A", "The reference: a video, an image, or latents.", ...),
-        _Flag(_COMPARE, "other", Path, "B", "The result, of the same kind.", ...),
+        _Flag(_READ, "source", Path, "INPUT", "A video or an image.", ..., check=check_input),
+        _Flag(_DECODE, "source", Path, "LATENTS", "A file that halovae encode has made.", ..., check=check_input),
+        _Flag(_COMPARE, "one", Path, "A", "The reference: a video, an image, or latents.", ..., check=check_input),
+        _Flag(_COMPARE, "other", Path, "B", "The result, of the same kind.", ..., check=check_input),
         _Flag(_DATASET, "source", str, "INPUT", "A folder, a pattern such as 'clips/*.mp4', a manifest (.jsonl, .csv "
               "or .parquet), or .tar files of a WebDataset.", ...),
-        _Flag(_DEMO, "folder", Path, "DIR", "Write here: a folder that is not there yet.", ...),
+        _Flag(_DEMO, "folder", Path, "DIR", "Write here: a folder that is not there yet.", ..., check=check_new_folder),
     ),
     usage.FILES: (
         _Flag(_WHOLE, "model", str, "DIR_OR_ID", "Use this pipeline: a folder in diffusers' format, or a hub id such "
-              "as Wan-AI/Wan2.2-I2V-A14B-Diffusers.", ...),
-        _Flag(_I2V | _I2I, "image", Path, "FILE", "Begin with this image.", ...),
-        _Flag(_I2V, "last_image", Path, "FILE", "End with this image."),
-        _Flag(_VIDEO | _DECODE | _ROUNDTRIP, "output", Path, "FILE", _AN_MP4, ..., spelled=_OUTPUT),
-        _Flag(_I2I, "output", Path, "FILE", "Write the result to this file, a .png.", ..., spelled=_OUTPUT),
+              "as Wan-AI/Wan2.2-I2V-A14B-Diffusers.", ..., check=check_model),
+        _Flag(_I2V | _I2I, "image", Path, "FILE", "Begin with this image.", ..., check=check_input),
+        _Flag(_I2V, "last_image", Path, "FILE", "End with this image.", check=check_input),
+        _Flag(_VIDEO | _DECODE | _ROUNDTRIP, "output", Path, "FILE", _AN_MP4, ..., spelled=_OUTPUT, check=_check_clip),
+        _Flag(_I2I, "output", Path, "FILE", "Write the result to this file, a .png.", ..., spelled=_OUTPUT,
+              check=lambda path: check_output(path, (".png",))),
         _Flag(_ENCODE, "output", Path, "FILE", "Write the latents to this file, a .safetensors.", ...,
-              spelled=_OUTPUT),
+              spelled=_OUTPUT, check=lambda path: check_output(path, (".safetensors",))),
         _Flag(_DATASET, "output", Path, "DIR", "Write to this folder; a run that was interrupted goes on in it.", ...,
               spelled=_OUTPUT),
         _Flag(_READ | _WARM_UP | _DATASET, "model", str, "DIR_OR_ID", "Use this VAE: the folder of a diffusers VAE "
-              "or pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED),
-        _Flag(_DECODE, "model", str, "DIR_OR_ID", "As for encode.", shown="the one that the latents were made with"),
+              "or pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED, check=_check_vae),
+        _Flag(_DECODE, "model", str, "DIR_OR_ID", "As for encode.", shown="the one that the latents were made with",
+              check=_check_vae),
         _Flag(_PLAN, "model", str, "DIR_OR_ID_OR_CONFIG", "Plan for this VAE: as for roundtrip, or the config.json of "
-              "a VAE. Only configs are read.", shown=_SHIPPED),
+              "a VAE. Only configs are read.", shown=_SHIPPED, check=_check_vae),
         _Flag(_DEMO, "kind", str, "image-to-video|text-to-video|image-to-image",
               "Make a pipeline for the command of this name.", "image-to-video"),
-        _Flag(_DATASET, "format", str, "KIND", "Write safetensors (a file for each item), webdataset or parquet "
-              "(shards), or musubi (files as musubi-tuner names them).", "safetensors"),
+        _Flag(_DATASET, "format", str, "safetensors|webdataset|parquet|musubi", "Write safetensors (a file for each "
+              "item), webdataset or parquet (shards), or musubi (files as musubi-tuner names them).", "safetensors"),
         _Flag(_DATASET, "shard_size", int, "N", "Put so many items into a shard.", 256, least=1),
         _Flag(_DATASET, "store", str, "mode|parameters", "Keep the latents, or mean and logarithm of the variance.",
               "mode"),
@@ -136,12 +226,14 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "image-to-video"),
         _Flag(_SERVE, "served_model_name", str, "NAME", "Let clients call the model so.", shown="as --model"),
         _Flag(_SERVE, "store", Path, "DIR", "Keep jobs and their files in this folder.", Path("halovae-jobs")),
-        _Flag(_SERVE, "keep", str, "TIME", "Keep jobs for so long after their end: 90s, 30m, 12h, 7d.", "7d"),
+        _Flag(_SERVE, "keep", str, "TIME", "Keep jobs for so long after their end: 90s, 30m, 12h, 7d.", "7d",
+              check=_check_keep),
     ),
     usage.CLIENTS: (
         _Flag(_SERVE, "host", str, "ADDRESS", "Listen on this address; 0.0.0.0 is open to all machines.", "127.0.0.1"),
         _Flag(_SERVE, "port", int, "N", "Listen on this port; 0 takes any that is free.", 8000, least=0, most=65535),
-        _Flag(_SERVE, "api_key_file", Path, "FILE", "Refuse requests that don't show the key in this file."),
+        _Flag(_SERVE, "api_key_file", Path, "FILE", "Refuse requests that don't show the key in this file.",
+              check=_check_key),
         _Flag(_SERVE, "max_queue", int, "N", "Let so many jobs wait at the most.", 64, least=1),
         _Flag(_SERVE, "max_upload", int, "MIB", "Refuse requests larger than this.", 32, least=1),
         _Flag(_SERVE, "max_pixels", int, "N", "Refuse frames of more pixels than this.", 1920 * 1088, least=1),
@@ -153,12 +245,13 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_PLAN | _WARM_UP, "width", int, "PIXELS", "For a clip this wide.", ..., least=1),
         _Flag(_PLAN | _WARM_UP, "num_frames", int, "N", "For so many frames.", 1, least=1),
         _Flag(_DATASET, "bucket", list[str], "HxWxF", "Bring clips to this height, width and number of frames (HxW: "
-              "images). Give it several times: each clip goes to the one of the nearest shape.", [], shown="none"),
+              "images). Give it several times: each clip goes to the one of the nearest shape.", [], shown="none",
+              check=_check_buckets("--bucket")),
         _Flag(_DATASET, "bucket_area", list[str], "HxWxF", "Make buckets of so many frames in all shapes of about this "
-              "area, from 3:1 to 1:3.", [], shown="none"),
+              "area, from 3:1 to 1:3.", [], shown="none", check=_check_buckets("--bucket-area")),
         _Flag(_DATASET, "bucket_step", int, "PIXELS", "Let their sides be multiples of this.", 32, least=1),
         _Flag(_DATASET, "fps", float, "N", "Sample so many frames per second.", shown="every frame"),
-        _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all"),
+        _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all", check=_check_frames),
         _Flag(_READ, "height", int, "PIXELS", "Make the clip this high: it is scaled to cover the size, and cropped "
               "around its centre.", shown="as in the file, or in proportion to --width", least=1),
         _Flag(_READ, "width", int, "PIXELS", "Make the clip this wide, in the same way.",
@@ -190,30 +283,37 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_I2I, "true_cfg_scale", float, "SCALE", "Let the prompt count so much against the negative one, in "
               "pipelines that know both scales.", shown=_ITS_OWN),
         _Flag(_VIDEO | _SERVE, "boundary_ratio", float, "SHARE",
-              "Let the second expert take over below this noise level, from 0 to 1.", shown="the model's own"),
+              "Let the second expert take over below this noise level, from 0 to 1.", shown="the model's own",
+              check=lambda share: Setup(boundary_ratio=share)),
         _Flag(_WHOLE, "flow_shift", float, "SHIFT", "Shift the scheduler's noise levels by this factor.",
-              shown="the model's own"),
+              shown="the model's own", check=lambda shift: Setup(flow_shift=shift)),
     ),
     usage.RANKS: (
         _Flag(_RUN, "ranks", int, "N", "Start this many processes on this machine. Under torchrun leave it out: its "
-              "processes are used.", shown="1"),
+              "processes are used.", shown="1", check=_check_ranks),
         _Flag(_DATASET, "devices", int, "N", "Encode on so many devices.", shown="all accelerators, or 1 cpu", least=1),
         _Flag(_DATASET, "ray_address", str, "ADDRESS", "Use the Ray cluster at this address: auto, or HOST:PORT.",
               shown="a local Ray that ends with the command"),
-        _Flag(_DOCTOR, "ranks", int, "N", "How many ranks to try. Under torchrun leave it out.", shown="2"),
-        _Flag(_PLAN, "ranks", str, "N,N,...", "Plan for these numbers of ranks; none is started.", "1,2,4,8"),
-        _Flag(_PLAN, "link", str, "KIND", "Take this link between ranks: nvlink, pcie, ethernet, or measured between "
-              "2 ranks here.", "pcie"),
-        _Flag(_WHOLE, "ulysses_degree", int, "N", "Let so many ranks share a sequence by attention heads.", 1),
-        _Flag(_WHOLE, "ring_degree", int, "N", "Let so many ranks share a sequence by passing on keys and values.", 1),
+        _Flag(_DOCTOR, "ranks", int, "N", "How many ranks to try. Under torchrun leave it out.", shown="2",
+              check=_check_ranks),
+        _Flag(_PLAN, "ranks", str, "N,N,...", "Plan for these numbers of ranks; none is started.", "1,2,4,8",
+              check=parse_counts),
+        _Flag(_PLAN, "link", str, "nvlink|pcie|ethernet|measured", "Take this link between ranks: nvlink, pcie, "
+              "ethernet, or measured between 2 ranks here.", "pcie"),
+        _Flag(_WHOLE, "ulysses_degree", int, "N", "Let so many ranks share a sequence by attention heads.", 1,
+              check=lambda n: Setup(ulysses_degree=n)),
+        _Flag(_WHOLE, "ring_degree", int, "N", "Let so many ranks share a sequence by passing on keys and values.", 1,
+              check=lambda n: Setup(ring_degree=n)),
     ),
     usage.VAE: (
         _Flag(_ALONE, "mode", str, _MODES, _MODE, shown=_OWN_MODE),
         _Flag(_WHOLE, "vae_mode", str, _MODES, _MODE, shown=_OWN_MODE),
         _Flag(_ALONE, "untiled", bool, None, _UNTILED, False),
         _Flag(_WHOLE, "vae_untiled", bool, None, _UNTILED, False),
-        _Flag(_ALONE, "tile_size", str, "H,W", "Make tiles this high and wide, in pixels.", shown="the VAE's own"),
-        _Flag(_ALONE, "tile_overlap", str, "H,W", "Let tiles overlap by so many pixels.", shown="the VAE's own"),
+        _Flag(_ALONE, "tile_size", str, "H,W", "Make tiles this high and wide, in pixels.", shown="the VAE's own",
+              check=lambda text: parse_pair("--tile-size", text, least=1)),
+        _Flag(_ALONE, "tile_overlap", str, "H,W", "Let tiles overlap by so many pixels.", shown="the VAE's own",
+              check=lambda text: parse_pair("--tile-overlap", text, least=0)),
         _Flag(_ALONE, "vae_use_tiling", bool, None, _TILING.format("--mode tile"), False,
               spelled="--vae-use-tiling --vae_use_tiling"),
         _Flag(_WHOLE, "vae_use_tiling", bool, None, _TILING.format("--vae-mode tile"), False),
@@ -226,7 +326,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               spelled="--vae-patch-parallel-size --vae_patch_parallel_size"),
         _Flag(_WHOLE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all"),
         _Flag(_RUN, "axis", str, "CUT", "Cut the picture like this in exact mode: auto, height, width, or ROWSxCOLS "
-              "such as 2x4.", "auto"),
+              "such as 2x4.", "auto", check=parse_axis),
     ),
     usage.DEVICE: (
         _Flag(_WHOLE, "enable_layerwise_offload", bool, None,
@@ -245,7 +345,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_WHOLE, "compile", bool, None, "Compile the transformer's blocks.", False),
         _Flag(_DATASET, "store_dtype", Dtype, "TYPE", "Keep latents in this number format.", shown="as --dtype"),
         _Flag(_RUN | _PLAN | _DOCTOR | _DATASET, "device", str, "KIND",
-              "Run on this kind of device: cpu, cuda, npu, xpu, ...", shown="the accelerator if there is one"),
+              "Run on this kind of device: cpu, cuda, npu, xpu, ...", shown="the accelerator if there is one",
+              check=_check_device, is_slow=True),
         _Flag(_PLAN | _DATASET, "memory", float, "GIB", "Let each device have so much memory.",
               shown="what is free on this one", least=1e-6),
         _Flag(_PLAN, "flops", float, "TFLOPS", "Let each device compute so fast; goes with --bandwidth.",
@@ -259,8 +360,9 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_COMPARE, "min_psnr", float, "DB", "Fail if a frame's PSNR is below this."),
         _Flag(_COMPARE, "max_l2", float, "VALUE", "Latents: fail if a frame's relative L2 is above.", least=0),
         _Flag(_COMPARE, "grid", str, "HxW[+O]", "Tiles every H rows and W columns, overlapping by O: measure seams "
-              "there.", shown="no seams are measured"),
-        _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different sizes or lengths share.", False),
+              "there.", shown="no seams are measured", check=parse_grid),
+        _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different lengths or sizes share: larger "
+              "pictures are cropped around the centre, not scaled.", False),
         _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded.", False),
         _Flag(_DATASET, "dry_run", bool, None, "Look at the clips, print the plan and stop: nothing is written.",
               False),
@@ -269,9 +371,10 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_ROUNDTRIP, "compare", bool, None, "Run the VAE on one rank too, and tell how far the results differ.",
               False),
         _Flag(_MADE | _ALONE | _PLAN | _COMPARE | _DATASET, "json", Path, "FILE",
-              "Write the numbers to this file, too."),
+              "Write the numbers to this file, too.", check=check_written),
         _Flag(_MADE | _ROUNDTRIP | _COMPARE | _DATASET, "report", Path, "DIR",
-              "Write a page with pictures and numbers to this folder."),
+              "Write a page with pictures and numbers to this folder.",
+              check=lambda folder: check_written(None, folder)),
     ),
 }
 # fmt: on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from halovae.app import launch
-from halovae.app.run_options import RunOptions, check_written
+from halovae.app.run_options import RunOptions, check_written, parse_counts, parse_grid
 from halovae.app.run_ranks import run
 from halovae.app.watch import guarded
 from halovae.base.errors import InputError
 from halovae.base.files import check_input
-from halovae.base.options import MOST_RANKS
 from halovae.cli import flags
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 @flags.takes("compare")
 def compare(context: typer.Context, *, one: Path, other: Path, grid: str | None, **rest: Any) -> int:
     """Compare two videos, two images or two latents files; exit code 1 if a gate fails."""
-    lines = _parse_grid(grid)
+    lines = parse_grid(grid)
     for path in (one, other):
         check_input(path)
     check_written(rest["json"], rest["report"])
@@ -40,29 +38,20 @@ def compare(context: typer.Context, *, one: Path, other: Path, grid: str | None,
     return 1 if failed else 0
 
 
-def _parse_grid(text: str | None) -> tuple[int, int, int] | None:
-    """Rows, columns and overlap; 0 rows or columns: no lines between them."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:\+(\d{1,5}))?", text)
-    if match is None or not (int(match[1]) or int(match[2])):
-        raise InputError(f"--grid {text}: give rows and columns from tile to tile such as 192x192, or 192x192+64")
-    return int(match[1]), int(match[2]), int(match[3] or 0)
-
-
 @flags.takes("plan")
 def plan(
     context: typer.Context, *, height: int, width: int, num_frames: int, ranks: str, link: str, memory: float | None,
     flops: float | None, bandwidth: float | None, json: Path | None, **how: Any,
 ) -> int:  # fmt: skip
     """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
-    if link not in ("nvlink", "pcie", "ethernet", "measured"):
-        raise InputError(f"--link {link}: give nvlink, pcie, ethernet or measured")
+    from halovae.media.reader import check_size
+
+    check_size(height, width)
     if (flops is None) != (bandwidth is None):
         raise InputError("--flops and --bandwidth belong together: give both, or none to measure this device")
     check_written(json)
     rates = None if flops is None or bandwidth is None else (flops * 1e12, bandwidth * 1e9)
-    counts = _counts(ranks)
+    counts = parse_counts(ranks)
 
     def on_rank(session: Session) -> None:
         from halovae.app import plan
@@ -72,13 +61,6 @@ def plan(
 
     started = 2 if link == "measured" and launch.place() is None else None
     return run(context.obj, RunOptions(ranks=started, **how), on_rank)
-
-
-def _counts(words: str) -> tuple[int, ...]:
-    counts = [int(word) if word.isdecimal() else 0 for word in words.split(",")]
-    if not all(1 <= count <= MOST_RANKS for count in counts):
-        raise InputError(f"--ranks {words}: give numbers from 1 to {MOST_RANKS} such as 1,2,4,8")
-    return tuple(dict.fromkeys(counts))
 
 
 @flags.takes("doctor")

@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from halovae import __version__
 from halovae.app import launch
-from halovae.app.watch import Interrupted, failure_of, report
+from halovae.app.watch import Interrupted, failure_of, interruption, report
 from halovae.cli.look_commands import compare, doctor, plan
 from halovae.cli.pipeline_commands import image_to_image, image_to_video, make_demo_model, serve, text_to_video
-from halovae.cli.usage import Command, CommandGroup
+from halovae.cli.usage import USAGE_ERROR, Command, CommandGroup
 from halovae.cli.vae_commands import decode, encode, encode_dataset, roundtrip, warm_up
-
-# Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
-_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="halovae",
@@ -94,12 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = typer.main.get_command(app).main(words, prog_name="halovae", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0
-    except _UsageError as error:
+    except USAGE_ERROR as error:
         return _complain(" ".join(error.format_message().split()), error.exit_code)
     except KeyboardInterrupt as error:
-        if launch.place() is None:  # A rank's launcher says it, once for all.
-            sys.stderr.write("halovae: interrupted\n")
-        return error.exit_code if isinstance(error, Interrupted) else 130
+        known = error if isinstance(error, Interrupted) else None
+        sys.stderr.write(interruption(known.then if known else ""))
+        return known.exit_code if known else 130
     except BrokenPipeError:  # The reader of our output (head, less) has gone.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more at the end.
         return 1

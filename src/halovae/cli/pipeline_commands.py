@@ -16,7 +16,6 @@ from halovae.app.watch import guarded
 from halovae.base.errors import Faults, InputError
 from halovae.base.files import check_model, check_new_folder, check_output
 from halovae.cli import flags
-from halovae.pipelines.generation_settings import TASKS
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
@@ -68,7 +67,11 @@ def _start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
 def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
     """Note files that can't be read or written, before anything is loaded."""
     from halovae.media import SUFFIXES, check_still
+    from halovae.media.reader import check_size
 
+    if given["height"] and given["width"]:
+        with faults.noted():
+            check_size(given["height"], given["width"])
     with faults.noted():
         check_model(given["model"])
     output: Path = given["output"]
@@ -96,9 +99,6 @@ def _check_image(path: Path, output: Path) -> None:
 @flags.takes("serve")
 def serve(context: typer.Context, **given: Any) -> int:
     """Keep a pipeline loaded on several devices, and serve it over HTTP, as OpenAI's videos API and with a web page."""
-    tasks = ("image-to-video", "text-to-video")
-    if given["task"] not in tasks:
-        raise InputError(f"--task {given['task']}: give {' or '.join(tasks)}")
     task = given.pop("task")
     job = job_of(task, {**given, "output": Path("video.mp4")})
     place, ranks = launch.place(), given["ranks"]
@@ -162,11 +162,16 @@ _TRY = {
 }
 
 
+_SHOWS = {
+    "image-to-video": "its videos are the image, standing still, whatever the seed",
+    "text-to-video": "its videos are clouds of colour, others for each seed",
+    "image-to-image": "its pictures are the image in coarse squares",
+}
+
+
 @flags.takes("make-demo-model")
 def make_demo_model(context: typer.Context, *, folder: Path, kind: str) -> int:
     """Build a tiny pipeline in diffusers' format, without any download, to try the other commands."""
-    if kind not in TASKS:
-        raise InputError(f"--kind {kind}: give {', '.join(TASKS[:-1])} or {TASKS[-1]}")
     check_new_folder(folder)
     with guarded():
         from halovae.base.quiet import all_quiet
@@ -175,6 +180,6 @@ def make_demo_model(context: typer.Context, *, folder: Path, kind: str) -> int:
             from halovae.pipelines.demo import make_demo_model as make
 
             make(folder, kind)
-    typer.echo(f"{folder}: try it with")
+    typer.echo(f"{folder}: {_SHOWS[kind]}; try it with")
     typer.echo(f"  halovae {kind} --model {folder} {_TRY[kind]} --ranks 2")
     return 0

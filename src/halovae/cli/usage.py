@@ -1,4 +1,5 @@
-"""What `--help` looks like: options in groups, whole sentences, and an example that can be copied.
+"""What `--help` looks like: options in groups, whole sentences, and an example that can be copied; and what is told of
+wrong flags and values: all of it at once.
 
 Typer's own groups need its boxes, which cut the names of long options in a terminal of usual width.
 """
@@ -9,8 +10,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
+from halovae.base.errors import Faults
+
+# Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 ARGUMENTS = "Arguments"
 FILES = "Model and files"
 CONTENT = "What to make"
@@ -33,6 +39,54 @@ class Command(TyperCommand):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.context_settings["max_content_width"] = _WIDTH
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's, which stops at the first fault.
+
+        Raises:
+            InputError: one line for each flag, argument and value that is wrong by itself.
+        """
+        words, faults, rest = list(args), Faults(), list[str]()
+        try:
+            rest = super().parse_args(ctx, args)
+        except USAGE_ERROR as error:
+            self._note_all(ctx, words, faults)
+            if not faults:
+                faults.add(_one_line(error))
+        known: Iterable[Any] = getattr(self.callback, "flags", ())
+        for flag in sorted(known, key=lambda flag: flag.is_slow):
+            if ctx.params.get(flag.name) is not None and (faults or not flag.is_slow):
+                with faults.noted():
+                    flag.check_value(ctx.params[flag.name])
+        faults.check()
+        return rest
+
+    def _note_all(self, ctx: Any, words: list[str], faults: Faults) -> None:
+        """Read word by word what can't be read as a whole."""
+        while True:
+            try:
+                given, _, _ = self.make_parser(ctx).parse_args(args=list(words))
+                break
+            except USAGE_ERROR as error:
+                faults.add(_one_line(error))
+                # Where a flag is unknown, so is whether the next word belongs to it.
+                wrong = getattr(error, "option_name", None)
+                left = [word for word in words if word.partition("=")[0] != wrong]
+                if len(left) == len(words):
+                    return
+                words = left
+        gives = {flag.name: flag.gives for flag in getattr(self.callback, "flags", ())}
+        for parameter in self.get_params(ctx):
+            if parameter.is_eager or (faults and parameter.param_type_name == "argument"):
+                continue
+            try:
+                parameter.handle_parse_result(ctx, given, [])
+            except USAGE_ERROR as error:
+                value, wanted = given.get(parameter.name), gives.get(parameter.name)
+                told = (
+                    f"{parameter.opts[0]} {value}: give {wanted}" if value is not None and wanted else _one_line(error)
+                )
+                faults.add(told)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         records: list[tuple[str, tuple[str, str]]] = []
@@ -57,6 +111,10 @@ class CommandGroup(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         _write(formatter, [(_panel(one), (name, (one.help or "").splitlines()[0])) for name, one in commands if one])
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(error.format_message().split())
 
 
 def _panel(item: Any) -> str:

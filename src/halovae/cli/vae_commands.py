@@ -69,6 +69,9 @@ def roundtrip(context: typer.Context, **given: Any) -> int:
 @flags.takes("warm-up")
 def warm_up(context: typer.Context, *, height: int, width: int, num_frames: int, **how: Any) -> int:
     """Encode and decode noise once, so that what is found out and compiled in first calls is on disk afterwards."""
+    from halovae.media.reader import check_size
+
+    check_size(height, width)
     return run(
         context.obj, run_options(**how), lambda session: _on_rank().warm_up(session, (num_frames, height, width))
     )
@@ -89,7 +92,7 @@ def encode_dataset(
     except ModuleNotFoundError as error:
         raise InputError(f"halovae encode-dataset needs {error.name}: pip install 'halovae[dataset]'") from error
     del _data
-    with guarded():
+    with guarded("the same command goes on from there"):
         from halovae.datasets.progress import summary
         from halovae.datasets.run_dataset import Asked, DatasetRun
 

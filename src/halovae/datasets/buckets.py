@@ -48,10 +48,11 @@ def parse_buckets(texts: Sequence[str]) -> list[Bucket]:
     Raises:
         InputError: another form, or a clip larger than fits into memory.
     """
-    return sorted({_parsed("--bucket", text) for text in texts})
+    return sorted({parse_bucket("--bucket", text) for text in texts})
 
 
-def _parsed(flag: str, text: str) -> Bucket:
+def parse_bucket(flag: str, text: str) -> Bucket:
+    """From one of the words of `--bucket` or `--bucket-area`."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:x(\d{1,5}))?", text)
     sizes = [int(group or 1) for group in match.groups()] if match else [0]
     if min(sizes) < 1:
@@ -71,7 +72,7 @@ def parse_areas(texts: Sequence[str], step: int) -> list[Bucket]:
     """
     found: set[Bucket] = set()
     for text in texts:
-        asked = _parsed("--bucket-area", text)
+        asked = parse_bucket("--bucket-area", text)
         area = asked.height * asked.width // step**2
         highest: dict[int, int] = {}  # For each width, in steps.
         for high in range(1, isqrt(_LONGEST * area) + 1):

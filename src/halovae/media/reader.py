@@ -243,9 +243,14 @@ def _target_size(source: tuple[int, int], asked: tuple[int | None, int | None]) 
         height = max(2, 2 * round(source[0] * width / source[1] / 2))
     if width is None:
         width = max(2, 2 * round(source[1] * height / source[0] / 2))
+    check_size(height, width)
+    return height, width
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a picture of more than `MAX_FRAME_PIXELS`: the prediction alone of one would take minutes to hours."""
     if height * width > MAX_FRAME_PIXELS:
         raise InputError(f"--height {height} --width {width}: more than {MAX_FRAME_PIXELS} pixels")
-    return height, width
 
 
 def cover(picture: Image.Image, target: tuple[int, int]) -> Frame:

@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from halovae.base.errors import Faults, InputError
+from halovae.base.errors import Faults
 from halovae.base.options import Axis, Half, Mode
 
 if TYPE_CHECKING:
@@ -86,8 +86,6 @@ class Setup:
 
     def check_ranks(self, ranks: int) -> None:
         """Refuse choices that this number of ranks can't honour."""
-        if ranks < 1:
-            raise InputError(f"--ranks {ranks}: give 1 or more")
         degree = self.ulysses_degree * self.ring_degree
         asked = f"--ulysses-degree {self.ulysses_degree}"
         if self.ring_degree > 1:
