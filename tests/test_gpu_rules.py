@@ -30,10 +30,9 @@ from halovae.kernels.gpu import (
 )
 from halovae.kernels.kept import kept
 from halovae.kernels.lazy import chain, upsampled
-from halovae.kernels.lazy.chain import Chain
+from halovae.kernels.lazy.chain import Chain, MeanSquare
 from halovae.kernels.lazy.deferred import Deferred, recipe_of
 from halovae.kernels.lazy.joined import Joined
-from halovae.kernels.mean_square import MeanSquare
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from halovae.api.engines import Engine, ExactEngine, Ran, TileEngine
+from halovae.api.engines import Emit, Engine, ExactEngine, Ran, TileEngine
 from halovae.base.errors import NotExactError, RankFailedError, TilingError
 from halovae.base.files import first_line
 from halovae.base.memory import is_shortage
@@ -21,7 +21,6 @@ from halovae.base.options import HALVES, AllOptions, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.resumed import Held
 from halovae.calls.target import Target
-from halovae.calls.time_pieces import Emit
 from halovae.calls.time_stages import Stage, TimeStages
 from halovae.comm import Comm
 from halovae.comm.agreement import one_call

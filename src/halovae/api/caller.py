@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.api.advice import advised
 from halovae.api.auto import make_engine
-from halovae.api.engines import Engine, Ran
+from halovae.api.engines import Emit, Engine, Ran
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled
 from halovae.base.errors import InputError, NotExactError
@@ -25,7 +25,6 @@ from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.randomness import rewound_by_failure
 from halovae.calls.state import undone_by_failure
 from halovae.calls.target import Target, in_words
-from halovae.calls.time_pieces import Emit
 from halovae.comm import Comm, Traffic
 from halovae.comm.agreement import Glance, Tally, one_call, together
 from halovae.kernels import autocast

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -16,16 +17,16 @@ from halovae.base import timeline, verdicts
 from halovae.base.errors import NotExactError
 from halovae.base.memory import PeakMemory
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
+from halovae.base.trees import pictures_in
 from halovae.calls.blueprint import words_of
 from halovae.calls.device_graphs import Outlet, can_record
 from halovae.calls.exact_call import ExactCall
-from halovae.calls.merge_steps import Merger, merged
+from halovae.calls.merge_steps import Merger, Steps
 from halovae.calls.replay import Graphs
-from halovae.calls.resumed import Held, Resumed
+from halovae.calls.resumed import Held, Resumed, WholeClip
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
-from halovae.calls.time_pieces import Emit, Splitter, StreamClosed, Walk, Walker
-from halovae.calls.time_stages import Stage, TimeStages, one_step
+from halovae.calls.time_stages import Part, Stage, TimeStages, one_step
 from halovae.calls.verify import Probe, compression, make_probe, run_alone, scales_of, verify
 from halovae.comm import Comm, Traffic, backend_name
 from halovae.comm.agreement import together, verdict_of_all
@@ -34,6 +35,14 @@ from halovae.exact.run import GroupRun, Runner, first_tensor, on_shards
 from halovae.kernels.kept import apart
 from halovae.predict.memory_check import Room
 from halovae.tiles.tile_runner import TileRunner
+
+LOG = logging.getLogger("halovae")
+Emit = Callable[[Tensor], None]
+"""Takes the next frames of the output, whole, on every rank; raises `StreamClosed` on all of them or on none."""
+
+
+class StreamClosed(BaseException):
+    """Nobody wants the frames that are left."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class ExactEngine(Engine):
         room: what is known of memory.
         merger: what is known of steps in time.
         graphs: the recordings.
-        walks: the pieces of streams, by kind of call.
+        parts: of clips that leave in pieces, by kind of call; none where there is one piece.
     """
 
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
@@ -167,7 +176,7 @@ class ExactEngine(Engine):
         self.room = Room(target)
         self.merger = Merger(comm, target, options.frames_per_call)
         self.graphs = Graphs(comm, target, always=options.graphs is True)
-        self.walks: dict[Any, Walk | None] = {}
+        self.parts: dict[Any, tuple[Part, ...]] = {}
         self._stages: dict[Any, TimeStages] = {}
         self._ratio: int | None = None
 
@@ -177,14 +186,14 @@ class ExactEngine(Engine):
         call = _InPieces(self, half, args, kwargs, emit) if emit else _OnRanks(self, half, args, kwargs)
         return call.make()
 
-    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
-        kind = self.target.kind(half, (frame,), kwargs)
+    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any], more: tuple[Any, ...] = ()) -> TimeStages:
+        kind = self.target.kind(half, (frame, *more), kwargs)
         if kind not in self._stages:
             method = functools.partial(self.target.run_untiled, half)
             record = functools.partial(self.merger.record, half)
             side, frame = 8 * self.compression(half, frame), frame.clone()  # Not with all of its clip.
             small = frame[..., :side, :side]
-            self._stages[kind] = TimeStages(self.target.vae, half, method, record, frame, small, kwargs)
+            self._stages[kind] = TimeStages(self.target.vae, half, method, record, frame, small, more, kwargs)
         return self._stages[kind]
 
     def run_stage(
@@ -194,12 +203,12 @@ class ExactEngine(Engine):
         return call.make(), call.resumed.held
 
     def settled(self) -> int:
-        return len(self.verified) + len(self.merger.chosen) + len(self.walks)
+        return len(self.verified) + len(self.merger.chosen) + len(self.parts)
 
     def forget(self) -> None:
         self.verified.clear()
         self.merger.chosen.clear()
-        self.walks.clear()
+        self.parts.clear()
 
     def free(self) -> None:
         self.graphs.clear()
@@ -332,12 +341,33 @@ class _OnRanks(ExactCall[Ran]):
         return Ran(self.result, report, graphs.growth)
 
 
-class _InPieces(_OnRanks):
+class _InStages(_OnRanks):
+    """A call of stages of a clip."""
+
+    def join_steps_of(self, stages: TimeStages, joins: bool) -> None:
+        """How many steps of the stages go in each call of the network.
+
+        Args:
+            stages: of the clip.
+            joins: whether a call joins steps.
+        """
+        most = functools.partial(self._engine.merger.most, self.half, self.shards)
+        self._stages, self._joins, stages.most = stages, joins, most if joins else one_step
+
+    def steps_of(self, stage: Stage) -> Steps:
+        """How many calls of a stage go in each call of the network."""
+        return stage.steps(self._stages.most) if self._joins and not self._stages.blends else ()
+
+
+class _InPieces(_InStages):
     """A call whose output leaves in pieces, and is never whole."""
 
     def __init__(
         self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit
     ) -> None:  # fmt: skip
+        if not args:  # The clip is given by name.
+            clip = pictures_in(kwargs)[0]
+            args, kwargs = (clip,), {name: value for name, value in kwargs.items() if value is not clip}
         super().__init__(engine, half, args, kwargs)
         self._emit = emit
         self._outlet = Outlet(self._part)
@@ -347,46 +377,63 @@ class _InPieces(_OnRanks):
 
     def join_steps(self) -> None:
         super().join_steps()
-        engine, half = self._engine, self.half
-        method = functools.partial(self.target.run_untiled, half)
-        record = functools.partial(engine.merger.record, half)
-        self._splitter = Splitter(self.target.vae, half, method, record)
-        kind = self.target.kind(half, self.args, self.kwargs)
-        if kind not in engine.walks:
+        engine, kind = self._engine, (self.shards, self.target.kind(self.half, self.args, self.kwargs))
+        if kind not in engine.parts:
             with together(self.comm) as said:
-                walk = self._splitter.walk(self.args, self.kwargs)
-                said["pieces of the stream"] = walk and walk.pieces
-            engine.walks[kind] = walk
-        self._walk = engine.walks[kind]
+                found = self._found()
+                said["pieces of the stream"] = [(count, stage.length) for count, stage, _ in found]
+            engine.parts[kind] = found
+        self._parts = engine.parts[kind]
+        if self._parts:
+            self.join_steps_of(self._known_stages(), bool(self.steps))
+
+    def _known_stages(self) -> TimeStages:
+        return self._engine.stages(self.half, self.picture[:, :, :1], self.kwargs, self.args[1:])
+
+    def _found(self) -> tuple[Part, ...]:
+        """The parts of the clip; none where there is one only."""
+        if self.args[0] is not self.picture:
+            return ()
+        try:
+            stages = self._known_stages()
+            self.join_steps_of(stages, bool(self.steps))
+            found = stages.whole(self.picture.shape[2])
+            if stages.blends and max(self.steps, default=1) > 1:
+                raise NotExactError("its steps go together, and its frames are made of several of them")
+        except Exception as error:  # Whatever a model's code raises on frames that are not there.
+            LOG.debug("%s of %s gives its output in one piece: %s", self.half, self.target.name, error)
+            return ()
+        return found if sum(stage.length > 0 for _, stage, _ in found) > 1 else ()
 
     def _learn(self, growth: int) -> None:
         self._engine.graphs.learn(self.half, growth)  # A whole call takes more.
 
     def run(self) -> None:
-        if self._walk is None:
+        if not self._parts:
             super().run()
             return
         self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
-        walker = Walker(self._splitter, self._walk, self.target.vae, self.half, self._outlet)
-        call = merged(self.target, self.half, self.steps, walker)
+        clip = WholeClip(self.target.vae, self.half, self._stages, self._parts, self.steps_of, self._outlet)
+        call = functools.partial(clip, functools.partial(self.target.run_untiled, self.half))
         with suppress(StreamClosed), undone_by_failure(self.target.vae, self.args, self.kwargs):
             self.work.run(call, self.runner())
             if not self._has_shard:
-                for _ in self._walk.pieces:
-                    self._part(None)
+                for _, stage, _ in self._parts:
+                    if stage.length:
+                        self._part(None)
 
     def _part(self, frames: Tensor | None) -> None:
         self._emit(self.work.gather_part(frames))
 
     def gather(self) -> None:
         self.result = None
-        if self._walk is None:
+        if not self._parts:
             super().gather()
             result, self.result = self.result, None
             _emit_whole(self._emit, result)
 
 
-class _OneStage(_OnRanks):
+class _OneStage(_InStages):
     """A stage of a clip that comes in parts."""
 
     def __init__(
@@ -396,18 +443,16 @@ class _OneStage(_OnRanks):
         self.resumed = resumed
 
     def join_steps(self) -> None:
-        """As a call joins them: of the stages that follow, too."""
-        stages, stage, merger = self.resumed.stages, self.resumed.stage, self._engine.merger
-        joins = merger.steps(self.half, self.shards, self.compression, (stages.long_clip,), self.kwargs)
-        stages.most = functools.partial(merger.most, self.half, self.shards) if joins else one_step
-        self.steps = stage.steps(stages.most) if joins and not stages.blends else ()
+        stages, merger = self.resumed.stages, self._engine.merger
+        steps = merger.steps(self.half, self.shards, self.compression, (stages.long_clip,), self.kwargs)
+        self.join_steps_of(stages, bool(steps))
+        self.steps = self.resumed.steps = self.steps_of(self.resumed.stage)
 
     def runner(self) -> Runner:
         return on_shards
 
     def run(self) -> None:
         self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
-        self.resumed.steps = self.steps
         self.work.run(functools.partial(self.resumed, functools.partial(self.target.run_untiled, self.half)))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halovae.api.caller import Caller
-from halovae.api.engines import Ran
+from halovae.api.engines import Ran, StreamClosed
 from halovae.api.parts import CLOSED, ClipSession, PartialClip, Parts
 from halovae.api.stream import Give, Stream
 from halovae.base.compiled import never_compiled
@@ -29,7 +29,6 @@ from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.randomness import rewound_by_failure
 from halovae.calls.state import undone_by_failure
 from halovae.calls.target import Target
-from halovae.calls.time_pieces import StreamClosed
 from halovae.comm import Comm, SoloComm
 from halovae.comm.agreement import together
 from halovae.kernels.gpu.ready import get_ready

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from halovae.base.errors import InputError, NotExactError
+from halovae.base.errors import InputError
 from halovae.base.options import Half
-from halovae.calls.resumed import Held
+from halovae.calls.resumed import Held, laid_out
 from halovae.calls.time_stages import Position, Stage, TimeStages
 from halovae.exact.run import first_tensor
 
@@ -81,13 +81,8 @@ class PartialClip:
         return torch.cat(known, 2) if len(known) > 1 else known[0]
 
     def laid_out(self, stage: Stage, frames: Tensor | None) -> Tensor:
-        """The clip that the VAE's method gets for a stage: blank frames, and at its end the real ones."""
-        real = self._real(frames)
-        if real.shape[2] < stage.fresh:
-            raise NotExactError("a step needs frames that are kept no more")
-        real = real[:, :, -stage.fresh :]
-        blank = real.new_zeros(()).expand(*real.shape[:2], stage.frames - stage.fresh, *real.shape[3:])
-        return torch.cat([blank, real], 2)
+        """The clip that the VAE's method gets for a stage."""
+        return laid_out(stage, self._real(frames))
 
     def went_on(self, stage: Stage, place: Position, held: Held, frames: Tensor | None) -> None:
         """A stage has been run on all ranks."""

@@ -259,16 +259,13 @@ def _is_step(call: NetworkCall) -> bool:
     return len(videos) == 2 and all(isinstance(v, Spec) and len(v.shape) == 5 for v in videos) and not call.draws
 
 
-def merged(target: Target, half: str, steps: Steps, walker: Callable[..., Any] | None = None) -> Call:
+def merged(target: Target, half: str, steps: Steps) -> Call:
     """The un-parallel half without spatial tiles, with so many steps in each call of its network.
 
     Args:
         steps: how many in each call; nothing: as the VAE does itself.
-        walker: calls the half, given first, in place of the caller.
     """
     call = functools.partial(target.run_untiled, half)
-    if walker:
-        call = functools.partial(walker, call)
     if not steps:
         return call
 

@@ -1,12 +1,14 @@
-"""Running a half of a VAE for one stage of a clip that comes in parts, with what the stage before has left."""
+"""Running a half of a VAE for the stages of a clip that comes in parts, each with what the one before has left."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from halovae.base.errors import NotExactError
@@ -17,9 +19,9 @@ from halovae.calls.dataflow import Spec
 from halovae.calls.merge_steps import Merged, Steps
 from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
 from halovae.calls.state import Snapshot, copied, is_same, refill
-from halovae.calls.time_pieces import blank, copy
-from halovae.calls.time_stages import Stage, TimeStages, absent
-from halovae.exact.layout import layout_of, mark
+from halovae.calls.time_stages import Part, Stage, TimeStages, absent
+from halovae.exact.layout import layout_of, mark, plain
+from halovae.exact.run import first_tensor
 from halovae.kernels.fast_mode import finished
 
 
@@ -145,6 +147,69 @@ class Resumed:
             return tensor[:, :, start : start + stage.length] if is_video else tensor
 
         return map_tensors(cut, result)
+
+
+def laid_out(stage: Stage, real: Tensor) -> Tensor:
+    """The clip that the VAE's method gets for a stage: blank frames, and at its end the last ones of the real.
+
+    Raises:
+        NotExactError: there are too few of these.
+    """
+    if real.shape[2] < stage.fresh:
+        raise NotExactError("a step needs frames that are kept no more")
+    real = real[:, :, real.shape[2] - stage.fresh :]
+    return torch.cat([blank(real, stage.frames - stage.fresh), real], 2)
+
+
+class WholeClip:
+    """Runs a half for all stages of a clip that is there from the beginning.
+
+    Args:
+        vae: the VAE.
+        half: "encode" or "decode".
+        stages: of that half.
+        parts: of the clip.
+        steps: how many calls of a stage go in each call of the network.
+        take: gets the new frames of each stage, in order (on shards, where these are run).
+    """
+
+    def __init__(
+        self, vae: nn.Module, half: str, stages: TimeStages, parts: Sequence[Part], steps: Callable[[Stage], Steps],
+        take: Callable[[Tensor], None],
+    ) -> None:  # fmt: skip
+        self._vae, self._half, self._stages, self._parts = vae, half, stages, parts
+        self._steps, self._take = steps, take
+
+    def __call__(self, method: Function, clip: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output without a frame."""
+        held, frames, new = Held(), 0, clip
+        for count, stage, _ in self._parts:
+            frames, held.is_used_up = frames + count, True
+            run = Resumed(self._vae, self._half, self._stages, stage, held)
+            run.steps = self._steps(stage)
+            new = first_tensor(run(method, laid_out(stage, clip[:, :, :frames]), *args, **kwargs))
+            held = run.held
+            if stage.length:
+                self._take(_finished(new))
+        return new[:, :, :0]
+
+
+@outside_modes
+def blank(like: Tensor, frames: int) -> Tensor:
+    """As many blank frames, laid out as those of another tensor."""
+    layout, shape = layout_of(like), (*like.shape[:2], frames, *like.shape[3:])
+    return mark(torch.zeros(shape, dtype=like.dtype, device=like.device), layout and layout.replace(2, plain(frames)))
+
+
+@outside_modes
+def copy(tensor: Tensor) -> Tensor:
+    """A copy, laid out as it is."""
+    return mark(finished(tensor).clone(), layout_of(tensor))
+
+
+@outside_modes
+def _finished(tensor: Tensor) -> Tensor:
+    return mark(finished(tensor), layout_of(tensor))
 
 
 def _alive(tensor: weakref.ref[Tensor]) -> Any:

@@ -27,9 +27,8 @@ from halovae.base.trees import map_tensors, pictures_in, tensors_in
 from halovae.calls.dataflow import Spec
 from halovae.calls.merge_steps import Most, Steps, row_of, sizes
 from halovae.calls.randomness import frozen_generators
-from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
+from halovae.calls.record import NETWORKS, Function, NetworkCall, Recording, answering
 from halovae.calls.state import ModuleState, unchanged
-from halovae.calls.time_pieces import Record
 from halovae.kernels.fast_mode import FastMode, finished
 
 LOG = logging.getLogger("halovae")
@@ -114,6 +113,8 @@ class _Trial:
     output: Tensor
 
 
+Record = Callable[[tuple[Any, ...], dict[str, Any]], Recording]
+"""Notes the calls of a network, for these arguments of the half."""
 Part = tuple[int, Stage, Position]
 """Of a clip: how many new frames it takes, how it is run, and where the clip is then."""
 
@@ -133,6 +134,7 @@ class TimeStages:
         record: notes the calls of its network.
         clip: one frame of the clip, of full size; of these only the shape counts.
         small: the same of a small picture.
+        more: what the half gets after the clip.
         kwargs: of the half.
 
     Attributes:
@@ -141,10 +143,10 @@ class TimeStages:
 
     def __init__(
         self, vae: nn.Module, half: str, method: Function, record: Record, clip: Tensor, small: Tensor,
-        kwargs: dict[str, Any],
+        more: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         self._vae, self._half, self._method, self._record = vae, half, method, record
-        self._clip, self._small, self._kwargs = clip, small, kwargs
+        self._clip, self._small, self._more, self._kwargs = clip, small, more, kwargs
         self._trials: dict[int, _Trial | None] = {}
         self._known: dict[Any, tuple[Stage, Position]] = {}
         self._next: dict[Any, Part | None] = {}
@@ -256,7 +258,10 @@ class TimeStages:
         return [kind for kind, _ in itertools.groupby(call.kind for call in self._calls(frames))]
 
     def _calls(self, frames: int) -> tuple[NetworkCall, ...]:
-        return self._record((self._small.expand(-1, -1, frames, -1, -1),), self._kwargs).calls
+        return self._recorded(self._small.expand(-1, -1, frames, -1, -1)).calls
+
+    def _recorded(self, clip: Tensor) -> Recording:
+        return self._record((clip, *self._more), self._kwargs)
 
     def check(self, total: int | None) -> None:
         """Check that a clip of any length, or of this one, can come in parts.
@@ -277,6 +282,21 @@ class TimeStages:
             place = found[2]
         if len(seen) < 2 and place not in seen:
             raise NotExactError("it makes all frames at once")
+
+    def whole(self, total: int) -> tuple[Part, ...]:
+        """All parts of a clip that is there from the beginning.
+
+        Raises:
+            NotExactError: it can't come in parts.
+        """
+        short, left, place = self.short(total), total, self.start
+        self.check(short)
+        parts: list[Part] = []
+        while (part := self.next_part(place, short)) and part[0] <= left:
+            parts.append(part)
+            left, place = left - part[0], part[2]
+        parts.append((left, *self.rest_of(place, left)))
+        return tuple(part for part in parts if part[1].run or part[1].length)
 
     @property
     def long_clip(self) -> Tensor:
@@ -370,7 +390,7 @@ class TimeStages:
             NotExactError: they are others.
         """
         clip = self._clip.expand(-1, -1, stage.frames, -1, -1)
-        calls = self._record((clip,), self._kwargs).calls
+        calls = self._recorded(clip).calls
         if list(map(_in_time, calls)) != list(map(_in_time, stage.calls)):
             raise NotExactError("a large picture takes other steps in time than a small one")
         return calls
@@ -388,7 +408,7 @@ class TimeStages:
         return self._trials[frames]
 
     def _tried(self, frames: int) -> _Trial:
-        recording = self._record((self._noise_clip(frames),), self._kwargs)
+        recording = self._recorded(self._noise_clip(frames))
         calls, result = recording.calls, pictures_in(recording.result)
         if recording.keeps or recording.writes or not result or any(call.draws for call in calls):
             raise NotExactError("it is not made of calls of its network alone")
@@ -425,10 +445,10 @@ class TimeStages:
                 results = [absent(spec, spec.shape[2] if blank else 0, device) for spec in call.specs]
             return call.result([tensor.to(device) for tensor in results], device=device)
 
-        kwargs = map_tensors(torch.clone, self._kwargs)
-        quietly = unchanged(self._vae, kwargs), frozen_generators(device), torch.no_grad()
+        more, kwargs = map_tensors(torch.clone, (self._more, self._kwargs))
+        quietly = unchanged(self._vae, more, kwargs), frozen_generators(device), torch.no_grad()
         with quietly[0], quietly[1], quietly[2], answering(self._vae, self._half, answer), FastMode():
-            output = finished(pictures_in(self._method(clip, **kwargs))[0])
+            output = finished(pictures_in(self._method(clip, *more, **kwargs))[0])
         if output.ndim != 5 or len(names) != len(calls):
             raise NotExactError("its output is no video")
         return tuple(names), output
