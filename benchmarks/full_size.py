@@ -125,7 +125,7 @@ class Peer:
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         from diffusers import ContextParallelConfig
 
-        from halovae.pipelines.spreading import some_device
+        from halovae.pipelines.transformers import some_device
 
         self.pipeline, self.device = pipeline.to(device), device
         with some_device():
@@ -195,7 +195,7 @@ def accuracy(_: str, options: argparse.Namespace, device: torch.device) -> None:
     import numpy as np
 
     from halovae import comm
-    from halovae.evaluation.clip_scores import compare_clips
+    from halovae.evaluation import compare_clips
     from halovae.pipelines.parallel_vae import parallel_vae
     from halovae.pipelines.runner import Runner
 

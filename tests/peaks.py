@@ -43,7 +43,7 @@ def to_tensor(folder: Path, frames: int) -> Callable[[], object]:
 
 def write(folder: Path, frames: int) -> Callable[[], object]:
     clip = torch.zeros(3, frames, HEIGHT, WIDTH)
-    return lambda: media.write(folder / "out.mp4", codec.Frames(clip), Fraction(25))
+    return lambda: media.write(folder / "out.mp4", codec.frames_of(clip), Fraction(25))
 
 
 STEPS = (read, to_tensor, write)

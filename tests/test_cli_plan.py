@@ -9,9 +9,9 @@ import pytest
 from command import enter, run
 from families import FAMILIES
 
+from halovae.app.plan import _doubts
 from halovae.app.survey import Row
 from halovae.cli.main import main
-from halovae.cli.plan import _doubts
 
 CLIP = ["plan", "--height", "64", "--width", "96", "--num-frames", "5", "--flops", "1", "--bandwidth", "100"]
 

@@ -56,7 +56,9 @@ def save_latents(path: str, values: torch.Tensor) -> str:
         model="demo", model_class="AutoencoderKLWan", scaling={}, fps=Fraction(25), frames=9, height=32, width=32,
         padded_frames=9, padded_height=32, padded_width=32,
     )  # fmt: skip
-    latents_file.save(Path(path), values, info)
+    with latents_file.LatentsWriter(Path(path)) as writer:
+        writer.put(values)
+        writer.finish(info)
     return path
 
 

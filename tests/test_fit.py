@@ -65,9 +65,10 @@ def test_what_is_learnt_is_true(name: str) -> None:
     clip = fit.pad(codec.to_tensor(frames, torch.float32, torch.device("cpu")))
     calls: list[str] = []
     with torch.no_grad():
-        latents = codec.encode(vae, limits, clip, lambda: calls.append("encode"))
+        pieces = codec.encode_pieces(vae, limits, clip.split(1, dim=1), clip.shape[1], lambda: calls.append("encode"))
+        latents = codec.joined(limits, pieces)
         expected_calls = codec.decode_calls(vae, limits, latents)
-        sample = codec.decode(vae, limits, latents, lambda: calls.append("decode"))
+        sample = torch.cat(list(codec.decode_pieces(vae, limits, latents, lambda: calls.append("decode"))), dim=1)
     assert codec.to_frames(fit.crop(sample)).shape == frames.shape
     assert latents.shape[1] == limits.latent_channels
     assert calls.count("encode") == (6 if limits.per_frame else 1)

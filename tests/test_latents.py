@@ -30,6 +30,12 @@ INFO = LatentsInfo(
 )
 
 
+def save(path: Path, latents: torch.Tensor, info: LatentsInfo) -> None:
+    with latents_file.LatentsWriter(path) as writer:
+        writer.put(latents)
+        writer.finish(info)
+
+
 def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changed: str | None) -> Path:
     """A file as `save` makes it, but for `tensors` and for metadata (None: left out)."""
     metadata = {**INFO.to_metadata(), **changed}
@@ -42,7 +48,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changed:
 @pytest.mark.parametrize("shape", [(1, 2, 3, 7, 9), (6, 2, 7, 9)])
 def test_what_is_saved_is_loaded(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     values = torch.randn(shape).to(dtype)
-    latents_file.save(tmp_path / "o.safetensors", values, INFO)
+    save(tmp_path / "o.safetensors", values, INFO)
     loaded, info = latents_file.load(tmp_path / "o.safetensors")
     assert info == INFO
     assert loaded.dtype == dtype
@@ -55,7 +61,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, dtype: torch.dtype, shape: tupl
 
 def test_what_comes_in_parts_is_what_comes_whole(tmp_path: Path) -> None:
     for dim, whole in ((2, torch.randn(1, 2, 5, 7, 9).bfloat16()), (0, torch.randn(6, 2, 7, 9))):
-        latents_file.save(tmp_path / "whole.safetensors", whole, INFO)
+        save(tmp_path / "whole.safetensors", whole, INFO)
         with latents_file.LatentsWriter(tmp_path / "o.safetensors", dim) as writer:
             for part in whole.split([1, 3, whole.shape[dim] - 4], dim):
                 writer.put(part)
@@ -70,13 +76,13 @@ def test_what_comes_in_parts_is_what_comes_whole(tmp_path: Path) -> None:
 def test_full_disk(tmp_path: Path) -> None:
     (tmp_path / f".o.{os.getpid()}.part.safetensors").symlink_to("/dev/full")
     with pytest.raises(InputError, match="no space left"):
-        latents_file.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), INFO)
+        save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), INFO)
     assert not list(tmp_path.iterdir())
 
 
 def test_times_are_kept(tmp_path: Path) -> None:
     uneven = replace(INFO, times=(0, 3600, 7200, 45000, 48600, 90000, 270000))
-    latents_file.save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), uneven)
+    save(tmp_path / "o.safetensors", torch.ones(1, 2, 3, 7, 9), uneven)
     assert latents_file.load(tmp_path / "o.safetensors")[1] == uneven
     bad = ("[0, 1]", "[0, 2, 1, 3, 4, 5, 6]", "[1, 2, 3, 4, 5, 6, 7]", f"[0, 1, 2, 3, 4, 5, {2**40}]")
     for times in (*bad, '["0"]', "{}", "[0.5]", "?"):
@@ -154,7 +160,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_broken_latents_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="NaN"):
-        latents_file.save(tmp_path / "o.safetensors", NAN, INFO)
+        save(tmp_path / "o.safetensors", NAN, INFO)
     assert not list(tmp_path.iterdir())
 
 

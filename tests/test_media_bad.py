@@ -77,7 +77,7 @@ def test_pixel_modes_without_a_range_are_refused(tmp_path: Path) -> None:
 
 
 def test_large_videos_are_refused_by_their_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halovae.media.media_limits.MAX_FRAME_PIXELS", 64 * 95)
+    monkeypatch.setattr("halovae.media.opened_file.MAX_FRAME_PIXELS", 64 * 95)
     with pytest.raises(InputError, match="claims 96x64 pixels"):
         media.inspect(make_video(tmp_path / "o.mp4"))
 

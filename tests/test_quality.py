@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from halovae.base.errors import InputError
 from halovae.evaluation import clip_gates, compare_clips, compare_latents, latent_gates, psnr
-from halovae.evaluation.numbers import bound
+from halovae.evaluation.scores import bound
 
 
 def noisy(clip: NDArray[Any], strength: float, seed: int = 0) -> NDArray[np.uint8]:

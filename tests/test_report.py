@@ -29,10 +29,9 @@ from halovae.evaluation.report import (
     lanes,
     write_report,
 )
-from halovae.evaluation.report.curves import curve
+from halovae.evaluation.report.drawings import MOST_FRAMES, chosen, curve, gain, heat_map
 from halovae.evaluation.report.figures import clip_figures, drawn_words
 from halovae.evaluation.report.lanes import KINDS
-from halovae.evaluation.report.pictures import MOST_FRAMES, chosen, gain, heat_map
 
 
 def made(**changes: Any) -> Report:
@@ -280,7 +279,7 @@ class TestCurves:
 
 
 def test_figures_of_equal_clips() -> None:
-    values = {figure.name: figure.value for figure in clip_figures(compare_clips(bars(), bars()))}
+    values = {name: value for name, value, _ in clip_figures(compare_clips(bars(), bars()))}
     assert values["PSNR"] == "identical"
     assert values["Largest difference"] == values["Colour shift"] == "0"
     assert "MS-SSIM" not in values

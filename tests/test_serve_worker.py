@@ -41,7 +41,9 @@ def play(rank: int, failing: list[int], at: int, cancel_at: int | None = None) -
 
     problem = attempt.run(task)
     details = problem.details if isinstance(problem, RankFailedError) else ""
-    return [type(problem), str(problem), "in task" in details, done, Attempt(group, lambda: False).run(lambda: None)]
+    # A failure of another rank is also of the class of what that one has met.
+    kind = RankFailedError if isinstance(problem, RankFailedError) else type(problem)
+    return [kind, str(problem), "in task" in details, done, Attempt(group, lambda: False).run(lambda: None)]
 
 
 def everything(rank: int) -> dict[str, list[object]]:

@@ -1,11 +1,10 @@
-"""Clips in and out, with progress and notes; and two files to compare, of one kind and one size, or trimmed to it."""
+"""Clips in and out of a run: read and written while they are worked on, with progress and notes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from halovae import media
 from halovae.app.session import Advance, Half, Loaded, Session
-from halovae.base.errors import HalovaeError, InputError
-from halovae.media import codec, latents_file
-from halovae.media.latents_file import LatentsInfo
+from halovae.base.errors import HalovaeError
+from halovae.media import codec
 from halovae.media.vae_limits import Fit
 
 Take = Callable[[media.Frames], None]
@@ -39,16 +37,9 @@ def open_clip(
 
 @contextmanager
 def writing(session: Session, output: Path, fps: Fraction, **settings: Any) -> Iterator[Take]:
-    """Within it, the first rank writes a clip while its further frames are made. Called on every rank.
+    """Within it, the first rank writes a clip while its further frames are made; settings are those of `media.Writer`.
 
-    Args:
-        session: of this rank.
-        output: as for `media.Writer`.
-        fps: likewise.
-        settings: likewise.
-
-    Yields:
-        What takes the next frames, as `media.write` does, on the first rank.
+    Called on every rank. Yields what takes the next frames, on the first rank.
 
     Raises:
         InputError: at the end, on all ranks: the file can't be written.
@@ -77,16 +68,9 @@ def encode(
     """Encode a clip, whose frames are read meanwhile. Latents are handed on as soon as they are final.
 
     Args:
-        session: of this rank.
-        loaded: the VAE.
-        fit: how the clip is padded.
-        film: the clip.
         handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
-        take: gets the next latents, as `codec.encode_pieces` gives them.
+        take: gets the next latents, as `codec.encode_pieces` gives them. What it raises, all ranks raise.
         label: after the name of the stage.
-
-    Raises:
-        HalovaeError: of `take`, on all ranks.
     """
     agree = _raise if handle is None else session.agree
     with session.measured(f"encode{label}", handle, fit.padded_frames) as (half, advance, after):
@@ -122,16 +106,9 @@ def decode(
     """Decode a clip, and let the first rank have its frames as soon as they are final.
 
     Args:
-        session: of this rank.
-        loaded: the VAE.
-        fit: the sizes of the clip.
-        latents: as `codec.decode` takes them.
-        handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
-        take: gets the next frames, (3, frames, height, width) of -1 to 1, cropped.
+        handle: as for `encode`.
+        take: gets the next frames, (3, frames, height, width) of -1 to 1, cropped. What it raises, all ranks raise.
         label: after the name of the stage.
-
-    Raises:
-        HalovaeError: of `take`, on all ranks.
     """
     vae, limits, count = loaded.vae, loaded.limits, 0
     left = codec.decode_calls(vae, limits, latents)
@@ -190,123 +167,3 @@ def loss(output: Path, crf: int | None = None, lossless: bool = False) -> str:
 def lossy_words(lost: str) -> str:
     """What a reader of a file has to know who compares it with another one."""
     return f"{lost}, which changes pixels: two files differ by more than what was computed, unless --lossless is given"
-
-
-_ROUNDING = 5e-4
-"""Rates nearer than this may be one rate: some formats keep times in milliseconds. 24 and 24000/1001 are 1e-3 apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trimmed:
-    """Two things of one size."""
-
-    notes: tuple[str, ...]
-    """What was left out to get there, one line each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clips(Trimmed):
-    """Two clips, or images, of one size."""
-
-    reference: media.Film
-    result: media.Film
-    count: int
-    """Frames of each."""
-    size: tuple[int, int]
-    """Height and width."""
-    lost: str
-    """What codecs have to do with the difference, in a sentence; nothing where neither file loses anything."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentsPair(Trimmed):
-    """Two latents of one shape."""
-
-    reference: Tensor
-    result: Tensor
-    info: LatentsInfo
-    """Of the reference."""
-
-
-def is_latents(path: Path) -> bool:
-    return path.suffix.lower() == latents_file.SUFFIX
-
-
-def read_clips(one: Path, other: Path, *, trim: bool, advance: Callable[[], None] = lambda: None) -> Clips:
-    """Look through two videos or images; of each, one frame at a time is in memory, then and later.
-
-    Args:
-        one: the reference.
-        other: the result.
-        trim: cut both to what they have in common; sizes around the centre.
-        advance: called after each frame.
-
-    Raises:
-        InputError: a file can't be read; or they differ in length, size or rate, and `trim` is not set.
-    """
-    reference, result = media.Film(one, advance=advance), media.Film(other, advance=advance)
-    lengths = reference.count, result.count
-    rates = reference.pace.fps, result.pace.fps
-    if abs(rates[0] / rates[1] - 1) < _ROUNDING:
-        rates = rates[0], rates[0]
-    sizes = [f"{film.size[1]}x{film.size[0]}" for film in (reference, result)]
-    differing = [
-        f"{what} {first} and {second}"
-        for what, first, second in (
-            ("frames", *lengths),
-            ("size", *sizes),
-            ("rate", *rates),
-        )
-        if first != second
-    ]
-    remedy = "use --trim to compare what they share"
-    if sizes[0] != sizes[1]:  # A piece out of the middle of the larger one is another picture.
-        remedy = "scale one of them, or use halovae roundtrip --compare, which compares at one size"
-    if differing and not trim:
-        raise InputError(f"{one} and {other} differ: {', '.join(differing)}: {remedy}")
-    count, height, width = map(min, (reference.count, *reference.size), (result.count, *result.size))
-    for film in (reference, result):
-        film.trim(count, height, width)
-    notes = tuple(
-        f"{'cropped around the centre, not scaled' if text.startswith('size') else 'trimmed'}: {text}"
-        for text in differing
-    )
-    lossy = {path.name: film.lossy for path, film in ((one, reference), (other, result)) if film.lossy}
-    return Clips(reference=reference, result=result, count=count, size=(height, width), lost=_lost(lossy), notes=notes)
-
-
-def _lost(lossy: dict[str, str]) -> str:
-    if not lossy:
-        return ""
-    files = " and ".join(f"{name} ({codec})" for name, codec in lossy.items())
-    return (
-        f"What the codec of {files} loses is in these numbers too: files differ by more than what was computed. "
-        "To see that alone, write them with --lossless."
-    )
-
-
-def read_latents(one: Path, other: Path, *, trim: bool) -> LatentsPair:
-    """Read two latents files.
-
-    Args:
-        one: the reference.
-        other: the result.
-        trim: cut both to what they have in common, from the start of each dimension.
-
-    Raises:
-        InputError: a file can't be read; they differ in shape and `trim` is not set; or no trimming makes them alike.
-    """
-    (reference, info), (result, _) = latents_file.load(one), latents_file.load(other)
-    shapes = [tuple(tensor.shape) for tensor in (reference, result)]
-    if reference.ndim != result.ndim or reference.shape[1] != result.shape[1]:
-        raise InputError(f"{one} and {other} hold latents of shapes {shapes[0]} and {shapes[1]}: not of one VAE")
-    notes: tuple[str, ...] = ()
-    if shapes[0] != shapes[1]:
-        if not trim:
-            raise InputError(
-                f"{one} and {other} differ: shapes {shapes[0]} and {shapes[1]}: use --trim to compare what they share"
-            )
-        notes = (f"trimmed: shapes {shapes[0]} and {shapes[1]}",)
-        shared = tuple(slice(min(pair)) for pair in zip(*shapes, strict=True))
-        reference, result = reference[shared], result[shared]
-    return LatentsPair(reference=reference, result=result, info=info, notes=notes)

@@ -1,12 +1,18 @@
-"""`--compare`: the same clip through the VAE as it is on one rank, and how far the two results are apart."""
+"""`--compare`: the same clip through the VAE as it is on one rank, and how far the two results are apart.
+
+Where the ranks ran tiles, also next to the VAE's own tiles on one rank, and to exact mode.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,10 +20,12 @@ from halovae.app import clip_files
 from halovae.app.clip_files import Take, lossy_words
 from halovae.app.session import Half, Loaded, Session
 from halovae.app.tables import Row, counted, mebibytes, seconds_table, table
-from halovae.base.options import Gather
+from halovae.base.errors import NotExactError
+from halovae.base.options import HALVES, Gather
+from halovae.base.replaced import replaced
+from halovae.calls.target import Target
 from halovae.calls.verify import TOLERANCE, distance
-from halovae.evaluation.numbers import bound, decibel, finite
-from halovae.evaluation.scores import PEAK, psnr
+from halovae.evaluation.scores import PEAK, bound, decibel, finite, psnr
 from halovae.media import Film, codec
 from halovae.media.vae_limits import Fit
 
@@ -43,6 +51,15 @@ class ClipResult:
     @property
     def halves(self) -> dict[str, Half]:
         return {"encode": self.encode, "decode": self.decode}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: half.seconds for name, half in self.halves.items()}
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes; None where the system can't tell."""
+        return max(half.peak_memory or 0 for half in self.halves.values()) or None
 
     @property
     def kept(self) -> Tensor:
@@ -83,7 +100,6 @@ def run_through(
     """Encode and decode a clip.
 
     Args:
-        film: the clip.
         handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
         label: after the names of the stages.
         keep: whether the first rank keeps what came out.
@@ -98,7 +114,7 @@ def run_through(
     def taken(piece: Tensor) -> None:
         nonlocal sample, count
         if take is not None:
-            take(codec.Frames(piece))
+            take(codec.frames_of(piece))
         if keep:
             if sample is None:
                 sample = piece.new_empty((piece.shape[0], fit.frames, *piece.shape[2:]))
@@ -115,21 +131,24 @@ def told(
     """What is said of a run, next to one rank alone where that ran too.
 
     Args:
-        result: of the ranks; kept where one rank alone ran too.
         peak: bytes, the most that any rank took.
         lost: what writing changes the pixels by, see `clip_files.loss`.
     """
     ranks = counted(session.group.size, "rank")
-    rows = _rows(ranks, ratio, result, alone, peak)
+    ways = [_Column(ranks, result, peak, ratio)]
     numbers: dict[str, Any] = {"psnr": finite(ratio), "peak_memory": peak}
     if alone is None:
-        text = seconds_table(result.halves) + memory_line(peak) + f"PSNR to the source: {decibel(ratio)}\n"
-        return Told(text=text, rows=rows, numbers=numbers)
+        memory = f"peak memory of a rank: {mebibytes(peak)}\n" if peak else ""
+        text = f"{seconds_table(result.halves)}{memory}PSNR to the source: {decibel(ratio)}\n"
+        return Told(text=text, rows=_rows(ways), numbers=numbers)
+    rows = _with_gains(_rows([*ways, _Column("one rank", alone, alone.peak_memory, alone.psnr)]), result, alone, peak)
     found = differences(result, alone)
     allowed = allowed_l2(session)
     passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
     rounding = f"up to rounding of {session.dtype_words}"
-    near = _near(found["pixels"] * PEAK / 2)
+    levels = found["pixels"] * PEAK / 2
+    unit = "of one level" if levels < 0.9 else "level" if bound(levels) == "1" else "levels"
+    near = f"no pixel differs by more than {bound(levels)} {unit} of 255" if levels else "no pixel differs"
     text = (
         table(rows)
         + f"largest difference between the two, {BEFORE}\n"
@@ -143,7 +162,12 @@ def told(
     same = "give the same result" if passed else "do not give the same result"
     verdict = f"{ranks} and one rank {same} {rounding}: {near}."
     numbers |= {"differences": {name: finite(value) for name, value in found.items()}}
-    numbers |= {"allowed_l2": allowed, "passed": passed, "one_rank": _alone(alone)}
+    one_rank = {
+        "psnr": finite(alone.psnr),
+        "seconds": alone.seconds,
+        "peak_memory": {name: half.peak_memory for name, half in alone.halves.items()},
+    }
+    numbers |= {"allowed_l2": allowed, "passed": passed, "one_rank": one_rank}
     return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
 
 
@@ -169,18 +193,6 @@ def allowed_l2(session: Session) -> float:
     return max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in session.dtypes.values())
 
 
-def memory_line(peak: int | None) -> str:
-    return "" if peak is None else f"peak memory of a rank: {mebibytes(peak)}\n"
-
-
-def _near(levels: float) -> str:
-    if not levels:
-        return "no pixel differs"
-    most = bound(levels)
-    unit = "of one level" if levels < 0.9 else "level" if most == "1" else "levels"
-    return f"no pixel differs by more than {most} {unit} of 255"
-
-
 def in_8_bits(found: dict[str, float], count: int) -> str:
     """What `differences` leaves of so many values when they are rounded."""
     if not found["values_off"]:
@@ -189,27 +201,138 @@ def in_8_bits(found: dict[str, float], count: int) -> str:
     return f"in 8 bits {found['values_off']:,} of {count:,} values differ, by {most} at most"
 
 
-def _rows(
-    ranks: str, ratio: float, result: ClipResult, alone: ClipResult | None, peak: int | None
-) -> list[Row]:  # fmt: skip
-    """Time, memory and quality; the last column tells how much faster and leaner the ranks are."""
-    own_peak = None if alone is None else max(half.peak_memory or 0 for half in alone.halves.values()) or None
-    rows: list[Row] = [("", ranks, "one rank", "")]
-    for name, half in result.halves.items():
-        other = None if alone is None else alone.halves[name].seconds
-        gain = "" if other is None else f"{other / half.seconds:.2f}x as fast"
-        rows.append((name, f"{half.seconds:.2f} s", "" if other is None else f"{other:.2f} s", gain))
-    if peak is not None:
-        share = "" if own_peak is None else f"{peak / own_peak:.2f}x as much"
-        rows.append(("peak memory of a rank", mebibytes(peak), "" if own_peak is None else mebibytes(own_peak), share))
-    far = "" if alone is None else decibel(alone.psnr)
-    rows.append(("PSNR to the source", decibel(ratio), far, ""))
-    return rows if alone is not None else [row[:2] for row in rows]
+class _Column(NamedTuple):
+    """One way of the clip, in a table."""
+
+    name: str
+    result: ClipResult
+    peak: int | None
+    """Bytes, the most that any of its ranks took."""
+    psnr: float
+    """To the source."""
 
 
-def _alone(alone: ClipResult) -> dict[str, Any]:
-    return {
-        "psnr": finite(alone.psnr),
-        "seconds": {name: half.seconds for name, half in alone.halves.items()},
-        "peak_memory": {name: half.peak_memory for name, half in alone.halves.items()},
+def _rows(ways: Sequence[_Column]) -> list[Row]:
+    """Time, memory and quality of each way."""
+    rows: list[Row] = [("", *(way.name for way in ways))]
+    rows += [(half, *(f"{way.result.seconds[half]:.2f} s" for way in ways)) for half in HALVES]
+    if ways[0].peak:
+        rows.append(("peak memory of a rank", *(mebibytes(way.peak) if way.peak else "" for way in ways)))
+    return [*rows, ("PSNR to the source", *(decibel(way.psnr) for way in ways))]
+
+
+def _with_gains(rows: list[Row], result: ClipResult, alone: ClipResult, peak: int | None) -> list[Row]:
+    """How much faster and leaner the ranks are, in a last column."""
+    gains = {half: f"{alone.seconds[half] / result.seconds[half]:.2f}x as fast" for half in HALVES}
+    if peak and alone.peak_memory:
+        gains["peak memory of a rank"] = f"{peak / alone.peak_memory:.2f}x as much"
+    return [(*row, gains.get(row[0], "")) for row in rows]
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """One clip's ways through the VAE; those that it refuses are missing."""
+
+    tiles: ClipResult
+    """On the ranks."""
+    own: ClipResult
+    """The VAE's own tiles, on one rank."""
+    exact: ClipResult | None
+    whole: ClipResult | None
+    """Without tiles, on one rank."""
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether tiles on ranks and the VAE's own on one rank give the same, latents and pixels."""
+        return torch.equal(self.tiles.latents, self.own.latents) and torch.equal(self.tiles.kept, self.own.kept)
+
+    def gap(self, result: ClipResult) -> dict[str, float]:
+        """How far a result is from the un-tiled one: PSNR, and the largest difference of pixels of -1 to 1."""
+        if self.whole is None:
+            return {}
+        largest = (result.kept.float() - self.whole.kept.float()).abs().max().item()
+        return {"psnr": psnr(result.frames, self.whole.frames), "largest": largest}
+
+
+def run_exact(session: Session, loaded: Loaded, fit: Fit, film: Film) -> ClipResult | None:
+    """The clip in exact mode, on all ranks; None where exact mode refuses the VAE."""
+    if Target(loaded.vae).tiles_only:
+        return None
+    try:
+        with _tiling(loaded.vae, False), session.parallel(loaded.vae, mode="exact", gather=GATHER) as handle:
+            return run_through(session, loaded, fit, film, handle, " exact")
+    except NotExactError:
+        return None
+
+
+def run_rest(
+    session: Session, loaded: Loaded, fit: Fit, film: Film, tiles: ClipResult, exact: ClipResult | None
+) -> Ways:  # fmt: skip
+    """Run the rest of the ways, on this rank alone."""
+    with _tiling(loaded.vae, True):
+        own = run_through(session, loaded, fit, film, None, " own tiles")
+    whole = None
+    try:
+        with _tiling(loaded.vae, False):
+            whole = run_through(session, loaded, fit, film, None, " un-tiled")
+    except NotImplementedError as error:
+        session.stages.note(f"there is no un-tiled result to compare with: {error}")
+    return Ways(tiles=tiles, own=own, exact=exact, whole=whole)
+
+
+def told_of_tiles(session: Session, ways: Ways, peak: int | None, lost: str) -> Told:
+    """As `told` of a run in tiles, next to the other ways."""
+    several = counted(session.group.size, "rank")
+    rows = _tile_rows(several, ways, peak)
+    found = differences(ways.tiles, ways.own)
+    same = "same bits" if ways.same_bits else f"other bits, by up to {found['pixels']:.1e}"
+    text = (
+        table(rows)
+        + ("exact mode refuses this VAE\n" if ways.exact is None else "")
+        + f"tiles on {several} against the VAE's own tiles on one rank: {same}\n"
+        + (f"the file is {lossy_words(lost)}\n" if lost else "")
+    )
+    # On accelerators several tiles go through the network together, which rounds otherwise.
+    is_rounding = max(found["latents_l2"], found["pixels_l2"]) <= allowed_l2(session)
+    passed = ways.same_bits or (session.device.type != "cpu" and is_rounding)
+    results = {"tile": ways.tiles, "own_tiles": ways.own, "exact": ways.exact, "untiled": ways.whole}
+    numbers = {
+        "same_bits": ways.same_bits,
+        "ways": {name: _way(ways, result) for name, result in results.items() if result is not None},
+        "psnr": finite(ways.tiles.psnr),
+        "peak_memory": peak,
+        "passed": passed,
     }
+    verdict = f"Tiles on {several} against the VAE's own tiles on one rank: {same}."
+    return Told(text=text, rows=rows, numbers=numbers, passed=passed, verdict=verdict)
+
+
+@contextmanager
+def _tiling(vae: Any, on: bool) -> Iterator[None]:
+    with replaced(vae, "use_tiling", on) if "use_tiling" in vars(vae) else nullcontext():
+        yield
+
+
+def _tile_rows(several: str, ways: Ways, peak: int | None) -> list[Row]:
+    results = {f"tile, {several}": ways.tiles, "tile, one rank": ways.own, f"exact, {several}": ways.exact}
+    results["un-tiled, one rank"] = ways.whole
+    found = {name: result for name, result in results.items() if result is not None}
+    rows = _rows(
+        [
+            _Column(name, result, peak if result is ways.tiles else result.peak_memory, result.psnr)
+            for name, result in found.items()
+        ]
+    )
+    if ways.whole is not None:
+        gaps = [ways.gap(result) for result in found.values()]
+        rows.append(("PSNR to un-tiled", *(decibel(gap["psnr"]) for gap in gaps)))
+        rows.append(("largest difference", *(f"{gap['largest']:.1e}" for gap in gaps)))
+    return rows
+
+
+def _way(ways: Ways, result: ClipResult) -> dict[str, Any]:
+    to_untiled = {name: finite(value) for name, value in ways.gap(result).items()}
+    return {"seconds": result.seconds, "psnr": finite(result.psnr), "to_untiled": to_untiled}

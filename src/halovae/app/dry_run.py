@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import typer
@@ -16,8 +16,8 @@ from halovae.app.job import PipelineJob
 from halovae.app.run_options import dtype_on
 from halovae.app.session import device_kind
 from halovae.app.settled import planned
-from halovae.app.survey import Survey, Way
-from halovae.app.tables import table
+from halovae.app.survey import Row, Survey, Way
+from halovae.app.tables import counted, table
 from halovae.base.errors import HalovaeError
 from halovae.base.files import write_json
 from halovae.base.options import HALVES
@@ -26,27 +26,16 @@ from halovae.calls.dtypes import set_dtypes
 from halovae.comm.bandwidth import LINKS
 from halovae.exact.mesh import ShardPlan, plan_shards
 from halovae.media.vae_limits import Limits
-from halovae.pipelines.generation_settings import parameters
+from halovae.pipelines.generation_settings import Generation, Setup, default, parameters
 from halovae.pipelines.grid_sizes import TokenGrid
 from halovae.pipelines.load import find_pipeline, outline, torch_dtypes
 from halovae.pipelines.parallel_vae import mode_of
 from halovae.pipelines.transformers import degree
 from halovae.predict.measured_rates import rates_of
 
-if TYPE_CHECKING:
-    from halovae.pipelines.generation_settings import Generation, Setup
-
 
 def dry_run(job: PipelineJob, ranks: int) -> int:
-    """Check all that configs can tell of a run, and print its plan. In this process alone.
-
-    Args:
-        job: what was asked for.
-        ranks: that it would run on.
-
-    Raises:
-        InputError: what the run itself would refuse too, as far as configs tell.
-    """
+    """Check all that configs can tell of a run on so many ranks, and print its plan. In this process alone."""
     kind = device_kind(job.options.device)
     job = replace(job, setup=replace(job.setup, dtype=dtype_on(kind, job.options.dtype)))
     source = find_pipeline(job.model, job.task)
@@ -77,8 +66,7 @@ def dry_run(job: PipelineJob, ranks: int) -> int:
 
 
 def _sizes(cls: Any, grid: TokenGrid, generation: Generation) -> dict[str, Any]:
-    known = parameters(cls)
-    frames = generation.num_frames or (known["num_frames"].default if "num_frames" in known else 1) or 1
+    frames = generation.num_frames or default(parameters(cls), "num_frames") or 1
     if generation.height is None or generation.width is None:
         return {"frames": frames}
     tokens = grid.tokens(generation.height, generation.width, frames)
@@ -114,18 +102,15 @@ def _halves(
     fit = limits.fit(sizes["frames"], sizes["height"], sizes["width"])
     workers, dtypes = setup.vae_size or ranks, torch_dtypes(setup)
     torch.set_num_threads(max(1, launch.cores() // ranks))
-    try:
-        rates = rates_of(torch.device(device), dtypes["decode"])
-        survey = Survey(vae, limits, fit, dtypes, rates, LINKS["pcie"])
-    except HalovaeError as error:
-        return [
-            {"half": half, "mode": "exact", "ranks": workers, "seconds": None, "bytes": None, "refusal": str(error)}
-            for half in HALVES
-        ]
     ways = [Way(mode="exact", ranks=1)]
     if workers > 1:
         ways += [Way(mode="exact", ranks=workers, axis=setup.vae_axis), Way(mode="tile", ranks=workers)]
-    rows = survey.rows(dict.fromkeys(HALVES, ways))
+    try:
+        rates = rates_of(torch.device(device), dtypes["decode"])
+        survey = Survey(vae, limits, fit, dtypes, rates, LINKS["pcie"])
+        rows = list(survey.rows(dict.fromkeys(HALVES, ways)))
+    except HalovaeError as error:
+        rows = [Row(half=half, mode="exact", ranks=workers, prediction=None, refusal=str(error)) for half in HALVES]
     return [
         {
             "half": row.half, "mode": row.mode, "ranks": row.ranks,
@@ -158,12 +143,12 @@ def _parts(components: Mapping[str, Any], setup: Setup) -> list[dict[str, Any]]:
 
 def _text(found: dict[str, Any], setup: Setup) -> str:
     ranks, parts = found["ranks"], found["ranks_per_sequence"]
-    where = f"{ranks} rank{'s' * (ranks != 1)} in {found['dtype']} on {found['device']}"
+    where = f"{counted(ranks, 'rank')} in {found['dtype']} on {found['device']}"
     lines = [f"{found['model']} ({found['pipeline']}), {found['task']} on {where}"]
     if "tokens" in found:
         lines.append(
-            f"{found['frames']} frame{'s' * (found['frames'] != 1)} of {found['width']}x{found['height']}: "
-            f"{found['tokens']} tokens, {found['tokens_per_rank']} on each of {parts} rank{'s' * (parts != 1)}"
+            f"{counted(found['frames'], 'frame')} of {found['width']}x{found['height']}: "
+            f"{found['tokens']} tokens, {found['tokens_per_rank']} on each of {counted(parts, 'rank')}"
         )
     lines += [f"VAE {half}: {_half(found['vae'], half)}" for half in ("encode", "decode")]
     lines.append(_halves_text(found["vae_halves"]))
@@ -174,9 +159,8 @@ def _text(found: dict[str, Any], setup: Setup) -> str:
     ]
     total = sum(part["bytes"] for part in found["parts"])
     where = "on the host" if setup.layerwise_offload or setup.cpu_offload else "on each rank's device"
-    return (
-        "\n".join(line for line in lines if line) + "\n" + table(rows) + f"weights {where}: {total / 2**30:.2f} GiB\n"
-    )
+    lines += [table(rows).rstrip("\n"), f"weights {where}: {total / 2**30:.2f} GiB"]
+    return "".join(f"{line}\n" for line in lines if line)
 
 
 def _halves_text(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""One run of a command that runs a whole pipeline: what it shall do, and what it made."""
+"""One run of a command that runs a whole pipeline: what it shall do, from the words of its flags."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halovae.app.run_options import RunOptions, parse_axis
-from halovae.base.errors import Faults, InputError
+from halovae.app.run_options import RunOptions, chosen_mode, parse_axis
+from halovae.base.errors import Faults
 from halovae.pipelines.generation_settings import Generation, Setup
 
 if TYPE_CHECKING:
-    from halovae.base.timeline import Span
-    from halovae.pipelines.load import PipelineSource
-    from halovae.pipelines.runner import Result
+    pass
 
 _RENAMED = {
     "guidance_scale_high": "guidance_scale_2",
@@ -35,40 +33,25 @@ class PipelineJob:
     task: str
     model: str
     output: Path
-    image: Path | None
-    last_image: Path | None
     generation: Generation
     """Without the images, which every rank reads for itself."""
     setup: Setup
     options: RunOptions
     """What else a rank needs to know."""
-    fps: int
-    crf: int | None
+    image: Path | None = None
+    last_image: Path | None = None
+    fps: int = 1
+    crf: int | None = None
     """Of the mp4, None: halovae's own."""
-    lossless: bool
+    lossless: bool = False
     """Whether the mp4 keeps every pixel."""
-    dry_run: bool
-    json: Path | None
-    report: Path | None
-    words: tuple[str, ...]
+    dry_run: bool = False
+    json: Path | None = None
+    report: Path | None = None
+    words: tuple[str, ...] = ()
     """The command line."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What of the flags a user might not expect."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineRun:
-    """What a run made on this rank, for whoever writes or shows it."""
-
-    source: PipelineSource
-    generation: Generation
-    """With the sizes that were chosen."""
-    setup: Setup
-    result: Result
-    spans: list[list[Span]]
-    """The timeline of every rank."""
-    document: dict[str, Any]
-    """What `--json` writes. On every rank."""
 
 
 def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> PipelineJob:
@@ -78,7 +61,7 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     with faults.noted():
         values["vae_axis"] = parse_axis(given["axis"])
     with faults.noted():
-        values["vae_mode"] = _vae_mode(given)
+        values["vae_mode"] = chosen_mode("--vae-mode", given["vae_mode"], given["vae_use_tiling"])
     for name in ("dtype", "vae_dtype", "vae_encode_dtype", "vae_decode_dtype"):
         values[name] = None if given.get(name) is None else given[name].value
     values["dtype"] = values["dtype"] or Setup.dtype  # until the device is known
@@ -91,34 +74,15 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
     if given.get("lossless") and given.get("crf") is not None:
         faults.add(f"--lossless loses nothing, so --crf {given['crf']} has no meaning: leave one of them out")
     faults.check()
+    own = {field.name for field in fields(PipelineJob)} & set(given)
     return PipelineJob(
+        **{name: given[name] for name in own},
         task=task,
-        model=given["model"],
-        output=given["output"],
-        image=given.get("image"),
-        last_image=given.get("last_image"),
         generation=generation,
         setup=setup,
         options=RunOptions(
-            model=given["model"],
-            ranks=given["ranks"],
-            axis=setup.vae_axis,
-            dtype=given["dtype"],
-            device=given["device"],
+            axis=setup.vae_axis, **{name: given[name] for name in ("model", "ranks", "dtype", "device")}
         ),
-        fps=given.get("fps", 1),
-        crf=given.get("crf"),
-        lossless=given.get("lossless", False),
-        dry_run=given["dry_run"],
-        json=given["json"],
-        report=given["report"],
         words=words,
         notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
     )
-
-
-def _vae_mode(given: Mapping[str, Any]) -> str | None:
-    asked = None if given["vae_mode"] is None else given["vae_mode"].value
-    if given["vae_use_tiling"] and asked not in (None, "tile"):
-        raise InputError(f"--vae-use-tiling means --vae-mode tile, but --vae-mode {asked} is given too: leave one out")
-    return "tile" if given["vae_use_tiling"] else asked

@@ -76,11 +76,7 @@ def cores() -> int:
 
 
 def check_ranks(ranks: int) -> None:
-    """Refuse a number of ranks that this machine can't start.
-
-    Raises:
-        InputError: fewer than 1, or more than the cores can bear.
-    """
+    """Refuse a number of ranks that this machine can't start."""
     limit = RANKS_PER_CORE * cores()
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: give 1 or more")
@@ -89,13 +85,9 @@ def check_ranks(ranks: int) -> None:
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, program: Sequence[str] = PROGRAM) -> int:
-    """Run `program` with `arguments` on `ranks` processes until all have ended.
-
-    What went wrong is written to standard error, once.
+    """Run `program` with `arguments` on `ranks` processes until all have ended. What went wrong is told once.
 
     Args:
-        arguments: of the command line, without the program's name.
-        ranks: how many.
         program: what each rank runs; it should do its work within `watch.guarded`.
 
     Returns:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,16 +17,15 @@ from halovae.app.comparison import BEFORE, differences, in_8_bits
 from halovae.app.tables import clip_line, counted, described
 from halovae.base import timeline
 from halovae.base.timeline import Span, Timeline
-from halovae.evaluation import ClipComparison, CutLines, Frames, Gate, LatentComparison, compare_clips
-from halovae.evaluation.numbers import decibel
-from halovae.evaluation.report import ClipSection, LatentSection, Report, lanes
+from halovae.evaluation import CutLines, Frames, compare_clips
+from halovae.evaluation.report import ClipSection, Report, lanes
+from halovae.evaluation.scores import decibel
 from halovae.media.vae_limits import Fit
 from halovae.tiles.tile_settings import TileSettings
 
 if TYPE_CHECKING:
     from halovae.app.comparison import ClipResult, Told
     from halovae.app.session import Loaded, Session
-    from halovae.media import Film
 
 
 @contextmanager
@@ -41,11 +38,8 @@ def recorded(session: Session) -> Iterator[Timeline]:
 
 
 def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[CutLines, str]:
-    """Where the last call cut the picture, in pixels, and what these borders are called.
-
-    Args:
-        handle: of the parallel VAE after a decode; None where one rank ran it as it is.
-    """
+    """Where the last call cut the picture, in pixels, and what these borders are called; nothing where one rank ran
+    it."""
     size = fit.height, fit.width
     if handle is None or handle.last is None:
         return CutLines(), ""
@@ -59,39 +53,26 @@ def borders(vae: Any, handle: Any, ratio: int, fit: Fit) -> tuple[CutLines, str]
     return CutLines(rows=rows, columns=columns).inside(size), "shard borders"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A clip, and what came of it in one way or two."""
+def roundtrip_report(
+    session: Session, loaded: Loaded, fit: Fit, handle: Any, result: ClipResult, alone: ClipResult | None, told: Told,
+    spans: Sequence[Sequence[Span]], output: str, lost: str, words: Sequence[str],
+) -> Report:  # fmt: skip
+    """The report of `halovae roundtrip`: of a clip through the ranks and, if that was asked for, through one alone.
 
-    name: str
-    """Of the clip."""
-    output: str
-    """Name of the file."""
-    lost: str
-    """What writing it changes the pixels by, see `clip_files.loss`."""
-    film: Film
-    result: ClipResult
-    """Of the ranks."""
-    alone: ClipResult | None
-    """Of one rank without any cut, if that was asked for."""
-    told: Told
-    """What the terminal says."""
-    handle: Any
-    """Of the parallel VAE; None where one rank ran it as it is."""
-    spans: Sequence[Sequence[Span]]
-    """The timeline of every rank."""
-    words: Sequence[str]
-    """The command line."""
-
-
-def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Report:
-    """The report of `halovae roundtrip`."""
-    film, result, alone, told = run.film, run.result, run.alone, run.told
-    cut = borders(loaded.vae, run.handle, loaded.limits.ratio, fit)
+    Args:
+        handle: of the parallel VAE; None where one rank ran it as it is.
+        told: what the terminal says.
+        spans: the timeline of every rank.
+        output: name of the file.
+        lost: what writing it changes the pixels by, see `clip_files.loss`.
+        words: of the command line.
+    """
+    film = result.film
+    cut = borders(loaded.vae, handle, loaded.limits.ratio, fit)
     ranks = counted(session.group.size, "rank")
     kept = _section(
         "Result against source",
-        f"What the VAE keeps of the clip, before {run.output} was written.",
+        f"What the VAE keeps of the clip, before {output} was written.",
         ("Source", "Result"),
         film,
         result.frames,
@@ -102,43 +83,37 @@ def roundtrip_report(session: Session, loaded: Loaded, fit: Fit, run: Run) -> Re
         tiles = "in tiles " * ("tile" in (result.encode.mode, result.decode.mode))
         text = (
             "One rank: the VAE as diffusers runs it, un-tiled, with the same clip, weights and precision. "
-            f"Both are compared {BEFORE} {run.output}; {in_8_bits(differences(result, alone), result.frames.size)}."
+            f"Both are compared {BEFORE} {output}; {in_8_bits(differences(result, alone), result.frames.size)}."
         )
         apart = _section(
             f"{ranks} {tiles}against one rank", text, ("One rank", f"{ranks} {tiles}".strip()),
             _levels(alone.kept), _levels(result.kept), cut,
         )  # fmt: skip
         sections = [apart, kept]
-    seconds, found_lanes = lanes(run.spans)
+    seconds, found_lanes = lanes(spans)
     facts = {
         "Clip": clip_line(fit, film.pace.fps),
         "VAE": described(session, loaded, result.encode),
-        "File": f"{run.output}, {lossy_words(run.lost)}" if run.lost else f"{run.output}, which keeps every pixel",
+        "File": f"{output}, {lossy_words(lost)}" if lost else f"{output}, which keeps every pixel",
     }
+    costs_text = memory_words(session.device)
+    if alone is not None and session.group.size > 1:
+        costs_text += (
+            " One rank is the VAE as diffusers runs it. halovae's operators are faster than diffusers', so that "
+            f"{ranks} can be more than {session.group.size} times as fast."
+        )
     return Report(
-        title=f"{run.name} through {loaded.source.model} on {ranks}",
+        title=f"{film.path.name} through {loaded.source.model} on {ranks}",
         verdict=f"{told.verdict} PSNR to the source is {decibel(kept.found.psnr)}.".strip(),
         passed=told.passed,
         facts=facts,
         costs=told.rows,
-        costs_text=_costs_text(session, alone is not None),
+        costs_text=costs_text,
         clips=sections,
         seconds=seconds,
         lanes=found_lanes,
-        command=command(run.words),
+        command=command(words),
     )
-
-
-def _costs_text(session: Session, with_alone: bool) -> str:
-    """What has to be known to read the table."""
-    ranks = session.group.size
-    text = memory_words(session.device)
-    if with_alone and ranks > 1:
-        text += (
-            " One rank is the VAE as diffusers runs it. halovae's operators are faster than diffusers', so that "
-            f"{ranks} ranks can be more than {ranks} times as fast."
-        )
-    return text
 
 
 def memory_words(device: torch.device) -> str:
@@ -159,62 +134,9 @@ def _section(
     )  # fmt: skip
 
 
-def clips_report(
-    one: Path, other: Path, reference: Frames, result: Frames, found: ClipComparison, gates: Sequence[Gate],
-    lost: str, words: Sequence[str],
-) -> Report:  # fmt: skip
-    """The report of two clips that `halovae compare` was given; `lost` tells what their codecs have to do with it."""
-    section = ClipSection(
-        title=f"{other.name} against {one.name}",
-        text=f"Every pixel of the two files as they decode, in 8-bit RGB. {lost}".rstrip(),
-        reference_name=one.name,
-        result_name=other.name,
-        reference=reference,
-        result=result,
-        found=found,
-        borders=found.grid,
-        borders_name="given lines",
-    )
-    height, width = found.energy.shape
-    facts = {"Frames": str(len(found.frames)), "Size": f"{width}x{height}"}
-    apart = f"PSNR is {decibel(found.psnr)}{', with what codecs lost' if lost else ''}."
-    verdict = _verdict(gates) or ("Identical in every level of every frame." if found.is_identical else apart)
-    return Report(
-        title=section.title, passed=_passed(gates, found.is_identical), verdict=verdict, facts=facts, clips=[section],
-        gates=gates, command=command(words),
-    )  # fmt: skip
-
-
-def latents_report(
-    one: Path, other: Path, found: LatentComparison, gates: Sequence[Gate], words: Sequence[str]
-) -> Report:
-    """The report of two latents files that `halovae compare` was given."""
-    section = LatentSection(
-        title=f"{other.name} against {one.name}", text="", reference_name=one.name, result_name=other.name, found=found
-    )
-    apart = f"The relative L2 distance is {found.relative_l2:.1e}." if found.largest else "Identical in every latent."
-    return Report(
-        title=section.title, passed=_passed(gates, not found.largest), verdict=_verdict(gates) or apart,
-        latents=[section], gates=gates, command=command(words),
-    )  # fmt: skip
-
-
 def command(words: Sequence[str]) -> str:
     """The command line, as it can be typed again."""
     return shlex.join(["halovae", *words])
-
-
-def _passed(gates: Sequence[Gate], is_identical: bool) -> bool | None:
-    """None where nobody has said how near is near enough."""
-    return all(gate.passed for gate in gates) if gates else is_identical or None
-
-
-def _verdict(gates: Sequence[Gate]) -> str:
-    """Which gates failed, or that none did; nothing where there are none."""
-    failed = [str(gate) for gate in gates if not gate.passed]
-    if not gates:
-        return ""
-    return "; ".join(failed) + "." if failed else "All gates passed."
 
 
 def _levels(sample: Tensor) -> NDArray[np.float32]:

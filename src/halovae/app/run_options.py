@@ -13,6 +13,7 @@ from halovae.base.errors import Faults, InputError
 from halovae.base.files import check_input, check_output
 
 if TYPE_CHECKING:
+    from halovae.media import FrameRange
     from halovae.tiles.tile_settings import TileSettings
 
 
@@ -33,21 +34,14 @@ class Work:
     """What to tell the user about the names that were used."""
 
     def check(self, vae: Any) -> None:
-        """
-        Raises:
-            InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
-        """
+        """Refuse exact mode where it would give another result than the VAE itself, and nobody has asked for that."""
         from halovae.calls.target import Target
 
         if self.mode == "exact" and not self.untiled:
             Target(vae).check_exact("--mode exact", "add --untiled")
 
     def set_tiles(self, vae: Any) -> None:
-        """Give the VAE the sizes that were asked for.
-
-        Raises:
-            InputError: its tiles can't be set, or not to these sizes.
-        """
+        """Give the VAE the sizes that were asked for."""
         if self.tile_size is None and self.tile_overlap is None:
             return
         from halovae.tiles.tile_settings import TileSettings
@@ -89,17 +83,30 @@ class RunOptions:
     work: Work = field(default_factory=Work)
 
 
+@dataclass(frozen=True, kw_only=True)
+class VaeJob:
+    """What one run of a command that runs a VAE alone shall do."""
+
+    source: Path
+    output: Path
+    json: Path | None
+    frames: FrameRange | None = None
+    height: int | None = None
+    width: int | None = None
+    compare: bool = False
+    lossless: bool = False
+    report: Path | None = None
+    words: tuple[str, ...] = ()
+    """The command line."""
+
+
 def dtype_on(kind: str, asked: str | None = None) -> str:
     """The number format of a run on a kind of device: what was asked for, or what that computes well with."""
     return asked or ("float32" if kind == "cpu" else "bfloat16")
 
 
 def parse_axis(text: str, mode: str | None = None) -> options.Axis:
-    """From the words of `--axis`.
-
-    Raises:
-        InputError: another word, a grid without rows or columns, or a cut where there are tiles.
-    """
+    """From the words of `--axis`."""
     if mode == "tile" and text != "auto":
         raise InputError(f"--axis {text}: tiles are not cut; leave it out, or use --mode exact")
     if text in ("auto", "height", "width"):
@@ -110,22 +117,24 @@ def parse_axis(text: str, mode: str | None = None) -> options.Axis:
     return int(match[1]), int(match[2])
 
 
+def chosen_mode(flag: str, asked: str | None, use_tiling: bool) -> str | None:
+    """What `--mode` or `--vae-mode`, and `--vae-use-tiling`, ask for together."""
+    if asked not in (None, *options.MODES):
+        raise InputError(f"{flag} {asked}: give exact, tile or auto")
+    if use_tiling and asked not in (None, "tile"):
+        raise InputError(f"--vae-use-tiling means {flag} tile, but {flag} {asked} is given too: leave one out")
+    return "tile" if use_tiling else asked
+
+
 def run_options(
     *, axis: str, mode: str | None = None, untiled: bool = False, tile_size: str | None = None,
     tile_overlap: str | None = None, vae_use_tiling: bool = False, vae_patch_parallel_size: int | None = None,
     **others: Any,
 ) -> RunOptions:  # fmt: skip
-    """From the words of the flags; `others` are those that need no reading.
-
-    Raises:
-        InputError: a word that is no mode, sizes that are none, or flags that contradict each other.
-    """
-    faults = Faults()
-    if mode not in (None, "exact", "tile", "auto"):
-        faults.add(f"--mode {mode}: give exact, tile or auto")
-    if vae_use_tiling and mode not in (None, "tile"):
-        faults.add(f"--vae-use-tiling means --mode tile, but --mode {mode} is given too: leave one out")
-    chosen = mode or ("tile" if vae_use_tiling else None)
+    """From the words of the flags; `others` are those that need no reading."""
+    faults, chosen = Faults(), mode or ("tile" if vae_use_tiling else None)
+    with faults.noted():
+        chosen_mode("--mode", mode, vae_use_tiling)
     if untiled and chosen not in (None, "exact"):
         faults.add(f"--untiled is for exact mode, but --mode {chosen} is asked for: leave one of them out")
     for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):
@@ -184,11 +193,7 @@ def parse_grid(text: str | None) -> tuple[int, int, int] | None:
 def check_files(
     source: Path, output: Path, suffixes: tuple[str, ...], json: Path | None, report: Path | None = None
 ) -> None:
-    """Refuse files that can't be read or written, and one file given for two things.
-
-    Raises:
-        InputError: says which.
-    """
+    """Refuse files that can't be read or written, and one file given for two things."""
     check_input(source)
     check_output(output, suffixes)
     check_written(json, report)
@@ -196,11 +201,7 @@ def check_files(
 
 
 def check_written(json: Path | None, report: Path | None = None) -> None:
-    """Refuse places of reports that can't be written.
-
-    Raises:
-        InputError: says which.
-    """
+    """Refuse places of reports that can't be written."""
     if json is not None:
         check_output(json, (".json",))
     if report is not None:
@@ -210,9 +211,6 @@ def check_written(json: Path | None, report: Path | None = None) -> None:
 
 
 def check_other(output: Path, source: Path) -> None:
-    """
-    Raises:
-        InputError: what is written would take the place of what is read.
-    """
+    """Refuse to write what would take the place of what is read."""
     if output.exists() and output.samefile(source):
         raise InputError(f"output {output} is the input: give another name")

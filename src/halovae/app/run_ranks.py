@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
-
-import typer
 
 from halovae.app import launch
 from halovae.app.run_options import RunOptions
@@ -18,20 +16,8 @@ if TYPE_CHECKING:
     from halovae.app.session import Session
 
 
-def run(context: typer.Context, options: RunOptions, body: Callable[[Session], None]) -> int:
-    """Run `body` on every rank.
-
-    Args:
-        context: of the command; holds the arguments that further ranks are started with.
-        options: of the command, checked.
-        body: the work of one rank.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        HalovaeError: on a rank, or before there are any.
-    """
+def run(words: Sequence[str], options: RunOptions, body: Callable[[Session], None]) -> int:
+    """Run `body` on every rank; further ranks are started with the words of the command line. Returns the exit code."""
     here = launch.place()
     busy = options.work.ranks
     asked = busy or 1 if options.ranks is None else options.ranks
@@ -49,7 +35,7 @@ def run(context: typer.Context, options: RunOptions, body: Callable[[Session], N
         # Libraries take seconds to import. The first stage writes over it.
         sys.stderr.write(f"starting {ranks} rank{'s' * (ranks != 1)}\r")
     if here is None and ranks > 1:
-        return launch.run_ranks(context.obj, ranks)
+        return launch.run_ranks(words, ranks)
     with guarded():
         # Not before the signals are taken care of: importing torch and diffusers takes seconds.
         from halovae.app.session import session

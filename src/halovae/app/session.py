@@ -140,16 +140,7 @@ class Session:
         return self.group.rank == 0
 
     def together(self, name: str, step: Callable[[Advance], T], steps: int | None = None) -> T:
-        """Do a stage on every rank, and `agree`.
-
-        Args:
-            name: of the stage.
-            step: gets what to call after each of `steps`.
-            steps: of the progress bar.
-
-        Raises:
-            HalovaeError: as by `agree`.
-        """
+        """Do a stage on every rank, and `agree`; `step` gets what to call after each of `steps`."""
         result, own = None, None
         started = time.perf_counter()
         with self.stages.stage(name, steps) as advance:
@@ -186,12 +177,7 @@ class Session:
 
     @contextmanager
     def parallel(self, vae: Any, **options: Any) -> Iterator[Any]:
-        """Within it, `vae` runs on all ranks as the user asked, also where that is one. Yields the handle.
-
-        Args:
-            vae: to run.
-            options: for `parallelize`, before what the user asked for.
-        """
+        """Within it, `vae` runs on all ranks as the user asked, unless `options` ask otherwise. Yields the handle."""
         work = self.options.work
         options = {"mode": work.mode, "untiled": work.untiled, "axis": self.options.axis, "size": work.ranks, **options}
         from halovae.api.parallelize import parallelize
@@ -201,12 +187,8 @@ class Session:
 
     @contextmanager
     def measured(self, name: str, handle: Any, frames: int) -> Iterator[tuple[Half, Advance, Callable[[], None]]]:
-        """Within it, a clip is encoded or decoded.
-
-        Args:
-            name: of the stage.
-            handle: of the parallel VAE, or None.
-            frames: of the clip.
+        """Within it, a clip of so many frames is encoded or decoded, by a parallel VAE or, without a handle, on this
+        rank alone.
 
         Yields:
             The account of it, complete at the end; what to call with numbers of frames that are done; and what to call
@@ -238,11 +220,7 @@ class Session:
         timeline.note(name, started + half.read_seconds)  # Most is read ahead of the VAE's first call.
 
     def agree(self, error: HalovaeError | None) -> None:
-        """Go on where all ranks can. If one has failed, all do, so that none is left waiting. Called on every rank.
-
-        Raises:
-            HalovaeError: of this rank, or else the first one of another rank.
-        """
+        """Go on where all ranks can. If one has failed, all do, so that none is left waiting. Called on every rank."""
         messages = self.group.all_gather_object(None if error is None else str(error))
         if error is not None:
             raise error
@@ -258,11 +236,7 @@ class Session:
 
 @contextmanager
 def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
-    """Join the group and leave it.
-
-    Raises:
-        InputError: the device is not there, or there are fewer of them than ranks.
-    """
+    """Join the group and leave it."""
     torch.set_num_threads(max(1, launch.cores() // place.local_world_size))
     device = _device(options.device, place)
     comm.init_from_env(device.type)
@@ -298,11 +272,7 @@ def _noting_warnings(stages: Stages) -> Iterator[None]:
 
 
 def device_kind(asked: str | None) -> str:
-    """The kind of device that a run is on: what was asked for, or the accelerator where there is one.
-
-    Raises:
-        InputError: this machine has none of that kind.
-    """
+    """The kind of device that a run is on: what was asked for, or the accelerator where there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     there = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     kind = asked or there[-1]
@@ -334,11 +304,7 @@ class _Rate(ProgressColumn):
 
 
 class Stages:
-    """The stages of a run, one at a time.
-
-    Args:
-        speaks: whether this process talks to the user: of several ranks one does.
-    """
+    """The stages of a run, one at a time. Of several ranks, one `speaks` to the user."""
 
     def __init__(self, speaks: bool) -> None:
         self._speaks = speaks
@@ -348,15 +314,9 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, steps: int | None = None, unit: str = "") -> Iterator[Advance]:
-        """Show `name` while in it, how many steps are done, how many a second, and the time that is left.
+        """Show `name` while in it, how many of `steps` (None: unknown) are done, how many a second, and the time left.
 
-        Args:
-            name: of the stage.
-            steps: how many there will be; None: their number is unknown.
-            unit: what a step is.
-
-        Yields:
-            What to call when steps are done.
+        Yields what to call when steps are done.
         """
         if not self._shows:
             yield lambda count=1: None

@@ -27,11 +27,7 @@ def planned(
 ) -> tuple[Limits, TokenGrid, Generation]:
     """Check all that configs can tell of a run.
 
-    Returns:
-        What the VAE takes, how pixels become tokens, and the job's settings as by `settled`.
-
-    Raises:
-        InputError: what the run itself would refuse too.
+    Returns what the VAE takes, how pixels become tokens, and the job's settings as by `settled`.
     """
     limits, faults, generation = limits_of(components["vae"]), Faults(), job.generation
     grid = grid_of(components, limits)
@@ -52,11 +48,7 @@ def planned(
 
 
 def settled(cls: Any, components: Mapping[str, Any], grid: TokenGrid, job: PipelineJob) -> Generation:
-    """The job's settings with its images, and with sizes that this pipeline takes.
-
-    Raises:
-        InputError: a setting that can't be honoured, or a size that doesn't fit.
-    """
+    """The job's settings with its images, and with sizes that this pipeline takes."""
     faults, paths = Faults(), {"image": job.image, "last_image": job.last_image}
     whole = job.generation
     for name, path in paths.items():

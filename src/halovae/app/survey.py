@@ -56,11 +56,7 @@ class Row:
 
 
 class Survey:
-    """Predicts the halves of one VAE for one clip.
-
-    Args:
-        vae: it may be without weights.
-    """
+    """Predicts the halves of one VAE, which may be without weights, for one clip."""
 
     def __init__(
         self, vae: nn.Module, limits: Limits, fit: Fit, dtypes: Mapping[Half, torch.dtype], speed: Speed,
@@ -84,14 +80,11 @@ class Survey:
         exact = [Way(mode="exact", ranks=count, axis=axis) for (count, _), axis in cuts.items()]
         return [*exact, *(Way(mode="tile", ranks=count) for count in ranks)]
 
-    def row(self, half: str, way: Way) -> Row:
-        """What a way to run a half takes."""
-        return self.exact(half, way.ranks, way.axis) if way.mode == "exact" else self.tile(half, way.ranks)
-
     def rows(self, ways: Mapping[str, Sequence[Way]]) -> Iterator[Row]:
         """What each way to run each half takes, in this order."""
         for half, all_of_it in ways.items():
-            yield from (self.row(half, way) for way in all_of_it)
+            for way in all_of_it:
+                yield self.exact(half, way.ranks, way.axis) if way.mode == "exact" else self.tile(half, way.ranks)
 
     def exact(self, half: str, ranks: int, axis: Axis = "auto") -> Row:
         key = half, ranks, self._plan(half, ranks, axis)
@@ -133,11 +126,9 @@ class Survey:
         )  # fmt: skip
         row = Row(half=half, mode=mode, ranks=ranks, prediction=found, memory=self.weights + found.memory)
         alone = row if (mode, ranks) == ("exact", 1) else self.exact(half, 1)
-        return (
-            row
-            if alone.prediction is None
-            else replace(row, efficiency=alone.prediction.seconds / (ranks * found.seconds))
-        )
+        if alone.prediction is None:
+            return row
+        return replace(row, efficiency=alone.prediction.seconds / (ranks * found.seconds))
 
     def _clip(self) -> tuple[Tensor, int]:
         """What encode gets, and how often it is called."""

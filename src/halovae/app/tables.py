@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from halovae.app.session import Half, Loaded, Session
+from halovae.base import verdicts
 from halovae.media.vae_limits import Fit
 
 Row = tuple[str, ...]
@@ -84,3 +85,11 @@ def traffic_line(half: Half) -> str:
 def seconds_table(halves: dict[str, Half]) -> str:
     rows = [(name, f"{half.seconds:.2f} s", traffic_line(half)) for name, half in halves.items()]
     return "".join(f"{name:<8}{seconds:>10}  {traffic}".rstrip() + "\n" for name, seconds, traffic in rows)
+
+
+def kept_verdicts() -> str:
+    """What trials have left on this machine's disk, and where, in words."""
+    folder, (count, size) = verdicts.folder(), verdicts.usage()
+    if folder is None:
+        return f"off: {verdicts.SWITCH} says so, or this user has no home"
+    return f"{count} answer{'s' * (count != 1)}, {size / 1024:.1f} KiB in {folder}"

@@ -93,14 +93,9 @@ def report(failure: Failure) -> bool:
 
 @contextmanager
 def guarded(then: str = "") -> Iterator[None]:
-    """Within it, the first signal raises `Interrupted`, and the process is gone `GRACE` seconds later at the latest.
-
-    Args:
-        then: what a user can do after it, for the line that tells of it.
-
-    Raises:
-        Interrupted: in the main thread, on SIGINT, SIGTERM or SIGHUP, or when the launcher has died.
-    """
+    """Within it, the first signal raises `Interrupted` in the main thread, and the process is gone `GRACE` seconds
+    later at the latest. So does the end of the launcher. `then` is what a user can do after it, for the line that
+    tells."""
     guard = _Guard(then)
     try:
         yield

@@ -28,14 +28,6 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class VaeMode(str, Enum):
-    """How the VAE runs on ranks."""
-
-    exact = "exact"
-    tile = "tile"
-    auto = "auto"
-
-
 @dataclass(frozen=True)
 class _Flag:
     commands: Set[str]
@@ -105,9 +97,7 @@ class _Flag:
 def takes(command: str, **defaults: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a function the flags of a command: the command line passes all of them, as keyword arguments.
 
-    Args:
-        command: whose flags.
-        defaults: of this command, by the parameter's name.
+    `defaults` of this command are by the parameter's name.
     """
 
     def give(function: Callable[..., int]) -> Callable[..., int]:
@@ -317,7 +307,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
     ),
     usage.VAE: (
         _Flag(_ALONE, "mode", str, _MODES, _MODE, shown=_OWN_MODE),
-        _Flag(_WHOLE, "vae_mode", VaeMode, _MODES, _MODE, shown=_OWN_MODE),
+        _Flag(_WHOLE, "vae_mode", str, _MODES, _MODE, shown=_OWN_MODE),
         _Flag(_ALONE, "untiled", bool, None, _UNTILED, False),
         _Flag(_WHOLE, "vae_untiled", bool, None, _UNTILED, False),
         _Flag(_ALONE, "tile_size", str, "H,W", "Make tiles this high and wide, in pixels.", shown="the VAE's own",

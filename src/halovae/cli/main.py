@@ -12,15 +12,10 @@ import typer
 from halovae import __version__
 from halovae.app import launch
 from halovae.app.watch import Interrupted, failure_of, interruption, report
-from halovae.cli.compare import compare
-from halovae.cli.doctor import doctor
-from halovae.cli.encode_dataset import encode_dataset
-from halovae.cli.make_demo_model import make_demo_model
-from halovae.cli.pipeline_commands import image_to_image, image_to_video, text_to_video
-from halovae.cli.plan import plan
-from halovae.cli.serve import serve
+from halovae.cli.look_commands import compare, doctor, plan
+from halovae.cli.pipeline_commands import image_to_image, image_to_video, make_demo_model, serve, text_to_video
 from halovae.cli.usage import USAGE_ERROR, Command, CommandGroup
-from halovae.cli.vae_commands import decode, encode, roundtrip, warm_up
+from halovae.cli.vae_commands import decode, encode, encode_dataset, roundtrip, warm_up
 
 app = typer.Typer(
     name="halovae",

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from halovae.base.errors import InputError
 from halovae.datasets.items import Item
-from halovae.media.frame_range import FrameRange
+from halovae.media import FrameRange
 from halovae.media.images import open_pictures
-from halovae.media.media_limits import MAX_CLIP_BYTES
-from halovae.media.pace import OpenedFile, Shown, pace_of
+from halovae.media.opened_file import MAX_CLIP_BYTES, OpenedFile, Shown, pace_of
 from halovae.media.reader import cover, covered, opened
 from halovae.media.video import frame_times
 

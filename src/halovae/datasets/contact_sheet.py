@@ -14,8 +14,8 @@ from halovae.datasets.latents import Latents
 from halovae.datasets.progress import Done
 from halovae.datasets.run_dataset import DatasetRun
 from halovae.evaluation import compare_clips
-from halovae.evaluation.numbers import decibel
 from halovae.evaluation.report import ClipSection, Report
+from halovae.evaluation.scores import decibel
 from halovae.media import codec, models
 
 _SHOWN = 4

@@ -17,7 +17,7 @@ from typing import Any
 
 from halovae.base.errors import InputError
 from halovae.base.files import first_line, reason
-from halovae.media.frame_range import FrameRange
+from halovae.media import FrameRange
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"))
 VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"))

@@ -3,9 +3,16 @@
 Clips are arrays (frames, height, width, 3) of levels from 0 to 255, as integers or as floating point.
 """
 
-from halovae.evaluation.clip_scores import ClipComparison, Frames, compare_clips
-from halovae.evaluation.gates import Gate, clip_gates, latent_gates
-from halovae.evaluation.latent_scores import LatentComparison, compare_latents
+from halovae.evaluation.distances import (
+    ClipComparison,
+    Frames,
+    Gate,
+    LatentComparison,
+    clip_gates,
+    compare_clips,
+    compare_latents,
+    latent_gates,
+)
 from halovae.evaluation.scores import FrameScores, psnr, score_frame
 from halovae.evaluation.seams import CutLines, near_lines, seam_energy
 

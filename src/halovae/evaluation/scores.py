@@ -1,4 +1,4 @@
-"""One frame against its reference.
+"""One frame against its reference, and its numbers in words and for JSON.
 
 SSIM is that of Wang et al. 2004, MS-SSIM that of Wang et al. 2003: Gaussian windows of 11 x 11 (standard deviation 1.5)
 that lie whole in the picture, K1 = 0.01, K2 = 0.03, the mean over windows and over red, green and blue, in double
@@ -8,8 +8,9 @@ precision: in single precision even places lose all digits of their variance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,7 @@ class FrameScores:
 
 
 def score_frame(reference: Frame, result: Frame, number: int = 0, before: Frame | None = None) -> FrameScores:
-    """Score one frame.
-
-    Args:
-        before: result - reference of the frame before, for flicker.
-    """
+    """Score one frame; `before` is result - reference of the frame before, for flicker."""
     a, b = as_floats(reference), as_floats(result)
     gap = b - a
     size = np.abs(gap)
@@ -82,7 +79,7 @@ def score_frame(reference: Frame, result: Frame, number: int = 0, before: Frame 
 
 
 class SquaredErrors:
-    """The mean squared error of frames that come one by one."""
+    """Of frames that come one by one."""
 
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0
@@ -98,7 +95,7 @@ class SquaredErrors:
 
 
 def psnr(reference: Iterable[Frame], result: Iterable[Frame]) -> float:
-    """Peak signal-to-noise ratio in dB over all frames together; infinite when they are equal."""
+    """As by `SquaredErrors`."""
     errors = SquaredErrors()
     # Frame by frame: the differences of a long clip take four times its memory.
     for one, other in zip(reference, result, strict=True):
@@ -152,13 +149,36 @@ def _windows(values: Tensor) -> Tensor:
     return values
 
 
-def _gaussian() -> tuple[float, ...]:
-    bell = [math.exp(-(((index - _WINDOW // 2) / _SIGMA) ** 2) / 2) for index in range(_WINDOW)]
-    return tuple(height / sum(bell) for height in bell)
-
-
-_WEIGHTS = _gaussian()
+_BELL = [math.exp(-(((index - _WINDOW // 2) / _SIGMA) ** 2) / 2) for index in range(_WINDOW)]
+_WEIGHTS = [height / sum(_BELL) for height in _BELL]
 
 
 def _planes(frame: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1), dtype=np.float64))
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def mean_known(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that there are; None where there is none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity, and nothing for what is no number: null stands for them."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def bound(value: float) -> str:
+    """The smallest number of one digit that is larger: 0.000336 is less than 0.0004."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    unit = 10.0 ** math.floor(math.log10(abs(value)))
+    return f"{(math.floor(value / unit) + 1) * unit:.1g}".replace("e-0", "e-")
+
+
+def decibel(value: float) -> str:
+    """A PSNR in words."""
+    return "identical" if math.isinf(value) else f"{value:.2f} dB"

@@ -1,7 +1,6 @@
 """Videos and images to frames and back: 8-bit RGB, arrays of shape (frames, height, width, 3)."""
 
-from halovae.media.frame_range import FrameRange
-from halovae.media.reader import Clip, Film, Header, inspect, read
+from halovae.media.reader import Clip, Film, FrameRange, Header, inspect, read
 from halovae.media.writer import CRF, SUFFIXES, Frames, Writer, check_still, write
 
 __all__ = [

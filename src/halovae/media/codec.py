@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,35 +29,22 @@ def to_tensor(frames: NDArray[np.uint8], dtype: torch.dtype, device: torch.devic
     return clip.permute(3, 0, 1, 2)
 
 
-class Frames(Sequence[NDArray[np.uint8]]):
-    """Frames of 0 to 255 of a clip, each made when it is asked for: (height, width, 3).
+def frames_of(clip: Tensor) -> Iterator[NDArray[np.uint8]]:
+    """Frames of 0 to 255, (height, width, 3), of a clip (3, frames, height, width) of -1 to 1; what is beyond is
+    clamped.
 
-    Args:
-        clip: (3, frames, height, width) of -1 to 1; what is beyond is clamped.
+    Each is made when it is asked for.
     """
-
-    def __init__(self, clip: Tensor) -> None:
-        self._clip = clip
-
-    def __len__(self) -> int:
-        return self._clip.shape[1]
-
-    @overload
-    def __getitem__(self, index: int) -> NDArray[np.uint8]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Frames: ...
-    def __getitem__(self, index: int | slice) -> NDArray[np.uint8] | Frames:
-        if isinstance(index, slice):
-            return Frames(self._clip[:, index])
-        levels = ((self._clip[:, index].to(torch.float32).clamp(-1, 1) + 1) * 127.5).round()
-        return levels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    for picture in clip.unbind(1):
+        levels = ((picture.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round()
+        yield levels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def to_frames(clip: Tensor) -> NDArray[np.uint8]:
     """(3, frames, height, width) of -1 to 1, clamped, to (frames, height, width, 3) of 0 to 255."""
     channels, *sizes = clip.shape
     frames = np.empty((*sizes, channels), np.uint8)
-    for filled, pixels in zip(frames, Frames(clip), strict=True):
+    for filled, pixels in zip(frames, frames_of(clip), strict=True):
         filled[...] = pixels
     return frames
 
@@ -75,32 +62,23 @@ def padded(frames: Iterable[NDArray[np.uint8]], fit: Fit, dtype: torch.dtype, de
         yield picture
 
 
-def encode(vae: Any, limits: Limits, clip: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:
+def encode(vae: Any, limits: Limits, clip: Tensor) -> Tensor:
     """Encode one clip.
 
     Args:
         vae: its `encode` is called once, or once per frame when it is a VAE of images.
-        limits: of this VAE.
         clip: (3, frames, height, width) of -1 to 1, whatever the VAE itself takes, and of sizes that it takes.
-        after: called after each call of the VAE.
 
     Returns:
         (1, channels, latent frames, latent height, latent width), or for a VAE of images the frames as the batch.
     """
-    return joined(limits, encode_pieces(vae, limits, clip.split(1, dim=1), clip.shape[1], after))
+    return joined(limits, encode_pieces(vae, limits, clip.split(1, dim=1), clip.shape[1]))
 
 
 def encode_clips(
     vae: Any, limits: Limits, clips: Sequence[Tensor], taken: Callable[[Any], Tensor] = latent_of
 ) -> list[Tensor]:  # fmt: skip
-    """Encode clips of one size together, each as `encode` does.
-
-    Args:
-        vae: as for `encode`.
-        limits: likewise.
-        clips: likewise, all of one shape.
-        taken: what of the VAE's output is kept.
-    """
+    """Encode clips of one shape together, each as `encode` does; `taken` is what of the VAE's output is kept."""
     calls = list(zip(*(encode_calls(limits, clip.split(1, dim=1), clip.shape[1]) for clip in clips), strict=True))
     found = [taken(vae.encode(torch.cat(pictures))) for pictures in calls]
     by_clip = zip(*(latents.chunk(len(clips)) for latents in found), strict=True)
@@ -122,20 +100,13 @@ def encode_pieces(
     stream: Callable[..., Any] | None = None,
     at_once: int = LONG,
 ) -> Generator[Tensor]:
-    """As `encode`, of frames that come one by one; latents come as soon as they are final.
+    """As `encode`, of `count` frames that come as parts of one; latents come as soon as they are final.
 
     Args:
-        vae: as for `encode`.
-        limits: likewise.
-        frames: the clip in parts of one frame.
-        count: how many.
-        after: as for `encode`.
+        after: called after each call of the VAE.
         stream: `encode_stream` of the VAE's handle, for a long clip; ranks that `gather` does not name get what they
             hold. None: any clip is encoded in one call.
         at_once: so many latent frames are no long clip.
-
-    Raises:
-        InputError: it is not known which numbers the VAE takes.
     """
     if stream is not None and not limits.per_frame and count > at_once * max(1, limits.period):
         with closing(stream(encode_inputs(limits, frames), count=limits.lead + count)) as parts:
@@ -160,11 +131,7 @@ def encode_calls(limits: Limits, frames: Iterable[Tensor], count: int) -> Iterat
 
 
 def encode_inputs(limits: Limits, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The parts of one frame that the VAE's `encode` gets for a clip.
-
-    Raises:
-        InputError: it is not known which numbers the VAE takes.
-    """
+    """The parts of one frame that the VAE's `encode` gets for a clip."""
     pixels, lead = limits.known_pixels(), limits.lead
     for frame in frames:
         picture = pixels.from_signed(frame)
@@ -176,24 +143,10 @@ def encode_inputs(limits: Limits, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         lead = 0
 
 
-def decode(vae: Any, limits: Limits, latents: Tensor, after: Callable[[], None] = lambda: None) -> Tensor:
-    """Decode what `encode` returned, to (3, frames, height, width) of -1 to 1.
-
-    Args:
-        vae: its `decode` is called `decode_calls` times.
-        limits: of this VAE.
-        latents: as `encode` returns them.
-        after: called after each call of the VAE.
-
-    Raises:
-        InputError: it is not known which numbers the VAE gives.
-    """
+def decode(vae: Any, limits: Limits, latents: Tensor) -> Tensor:
+    """Decode what `encode` returned, by `decode_calls` calls, to (3, frames, height, width) of -1 to 1."""
     limits.known_pixels()
-    pieces, calls = decode_pieces(vae, limits, latents, after), decode_calls(vae, limits, latents)
-    if calls == 1:
-        [sample] = pieces
-        return sample
-    return _filled(pieces, calls, dim=1)
+    return _filled(decode_pieces(vae, limits, latents), decode_calls(vae, limits, latents), dim=1)
 
 
 def decode_pieces(
@@ -203,10 +156,7 @@ def decode_pieces(
     """As `decode`, but the frames come as soon as they are final, some at a time.
 
     Args:
-        vae: as for `decode`.
-        limits: likewise.
-        latents: likewise.
-        after: likewise.
+        after: called after each call of the VAE.
         stream: `decode_stream` of the VAE's handle; ranks that `gather` does not name get what they hold. None: each
             call of the VAE gives one piece.
         place: puts latents where the VAE takes them, when they are due.
@@ -252,6 +202,8 @@ def _filled(parts: Iterable[Tensor], count: int, dim: int) -> Tensor:
     """`count` tensors of one shape behind each other, without ever holding them twice."""
     whole: Tensor | None = None
     for number, part in enumerate(parts):
+        if count == 1:
+            return part
         if whole is None:
             shape = list(part.shape)
             shape[dim] *= count

@@ -13,8 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
-from halovae.media.media_limits import MAX_FRAME_PIXELS, broken, check_pixels
-from halovae.media.pace import OpenedFile, Shown
+from halovae.media.opened_file import MAX_FRAME_PIXELS, OpenedFile, Shown, broken, check_pixels
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 """Kinds whose pictures are frames. Those of the others are previews, layers, or views of one scene."""
@@ -28,27 +27,21 @@ _USUAL = Fraction(1, 10)
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image | None]:
-    """The still image in the file, or None when there is something else in it, as an animation is.
-
-    Raises:
-        InputError: an image, but a broken or a too large one.
-    """
+    """The still image in the file, or None when there is something else in it, as an animation is."""
     with _opened(path) as image:
         yield None if image is None or is_animated(image) else image
 
 
 @contextmanager
 def open_pictures(path: Path) -> Iterator[OpenedFile | None]:
-    """The image, or the frames of the animation; None when there is something else in the file.
-
-    Raises:
-        InputError: an image, but a broken or a too large one.
-    """
+    """The image, or the frames of the animation; None when there is something else in the file."""
     with _opened(path) as image:
         if image is None:
             yield None
             return
-        notes, size = list(image_notes(image)), (image.height, image.width)
+        notes, size = list[str](), (image.height, image.width)
+        if image.has_transparency_data:
+            notes.append("the alpha channel is left out")
         lossy = "" if image.format in _LOSSLESS else image.format or "an unknown format"
         if is_animated(image):
             pictures = _animation(path, image, notes)
@@ -147,8 +140,3 @@ def _upright(path: Path, image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InputError(f"{path}: pixels of mode {image.mode} have no known range: convert it to 8 or 16 bits")
     return image.convert("RGB")
-
-
-def image_notes(image: Image.Image) -> tuple[str, ...]:
-    """What `upright_rgb` leaves out."""
-    return ("the alpha channel is left out",) if image.has_transparency_data else ()

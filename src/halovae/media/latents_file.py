@@ -60,12 +60,8 @@ class LatentsInfo:
     """As in `media.Clip`: where frames come unevenly, when each begins and the final one ends, in 1/90000 s."""
 
     def __post_init__(self) -> None:
-        pairs = {
-            "frames": (self.frames, self.padded_frames),
-            "height": (self.height, self.padded_height),
-            "width": (self.width, self.padded_width),
-        }
-        for name, (size, padded) in pairs.items():
+        for name in ("frames", "height", "width"):
+            size, padded = getattr(self, name), getattr(self, f"padded_{name}")
             if not 1 <= size <= padded:
                 raise InputError(f"metadata {name}={size}, padded to {padded}: need 1 <= {name} <= padded_{name}")
         if self.fps <= 0:
@@ -90,11 +86,7 @@ class LatentsInfo:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> LatentsInfo:
-        """Check and convert.
-
-        Raises:
-            InputError: a key is missing or a value is not what its name says.
-        """
+        """Check and convert."""
         if metadata.get("format") != FORMAT:
             raise InputError(f"not latents of halovae: metadata format is {metadata.get('format')!r}, not {FORMAT!r}")
         missing = [key for key in ("model", "model_class", "scaling", "fps", *_INTEGERS) if key not in metadata]
@@ -125,28 +117,12 @@ def scaling_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in _SCALING_KEYS if config.get(key) is not None}
 
 
-def save(path: Path, latents: Tensor, info: LatentsInfo) -> None:
-    """Write latents, whole or not at all.
-
-    Args:
-        path: ends with ".safetensors".
-        latents: (batch, channels, height, width) or (batch, channels, frames, height, width), not scaled.
-        info: the metadata.
-
-    Raises:
-        InputError: the file can't be written, or the latents are not finite.
-    """
-    with LatentsWriter(path) as writer:
-        writer.put(latents)
-        writer.finish(info)
-
-
 class LatentsWriter:
     """Writes latents that come in parts, whole or not at all; none of them is held. Within it, `put` them; then
     `finish`. Until then they are in a file without a name beside `path`, as only the end tells where each belongs.
 
     Args:
-        path: as for `save`.
+        path: ends with ".safetensors".
         dim: along which the parts are joined, 0 or 2.
 
     Attributes:
@@ -159,10 +135,10 @@ class LatentsWriter:
         self._spool: IO[bytes] | None = None
 
     def put(self, part: Tensor) -> None:
-        """Take the next part.
+        """Take the next part: (batch, channels, height, width) or (batch, channels, frames, height, width), not scaled.
 
         Raises:
-            InputError: as by `save`.
+            InputError: it can't be written, or is not finite.
         """
         check_values(self._path, part)
         joined = self.shape[self._dim] if self.shape else 0
@@ -180,11 +156,7 @@ class LatentsWriter:
             raise InputError(f"can't write {self._path}: {reason(error)}") from error
 
     def finish(self, info: LatentsInfo) -> None:
-        """Write the file.
-
-        Raises:
-            InputError: it can't be written.
-        """
+        """Write the file."""
         assert self._spool is not None, "there is a part"
         size = self._dtype.itemsize * math.prod(self.shape)
         blocks = math.prod(self.shape[: self._dim])  # Of each place along `dim`.
@@ -222,7 +194,7 @@ def load(path: Path) -> tuple[Tensor, LatentsInfo]:
     """Read latents and check all that can be checked without the VAE.
 
     Raises:
-        InputError: no safetensors file, not one that `save` made, or values that are no latents.
+        InputError: no safetensors file, not one of ours, or values that are no latents.
     """
     check_input(path)
     try:
@@ -242,17 +214,7 @@ def load(path: Path) -> tuple[Tensor, LatentsInfo]:
 
 
 def check_shape(latents: Tensor, info: LatentsInfo, limits: Limits, name: str) -> None:
-    """Refuse latents that a VAE didn't make, before any of them is decoded.
-
-    Args:
-        latents: with `info`, as `load` returns them.
-        info: their metadata.
-        limits: of the VAE.
-        name: of the VAE's class.
-
-    Raises:
-        InputError: another shape than this VAE makes of such a clip.
-    """
+    """Refuse latents, as `load` returns them, that a VAE (its class's `name`) did not make, before any is decoded."""
     batch = info.padded_frames if limits.per_frame else 1
     height, width = info.padded_height // limits.ratio, info.padded_width // limits.ratio
     middle = () if not limits.has_frame_dim else (latents.shape[2] if not limits.per_frame else 1,)
@@ -268,10 +230,7 @@ def check_shape(latents: Tensor, info: LatentsInfo, limits: Limits, name: str) -
 
 
 def check_values(path: Path, latents: Tensor) -> None:
-    """
-    Raises:
-        InputError: latents of another number of dimensions or format, or some that are not finite.
-    """
+    """Refuse latents of another number of dimensions or format, or some that are not finite."""
     if latents.ndim not in (4, 5) or latents.numel() == 0:
         raise InputError(f"{path}: latents of shape {tuple(latents.shape)}: need 4 or 5 dimensions, none empty")
     if latents.dtype not in _DTYPES:

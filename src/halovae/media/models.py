@@ -62,11 +62,7 @@ def find(model: str | None) -> VaeSource:
 
 
 def read_config(model: str, name: str) -> dict[str, Any] | None:
-    """A JSON file of a model, None where the model has none of that name.
-
-    Args:
-        model: a folder or a hub id.
-        name: of the file in it.
+    """A JSON file of a model (a folder or a hub id), None where the model has none of that name.
 
     Raises:
         InputError: there is no such model, it can't be reached, or the file holds something else.
@@ -129,9 +125,6 @@ def find_skeleton(model: str | None) -> tuple[str, Any]:
 
     Args:
         model: as for `find`, or the config.json of a VAE.
-
-    Raises:
-        InputError: there is no such model, no VAE in it, or no config that its class takes.
     """
     path = Path(model or "").expanduser()
     if model is not None and path.is_file():

@@ -45,36 +45,18 @@ UNIT = Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 PIXELS = {
-    "AsymmetricAutoencoderKL": SIGNED,
-    "AutoencoderDC": SIGNED,
-    "AutoencoderKL": SIGNED,
-    "AutoencoderKLAllegro": SIGNED,
-    "AutoencoderKLCogVideoX": SIGNED,
-    "AutoencoderKLCosmos": SIGNED,
-    "AutoencoderKLFlux2": SIGNED,
-    "AutoencoderKLHunyuanImage": SIGNED,
-    "AutoencoderKLHunyuanImageRefiner": SIGNED,
-    "AutoencoderKLHunyuanVideo": SIGNED,
-    "AutoencoderKLHunyuanVideo15": SIGNED,
-    "AutoencoderKLKVAE": SIGNED,
-    "AutoencoderKLKVAEVideo": SIGNED,
-    "AutoencoderKLLTX2Video": SIGNED,
-    "LTX2VideoDiffusionDecoderModel": SIGNED,
-    "AutoencoderKLLTXVideo": SIGNED,
-    "AutoencoderKLMagvit": SIGNED,
     "AutoencoderKLMiniMaxH3": IMAGENET,
-    "AutoencoderKLMochi": SIGNED,
-    "AutoencoderKLQwenImage": SIGNED,
-    "AutoencoderKLQwenImage21": SIGNED,
-    "AutoencoderKLTemporalDecoder": SIGNED,
-    "AutoencoderKLWan": SIGNED,
     "AutoencoderRAE": UNIT,
-    "AutoencoderTiny": SIGNED,
-    "AutoencoderVidTok": SIGNED,
-    "ConsistencyDecoderVAE": SIGNED,
-    "Kandinsky6SRVAE": SIGNED,
-    "VQModel": SIGNED,
-}
+    **dict.fromkeys((
+        "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKL", "AutoencoderKLAllegro",
+        "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage",
+        "AutoencoderKLHunyuanImageRefiner", "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15",
+        "AutoencoderKLKVAE", "AutoencoderKLKVAEVideo", "AutoencoderKLLTX2Video", "LTX2VideoDiffusionDecoderModel",
+        "AutoencoderKLLTXVideo", "AutoencoderKLMagvit", "AutoencoderKLMochi", "AutoencoderKLQwenImage",
+        "AutoencoderKLQwenImage21", "AutoencoderKLTemporalDecoder", "AutoencoderKLWan", "AutoencoderTiny",
+        "AutoencoderVidTok", "ConsistencyDecoderVAE", "Kandinsky6SRVAE", "VQModel",
+    ), SIGNED),
+}  # fmt: skip
 """By the class's documentation and by the processors of the pipelines that use it."""
 
 

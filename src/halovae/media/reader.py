@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,35 @@ from PIL import Image
 
 from halovae.base.errors import InputError
 from halovae.base.files import check_input
-from halovae.media.frame_range import FrameRange
 from halovae.media.images import open_pictures
-from halovae.media.media_limits import MAX_CLIP_BYTES, MAX_FRAME_PIXELS
-from halovae.media.pace import OpenedFile, Pace, Shown, pace_of
+from halovae.media.opened_file import MAX_CLIP_BYTES, MAX_FRAME_PIXELS, OpenedFile, Pace, Shown, pace_of
 from halovae.media.video import open_video
 
 Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class FrameRange:
+    """Frames `start` to `stop` - 1, counted from 0. `stop` None means to the end."""
+
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise InputError(f"--frames {self}: A:B needs 0 <= A < B")
+
+    @classmethod
+    def parse(cls, text: str) -> FrameRange:
+        """From "A:B", "A:" or ":B"."""
+        match = re.fullmatch(r"(\d{0,12}):(\d{0,12})", text)
+        if match is None:
+            raise InputError(f"--frames {text}: give A:B, A: or :B, as in 0:33")
+        start, stop = match.groups()
+        return cls(int(start or 0), int(stop) if stop else None)
+
+    def __str__(self) -> str:
+        return f"{self.start}:{'' if self.stop is None else self.stop}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +74,7 @@ class Header:
 
 
 def inspect(path: Path) -> Header:
-    """Look at the header only.
-
-    Raises:
-        InputError: no readable image or video, or more pixels than `MAX_FRAME_PIXELS`.
-    """
+    """Look at the header only."""
     check_input(path)
     with opened(path) as source:
         return Header(is_image=source.is_still, height=source.size[0], width=source.size[1])
@@ -107,10 +126,7 @@ class Film:
     """A clip that may be longer than memory: its frames are decoded anew each time they are gone through.
 
     Args:
-        path: a video or an image.
-        frames: as for `read`.
-        height: likewise.
-        width: likewise.
+        path, frames, height, width: as for `read`.
         advance: called after each frame while they are counted, at first.
 
     Raises:
@@ -129,7 +145,6 @@ class Film:
         check_input(path)
         self.path = path
         self._choice = frames, (height, width)
-        self._part: tuple[int, int, int] | None = None
         with opened(path) as source:
             wanted = _Wanted(path, source, *self._choice)
             for shown in wanted:
@@ -139,6 +154,7 @@ class Film:
             self.pace = wanted.pace()
         self.count, self.size = wanted.count, wanted.size
         """`size`: height and width of every frame."""
+        self._whole = self.size
         self.lossy = source.lossy
         """What it was compressed with, where that may have lost something."""
         self.notes = (*source.notes, *self.pace.notes)
@@ -146,18 +162,18 @@ class Film:
 
     def trim(self, count: int, height: int, width: int) -> None:
         """Keep the first frames only, and of them the middle."""
-        self._part = count, height, width
+        self.count, self.size = count, (height, width)
 
     def __iter__(self) -> Iterator[Frame]:
-        count, height, width = self._part or (self.count, *self.size)
-        top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
+        height, width = self.size
+        top, left = (self._whole[0] - height) // 2, (self._whole[1] - width) // 2
         with opened(self.path) as source:
             wanted = _Wanted(self.path, source, *self._choice)
-            for shown in islice(wanted, count):
-                yield cover(shown.picture, self.size)[top : top + height, left : left + width]
-        if wanted.count < count:
+            for shown in islice(wanted, self.count):
+                yield cover(shown.picture, self._whole)[top : top + height, left : left + width]
+        if wanted.count < self.count:
             raise InputError(
-                f"{self.path} has changed while it was read: it has {wanted.count} frames now, not {count}"
+                f"{self.path} has changed while it was read: it has {wanted.count} frames now, not {self.count}"
             )
 
 
@@ -247,12 +263,7 @@ def cover(picture: Image.Image, target: tuple[int, int]) -> Frame:
 
 
 def covered(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of what `cover` takes of a picture, in its pixels.
-
-    Args:
-        source: height and width of the picture.
-        target: height and width that it is scaled to.
-    """
+    """Left, top, right and bottom of what `cover` takes of a picture, in its pixels; sizes are height and width."""
     (rows, columns), (height, width) = source, target
     scale = max(width / columns, height / rows)
     kept_width, kept_height = width / scale, height / scale

@@ -67,11 +67,7 @@ class Fit:
         return functional.pad(clip.unsqueeze(0), amounts, mode="replicate").squeeze(0)
 
     def crop(self, clip: Tensor) -> Tensor:
-        """Undo `pad`.
-
-        Raises:
-            InputError: as by `check`.
-        """
+        """Undo `pad`."""
         self.check(*clip.shape[1:])
         return self.crop_piece(clip, 0)
 
@@ -80,10 +76,7 @@ class Fit:
         return piece[:, : max(0, self.frames - start), : self.height, : self.width]
 
     def check(self, frames: int, height: int, width: int) -> None:
-        """
-        Raises:
-            InputError: these are not the padded sizes: the VAE has changed them.
-        """
+        """Refuse other sizes than the padded ones: the VAE has changed them."""
         got, padded = (frames, height, width), (self.padded_frames, self.padded_height, self.padded_width)
         if got != padded:
             raise InputError(f"the VAE gave back {_sizes(*got)} for {_sizes(*padded)}: it does not keep these sizes")
@@ -124,11 +117,7 @@ class Limits:
         return 0 if self.per_frame else 2
 
     def known_pixels(self) -> Pixels:
-        """The numbers that the VAE takes and gives for a picture.
-
-        Raises:
-            InputError: they are not known.
-        """
+        """The numbers that the VAE takes and gives for a picture. They have to be known."""
         if self.pixels is None:
             raise InputError(
                 f"it is not known which numbers {self.name} takes for a picture, -1 to 1 or others: use its encode and "

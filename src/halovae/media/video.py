@@ -19,12 +19,11 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image
+from PIL import Image, ImageOps
 
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
-from halovae.media.media_limits import broken, check_pixels
-from halovae.media.pace import OpenedFile, Shown
+from halovae.media.opened_file import OpenedFile, Shown, broken, check_pixels
 from halovae.media.writer import LOSSLESS
 
 _HDR = (16, 18)
@@ -47,17 +46,6 @@ _SCALER = 0x200 | 0x2000 | 0x40000
 interpolated, and pictures come out one level too dark (4 dB on the shipped clip)."""
 _TO_THE_END = ("yuv4mpegpipe",)
 """Kinds of files in which nothing follows the last frame."""
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes a picture upright, by EXIF's number of its orientation. Pillow turns counterclockwise."""
-_ON_ITS_SIDE = [_TURNS[number] for number in (5, 6, 7, 8)]
 _ORIENTATIONS = {
     (1, 0, 0, 1): 1,
     (-1, 0, 0, 1): 2,
@@ -69,6 +57,8 @@ _ORIENTATIONS = {
     (0, -1, 1, 0): 8,
 }
 """EXIF's numbers by the signs of a display matrix: x' = ax + cy and y' = bx + dy for (a, b, c, d)."""
+_ON_ITS_SIDE = 5
+"""From this number on, height and width change places."""
 _ORIENTATION = 0x0112
 """EXIF's tag."""
 _local = threading.local()
@@ -76,11 +66,7 @@ _local = threading.local()
 
 @contextmanager
 def open_video(path: Path, threads: int = 0) -> Iterator[OpenedFile]:
-    """The video in a file, decoded by so many threads; 0: one for each core.
-
-    Raises:
-        InputError: there is none, or it can't be decoded.
-    """
+    """The video in a file, decoded by so many threads; 0: one for each core. There has to be one."""
     with _opened(path) as (container, stream):
         stream.codec_context.thread_count = threads
         notes = _notes(container, stream)
@@ -99,9 +85,6 @@ def frame_times(path: Path) -> list[Fraction | None]:
     """When each frame of the video in a file begins, in seconds and in order of display, without decoding any.
 
     A time is None where the file doesn't say it.
-
-    Raises:
-        InputError: there is no video, or its packets can't be read.
     """
     with _opened(path) as (container, stream):
         tick = Fraction(stream.time_base or 0)
@@ -163,7 +146,7 @@ def _lossy(container: InputContainer, stream: VideoStream) -> str:
 
 def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: list[str]) -> Iterator[Shown]:
     """Frames in order of display."""
-    seen, turned, turn = 0, None, None
+    seen, turned, orientation = 0, None, 1
     problems: list[str] = []
     for packet, frame in _frames(path, container, stream, problems):
         width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
@@ -174,14 +157,13 @@ def _shown(path: Path, container: InputContainer, stream: VideoStream, notes: li
         if frame.rotation != turned:  # A frame of which more is asked stays in memory until garbage is collected.
             turned = frame.rotation
             orientation, is_skew = _orientation(frame, packet)
-            turn = _TURNS.get(orientation)
             if is_skew:
                 notes.append("it is to be shown at an angle: it is turned by the nearest quarter only")
         _matrix(path, frame)  # Checks it.
         tick = Fraction(frame.time_base or stream.time_base or 0)
         yield Shown(
-            size=(width, frame.height) if turn in _ON_ITS_SIDE else (frame.height, width),
-            make=functools.partial(_upright, path, frame, width, turn),
+            size=(width, frame.height) if orientation >= _ON_ITS_SIDE else (frame.height, width),
+            make=functools.partial(_upright, path, frame, width, orientation),
             begins=None if frame.pts is None else frame.pts * tick,
             lasts=frame.duration * tick if frame.duration else None,
         )
@@ -271,17 +253,14 @@ def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def _upright(path: Path, frame: VideoFrame, width: int, turn: Image.Transpose | None) -> Image.Image:
+def _upright(path: Path, frame: VideoFrame, width: int, orientation: int) -> Image.Image:
     picture = to_rgb(path, frame, width)
-    return picture if turn is None else picture.transpose(turn)
+    picture.getexif()[_ORIENTATION] = orientation
+    return ImageOps.exif_transpose(picture)
 
 
 def _matrix(path: Path, frame: VideoFrame) -> Any:
-    """By which its colours become RGB.
-
-    Raises:
-        InputError: there is no conversion by that.
-    """
+    """By which its colours become RGB."""
     matrix: Any = frame.colorspace
     if matrix in _OTHER_MATRICES:
         raise InputError(

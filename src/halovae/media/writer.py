@@ -23,7 +23,7 @@ from PIL import Image
 
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, first_line, reason
-from halovae.media.pace import TICKS
+from halovae.media.opened_file import TICKS
 
 Frames = Iterable[NDArray[np.uint8]]
 """(height, width, 3), RGB, of 0 to 255."""
@@ -85,9 +85,38 @@ def write(
             advance()
             check_still(path, 1 + sum(1 for _ in left))
         return ()
-    every = chain([first], left)
-    size, crf = first.shape[:2], 0 if lossless else CRF if crf is None else crf
-    return _write_mp4(path, size, every, fps, advance, crf, times, lossless, live)
+    height, width = first.shape[:2]
+    crf = 0 if lossless else CRF if crf is None else crf
+    # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
+    even = height % 2 == 0 and width % 2 == 0
+    try:
+        place, how = (nullcontext(path), _FRAGMENTS) if live else (atomic(path), {})
+        with place as draft, av.open(str(draft), mode="w", format="mp4", options=how) as container:
+            # Without frames that are sent before earlier ones, the muxer keeps every duration, the last one too.
+            order = _AT_ONCE if live else {"bf": "0"} if times else {}
+            codec, pixel_format = "libx264", "yuv420p" if even else "yuv444p"
+            if lossless:
+                codec, pixel_format = "libx264rgb", "rgb24"
+                container.metadata["comment"] = LOSSLESS
+            stream = container.add_stream(codec, rate=fps, options={"crf": str(crf), **_ENCODER, **order})
+            _describe(stream, height, width, pixel_format)
+            if times:
+                stream.codec_context.time_base = Fraction(1, TICKS)
+            lasts = {begin: end - begin for begin, end in zip(times[:-1], times[1:], strict=True)}
+            to_yuv = _converter(stream)
+            for number, pixels in enumerate(chain([first], left)):
+                frame = to_yuv(pixels)
+                frame.time_base = Fraction(1, TICKS) if times else 1 / fps
+                frame.pts = times[number] if times else number
+                container.mux(_lasting(stream.encode(frame), lasts))
+                advance()
+            container.mux(_lasting(stream.encode(), lasts))
+    except av.FFmpegError as error:
+        why = reason(error) if isinstance(error, OSError) else first_line(error)
+        raise InputError(f"can't write {path}: {why}") from error
+    if lossless:
+        return ("lossless: written as RGB in H.264, which not every player shows",)
+    return () if even else (f"{width}x{height} is odd: written as yuv444p, which not every player shows",)
 
 
 class Writer:
@@ -95,10 +124,8 @@ class Writer:
     whole. Where the block fails, nothing is written, and an old file of that name stays.
 
     Args:
-        path: as for `write`.
-        fps: likewise.
+        path, fps, settings: as for `write`.
         through: what frames go through in the thread, on their way to the file.
-        settings: the further ones of `write`.
 
     Attributes:
         notes: what `write` returns, at the end.
@@ -158,50 +185,9 @@ class _GivenUpError(Exception):
 
 
 def check_still(path: Path, frames: int) -> None:
-    """Refuse to write several frames to one image.
-
-    Raises:
-        InputError: `path` is an image and `frames` is not 1.
-    """
+    """Refuse to write several frames to one image."""
     if path.suffix.lower() == ".png" and frames != 1:
         raise InputError(f"output {path} is one image, but there are {frames} frames: name it .mp4")
-
-
-def _write_mp4(
-    path: Path, size: tuple[int, ...], frames: Frames, fps: Fraction, advance: Callable[[], None], crf: int,
-    times: Sequence[int], lossless: bool, live: bool,
-) -> tuple[str, ...]:  # fmt: skip
-    height, width = size
-    # 4:2:0 halves both sizes; H.264 can't say "one column less" in it.
-    even = height % 2 == 0 and width % 2 == 0
-    try:
-        place, how = (nullcontext(path), _FRAGMENTS) if live else (atomic(path), {})
-        with place as draft, av.open(str(draft), mode="w", format="mp4", options=how) as container:
-            # Without frames that are sent before earlier ones, the muxer keeps every duration, the last one too.
-            order = _AT_ONCE if live else {"bf": "0"} if times else {}
-            codec, pixel_format = "libx264", "yuv420p" if even else "yuv444p"
-            if lossless:
-                codec, pixel_format = "libx264rgb", "rgb24"
-                container.metadata["comment"] = LOSSLESS
-            stream = container.add_stream(codec, rate=fps, options={"crf": str(crf), **_ENCODER, **order})
-            _describe(stream, height, width, pixel_format)
-            if times:
-                stream.codec_context.time_base = Fraction(1, TICKS)
-            lasts = {begin: end - begin for begin, end in zip(times[:-1], times[1:], strict=True)}
-            to_yuv = _converter(stream)
-            for number, pixels in enumerate(frames):
-                frame = to_yuv(pixels)
-                frame.time_base = Fraction(1, TICKS) if times else 1 / fps
-                frame.pts = times[number] if times else number
-                container.mux(_lasting(stream.encode(frame), lasts))
-                advance()
-            container.mux(_lasting(stream.encode(), lasts))
-    except av.FFmpegError as error:
-        why = reason(error) if isinstance(error, OSError) else first_line(error)
-        raise InputError(f"can't write {path}: {why}") from error
-    if lossless:
-        return ("lossless: written as RGB in H.264, which not every player shows",)
-    return () if even else (f"{width}x{height} is odd: written as yuv444p, which not every player shows",)
 
 
 def _lasting(packets: list[Packet], lasts: Mapping[int, int]) -> list[Packet]:

@@ -30,22 +30,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TASKS": "generation_settings",
-    "Generation": "generation_settings",
-    "PipelineSource": "load",
-    "Result": "runner",
-    "Runner": "runner",
-    "Setup": "generation_settings",
-    "find_pipeline": "load",
-    "load_pipeline": "load",
-    "make_demo_model": "demo",
+    "generation_settings": ("TASKS", "Generation", "Setup"),
+    "load": ("PipelineSource", "find_pipeline", "load_pipeline"),
+    "runner": ("Result", "Runner"),
+    "demo": ("make_demo_model",),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import diffusers only when it is needed."""
-    if name not in _HOMES:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'halovae.pipelines' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"halovae.pipelines.{_HOMES[name]}"), name)
+    return getattr(import_module(f"halovae.pipelines.{home}"), name)

@@ -19,6 +19,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from jinja2 import Template
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -39,65 +40,22 @@ WIDTH = 24
 """Of a head of attention: 8 numbers each for the position in time, height and width."""
 WEIGHTS = Path(__file__).with_name("demo_weights.safetensors")
 """Of the transformers, what is not as they were drawn: `training/demo_weights.py` has made it."""
+_CARD = WEIGHTS.with_name("demo_card.md")
 _SEED = 0
-CARD = """# halovae demonstration pipeline
-
-A pipeline for {task} in diffusers' format (`{pipeline}`) that is small enough to run anywhere, made by
-`halovae make-demo-model`. It shows that a run works from the first flag to the last file; it shows nothing of what a
-trained model can do.
-
-| part | what it is |
-|---|---|
-| VAE | the one that ships with halovae: trained, small, blurred (see its own card) |
-| transformer | **not trained**: one block whose weights are set by construction, {parameters:.2f} million of them |
-| text encoder | random weights (seed {seed}); {prompt} |
-| tokenizer | one token per byte |
-| scheduler | {scheduler} |
-
-{what}
-"""
-_WHAT = {
-    "image-to-video": """The transformer's attention finds, for every patch of every frame, the patch of the first \
-latent frame at the same
-place, and copies it. In later frames a linear map follows that turns a first latent frame into those of a picture
-that stands still: fitted by least squares on 6 generated pictures. So the video is the image, standing still,
-as the VAE sees it. Seed, guidance scale and last image change next to nothing.""",
-    "text-to-video": """The transformer's attention takes, for every patch, the mean of what is around it in time, \
-height and width, and
-noise flows towards it. So the video is clouds of colour that change slowly. The seed gives other clouds.""",
-    "image-to-image": """The transformer takes the differences within each patch of 2 x 2 latents for noise, and \
-takes them away. So the
-result is the image in coarse squares: the higher the strength, the more noise is left in their colours.""",
-}
-_PROMPTS = {
-    "image-to-video": "the prompt moves colours by a little and means nothing",
-    "text-to-video": "the prompt moves colours and means nothing",
-    "image-to-image": "the prompt changes nothing",
-}
-_SCHEDULERS = {
-    "image-to-video": "UniPC on flow-matching noise levels; the transformer predicts the clean latents",
-    "text-to-video": "UniPC on flow-matching noise levels; the transformer predicts their direction",
-    "image-to-image": "Euler on flow-matching noise levels; the transformer predicts their direction",
-}
 
 
 def make_demo_model(folder: Path, task: str = "image-to-video") -> None:
-    """Build a pipeline and save it to `folder`, which appears whole or not at all. A folder that exists is kept.
-
-    Args:
-        folder: where to.
-        task: what it shall do, one of `pipelines.TASKS`.
-
-    Raises:
-        InputError: `folder` is there already, or can't be written.
-    """
+    """Build a pipeline for a task and save it to `folder`, which appears whole or not at all and must be new."""
     check_new_folder(folder)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
     try:
         with all_quiet():
             pipeline = build_demo_pipeline(task)
             pipeline.save_pretrained(draft)
-        (draft / "README.md").write_text(_card(pipeline, task), encoding="utf-8")
+        card = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True)
+        millions = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6
+        text = card.render(task=task, pipeline=type(pipeline).__name__, parameters=millions, seed=_SEED)
+        (draft / "README.md").write_text(text, encoding="utf-8")
         draft.chmod(0o755)
         os.rename(draft, folder)
     except OSError as error:
@@ -125,18 +83,12 @@ def untrained_pipeline(task: str) -> Any:
     """The same with the transformer's weights as they are drawn. Seeds torch's generator, and leaves it there."""
     torch.manual_seed(_SEED)
     vae: Any = AutoencoderKLWan.from_pretrained(find(None).location, torch_dtype=torch.float32).eval()
-    return {"image-to-video": _still, "text-to-video": _clouds, "image-to-image": _soft}[task](vae)
-
-
-def _still(vae: Any) -> Any:
-    """A video of the image."""
-    # Noisy latents, then four channels that tell which frames are given, then the given latents.
-    return _wan(WanImageToVideoPipeline, vae, 2 * vae.config.z_dim + 4, "sample")
-
-
-def _clouds(vae: Any) -> Any:
-    """A video of smooth noise."""
-    return _wan(WanPipeline, vae, vae.config.z_dim, "flow_prediction")
+    if task == "image-to-video":  # A video of the image.
+        # Noisy latents, then four channels that tell which frames are given, then the given latents.
+        return _wan(WanImageToVideoPipeline, vae, 2 * vae.config.z_dim + 4, "sample")
+    if task == "text-to-video":  # A video of smooth noise.
+        return _wan(WanPipeline, vae, vae.config.z_dim, "flow_prediction")
+    return _soft(vae)
 
 
 def _wan(pipeline: Any, vae: Any, in_channels: int, predicts: Literal["sample", "flow_prediction"]) -> Any:
@@ -200,11 +152,3 @@ def byte_tokenizer(length: int = 512) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
     )
-
-
-def _card(pipeline: Any, task: str) -> str:
-    count = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
-    return CARD.format(
-        task=task, pipeline=type(pipeline).__name__, parameters=count / 1e6, seed=_SEED, prompt=_PROMPTS[task],
-        scheduler=_SCHEDULERS[task], what=_WHAT[task],
-    )  # fmt: skip

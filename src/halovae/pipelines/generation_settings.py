@@ -85,11 +85,7 @@ class Setup:
         return {"encode": self.vae_encode_dtype or own, "decode": self.vae_decode_dtype or own}
 
     def check_ranks(self, ranks: int) -> None:
-        """Check the choices against the number of ranks.
-
-        Raises:
-            InputError: more ranks are asked for than there are, or the degrees don't divide them.
-        """
+        """Refuse choices that this number of ranks can't honour."""
         degree = self.ulysses_degree * self.ring_degree
         asked = f"--ulysses-degree {self.ulysses_degree}"
         if self.ring_degree > 1:
@@ -188,7 +184,9 @@ def arguments(cls: Any, generation: Generation) -> dict[str, Any]:
         # Some pipelines scale every size to one number of pixels, if not told otherwise.
         chosen["max_area"] = generation.height * generation.width
     for wanted in ("image", "prompt"):
-        if wanted in known and wanted not in chosen and _is_needed(known, wanted):
+        # A prompt has a default of None where embeddings may stand for it, and is needed all the same.
+        has_embeddings = wanted == "prompt" and "prompt_embeds" in known
+        if wanted in known and wanted not in chosen and (_is_required(known[wanted]) or has_embeddings):
             faults.add(f"{flag(wanted)} is missing: {name} needs one")
     faults.check()
     return chosen
@@ -202,8 +200,3 @@ def default(known: dict[str, inspect.Parameter], name: str) -> int | None:
 
 def _is_required(parameter: inspect.Parameter) -> bool:
     return parameter.default is inspect.Parameter.empty
-
-
-def _is_needed(known: dict[str, inspect.Parameter], name: str) -> bool:
-    """A prompt has a default of None where embeddings may stand for it, and is needed all the same."""
-    return _is_required(known[name]) or (name == "prompt" and "prompt_embeds" in known)

@@ -76,12 +76,7 @@ class TokenGrid:
         return math.ceil(self.latent_frames(frames) / self.patch_frames) * rows * columns
 
     def check_tokens(self, height: int, width: int, frames: int, parts: int, mark: str = "--") -> None:
-        """Refuse a picture whose tokens can't be shared.
-
-        Args:
-            parts: ranks that share them.
-            mark: before the names of height and width in the message.
-        """
+        """Refuse a picture whose tokens `parts` ranks can't share. In the message `mark` is before names of sizes."""
         if self.tokens(height, width, frames) % parts == 0:
             return
         heights = self._nearest_sides(height, lambda n: self.tokens(n, width, frames) % parts == 0)

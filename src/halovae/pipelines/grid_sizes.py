@@ -15,11 +15,7 @@ from halovae.pipelines.transformers import degree, patch
 
 
 def grid_of(components: Mapping[str, Any], limits: Limits | None = None) -> TokenGrid:
-    """Learn it from the VAE's own code and the denoiser's config. Weights are not touched.
-
-    Raises:
-        InputError: the VAE takes no RGB images or clips.
-    """
+    """Learn it from the VAE's own code and the denoiser's config. Weights are not touched."""
     limits = limits or limits_of(components["vae"])
     frames, side = patch(components, limits.latent_channels)
     return TokenGrid(
@@ -37,11 +33,8 @@ def _step(limits: Limits) -> int:
 
 
 def fill_in(cls: Any, grid: TokenGrid, generation: Generation, image_size: tuple[int, int] | None) -> Generation:
-    """Choose the sizes that were not asked for: the image's proportions at about the pipeline's own number of pixels.
-
-    Args:
-        image_size: height and width of the image, None where there is none.
-    """
+    """Choose the sizes that were not asked for: the proportions of the image (its height and width, None: there is
+    none) at about the pipeline's own number of pixels."""
     known = parameters(cls)
     sizes = [default(known, name) for name in ("height", "width")]
     height, width = generation.height, generation.width

@@ -48,14 +48,9 @@ def _made(tensor: Tensor) -> Tensor:
 def in_pieces(
     pipeline: Any, stream: Stream | None, take: Callable[[Generator[Tensor], Show], None]
 ) -> Iterator[None]:  # fmt: skip
-    """Within it, a video that the pipeline hands on from its VAE to its processor as it is goes to `take` instead, and
-    the pipeline gives a black pixel. One that it does something else with is decoded whole, as ever.
-
-    Args:
-        pipeline: any of diffusers.
-        stream: of its VAE; None: it has none.
-        take: gets the pieces, and what makes pictures of each.
-    """
+    """Within it, a video that the pipeline hands on from its VAE to its processor as it is goes to `take` instead, in
+    pieces with what makes pictures of each, and the pipeline gives a black pixel. One that it does something else with
+    is decoded whole, as ever; so is all where the VAE has no stream."""
     processor = getattr(pipeline, "video_processor", None)
     if stream is None or processor is None or not hasattr(processor, "postprocess_video"):
         yield
@@ -65,7 +60,7 @@ def in_pieces(
     @functools.wraps(decode)
     def decode_later(*args: Any, **kwargs: Any) -> Any:
         video = torch.empty(0).as_subclass(LateVideo)
-        video.make = lambda: sample_of(_first(decode(*args, **kwargs)))
+        video.make = lambda: _sample(decode(*args, **kwargs))
         video.stream = functools.partial(stream, *args, **kwargs)
         return DecoderOutput(sample=video) if kwargs.get("return_dict", True) else (video,)
 
@@ -80,5 +75,5 @@ def in_pieces(
         yield
 
 
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+def _sample(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else sample_of(output)

@@ -127,13 +127,11 @@ def _counterpart(stated: Any, task: str, index: Mapping[str, Any]) -> Any:
         return None  # Siblings that take an image often take a mask or a control picture with it.
     package = importlib.import_module(stated.__module__.rpartition(".")[0])
     relatives = [getattr(package, name) for name in siblings(package) if name.endswith("Pipeline")]
-    fitting = [cls for cls in relatives if isinstance(cls, type) and does(cls, task) and _has_parts(cls, index)]
+    fitting = [cls for cls in relatives if isinstance(cls, type) and does(cls, task)]
+    # All parts that are not optional are those of the model.
+    given = {name for name in index if not name.startswith("_")}
+    fitting = [cls for cls in fitting if needed_parts(cls) - optional_parts(cls) <= given]
     return fitting[0] if len(fitting) == 1 else None
-
-
-def _has_parts(cls: Any, index: Mapping[str, Any]) -> bool:
-    """Whether the pipeline's parts, all that are not optional, are those of the model."""
-    return needed_parts(cls) - optional_parts(cls) <= {name for name in index if not name.startswith("_")}
 
 
 def _lacks(cls: Any, task: str) -> str:
@@ -147,13 +145,8 @@ def _lacks(cls: Any, task: str) -> str:
 def outline(source: PipelineSource, with_encoders: bool = True) -> dict[str, Any]:
     """The parts of a pipeline by name, as far as configs tell them: networks without weights, and the scheduler.
 
-    Tokenizers and other parts that are no networks are left out.
-
-    Args:
-        with_encoders: whether the parts that come from transformers, which encode text and images, are in it.
-
-    Raises:
-        InputError: a config is missing or can't be used.
+    Tokenizers and other parts that are no networks are left out; on request also what comes from transformers, which
+    encodes text and images.
     """
     parts: dict[str, Any] = {}
     for name, entry in source.index.items():

@@ -34,9 +34,6 @@ def parallel_vae(
     Args:
         vae: of the pipeline, with its weights in place, and in the formats that `setup` asks for.
         on_call: gets "encode" or "decode" and the report of each parallel call.
-
-    Raises:
-        InputError: the VAE can't be run so.
     """
     _switch(vae, setup)
     wanted = {"encode": setup.vae_encode, "decode": setup.vae_decode}
@@ -77,11 +74,7 @@ def _stream(
 
 
 def mode_of(vae: Any, setup: Setup) -> Mode:
-    """The mode that a VAE runs in.
-
-    Raises:
-        InputError: exact mode would give another result than the VAE itself, and nobody has asked for that.
-    """
+    """The mode that a VAE runs in. Refuses exact mode where it gives another result, and nobody has asked for that."""
     target = Target(vae)
     if setup.vae_untiled or setup.vae_mode in ("tile", "auto") or not target.comes_tiled:
         return setup.vae_mode or "exact"

@@ -188,11 +188,7 @@ class Runner:
 
 
 def to_frames(pictures: Any) -> NDArray[np.uint8]:
-    """A pipeline's first video (frames, height, width, 3) or all its pictures, of 0 to 1, in 8 bits.
-
-    Raises:
-        InputError: there are numbers in it that are none: the run has gone wrong.
-    """
+    """A pipeline's first video (frames, height, width, 3) or all its pictures, of 0 to 1, in 8 bits."""
     values = np.asarray(pictures, dtype=np.float32)
     values = values[0] if values.ndim == 5 else values
     if not np.isfinite(values).all():
@@ -201,18 +197,12 @@ def to_frames(pictures: Any) -> NDArray[np.uint8]:
 
 
 def agreed_seed(comm: Comm, seed: int | None) -> int:
-    """`seed`, or one that the first rank draws: with different ones, each rank would denoise another video. Called on
-    every rank.
-    """
+    """`seed`, or one that the first rank draws: with different ones, each rank would denoise another video."""
     return comm.all_gather_object(secrets.randbelow(2**31) if seed is None else seed)[0]
 
 
 def place(pipeline: Any, setup: Setup, device: torch.device) -> None:
-    """Put the pipeline's weights where `setup` wants them: on the device, or on the host until they are due.
-
-    Raises:
-        InputError: there is no accelerator to offload from, or this pipeline can't be offloaded.
-    """
+    """Put the pipeline's weights where `setup` wants them: on the device, or on the host until they are due."""
     if setup.layerwise_offload:
         _by_layer(pipeline, device)
     elif setup.cpu_offload:

@@ -20,11 +20,7 @@ _KNOWN = {"num_inference_steps", "device", "timesteps", "sigmas", "mu"}
 
 
 def prepare_scheduler(pipeline: Any, setup: Setup) -> None:
-    """Set what `setup` asks for.
-
-    Raises:
-        InputError: this pipeline's scheduler has no shift, or the pipeline has one expert only.
-    """
+    """Set what `setup` asks for."""
     if setup.flow_shift is not None:
         pipeline.scheduler = shifted(pipeline.scheduler, setup.flow_shift)
     if setup.boundary_ratio is not None:
@@ -40,11 +36,7 @@ def check_boundary(cls: Any, components: Mapping[str, Any], setup: Setup) -> Non
 
 
 def shifted(scheduler: Any, shift: float) -> Any:
-    """A scheduler like this one with another shift.
-
-    Raises:
-        InputError: it has none.
-    """
+    """A scheduler like this one with another shift. It has to have one."""
     config = scheduler.config
     name = next((name for name in _SHIFTS if name in config), None)
     cls = type(scheduler).__name__
@@ -58,8 +50,7 @@ def shifted(scheduler: Any, shift: float) -> Any:
 def check_steps(cls: Any, scheduler: Any, generation: Generation) -> None:
     """Refuse a number of denoising steps that the scheduler can't take, before any work is done for it.
 
-    Args:
-        scheduler: of the pipeline, with its shift. It is not changed.
+    The scheduler has its shift already, and is not changed.
     """
     known = parameters(cls)
     steps = generation.num_inference_steps or default(known, "num_inference_steps")

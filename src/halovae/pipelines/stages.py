@@ -72,11 +72,8 @@ class StageTimeline:
 
 @contextmanager
 def watched(pipeline: Any, timeline: StageTimeline, on_step: Callable[[int, int | None], None]) -> Iterator[None]:
-    """Within it, the pipeline's calls are accounted for.
-
-    Args:
-        on_step: called with the number of denoising steps done and of all; all is None where it is unknown.
-    """
+    """Within it, the pipeline's calls are accounted for; `on_step` is called with the number of denoising steps done
+    and of all (None: unknown)."""
 
     def timed(stage: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with timeline.stage(stage):

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, LTXVideoTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from halovae import comm
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.files import first_line
-from halovae.base.private_diffusers import repeats_blocks, sharing_plan
+from halovae.base.private_diffusers import leave_whole, repeats_blocks, sharing_plan
 from halovae.base.quiet import all_quiet
+from halovae.base.replaced import replaced
 from halovae.pipelines.generation_settings import Setup
-from halovae.pipelines.spreading import keep_text_whole, some_device, spread_plan
 
 _UNEVEN = "dimension to be sharded must be divisible"
 """In diffusers' assertion where a sequence can't be cut evenly."""
@@ -39,11 +41,7 @@ def denoisers(components: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_denoisers(components: Mapping[str, Any], setup: Setup, ranks: int, device: torch.device) -> None:
-    """Set the attention's backend, spread sequences over the ranks, compile: as `setup` asks. Called on every rank.
-
-    Raises:
-        InputError: this pipeline or this machine can't do what is asked.
-    """
+    """Set the attention's backend, spread sequences over the ranks, compile: as `setup` asks. Called on every rank."""
     if setup.attention_backend is not None:
         check_backend(components, setup)
         for part in denoisers(components).values():
@@ -134,14 +132,10 @@ def _compile(part: Any) -> None:
 
 @contextmanager
 def shared_sequences(parts: int) -> Iterator[None]:
-    """Within it, a sequence that can't be shared is an error of the caller's, not of the code's.
+    """Within it, a sequence that `parts` ranks can't share is an error of the caller's, not of the code's.
 
-    Args:
-        parts: ranks that share one.
-
-    Raises:
-        InputError: a sequence (of text, say) has a length that `parts` does not divide, the attention's backend
-            can't pass keys and values around, or diffusers' plan for this transformer does not work out.
+    A sequence (of text, say) may have a length that `parts` does not divide, the attention's backend may not pass keys
+    and values around, or diffusers' plan for this transformer does not work out.
     """
     try:
         yield
@@ -182,3 +176,48 @@ def patch(components: Mapping[str, Any], latent_channels: int) -> tuple[int, int
     if packed * packed * latent_channels == config.get("in_channels"):
         side = max(side, packed)
     return int(frames), int(side)
+
+
+# ---- what diffusers does wrong when it spreads a transformer: each says for which versions it is needed --------------
+
+
+@contextmanager
+def some_device() -> Iterator[None]:
+    """Within it, torch counts at least one accelerator.
+
+    diffusers 0.36 to 0.42 (at least) takes a rank modulo the number of accelerators, also where the work runs on the
+    CPU and there is none.
+    """
+    count = torch.accelerator.device_count
+    with replaced(torch.accelerator, "device_count", lambda: max(1, count())):
+        yield
+
+
+def spread_plan(part: Any) -> dict[str, Any]:
+    """The plan to spread a transformer by: its class's own, or the one that should be its own.
+
+    diffusers 0.36 to 0.42 (at least) cuts LTX's text and the text's mask, but not the noise levels, of which
+    image-to-video has one for each token. Attention brings the pieces of the text together again, and not those of
+    the mask. Here the noise levels are cut with their tokens, and the text is left whole: see `keep_text_whole`.
+    """
+    plan = sharing_plan(part) or {}
+    if not _plan_fails(part):
+        return plan
+    tokens = plan[""]["hidden_states"]
+    return {**plan, "": {"hidden_states": tokens, "timestep": replace(tokens, expected_dims=2)}}
+
+
+def keep_text_whole(part: Any) -> None:
+    """Where `spread_plan` leaves the text whole, the attention to it has nothing to exchange. After spreading."""
+    if not _plan_fails(part):
+        return
+    for block in part.transformer_blocks:
+        block.attn2.processor = copy(block.attn2.processor)
+        leave_whole(block.attn2.processor)
+
+
+def _plan_fails(part: Any) -> bool:
+    if not issubclass(type(part), LTXVideoTransformer3DModel):
+        return False
+    plan = sharing_plan(part)
+    return plan is not None and "timestep" not in plan[""]

@@ -108,22 +108,23 @@ class FormFaults:
     def add(self, name: str, message: str) -> None:
         self.found.setdefault(name, []).append(message)
 
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Go on after the block when it refuses something."""
+        try:
+            yield
+        except InputError as error:
+            self.add(name, str(error))
+
     def check(self) -> None:
-        """
-        Raises:
-            ApiError: names them all, if there are any.
-        """
+        """Tell them all, if there are any."""
         if self.found:
             messages = itertools.chain.from_iterable(self.found.values())
             raise ApiError(400, "; ".join(messages), param=next(iter(self.found)), code="invalid_value")
 
 
 async def accepted(request: Request) -> StoredJob:
-    """Take in a request for a video: its fields checked, its image on the disk.
-
-    Raises:
-        ApiError: says all that is wrong with it.
-    """
+    """Take in a request for a video: its fields checked, its image on the disk."""
     service: Service = request.app.state.service
     service.check_room()
     faults = FormFaults()
@@ -143,11 +144,7 @@ async def accepted(request: Request) -> StoredJob:
 
 async def accepted_file(request: Request, kind: str, meanwhile: bool) -> StoredJob:
     """Take in a request of another kind, of which a file is all but everything; `meanwhile` says that the answer begins
-    before the end of the work, whatever the fields say.
-
-    Raises:
-        ApiError: as above.
-    """
+    before the end of the work, whatever the fields say."""
     service: Service = request.app.state.service
     service.check_room()
     faults, limits, name = FormFaults(), service.options.limits, FILES[kind]
@@ -292,21 +289,13 @@ def _check_grid(given: Mapping[str, Any], grid: TokenGrid | None, facts: Mapping
         return
     before = len(faults.found)
     for name, check in (("width", grid.check_side), ("height", grid.check_side), ("num_frames", grid.check_count)):
-        with _noted(faults, name):
+        with faults.noted(name):
             if name in given:
                 check(name, given[name])
     if len(faults.found) == before and "width" in given and "height" in given and "seconds" not in given:
         frames = given.get("num_frames", facts.get("frames", 1))
-        with _noted(faults, "size"):
+        with faults.noted("size"):
             grid.check_tokens(given["height"], given["width"], frames, facts.get("parts", 1), mark="")
-
-
-@contextmanager
-def _noted(faults: FormFaults, name: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        faults.add(name, str(error))
 
 
 @contextmanager

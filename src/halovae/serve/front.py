@@ -46,18 +46,7 @@ log_of_clients = logging.getLogger(_CLIENTS)
 
 
 def serve(options: ServeOptions, arguments: Sequence[str]) -> int:
-    """Serve until a signal comes.
-
-    Args:
-        options: of the server.
-        arguments: of the command line, which ranks are started with.
-
-    Returns:
-        The exit code: 0 after SIGINT or SIGTERM.
-
-    Raises:
-        HalovaeError: the address or the store can't be used, or the ranks can't be started.
-    """
+    """Serve until a signal comes. `arguments` of the command line are those that ranks are started with."""
     logging.config.dictConfig(LOGGING)
     with contextlib.closing(Store(options.store)) as store, _listening(options) as listener:
         # What is uploaded fills the store's disk or none.

@@ -31,11 +31,7 @@ _WELL = 60.0
 
 
 class Ranks:
-    """Ranks that do one task at a time.
-
-    Args:
-        arguments: of the command line, which each rank is started with too.
-        count: how many.
+    """Ranks that do one task at a time, each started with the arguments of the command line.
 
     Attributes:
         ready: whether the pipeline is loaded on every rank.
@@ -60,11 +56,7 @@ class Ranks:
         return TokenGrid(**self.facts["grid"]) if self.facts else None
 
     async def run(self, on_message: Callable[[Message], None], on_end: Callable[[str], None]) -> None:
-        """Keep a group running until `stop`.
-
-        Args:
-            on_message: called with what the first rank says.
-            on_end: called with the reason when a group has ended.
+        """Keep a group running until `stop`, and tell what the first rank says, and why a group has ended.
 
         Raises:
             HalovaeError: the first group could not load the pipeline.

@@ -70,11 +70,7 @@ class ServeOptions:
 
 
 def parse_keep(text: str) -> int:
-    """Seconds, from words such as "90s", "30m", "12h" or "7d".
-
-    Raises:
-        InputError: another word, or no time at all.
-    """
+    """Seconds, from words such as "90s", "30m", "12h" or "7d"."""
     match = re.fullmatch(r"(\d{1,6})([smhd])", text)
     if match is None or int(match[1]) < 1:
         raise InputError(f"--keep {text}: give a time such as 90s, 30m, 12h or 7d")
@@ -82,11 +78,8 @@ def parse_keep(text: str) -> int:
 
 
 def read_key(path: Path) -> str:
-    """The key in a file, without white space around it.
-
-    Raises:
-        InputError: no such file, or a key that a header can't carry or that anyone would guess.
-    """
+    """The key in a file, without white space around it. It has to be one that a header can carry, and nobody
+    guesses."""
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:

@@ -30,15 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class ApiError(HTTPException):
-    """A request that can't be answered as asked.
-
-    Args:
-        status: of HTTP.
-        message: what is wrong, which value, what is allowed.
-        param: the field to blame, if it is one.
-        code: the same for programs.
-        headers: to send along.
-    """
+    """A request that can't be answered as asked: by the field `param`, if it is one, and for programs by `code`."""
 
     def __init__(
         self,
@@ -106,16 +98,8 @@ class _Current:
 class Service:
     """The jobs of one server. Everything in it happens in one event loop.
 
-    What becomes of a job is written down when the store can be written. Until then nothing new is begun.
-
-    Args:
-        options: of the server.
-        store: where jobs are kept.
-        ranks: who does them.
-        metrics: what is counted.
-
-    Attributes:
-        trouble: why the store can't be written at the moment; empty when it can.
+    What becomes of a job is written down when the store can be written. Until then nothing new is begun; `trouble` says
+    why, and is empty when it can.
     """
 
     def __init__(self, options: ServeOptions, store: Store, ranks: Ranks, metrics: Metrics) -> None:
@@ -149,11 +133,8 @@ class Service:
     # ---- for clients -------------------------------------------------------------------------------------------------
 
     def check_room(self) -> None:
-        """Turn a job away when too many wait, or when it can't be kept.
-
-        Raises:
-            ApiError: 429, with the seconds after which there should be room; 507.
-        """
+        """Turn a job away when too many wait, with the seconds after which there should be room, or when it can't be
+        kept."""
         if self.trouble:
             raise _not_kept(self.trouble)
         waiting = self.store.count(QUEUED)
@@ -167,11 +148,7 @@ class Service:
             )
 
     def submit(self, job: str, kind: str, request: Mapping[str, Any]) -> StoredJob:
-        """Accept a job whose files are in its folder.
-
-        Raises:
-            ApiError: 429, 507.
-        """
+        """Accept a job whose files are in its folder."""
         self.check_room()
         added = self.store.add(job, kind, request)
         self._changed()
@@ -218,12 +195,8 @@ class Service:
         return self._current.frames if self._current is not None and self._current.id == job.id else 0
 
     async def changes(self, job: str, seconds: float) -> AsyncIterator[StoredJob | None]:
-        """The job now, and whenever something has changed, until it is over or gone (None).
-
-        Args:
-            job: its id.
-            seconds: after so many without a change it is told once more.
-        """
+        """The job now, and whenever something has changed or so many seconds have passed, until it is over or gone
+        (None)."""
         while True:
             found = self.store.get(job)
             yield found

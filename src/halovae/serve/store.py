@@ -94,14 +94,7 @@ class StoredJob:
 
 
 class Store:
-    """The jobs of one server. One thread uses it at a time.
-
-    Args:
-        folder: made if it is not there.
-
-    Raises:
-        InputError: the folder can't be used, another server uses it, or its data base is damaged.
-    """
+    """The jobs of one server, in a folder that no other server uses. One thread uses it at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._files = folder / "files"
@@ -131,14 +124,7 @@ class Store:
         self._lock.close()
 
     def check_room(self, free: int = 0) -> None:
-        """See whether files can be written.
-
-        Args:
-            free: bytes that the disk has to have.
-
-        Raises:
-            OSError: says why not.
-        """
+        """See whether files can be written, and whether the disk has so many bytes."""
         with tempfile.TemporaryFile(dir=self._files) as file:
             file.write(bytes(_ROOM))
             file.flush()
@@ -189,7 +175,9 @@ class Store:
             "INSERT INTO jobs (id, kind, status, created, request) VALUES (?, ?, ?, ?, ?)",
             (job, kind, QUEUED, time.time(), json.dumps(request)),
         )
-        return self._known(job)
+        added = self.get(job)
+        assert added is not None
+        return added
 
     def get(self, job: str) -> StoredJob | None:
         return self._first("SELECT * FROM jobs WHERE id = ?", (job,))
@@ -230,15 +218,9 @@ class Store:
     def videos(self, after: StoredJob | None, limit: int, newest_first: bool) -> list[StoredJob]:
         """A page of the videos, in the order in which they came."""
         beyond, order = ("<", "DESC") if newest_first else (">", "ASC")
-        condition = "kind = ?"
-        values: list[Any] = [VIDEO]
-        if after is not None:
-            condition += f" AND number {beyond} ?"
-            values.append(after.number)
-        rows = self._base.execute(
-            f"SELECT * FROM jobs WHERE {condition} ORDER BY number {order} LIMIT ?", (*values, limit)
-        )
-        return [_job(row) for row in rows]
+        start = after.number if after is not None else 2**62 if newest_first else 0
+        query = f"SELECT * FROM jobs WHERE kind = ? AND number {beyond} ? ORDER BY number {order} LIMIT ?"
+        return [_job(row) for row in self._base.execute(query, (VIDEO, start, limit))]
 
     def count(self, status: str) -> int:
         return int(self._base.execute("SELECT COUNT(*) FROM jobs WHERE status = ?", (status,)).fetchone()[0])
@@ -271,11 +253,6 @@ class Store:
             (status, time.time(), json.dumps(value), job),
         )
         return self.get(job)
-
-    def _known(self, job: str) -> StoredJob:
-        found = self.get(job)
-        assert found is not None
-        return found
 
     def _first(self, query: str, values: Sequence[Any]) -> StoredJob | None:
         row = self._base.execute(query, values).fetchone()

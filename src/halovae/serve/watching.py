@@ -29,14 +29,7 @@ _QUALITY = 90
 
 
 def wanted(accept: str) -> str:
-    """The kind that a client likes best of those that there are.
-
-    Args:
-        accept: the header of that name.
-
-    Raises:
-        ApiError: it takes none of them.
-    """
+    """The kind that a client likes best of those that there are, by the header `Accept`."""
     found: list[tuple[float, str]] = []
     for words in accept.split(","):
         kind, _, rest = words.strip().lower().partition(";")

@@ -169,11 +169,6 @@ class Guard:
     """Stands before the application, counts requests and turns some away.
 
     Who may ask: whoever has the key, where there is one; else only pages of this server, when a browser asks.
-
-    Args:
-        app: the application.
-        options: of the server.
-        metrics: gets the counts.
     """
 
     def __init__(self, app: ASGIApp, options: ServeOptions, metrics: Metrics) -> None:

@@ -281,7 +281,7 @@ def decode_latents(
             for piece in pieces:
                 if session.is_first:
                     fit.check(fit.padded_frames, *piece.shape[2:])
-                    output.take(codec.Frames(fit.crop_piece(piece, count)))
+                    output.take(codec.frames_of(fit.crop_piece(piece, count)))
                     count += piece.shape[1]
         if not session.is_first:
             return {}

@@ -39,7 +39,6 @@ from halovae.serve.work import (
     FIELDS,
     Model,
     NoRoomError,
-    OnStep,
     Task,
     decode_latents,
     encode_clip,
@@ -61,15 +60,9 @@ _WORK = {VIDEO: make_video, ENCODE: encode_clip, DECODE: decode_latents}
 
 
 def serve_ranks(session: Session, job: PipelineJob, steps: int) -> None:
-    """Load the pipeline, then work for the front. Called on every rank; does not return.
+    """Load the pipeline, then work for the front, until it has gone; `steps` are the most that a client may ask for.
 
-    Args:
-        session: of this rank.
-        job: what the server was started with.
-        steps: the most that a client may ask for.
-
-    Raises:
-        HalovaeError: the model can't be loaded, a rank has died, or the front has gone.
+    Called on every rank; does not return.
     """
     model = _opened(session, job)
     wire = Wire(socket.socket(fileno=int(os.environ[RANK_FD]))) if session.is_first else None
@@ -110,33 +103,21 @@ def in_fields(message: str) -> str:
 
 
 class Wire:
-    """The first rank's end of the connection to the front.
-
-    Args:
-        end: a connected socket.
-    """
+    """The first rank's end of the connection to the front. That the front has gone is an error."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._words = b""
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send one message.
-
-        Raises:
-            HalovaeError: the front has gone.
-        """
+        """Send one message."""
         try:
             self._end.sendall(json.dumps(message).encode() + b"\n")
         except OSError as error:
             raise _alone() from error
 
     def receive(self, seconds: float) -> dict[str, Any] | None:
-        """The next message, or None when none comes within so many seconds.
-
-        Raises:
-            HalovaeError: the front has gone.
-        """
+        """The next message, or None when none comes within so many seconds."""
         while b"\n" not in self._words:
             if not select.select([self._end], [], [], seconds)[0]:
                 return None
@@ -165,22 +146,15 @@ class CancelledError(Exception):
 class Attempt:
     """One rank's part in one task, which all ranks leave together, whichever of them has a reason to.
 
-    A rank that left it by itself would leave the others waiting for it, for good.
-
-    Args:
-        comm: of all ranks.
-        cancelled: asked at each step, on the first rank.
+    A rank that left it by itself would leave the others waiting for it, for good. The first rank asks at each step
+    whether it is cancelled.
     """
 
     def __init__(self, comm: Comm, cancelled: Callable[[], bool]) -> None:
         self._comm, self._cancelled, self._leaving = comm, cancelled, False
 
     def step(self) -> None:
-        """Called by all ranks at the same places of a task, at least before what they do together begins.
-
-        Raises:
-            Exception: all ranks leave the task.
-        """
+        """Called by all ranks at the same places of a task, at least before what they do together begins."""
         self._leaving = True
         with together(self._comm):
             if self._comm.rank == 0 and self._cancelled():
@@ -188,11 +162,8 @@ class Attempt:
         self._leaving = False
 
     def run(self, task: Callable[[], None]) -> Exception | None:
-        """Do this rank's part; returns, on all ranks, what ended the task before it was done.
-
-        Raises:
-            RankFailedError: a rank has died: there is no group any more.
-        """
+        """Do this rank's part; returns, on all ranks, what ended the task before it was done. If a rank has died, it
+        raises."""
         problem: Exception | None = None
         try:
             task()
@@ -260,14 +231,10 @@ class Turn:
             self._session.synchronize()
 
     def _work(self) -> None:
-        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self._on_step(), self.on_frames)
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self.on_step, self.on_frames)
 
     def on_frames(self, count: int) -> None:
-        """Called on every rank when so many frames can be sent.
-
-        Raises:
-            CancelledError: on the first rank: the client does not want them any more.
-        """
+        """Called on every rank when so many frames can be sent. Raises where the client does not want them any more."""
         if self._wire is not None:
             self._wire.send({"event": "frames", "id": self._task.id, "count": count})
             self._wait_for_reader()
@@ -285,13 +252,11 @@ class Turn:
             self._hear(left)
         raise CancelledError
 
-    def _on_step(self) -> OnStep:
-        def on_step(done: int, total: int | None) -> None:
-            self._attempt.step()
-            if self._wire is not None:
-                self._wire.send({"event": "progress", "id": self._task.id, "done": done, "total": total})
-
-        return on_step
+    def on_step(self, done: int, total: int | None) -> None:
+        """Called by all ranks together, with the number of steps done and of all."""
+        self._attempt.step()
+        if self._wire is not None:
+            self._wire.send({"event": "progress", "id": self._task.id, "done": done, "total": total})
 
     def _is_cancelled(self) -> bool:
         while self._hear(0):

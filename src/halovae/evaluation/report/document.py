@@ -30,10 +30,11 @@ def machine() -> dict[str, str]:
         "Accelerator": "none" if accelerator is None else f"{torch.accelerator.device_count()} {accelerator.type}",
         "Python": platform.python_version(),
     }
-    return facts | {name: _version(name) for name in _PACKAGES}
+    return facts | {name: version_of(name) for name in _PACKAGES}
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """Of an installed package, for people."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -41,12 +42,39 @@ def _version(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSection:
-    """One clip against its reference."""
+class Section:
+    """A part of the page."""
 
     title: str
     text: str
-    """What is compared with what, and why."""
+    """What is shown or compared, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSection(Section):
+    """A clip that there is no reference for."""
+
+    name: str
+    frames: NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSection(Section):
+    """Latents against their reference."""
+
+    reference_name: str
+    result_name: str
+    found: LatentComparison
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {"title": self.title, "reference": self.reference_name, "result": self.result_name}
+        return names | self.found.to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSection(Section):
+    """One clip against its reference."""
+
     reference_name: str
     result_name: str
     reference: Frames
@@ -62,31 +90,6 @@ class ClipSection:
         names = {"title": self.title, "reference": self.reference_name, "result": self.result_name}
         borders = {"borders": {"name": self.borders_name, **self.borders.to_dict()}}
         return names | borders | self.found.to_dict()
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureSection:
-    """A clip that there is no reference for."""
-
-    title: str
-    text: str
-    name: str
-    frames: NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentSection:
-    """Latents against their reference."""
-
-    title: str
-    text: str
-    reference_name: str
-    result_name: str
-    found: LatentComparison
-
-    def to_dict(self) -> dict[str, Any]:
-        names = {"title": self.title, "reference": self.reference_name, "result": self.result_name}
-        return names | self.found.to_dict()
 
 
 @dataclass(frozen=True, kw_only=True)

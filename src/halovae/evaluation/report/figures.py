@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from halovae.evaluation import ClipComparison, Gate
-from halovae.evaluation.numbers import decibel
+from halovae.evaluation.scores import decibel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A number, its name, and what it means."""
-
-    name: str
-    value: str
-    meaning: str
-
-
-def clip_figures(found: ClipComparison) -> list[Figure]:
-    """The numbers of a clip over all frames, the most important first."""
+def clip_figures(found: ClipComparison) -> list[tuple[str, str, str]]:
+    """The numbers of a clip over all frames, the most important first: name, number, and what it means."""
     worst = found.frames[found.worst]
     figures = [
         ("PSNR", decibel(found.psnr), f"worst frame {worst.frame}: {decibel(worst.psnr)}"),
@@ -33,7 +23,7 @@ def clip_figures(found: ClipComparison) -> list[Figure]:
         ("Colour shift", _shift(found.colour_shift), "levels of red, green and blue"),
         ("Seam energy", _seam(found), "difference at the borders over elsewhere"),
     ]
-    return [Figure(name=name, value=value, meaning=meaning) for name, value, meaning in figures if value]
+    return [figure for figure in figures if figure[1]]
 
 
 def level(value: float | None) -> str:
@@ -50,7 +40,7 @@ def drawn_words(gain: float, largest: float) -> str:
     if gain == 1:
         return "The difference is drawn as it is: white is 255 levels, which is the most that there can be."
     words = (
-        f"The difference is drawn {grouped(gain)} times as large, so that it can be seen: white is {level(255 / gain)} "
+        f"The difference is drawn {group(gain)} times as large, so that it can be seen: white is {level(255 / gain)} "
     )
     words += "of one level" if gain > 255 else "levels"
     words += f", and the largest is {level(largest)} {'of one level' if largest < 1 else 'levels'}, of 255."
@@ -74,16 +64,16 @@ def ratio(value: float) -> str:
     return "identical" if math.isinf(value) else f"{value:.2f}"
 
 
-def grouped(value: float) -> str:
+def group(value: float) -> str:
     """5000000 as "5 000 000", with spaces that don't break."""
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
-def gate_limit(gate: Gate) -> str:
+def limit(gate: Gate) -> str:
     return f"{'≥' if gate.is_minimum else '≤'} {gate.limit:g}{gate.unit}"
 
 
-def gate_value(gate: Gate) -> str:
+def value(gate: Gate) -> str:
     return "identical" if math.isinf(gate.found) and gate.is_minimum else f"{gate.found:.4g}{gate.unit}"
 
 

@@ -66,11 +66,7 @@ class Lane:
 
 
 def lanes(ranks: Sequence[Sequence[Span]]) -> tuple[float, list[Lane]]:
-    """Seconds from the first span to the last, and a lane for each rank.
-
-    Args:
-        ranks: each rank's spans, of recordings that began at the same moment.
-    """
+    """Seconds from the first span to the last, and a lane for each rank. Their recordings began at the same moment."""
     whole = [span for spans in ranks for span in spans if span.name in WHOLES]
     if not whole:
         return 0.0, []

@@ -8,25 +8,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+import halovae.evaluation.report.figures as figures
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, check_output, reason, write_json
-from halovae.evaluation.report.curves import clip_curves, latent_curves
 from halovae.evaluation.report.document import ClipSection, Report
-from halovae.evaluation.report.figures import (
-    clip_figures,
-    drawn_words,
-    fixed,
-    gate_limit,
-    gate_value,
-    grouped,
-    level,
-    ratio,
-    seconds,
-)
+from halovae.evaluation.report.drawings import clip_curves, gain, heat_map, heat_scale, latent_curves, singles, triples
 from halovae.evaluation.report.lanes import INTERVALS, KINDS, WHOLES, Lane, balance
-from halovae.evaluation.report.pictures import gain, heat_map, heat_scale, singles, triples
 
 PAGE, NUMBERS = "index.html", "report.json"
+_FILTERS = ("fixed", "group", "level", "limit", "ratio", "seconds", "value")
 
 
 def check_report(folder: Path) -> None:
@@ -37,14 +27,7 @@ def check_report(folder: Path) -> None:
 
 
 def write_report(folder: Path, report: Report) -> Path:
-    """Write the numbers, then the page.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        InputError: the folder can't be written.
-    """
+    """Write the numbers, then the page, whose path is returned."""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -65,16 +48,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "fixed": fixed,
-        "group": grouped,
-        "level": level,
-        "limit": gate_limit,
-        "props": vars,
-        "ratio": ratio,
-        "seconds": seconds,
-        "value": gate_value,
-    }
+    environment.filters.update({name: getattr(figures, name) for name in _FILTERS}, props=vars)
     return environment.get_template("page.html.j2").render(
         report=report,
         clips=[_drawn(section) for section in report.clips],
@@ -95,10 +69,10 @@ def _drawn(section: ClipSection) -> dict[str, Any]:
     return {
         "said": section,
         "gain": factor,
-        "drawn": drawn_words(factor, section.found.largest),
+        "drawn": figures.drawn_words(factor, section.found.largest),
         "frames": frames,
         "worst": next(frame for frame in frames if frame.frame == section.found.frames[section.found.worst].frame),
-        "figures": clip_figures(section.found),
+        "figures": figures.clip_figures(section.found),
         "curves": clip_curves(section.found),
         "heat": heat_map(section.found.energy),
     }

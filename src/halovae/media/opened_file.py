@@ -1,4 +1,7 @@
-"""When the frames of a clip are shown: at one rate, or each at a time of its own."""
+"""What is in an opened file: its pictures, and when they are shown, at one rate or each at a time of its own.
+
+Also how large they may be, and what to say of a broken one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 
 from PIL import Image
 
+from halovae.base.errors import InputError
+
+MAX_FRAME_PIXELS = 2**26
+"""A header that claims more than 8192 x 8192 is taken for broken or hostile."""
+MAX_CLIP_BYTES = 8 * 2**30
+"""Frames are held in memory as 8-bit RGB; a forgotten `--frames` on a film would take all of it."""
 TICKS = 90_000
 """Times of frames are whole numbers of such parts of a second."""
 _ASSUMED = Fraction(25)
@@ -74,13 +84,7 @@ class Pace:
 
 
 def pace_of(source: OpenedFile, begins: Sequence[Fraction | None], end: Fraction | None) -> Pace:
-    """The pace of frames that were taken from a source.
-
-    Args:
-        source: which rates it claims.
-        begins: when each frame begins, in seconds; at least one.
-        end: when the last of them ends, None where nobody knows.
-    """
+    """The pace of frames that were taken from a source: when each of them begins, in seconds, and the last one ends."""
     if source.is_still:
         return Pace(fps=Fraction(1))
     rates = [rate.limit_denominator(100_000) for rate in source.rates if 0 < rate <= _FASTEST]
@@ -127,3 +131,19 @@ def _uneven(times: Sequence[Fraction], end: Fraction | None) -> Pace:
         times=tuple(ticks),
         notes=(f"the frames come unevenly, {float(fps):.4g} per second on average: each keeps its time",),
     )
+
+
+def check_pixels(path: Path, width: int, height: int) -> None:
+    """Refuse a size before any memory is taken for it: more pixels than `MAX_FRAME_PIXELS`, or none."""
+    if width * height > MAX_FRAME_PIXELS:
+        raise InputError(
+            f"{path} claims {width}x{height} pixels, more than the limit of {MAX_FRAME_PIXELS}: too large, or broken"
+        )
+    if width < 1 or height < 1:
+        raise InputError(f"{path} has a picture of {width}x{height} pixels")
+
+
+def broken(path: Path, frame: int, why: str) -> str:
+    """What to tell of a clip whose frames before `frame` are whole."""
+    remedy = f"; the first {frame} can be read: use --frames 0:{frame}" if frame else ""
+    return f"{path} is broken at frame {frame} ({why}){remedy}"

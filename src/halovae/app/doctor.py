@@ -1,23 +1,24 @@
-"""`halovae doctor`: does this installation work, and how fast is the link between its ranks."""
+"""`halovae doctor`: the versions of an installation, and the proof that its ranks compute exactly."""
 
 from __future__ import annotations
 
 import platform
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
+import torch
 import typer
+from torch import Tensor
 
+from halovae import comm
 from halovae.app import launch
-from halovae.app.run_options import RunOptions
+from halovae.app.session import Session
+from halovae.app.tables import columns, kept_verdicts
+from halovae.base import verdicts
 from halovae.base.errors import InputError, VerificationError
-from halovae.cli import flags
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halovae.app.session import Session
+from halovae.base.files import reason
+from halovae.comm.bandwidth import measure_all
+from halovae.evaluation.report.document import version_of
+from halovae.media.vae_limits import latent_of, sample_of
 
 _PACKAGES = ("halovae", "torch", "diffusers", "safetensors", "av", "pillow", "numpy")
 _LIMITS = {"float64": 1e-12, "float32": 1e-2}
@@ -25,73 +26,24 @@ _LIMITS = {"float64": 1e-12, "float32": 1e-2}
 compute with the 10 bits of TF32, another algorithm for another shape."""
 
 
-@flags.takes("doctor")
-def doctor(context: typer.Context, *, ranks: int | None, device: str | None, clear_cache: bool) -> int:
-    """Print versions and devices, measure the link between ranks, and prove that they compute exactly."""
-    from halovae.app.run_ranks import run
-
-    if clear_cache:
-        return _clear_cache()
-    here = launch.place()
-    if here is None:
-        launch.check_ranks(2 if ranks is None else ranks)
-    if here is None or (here.rank == 0 and not launch.was_launched()):
-        typer.echo(_versions())
-    if here is None:
-        ranks = 2 if ranks is None else ranks
-        if device is None and _too_few_devices(ranks):
-            device = "cpu"
-        context.obj = ["doctor", f"--ranks={ranks}", *([] if device is None else [f"--device={device}"])]
-    return run(context, RunOptions(ranks=ranks, device=device), _on_rank)
-
-
-def _versions() -> str:
-    from halovae.app.tables import columns
-
+def versions() -> str:
+    """Of what an installation is made of."""
     rows = [("python", platform.python_version()), ("system", f"{platform.platform()}, {launch.cores()} cores")]
-    for name in _PACKAGES:
-        try:
-            rows.append((name, version(name)))
-        except PackageNotFoundError:
-            rows.append((name, "not installed"))
-    return columns([*rows, ("cache", kept_verdicts())])
+    return columns([*rows, *((name, version_of(name)) for name in _PACKAGES), ("cache", kept_verdicts())])
 
 
-def kept_verdicts() -> str:
-    """What trials have left on this machine's disk, and where, in words."""
-    from halovae.base import verdicts
-
-    folder, (count, size) = verdicts.folder(), verdicts.usage()
-    if folder is None:
-        return f"off: {verdicts.SWITCH} says so, or this user has no home"
-    return f"{count} answer{'s' * (count != 1)}, {size / 1024:.1f} KiB in {folder}"
-
-
-def _clear_cache() -> int:
-    from halovae.base import verdicts
-    from halovae.base.files import reason
-
+def clear_cache() -> None:
+    """Forget what trials have found out on this machine."""
     before = kept_verdicts()
     try:
         verdicts.clear()
     except OSError as error:
         raise InputError(f"can't empty {verdicts.folder()}: {reason(error)}") from error
     typer.echo(f"forgotten: {before}")
-    return 0
 
 
-def _too_few_devices(ranks: int) -> bool:
-    """Whether there are accelerators, but not one for each rank: then the processor can prove an installation too."""
-    import torch
-
-    return 0 < torch.accelerator.device_count() < ranks
-
-
-def _on_rank(session: Session) -> None:
-    from halovae import comm
-    from halovae.app.tables import columns
-    from halovae.comm.bandwidth import measure_all
-
+def prove(session: Session) -> None:
+    """Measure the link between ranks, and compare them with one rank. Called on every rank."""
     links = measure_all(session.group, session.device)
     rows = [
         ("devices", _devices()),
@@ -110,8 +62,6 @@ def _on_rank(session: Session) -> None:
 
 
 def _devices() -> str:
-    import torch
-
     count = torch.accelerator.device_count()
     accelerator = torch.accelerator.current_accelerator() if count else None
     return "cpu" if accelerator is None else f"cpu, {count} {accelerator.type}"
@@ -119,10 +69,6 @@ def _devices() -> str:
 
 def _exactness(session: Session) -> tuple[dict[str, float], float, str]:
     """The shipped VAE on all ranks and on one: the largest difference of each half, what is allowed, the shards."""
-    import torch
-
-    from halovae.media.vae_limits import latent_of, sample_of
-
     name = "float64" if session.device.type == "cpu" else "float32"
     vae = replace(session, dtype=getattr(torch, name)).load().vae
     generator = torch.Generator().manual_seed(0)
@@ -141,3 +87,8 @@ def _exactness(session: Session) -> tuple[dict[str, float], float, str]:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
+
+
+def fallback(ranks: int) -> str | None:
+    """The processor, which can prove an installation too, where there are accelerators, but not one for each rank."""
+    return "cpu" if 0 < torch.accelerator.device_count() < ranks else None

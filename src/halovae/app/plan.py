@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import torch
 import typer
 
-from halovae.app import launch
-from halovae.app.run_options import RunOptions, check_written, parse_counts
+from halovae.app.session import Session
+from halovae.app.survey import Row, Survey, Way
+from halovae.app.tables import counted
 from halovae.base.errors import InputError
-from halovae.cli import flags
-
-if TYPE_CHECKING:
-    from halovae.app.session import Session
-    from halovae.app.survey import Row, Survey, Way
-    from halovae.comm.bandwidth import LinkSpeed
-    from halovae.predict.predictor import Prediction
+from halovae.base.files import write_json
+from halovae.base.memory import free_bytes
+from halovae.base.options import HALVES
+from halovae.comm.bandwidth import LINKS, LinkSpeed, measure
+from halovae.media import models, vae_limits
+from halovae.predict.measured_rates import MeasuredSpeed
+from halovae.predict.predictor import Prediction
+from halovae.predict.rates import GivenSpeed
 
 _GIB = 2**30
+_UNSTEADY = 0.05
+"""Share of trials without two that agree, beyond which it is said."""
+_TOO_GOOD = 1.2
+_HEADS = "mode", "ranks", "cut or tiles", "seconds", "waiting", "messages", "MiB sent", "efficiency", "GiB", ""
+_WIDTHS = 5, 5, 12, 9, 8, 8, 9, 10, 7, 0
+"""Of the columns: a row is printed before the next ones are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class PlanJob:
+    """What a plan is made for."""
+
     sizes: tuple[int, int, int]
     """Frames, height and width."""
     ranks: tuple[int, ...]
@@ -35,31 +45,8 @@ class _Job:
     json: Path | None
 
 
-@flags.takes("plan")
-def plan(
-    context: typer.Context, *, height: int, width: int, num_frames: int, ranks: str, link: str, memory: float | None,
-    flops: float | None, bandwidth: float | None, json: Path | None, **how: Any,
-) -> int:  # fmt: skip
-    """Predict time, waiting, messages and memory of encode and decode, for every mode and cut."""
-    from halovae.app.run_ranks import run
-    from halovae.media.reader import check_size
-
-    check_size(height, width)
-    if (flops is None) != (bandwidth is None):
-        raise InputError("--flops and --bandwidth belong together: give both, or none to measure this device")
-    check_written(json)
-    rates = None if flops is None or bandwidth is None else (flops * 1e12, bandwidth * 1e9)
-    job = _Job(
-        sizes=(num_frames, height, width), ranks=parse_counts(ranks), link=link, memory=memory, rates=rates, json=json
-    )
-    started = 2 if link == "measured" and launch.place() is None else None
-    return run(context, RunOptions(ranks=started, **how), lambda session: _on_rank(session, job))
-
-
-def _on_rank(session: Session, job: _Job) -> None:
-    import torch
-
-    from halovae.comm.bandwidth import LINKS, measure
+def plan(session: Session, job: PlanJob) -> None:
+    """Predict every way, and print it. Called on every rank."""
 
     link = measure(session.group, session.device) if job.link == "measured" else LINKS[job.link]
     if not session.is_first:
@@ -72,21 +59,15 @@ def _on_rank(session: Session, job: _Job) -> None:
         torch.set_num_threads(threads)
 
 
-def _plan(session: Session, job: _Job, link: LinkSpeed) -> None:
-    from halovae.app.survey import Survey
-    from halovae.base.files import write_json
-    from halovae.base.options import HALVES
-    from halovae.media import models, vae_limits
-    from halovae.predict.measured_rates import MeasuredSpeed
-    from halovae.predict.rates import GivenSpeed
-
+def _plan(session: Session, job: PlanJob, link: LinkSpeed) -> None:
     with session.stages.stage("the VAE's config"):
         name, vae = models.find_skeleton(session.options.model)
         limits = vae_limits.limits_of(vae)
         padded = limits.fit(*job.sizes)
     for note in padded.notes:
         session.stages.note(note)
-    room = job.memory * _GIB if job.memory is not None else _free(session)  # before trials take any
+    room = free_bytes(session.device) if job.memory is None else job.memory * _GIB  # before trials take any
+    room = 2**60 if room is None else room  # The system can't tell.
     given = job.rates and GivenSpeed(flops=job.rates[0], bandwidth=job.rates[1], device=session.device)
     with session.stages.stage("one rank"):
         speed = given or MeasuredSpeed(session.device, session.dtype)
@@ -142,25 +123,15 @@ def _doubts(found: dict[str, list[Row]], unsteady: float) -> list[str]:
     return notes
 
 
-_UNSTEADY = 0.05
-"""Share of trials without two that agree, beyond which it is said."""
-_TOO_GOOD = 1.2
-
-
-def _heading(session: Session, name: str, kind: str, job: _Job, survey: Survey, link: LinkSpeed, room: float) -> str:
+def _heading(session: Session, name: str, kind: str, job: PlanJob, survey: Survey, link: LinkSpeed, room: float) -> str:
     frames, height, width = job.sizes
     device = "cpu, one thread per rank" if session.device.type == "cpu" else str(session.device)
     device = f"{job.rates[0] / 1e12:g} TFLOP/s, {job.rates[1] / 1e9:g} GB/s" if job.rates else f"{device}, measured"
     return (
         f"{name} ({kind}), {session.dtype_words}, {survey.weights / _GIB:.3g} GiB of weights\n"
-        f"{frames} frame{'s' * (frames != 1)} of {width}x{height}\n"
+        f"{counted(frames, 'frame')} of {width}x{height}\n"
         f"device {device}, {room / _GIB:.3g} GiB free; link {job.link}, {link}"
     )
-
-
-_HEADS = "mode", "ranks", "cut or tiles", "seconds", "waiting", "messages", "MiB sent", "efficiency", "GiB", ""
-_WIDTHS = 5, 5, 12, 9, 8, 8, 9, 10, 7, 0
-"""Of the columns: a row is printed before the next ones are known."""
 
 
 def _line(cells: tuple[str, ...]) -> str:
@@ -175,11 +146,8 @@ def _cells(row: Row, found: Prediction) -> tuple[str, ...]:
 
 
 def _check_room(survey: Survey, found: dict[str, list[Row]], room: float) -> None:
-    """Refuse a clip of which a half fits in none of the ways that were asked for.
-
-    Raises:
-        InputError: with the number of ranks on which it would.
-    """
+    """Refuse a clip of which a half fits in none of the ways that were asked for, with the number of ranks that would
+    do."""
     for half, rows in found.items():
         able = [row for row in rows if row.prediction is not None]
         if not able:
@@ -192,11 +160,3 @@ def _check_room(survey: Survey, found: dict[str, list[Row]], room: float) -> Non
         raise InputError(
             f"{half} needs {least / _GIB:.3g} GiB on a rank at the least, and {room / _GIB:.3g} are free: {remedy}"
         )
-
-
-def _free(session: Session) -> int:
-    """Bytes free on this device now; far more than there are where the system can't tell."""
-    from halovae.base.memory import free_bytes
-
-    free = free_bytes(session.device)
-    return 2**60 if free is None else free
