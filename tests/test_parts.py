@@ -127,6 +127,8 @@ def sessions(rank: int) -> None:
         assert one.state_bytes == 0
         with pytest.raises(halovae.InputError, match="session 1 is closed"):
             one.decode(latent)
+        lost = [handle.session(), handle.session()]
+        del lost  # Nobody can close them any more.
         three = handle.session()
     with pytest.raises(halovae.InputError, match="is closed"):
         three.decode(latent)
@@ -185,6 +187,13 @@ def ends(rank: int) -> None:
                 if rank and number == 1:
                     break
         assert sum(1 for _ in read) == 8 - 4 * (1 - rank)  # Nothing is read ahead.
+        works()
+        failing = pytest.raises(OSError if rank else halovae.RankFailedError, match="no space left")
+        with failing, handle.encode_stream([clip]) as stream:
+            next(stream)
+            if rank:
+                raise OSError("no space left")
+            next(stream)
         works()
         stream = handle.encode_stream([clip])
         next(stream)

@@ -118,6 +118,16 @@ def ends(rank: int) -> None:
                 next(handle.decode_stream(latent))
         works(handle)
 
+        # Who leaves the block by an exception has failed; the others don't take what there is for all of it.
+        failing = pytest.raises(OSError if rank else halovae.RankFailedError, match="no space left")
+        with failing, handle.decode_stream(latent) as stream:
+            for _ in islice(stream, 2 - rank):
+                pass
+            if rank:
+                raise OSError("no space left")
+            next(stream)
+        works(handle)
+
         def refuse(module: Any, args: Any) -> None:
             nonlocal calls
             calls += 1
@@ -139,10 +149,16 @@ def ends(rank: int) -> None:
             next(handle.decode_stream(latent[:, :, : 2 + rank]))
         with pytest.raises(halovae.InputError, match="no picture"):
             next(handle.decode_stream())
+        with pytest.raises(halovae.InputError, match=r"a stream is of videos, \(batch"):
+            handle.decode_stream(latent[:, :, 0])
+        with pytest.raises(halovae.InputError, match="give an iterable of tensors"):
+            handle.encode_stream(None)
         works(handle)
         stream = handle.decode_stream(latent)
         next(stream)
-    with pytest.raises(StopIteration):  # Restored in the middle.
+    with pytest.raises(halovae.InputError, match="restored while its stream was open"):
+        next(stream)  # What came before is not all of it.
+    with pytest.raises(StopIteration):
         next(stream)
     assert torch.equal(run_decode(FAMILIES["wan21"], vae, latent), expected)
 

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from halovae.api.caller import Caller
 from halovae.api.engines import Ran, StreamClosed
 from halovae.api.parts import CLOSED, ClipSession, PartialClip, Parts
-from halovae.api.stream import Give, Stream
+from halovae.api.stream import Give, Leaving, Stream
 from halovae.base.compiled import never_compiled
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, failed_elsewhere
 from halovae.base.forks import owned_here
 from halovae.base.memory import is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, Options, gather_of
@@ -51,7 +51,7 @@ class Handle(Caller):
         self._stream: Callable[[], Stream | None] = _no_stream
         """The one that is open."""
         self._opened = 0
-        self._sessions: set[ClipSession] = set()
+        self._sessions: weakref.WeakSet[ClipSession] = weakref.WeakSet()
         self._halves: set[str] = set(target.originals)
         self._running = False
         for half in target.originals:
@@ -74,7 +74,7 @@ class Handle(Caller):
     def release(self, half: str) -> None:
         """Give the VAE its own encode or decode back, as `restore` does with both."""
         if (stream := self._stream()) and not stream.is_here():
-            stream.close()
+            stream.end(InputError("the VAE was restored while its stream was open: what came before is not all of it"))
         with self._lock:
             if half not in self._halves:
                 return
@@ -217,6 +217,8 @@ class Handle(Caller):
         """
         most = self._options.sessions
         if len(self._sessions) >= most:
+            gc.collect()  # Those that nobody holds any more are gone then.
+        if len(self._sessions) >= most:
             raise InputError(f"{most} sessions are open, as many as allowed: close one, or give Options(sessions=...)")
         self._opened += 1
         session = ClipSession(self, f"session {self._opened}", self._sessions.discard)
@@ -224,6 +226,8 @@ class Handle(Caller):
         return session
 
     def _parts(self, half: Half, frames: Iterable[Tensor], count: int | None, kwargs: dict[str, Any]) -> Parts:
+        if not isinstance(frames, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"{half}_stream got a {type(frames).__name__}: give an iterable of tensors")
         if count is not None and (type(count) is not int or count < 1):
             raise InputError(f"count is {count!r}: give the number of all frames, or None where it is not known")
         self._opened += 1
@@ -350,7 +354,13 @@ class Handle(Caller):
         """
         if len(args) == 1 and isinstance(args[0], Iterable) and not isinstance(args[0], Tensor):
             return self._parts("decode", cast("Iterable[Tensor]", args[0]), count, kwargs)
-        device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
+        pictures = pictures_in((args, kwargs))
+        if pictures and pictures[0].ndim != 5:
+            raise InputError(
+                f"decode_stream got a tensor of shape {tuple(pictures[0].shape)}: a stream is of videos, "
+                "(batch, channels, frames, height, width)"
+            )
+        device = pictures[0].device if pictures else torch.device("cpu")
         self._check_no_stream()
         with self._lock:
             if self._running:
@@ -371,13 +381,14 @@ class Handle(Caller):
             if half not in self._halves:
                 raise InputError(f"this handle does not run {half} any more")
             self._running, self._stream, started = True, stream, time.perf_counter()
-            pieces: list[float] = []
+            pieces, said = list[float](), list[Leaving | None]()
 
             def emit(frames: Tensor) -> None:
                 pieces.append(time.perf_counter() - started)
-                goes_on = give(frames)
+                leaving = give(frames)
                 del frames
-                if not all(self._comm.all_gather_object(goes_on)):
+                said[:] = self._comm.all_gather_object(leaving)
+                if any(said):
                     raise StreamClosed
 
             try:
@@ -392,8 +403,22 @@ class Handle(Caller):
                     gc.collect()
                 last = cast("CallReport", self.last)
                 self.last = replace(last, pieces=len(pieces), first_seconds=pieces[0])
+                if any(said) and said[self._comm.rank] is None:
+                    self._tell_who_left(said, len(pieces))
             finally:
                 self._running, self._stream = False, _no_stream
+
+    def _tell_who_left(self, said: Sequence[Leaving | None], pieces: int) -> None:
+        """On a rank that would have gone on."""
+        for rank, leaving in enumerate(said):
+            if leaving and leaving.failure:
+                raise failed_elsewhere(rank, *leaving.failure)
+        for rank, leaving in enumerate(said):
+            if leaving and not leaving.is_closed:
+                LOG.warning(
+                    "rank %d has left its stream without closing it: the streams of all ranks end after %d pieces",
+                    rank, pieces,
+                )  # fmt: skip
 
     def _check_no_stream(self) -> None:
         stream = self._stream()

@@ -198,7 +198,8 @@ class Parts(Iterator[Any]):
     iterable of latents, by `Handle.decode_stream`.
 
     Nothing is read or computed ahead. Every rank takes its own to the end, or closes it; who leaves a loop early closes
-    it too. Closing waits until every rank has asked for its next piece or has closed.
+    it too. Closing waits until every rank has asked for its next piece or has closed. An exception that leaves its
+    `with` block is a failure: other ranks raise `RankFailedError` for it.
     """
 
     def __init__(self, handle: Runs, half: Half, frames: Iterable[Tensor], clip: PartialClip) -> None:
@@ -288,8 +289,13 @@ class Parts(Iterator[Any]):
     def __enter__(self) -> Parts:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, GeneratorExit):
+            self.close()
+        elif self.is_open:
+            with suppress(Exception):  # What the block failed by is raised on; the other ranks get it here.
+                self._handle.run_part(self._clip, None, problem=error)
+            self._finish()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():
