@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -68,13 +68,14 @@ class Caller:
         self._warned = self._said_compiled = False
 
     def _attempt(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float, emit: Emit | None = None
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float, emit: Emit | None = None,
+        pieces: Sequence[float] = (),
     ) -> Any:  # fmt: skip
         begun = time.perf_counter()
         with self._one_call(half, args, kwargs):
             args, kwargs = self._dtypes.given(half, args, kwargs)
             picture = self._agree_on_call(half, args, kwargs, how=", in pieces" if emit else "")
-            with torch.no_grad(), self._reported(half, picture.device, started, begun) as report:
+            with torch.no_grad(), self._reported(half, picture.device, started, begun, pieces) as report:
                 try:
                     ran = self._engine.run(half, picture, args, kwargs, emit)
                 except NotExactError as error:
@@ -117,7 +118,7 @@ class Caller:
 
     @contextmanager
     def _reported(
-        self, half: str, device: torch.device, started: float, begun: float
+        self, half: str, device: torch.device, started: float, begun: float, pieces: Sequence[float] = ()
     ) -> Iterator[Callable[[Ran], Any]]:
         """Around the work of a call that ranks have agreed on; yields what makes a report of it, and gives the result.
 
@@ -126,6 +127,7 @@ class Caller:
             device: that it runs on.
             started: when the call was made.
             begun: when the attempt that goes well was.
+            pieces: seconds to each piece of the output, complete at the end; none of a call that is not in pieces.
         """
         memory, agreed = PeakMemory(device), time.perf_counter()
         timeline.note("agree", begun, agreed)
@@ -142,6 +144,7 @@ class Caller:
                 bytes=traffic.bytes,
                 wait_seconds=traffic.wait_seconds,
                 peak_memory=None if peak is None else peak + ran.recorded,
+                **({"pieces": len(pieces), "first_seconds": pieces[0]} if pieces else {}),
             )
             return ran.result
 

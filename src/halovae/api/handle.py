@@ -23,7 +23,7 @@ from halovae.base.compiled import never_compiled
 from halovae.base.errors import InputError, failed_elsewhere
 from halovae.base.forks import owned_here
 from halovae.base.memory import is_shortage
-from halovae.base.options import AllOptions, CallReport, Half, Options, gather_of
+from halovae.base.options import AllOptions, Half, Options, gather_of
 from halovae.base.trees import map_tensors, on_meta, pictures_in, tensors_in
 from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.randomness import rewound_by_failure
@@ -394,15 +394,13 @@ class Handle(Caller):
             try:
                 while True:
                     try:
-                        self._attempt(half, args, kwargs, started, emit)
+                        self._attempt(half, args, kwargs, started, emit, pieces)
                         break
                     except BaseException as error:
                         given = self._dtypes.given(half, args, kwargs)
                         if pieces or not self._engine.retreat(half, *given, error):
                             raise
                     gc.collect()
-                last = cast("CallReport", self.last)
-                self.last = replace(last, pieces=len(pieces), first_seconds=pieces[0])
                 if any(said) and said[self._comm.rank] is None:
                     self._tell_who_left(said, len(pieces))
             finally:

@@ -309,8 +309,9 @@ class Merged:
 
     def _keep(self) -> Tensor:
         """Call the network for all that waits, and keep the promises."""
-        count = len(self._waiting)
-        result = self._run(torch.cat(self._waiting, 2) if count > 1 else self._waiting[0])
+        count, run = len(self._waiting), self._run
+        self._run = self._network  # What it holds are caches, which nobody else needs any more.
+        result = run(torch.cat(self._waiting, 2) if count > 1 else self._waiting[0])
         parts = result.chunk(count, 2) if count > 1 else (result,)
         for promise, part in zip(self._promises, parts, strict=False):
             promise.recipe.value = part
