@@ -354,13 +354,7 @@ class Handle(Caller):
         """
         if len(args) == 1 and isinstance(args[0], Iterable) and not isinstance(args[0], Tensor):
             return self._parts("decode", cast("Iterable[Tensor]", args[0]), count, kwargs)
-        pictures = pictures_in((args, kwargs))
-        if pictures and pictures[0].ndim != 5:
-            raise InputError(
-                f"decode_stream got a tensor of shape {tuple(pictures[0].shape)}: a stream is of videos, "
-                "(batch, channels, frames, height, width)"
-            )
-        device = pictures[0].device if pictures else torch.device("cpu")
+        device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         self._check_no_stream()
         with self._lock:
             if self._running:
