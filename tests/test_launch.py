@@ -204,11 +204,12 @@ def test_ranks_that_say_much_do_not_block(tmp_path: Path) -> None:
 
 STUCK = """
 import ctypes
+import threading
 from halovae.app import watch
 watch.GRACE = 0.1
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 with watch.guarded("the same command goes on"):
-    print("ready", flush=True)
+    threading.Timer(0.5, print, ["ready"], {"flush": True}).start()  # When the other thread is in there already.
     library.pthread_mutex_lock(mutex)
     library.pthread_mutex_lock(mutex)
 """

@@ -29,6 +29,9 @@ DONE, THERE, FAILED, MEMORY, STOP = "done", "there", "failed", "memory", "stop"
 can't go on."""
 _ENDS = 2
 """Processes that may end while they are at an item: Ray would start one after the other, without end."""
+_ENCODER_ENDS = 5
+"""While they encode clips together. Then these go one by one, and may have other last bits than together: so it takes
+more than the few kills from outside that one run may see."""
 
 
 class DeadlyError(HalovaeError):
@@ -36,12 +39,13 @@ class DeadlyError(HalovaeError):
 
 
 @contextmanager
-def begun(folder: Path, name: str) -> Iterator[None]:
+def begun(folder: Path, name: str, most: int = _ENDS) -> Iterator[None]:
     """Within it, a file tells who comes next if this process ends.
 
     Args:
         folder: of such files, the same for all machines.
         name: of what is begun.
+        most: so many processes may have ended at it.
 
     Raises:
         DeadlyError: as many processes as may have ended at it before.
@@ -52,7 +56,7 @@ def begun(folder: Path, name: str) -> Iterator[None]:
         ends = file.tell()
         file.write(b".")
     try:
-        if ends >= _ENDS:
+        if ends >= most:
             raise DeadlyError(f"it has ended {ends} processes that were at it")
         yield
     finally:
@@ -174,7 +178,7 @@ class Device:
         return [codec.to_tensor(clip, self._dtype, self._device) for clip in pixels]
 
     def _in_turn(self, clips: list[Any], name: str) -> dict[str, Any]:
-        with begun(self._marks, name) if name else nullcontext():
+        with begun(self._marks, name, _ENCODER_ENDS) if name else nullcontext():
             return self._encode(clips)
 
     def _encode(self, clips: list[Any]) -> dict[str, Any]:
