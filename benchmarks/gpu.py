@@ -57,7 +57,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {"Wan 2.1": ({}, 16, 8), "W
 CASES = [("Wan 2.1", (480, 832, 81)), ("Wan 2.1", (720, 1280, 81)), ("Wan 2.2", (480, 832, 81))]
 SEVERAL = (
     "Wan 2.1 480x832x81", "Wan 2.1 720x1280x81", "Wan 2.2 704x1280x121", "FLUX.2 2048x2048",
-    "HunyuanVideo15 480x832x81",
+    "HunyuanVideo15 480x832x81", "SDXL 1024x1024", "FLUX.2 1024x1024",
 )  # fmt: skip
 """Of `gpu_vaes.py`, for all GPUs of the host."""
 PARTS = ("one", "projection", "several", "processes")

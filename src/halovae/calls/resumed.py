@@ -23,6 +23,7 @@ from halovae.calls.time_stages import Part, Stage, TimeStages, absent
 from halovae.exact.layout import layout_of, mark, plain
 from halovae.exact.run import first_tensor
 from halovae.kernels.fast_mode import finished
+from halovae.kernels.lazy.deferred import computed
 
 
 @dataclass
@@ -204,7 +205,7 @@ def blank(like: Tensor, frames: int) -> Tensor:
 @outside_modes
 def copy(tensor: Tensor) -> Tensor:
     """A copy, laid out as it is."""
-    return mark(finished(tensor).clone(), layout_of(tensor))
+    return mark(computed(tensor).clone(), layout_of(tensor))
 
 
 @outside_modes
@@ -226,8 +227,8 @@ def _changes(now: Any, before: Any) -> Any:
 
 @outside_modes
 def _kept(tensor: Tensor) -> Tensor:
-    """A cache, without more memory than its own."""
+    """A cache, without more memory than its own; laid out in memory as the network's kernels want it again."""
     layout = layout_of(tensor)
-    tensor = finished(tensor)
+    tensor = computed(tensor)
     is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
     return mark(tensor.clone() if is_part else tensor, layout)
