@@ -90,7 +90,8 @@ def test_other_sizes_and_weights_are_not_replayed() -> None:
 
         assert [replayed(tensor) for _ in range(3)] == [False, False, True]
         assert not replayed(larger)
-        assert [replayed(tensor) for _ in range(3)] == [False, False, True]
+        assert replayed(tensor)
+        assert [replayed(larger), replayed(larger), replayed(tensor)] == [False, True, True]
         with torch.no_grad():
             vae.decoder.conv_in.weight.mul_(1.5)
         assert replayed(tensor)  # Weights are read anew each time.
@@ -114,6 +115,32 @@ def test_what_a_first_call_leaves_in_the_vae_is_no_other_kind_of_call() -> None:
             assert handle.last is not None
             found.append(handle.last.replayed)
     assert found == [False, False, True]
+
+
+@pytest.mark.usefixtures("records")
+@pytest.mark.parametrize("mode", ["exact", "auto"])
+def test_recordings_give_their_memory_to_a_call_that_lacks_it(mode: Any) -> None:
+    vae, (tensor, *_) = placed("kl", "decode")
+    engines, block = list[Any](), vae.decoder.mid_block
+    run, shortages = block.forward, list[int]()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if engines and engines[0].graphs.has_kept:
+            shortages.append(1)
+            raise torch.OutOfMemoryError("recordings keep too much")
+        return run(*args, **kwargs)
+
+    block.forward = forward
+    expected = by_diffusers(vae, tensor)
+    with halovae.parallelize(vae, mode=mode, options=halovae.Options(graphs=True)) as handle:
+        assert [follow(handle, "kl", vae, "decode", tensor, expected) for _ in range(3)] == [False, False, True]
+        engine: Any = handle._engine  # pyright: ignore[reportPrivateUsage]
+        engines.append(engine if mode == "exact" else engine._exact)
+        larger = torch.cat([tensor, tensor], -1)
+        assert not follow(handle, "kl", vae, "decode", larger, by_diffusers(vae, larger))
+        assert shortages == [1]
+        assert handle.last is not None
+        assert handle.last.mode == "exact"
 
 
 @torch.no_grad()

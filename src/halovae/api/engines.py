@@ -206,7 +206,8 @@ class ExactEngine(Engine):
             alone=lambda *given: _Alone(self, solo, half, *given).make(),
             trial=lambda *given: _OnRanks(solo, half, *given).make(),
         )  # fmt: skip
-        (self if contest.is_alone else solo).graphs.drop(half)
+        if contest.seconds:  # It has just been decided.
+            (self if contest.is_alone else solo).graphs.drop(half)
         phases = ran.report.phases | ({"trial": contest.seconds} if contest.seconds else {})
         return replace(ran, report=replace(ran.report, phases=phases, alone=contest.words))
 
@@ -243,15 +244,19 @@ class ExactEngine(Engine):
             self.solo.free()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
+        has_freed = self.graphs.has_kept
         self.free()
-        if self.contest is None or not self.contest.is_at_risk:
+        is_at_risk = self.contest is not None and self.contest.is_at_risk
+        if not has_freed and not is_at_risk:
             return False
         try:
             with one_call(self.comm):
                 is_short = any(self.comm.all_gather_object(is_shortage(error)))
         except Exception:  # A rank has died: the first error says more.
             return False
-        return is_short and self.contest.give_up()
+        if is_short and is_at_risk and self.contest:
+            self.contest.give_up()
+        return is_short
 
     def compression(self, half: str, picture: Tensor) -> int:
         """Pixels per latent for encode, 1 for decode."""
@@ -347,7 +352,7 @@ class _OnRanks(ExactCall[Ran]):
     def _learn(self, growth: int) -> None:
         """How many bytes the call took."""
         self._engine.room.learn(self.half, self.shards, self.picture, growth)
-        self._engine.graphs.learn(self.half, growth)
+        self._engine.graphs.learn(growth)
 
     def runner(self) -> Runner:
         graphs = self._engine.graphs
@@ -465,7 +470,7 @@ class _InPieces(_InStages):
         return found if sum(stage.length > 0 for _, stage, _ in found) > 1 else ()
 
     def _learn(self, growth: int) -> None:
-        self._engine.graphs.learn(self.half, growth)  # A whole call takes more.
+        self._engine.graphs.learn(growth)  # A whole call takes more.
 
     def run(self) -> None:
         if not self._parts:
@@ -508,6 +513,7 @@ class _OneStage(_InStages):
         self.steps = self.resumed.steps = self.steps_of(self.resumed.stage)
 
     def runner(self) -> Runner:
+        self._engine.graphs.begin()
         return on_shards
 
     def run(self) -> None:

@@ -1,4 +1,4 @@
-"""Calls of one kind that come again: the second is recorded, and from the third on it is replayed without Python.
+"""Calls of a kind that come again: the second is recorded, and from the third on they are replayed without Python.
 
 On a shard, an accelerator's kernels take less time than Python takes to ask for them. `Tape` keeps them.
 """
@@ -36,7 +36,16 @@ LOG = logging.getLogger("halovae")
 T = TypeVar("T")
 
 _FREE_SHARE = 4
-"""Without having been asked to, a recording keeps at most this part of the memory that is free: others need it too."""
+"""Without having been asked to, recordings keep at most this part of the memory that is free: others need it too."""
+
+_MOST = 4
+"""Recordings that are kept: a pipeline calls its VAE in a few sizes."""
+
+_SEEN = 16
+"""Kinds of calls that are remembered, to know one that comes again."""
+
+_IDLE = 8
+"""Calls after which a recording that was not used makes room for another one."""
 
 _GAIN = 0.97
 """A replay pays where it takes less than this part of a call: less gain is within what two calls differ by."""
@@ -46,7 +55,7 @@ _GAIN = 0.97
 class KernelRecording:
     """A call that can be replayed: the tape, and where on the device its arguments and its result are."""
 
-    key: Any
+    half: str
     tape: Tape
     arguments: Any
     result: Any
@@ -74,7 +83,7 @@ class KernelRecording:
 
 
 class Graphs:
-    """The recordings of one rank: of each half the kind of call that came last. Every rank of the group makes one.
+    """The recordings of one rank: of the kinds of calls that came last. Every rank of the group makes one.
 
     Args:
         comm: the group. All its ranks have a shard.
@@ -84,32 +93,40 @@ class Graphs:
         way: how the last call went: "plain", "record" or "replay".
         growth: bytes of what was replayed that the device does not count as in use.
         replayed: what was replayed in the last call, in words, or nothing.
+        has_kept: whether a recording has been kept since `clear`, on this rank as on all.
     """
 
     def __init__(self, comm: Comm, target: Target, always: bool = True) -> None:
         self._comm, self._target, self._always = comm, target, always
-        self._recordings: dict[str, KernelRecording] = {}
-        self._last: dict[str, Any] = {}
+        self._recordings: dict[Any, KernelRecording] = {}
+        """By kind of call; the one that was used last comes last."""
+        self._seen: dict[Any, int | None] = {}
+        """Kinds of calls that were not replayed, and by how many bytes the peak of one was above what was in use."""
         self._refused: set[Any] = set()
-        self._taken: dict[str, int] = {}
+        self._calls, self._used = 0, dict[Any, int]()
+        self.has_kept = False
         self.begin()
 
     def begin(self) -> None:
         """Before a call."""
         self.way, self.growth, self.replayed = "plain", 0, ""
+        self._last: Any = None
 
     def clear(self) -> None:
         """Free what is kept."""
         self._recordings.clear()
-        self._last.clear()
+        self._seen.clear()
+        self.has_kept = False
 
-    def learn(self, half: str, growth: int) -> None:
-        """Take in by how many bytes the peak of a call that was not replayed was above what was in use before."""
-        self._taken[half] = growth
+    def learn(self, growth: int) -> None:
+        """Take in by how many bytes the peak of this call, not a replay, was above what was in use before."""
+        if self._last in self._seen:
+            self._seen[self._last] = growth
 
     def drop(self, half: str) -> None:
         """Free what is kept of one half."""
-        self._recordings.pop(half, None)
+        for key in [key for key, recording in self._recordings.items() if recording.half == half]:
+            del self._recordings[key]
 
     @property
     def kept(self) -> int:
@@ -127,15 +144,19 @@ class Graphs:
             outlet: gets what the call leaves before its end.
         """
         key = self._key(kind)
-        ways = set(self._comm.all_gather_object(self._way_of(half, key, (args, kwargs))))
-        if ways == {"replay"}:
-            recording = self._recordings[half]
+        self._calls += 1
+        self._used[key] = self._calls
+        self._drop_void(key)
+        ways = set(self._comm.all_gather_object(self._way_of(key, (args, kwargs))))
+        recording = self._recordings.pop(key, None)
+        if ways == {"replay"} and recording:
+            self._recordings[key] = recording
             self.way, self.growth, self.replayed = "replay", recording.growth, str(recording)
             return recording.replay((args, kwargs), outlet.take)
-        self.drop(half)  # This call may need the memory.
+        del recording
         if "plain" in ways:
             result = on_shards(mesh, call, args, kwargs)
-            self._last[half] = self._key(kind)  # As the next call finds it: the first one may leave new attributes.
+            self._note(self._key(kind))  # As the next call finds it: the first one may leave new attributes.
             return result
         self.way = "record"
         return self._run_and_record(half, key, outlet, mesh, call, (args, kwargs))
@@ -143,19 +164,36 @@ class Graphs:
     def _key(self, kind: Callable[[], Any]) -> Any:
         return kind(), _settings(), self._target.facts.reading(), self._comm.era
 
-    def _way_of(self, half: str, key: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
-        """What this rank would do."""
-        if half in self._recordings and self._recordings[half].key == key:
-            return "replay"
-        able = self._last.get(half) == key and key not in self._refused and _is_plain(*arguments)
-        return "record" if able and (self._always or self._is_wanted(half, arguments)) else "plain"
+    def _note(self, key: Any) -> None:
+        self._last = key
+        self._seen[key] = self._seen.pop(key, None)
+        for old in list(self._seen)[:-_SEEN]:
+            del self._seen[old]
+        self._used = {key: self._used.get(key, 0) for key in (*self._seen, *self._recordings)}
 
-    def _is_wanted(self, half: str, arguments: Any) -> bool:
+    def _drop_void(self, key: Any) -> None:
+        """Drop recordings of other weights, and those that a failure has made void."""
+        for old in [old for old in self._recordings if old[2:] != key[2:]]:
+            del self._recordings[old]
+
+    def _way_of(self, key: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+        """What this rank would do."""
+        if key in self._recordings:
+            return "replay"
+        able = key in self._seen and key not in self._refused and _is_plain(*arguments)
+        return "record" if able and (self._always or self._is_wanted(key, arguments)) else "plain"
+
+    def _is_wanted(self, key: Any, arguments: Any) -> bool:
         """Whether to record without having been asked to."""
-        free = free_bytes(tensors_in(arguments)[0].device)
-        if half not in self._taken or free is None or _FREE_SHARE * self._taken[half] > free:
+        free, taken = free_bytes(tensors_in(arguments)[0].device), self._seen[key]
+        if free is None or taken is None or is_hooked(self._target.vae):
             return False
-        return not is_hooked(self._target.vae)
+        idle = [old for old in self._recordings if self._calls - self._used[old] > _IDLE]
+        while _FREE_SHARE * (self.kept + taken) > free + self.kept:
+            if not idle:
+                return False
+            free += self._recordings.pop(idle.pop(0)).growth
+        return True
 
     def _run_and_record(
         self, half: str, key: Any, outlet: Outlet, mesh: Mesh, call: Call, arguments: Any
@@ -183,7 +221,7 @@ class Graphs:
         with frozen_generators(device), unchanged(self._target.vae):
             for way in () if problem else ways:
                 recording = None  # The memory of one that did not go well.
-                recording, problem = self._record(key, outlet, mesh, call, args, kwargs, way, problem)
+                recording, problem = self._record(half, outlet, mesh, call, args, kwargs, way, problem)
                 problem = self._first(problem)  # Before anything of it is launched.
                 if recording and not problem:
                     found, replay_seconds = timed(self._comm, device, functools.partial(_replayed, recording, copies))
@@ -198,7 +236,9 @@ class Graphs:
             return result
         plain, replayed = zip(*self._comm.all_gather_object((seconds, replay_seconds)), strict=True)
         if self._always or max(replayed) < _GAIN * max(plain):
-            self._recordings[half] = recording
+            for old in list(self._recordings)[: 1 - _MOST]:
+                del self._recordings[old]
+            self._recordings[key], self.has_kept = recording, True
             self._refused.discard(key)
         else:
             LOG.info("%s of %s takes as long replayed: it goes on as before", half, self._target.name)
@@ -210,7 +250,7 @@ class Graphs:
         return next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), "")
 
     def _record(
-        self, key: Any, outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, half: str, outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any],
         lane: GraphLane | None, note: str,
     ) -> tuple[KernelRecording | None, str]:  # fmt: skip
         """A recording, or why there is none. Sends nothing, so a rank may fail in it by itself."""
@@ -227,7 +267,7 @@ class Graphs:
             LOG.info("a call of %s can't be recorded: %s", self._target.name, error)
             return None, str(error).split("\n", 1)[0] or type(error).__name__
         held = sum(tensor.nbytes for tensor in tensors_in(result))
-        return KernelRecording(key, tape, (args, kwargs), result, max(0, memory.growth - held), note), ""
+        return KernelRecording(half, tape, (args, kwargs), result, max(0, memory.growth - held), note), ""
 
 
 def timed(comm: Comm, device: torch.device, run: Callable[[], T]) -> tuple[T, float]:
