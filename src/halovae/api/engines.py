@@ -479,7 +479,7 @@ class _InPieces(_InStages):
         self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
         clip = WholeClip(self.target.vae, self.half, self._stages, self._parts, self.steps_of, self._outlet)
         call = functools.partial(clip, functools.partial(self.target.run_untiled, self.half))
-        with suppress(StreamClosed), undone_by_failure(self.target.vae, self.args, self.kwargs):
+        with suppress(StreamClosed), undone_by_failure(self.target.facts, self.args, self.kwargs):
             self.work.run(call, self.runner())
             if not self._has_shard:
                 for _, stage, _ in self._parts:

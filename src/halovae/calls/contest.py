@@ -144,7 +144,7 @@ class Contest:
             if problem:
                 LOG.debug("%s of %s stays on shards: %s", half, self._target.name, problem)
 
-        with unchanged(self._target.vae):
+        with unchanged(self._target.facts):
             _, self.seconds = timed(self._comm, device, compare)
         self._comm.traffic, self.is_alone = traffic, bool(kind.is_alone)
         if kind.is_alone:
@@ -221,7 +221,7 @@ class Contest:
         device = tensors_in(given)[0].device
         generators = Generators(device, args, kwargs)
         try:
-            with unchanged(self._target.vae) as before:
+            with unchanged(self._target.facts) as before:
                 found, seconds = timed(self._comm, device, lambda: trial(args, kwargs))
                 if before.has_gone_on():
                     return "it leaves something behind", seconds

@@ -200,7 +200,7 @@ class Graphs:
     ) -> Any:  # fmt: skip
         """The result of an ordinary call. A recording that gives another one is not kept."""
         copies = args, kwargs = map_tensors(_copied, arguments)
-        device, before = tensors_in(arguments)[0].device, Snapshot(self._target.vae)
+        device, before = tensors_in(arguments)[0].device, Snapshot(self._target.facts)
         parts, take = list[Tensor](), outlet.take
 
         def copy_and_take(part: Tensor) -> None:
@@ -218,7 +218,7 @@ class Graphs:
         self._comm.traffic = Traffic()  # What the trial sends is not the call's.
         lane = self._comm.lane_of_graphs(device)
         recording, replay_seconds, ways = None, 0.0, (lane, None) if lane else (None,)
-        with frozen_generators(device), unchanged(self._target.vae):
+        with frozen_generators(device), unchanged(self._target.facts):
             for way in () if problem else ways:
                 recording = None  # The memory of one that did not go well.
                 recording, problem = self._record(half, outlet, mesh, call, args, kwargs, way, problem)
@@ -260,7 +260,7 @@ class Graphs:
         try:
             tape = Tape(self._comm, device, lane)
             # Weights are put in order on the tape too: what others keep of them may be freed.
-            with undone_by_failure(self._target.vae), apart(), outlet.to(tape.part), tape.recording():
+            with undone_by_failure(self._target.facts), apart(), outlet.to(tape.part), tape.recording():
                 result = on_shards(Mesh(tape, mesh.shape), call, args, kwargs)
         except Exception as error:  # Whatever asks the device for an answer, or finds no memory.
             self._comm.check()

@@ -79,7 +79,7 @@ class Resumed:
             self._network = Merged(self._network, self.steps, self._first_promised())
         self._caches: dict[int, Any] = {}
         self._results: list[list[Tensor]] = []
-        snapshot = Snapshot(self._vae, args, kwargs, values=False)
+        snapshot = Snapshot(self.stages.facts, args, kwargs, values=False)
         try:
             with answering(self._vae, self._half, self._answer):
                 result = method(*args, **kwargs)

@@ -141,6 +141,8 @@ class TimeStages:
 
     Attributes:
         most: how many steps of a row are one part, and go in one call of the network.
+        facts: what is known of the VAE's modules.
+        rest: what the modules of its network keep between calls.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class TimeStages:
     ) -> None:  # fmt: skip
         self._vae, self._half, self._method, self._record = vae, half, method, record
         self._clip, self._small, self._more, self._kwargs = clip, small, more, kwargs
-        self._facts = ModuleFacts(vae)
+        self.facts = ModuleFacts(vae)
         self._trials: dict[int, _Trial | None] = {}
         self._known: dict[Any, tuple[Stage, Position]] = {}
         self._next: dict[Any, Part | None] = {}
@@ -453,7 +455,7 @@ class TimeStages:
             return call.result([tensor.to(device) for tensor in results], device=device)
 
         more, kwargs = map_tensors(torch.clone, (self._more, self._kwargs))
-        quietly = unchanged(self._facts, more, kwargs), frozen_generators(device), torch.no_grad()
+        quietly = unchanged(self.facts, more, kwargs), frozen_generators(device), torch.no_grad()
         with quietly[0], quietly[1], quietly[2], answering(self._vae, self._half, answer), FastMode():
             output = finished(pictures_in(self._method(clip, *more, **kwargs))[0])
         if output.ndim != 5 or len(names) != len(calls):
