@@ -10,7 +10,6 @@ from halovae.app import launch
 from halovae.app.run_options import RunOptions
 from halovae.app.watch import guarded
 from halovae.base.errors import InputError
-from halovae.base.files import DEMO, check_model
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def run(words: Sequence[str], options: RunOptions, body: Callable[[Session], None]) -> int:
     """Run `body` on every rank; further ranks are started with the words of the command line. Returns the exit code."""
     here = launch.place()
-    busy = options.work.ranks
+    busy = options.vae_patch_parallel_size
     asked = busy or 1 if options.ranks is None else options.ranks
     ranks = asked if here is None else here.world_size
     if options.ranks not in (None, ranks):
@@ -29,8 +28,6 @@ def run(words: Sequence[str], options: RunOptions, body: Callable[[Session], Non
     if busy is not None and busy > ranks:
         raise InputError(f"--vae-patch-parallel-size {busy}: there are only {ranks} ranks; start more or ask for fewer")
     _check_axis(options.axis, busy or ranks)
-    if options.model not in (None, DEMO):
-        check_model(options.model)
     if here is None and sys.stderr.isatty():
         # Libraries take seconds to import. The first stage writes over it.
         sys.stderr.write(f"starting {ranks} rank{'s' * (ranks != 1)}\r")

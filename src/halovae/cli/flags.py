@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,6 +17,10 @@ from halovae.base.errors import InputError
 from halovae.base.files import DEMO, check_input, check_model, check_new_folder, check_output
 from halovae.cli import usage
 from halovae.pipelines.generation_settings import Setup
+from halovae.serve.server_settings import parse_keep, read_key
+
+if TYPE_CHECKING:
+    from halovae.media import FrameRange
 
 
 class Dtype(str, Enum):
@@ -46,6 +50,8 @@ class _Flag:
     most: float | None = None
     check: Callable[[Any], object] | None = None
     """Refuses a value that is wrong whatever the other flags say."""
+    read: Callable[[Any], Any] | None = None
+    """Makes of the words what the command gets, or refuses them."""
     is_slow: bool = False
     """Whether the check is left to the command's ranks, if nothing else is wrong."""
 
@@ -72,15 +78,18 @@ class _Flag:
             return tuple(one.value for one in self.kind)
         return tuple((self.metavar or "").split("|")) if "|" in (self.metavar or "") else ()
 
-    def check_value(self, value: Any) -> None:
-        """
+    def value(self, given: Any) -> Any:
+        """What the command gets for what the user has given.
+
         Raises:
             InputError: says which flag, which value, and what may be given.
         """
-        if self._allowed and value not in self._allowed:
-            raise InputError(f"{self.flag} {value}: give {self.gives}")
+        given = given.value if isinstance(given, Enum) else given
+        if self._allowed and given not in self._allowed:
+            raise InputError(f"{self.flag} {given}: give {self.gives}")
         if self.check is not None:
-            self.check(value)
+            self.check(given)
+        return given if self.read is None else self.read(given)
 
     def parameter(self, panel: str, default: Any) -> Parameter:
         """As typer wants it."""
@@ -123,10 +132,10 @@ def _check_clip(output: Path) -> None:
     check_output(output, SUFFIXES)
 
 
-def _check_frames(text: str) -> None:
+def _frames(text: str) -> FrameRange:
     from halovae.media import FrameRange
 
-    FrameRange.parse(text)
+    return FrameRange.parse(text)
 
 
 def _check_ranks(ranks: int) -> None:
@@ -137,18 +146,6 @@ def _check_device(kind: str) -> None:
     from halovae.app.session import device_kind
 
     device_kind(kind)
-
-
-def _check_keep(text: str) -> None:
-    from halovae.serve.server_settings import parse_keep
-
-    parse_keep(text)
-
-
-def _check_key(path: Path) -> None:
-    from halovae.serve.server_settings import read_key
-
-    read_key(path)
 
 
 def _check_buckets(flag: str) -> Callable[[list[str]], None]:
@@ -227,13 +224,13 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_SERVE, "served_model_name", str, "NAME", "Let clients call the model so.", shown="as --model"),
         _Flag(_SERVE, "store", Path, "DIR", "Keep jobs and their files in this folder.", Path("halovae-jobs")),
         _Flag(_SERVE, "keep", str, "TIME", "Keep jobs for so long after their end: 90s, 30m, 12h, 7d.", "7d",
-              check=_check_keep),
+              read=parse_keep),
     ),
     usage.CLIENTS: (
         _Flag(_SERVE, "host", str, "ADDRESS", "Listen on this address; 0.0.0.0 is open to all machines.", "127.0.0.1"),
         _Flag(_SERVE, "port", int, "N", "Listen on this port; 0 takes any that is free.", 8000, least=0, most=65535),
-        _Flag(_SERVE, "api_key_file", Path, "FILE", "Refuse requests that don't show the key in this file.",
-              check=_check_key),
+        _Flag(_SERVE, "key", Path, "FILE", "Refuse requests that don't show the key in this file.",
+              spelled="--api-key-file", read=read_key),
         _Flag(_SERVE, "max_queue", int, "N", "Let so many jobs wait at the most.", 64, least=1),
         _Flag(_SERVE, "max_upload", int, "MIB", "Refuse requests larger than this.", 32, least=1),
         _Flag(_SERVE, "max_pixels", int, "N", "Refuse frames of more pixels than this.", 1920 * 1088, least=1),
@@ -251,7 +248,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "area, from 3:1 to 1:3.", [], shown="none", check=_check_buckets("--bucket-area")),
         _Flag(_DATASET, "bucket_step", int, "PIXELS", "Let their sides be multiples of this.", 32, least=1),
         _Flag(_DATASET, "fps", float, "N", "Sample so many frames per second.", shown="every frame"),
-        _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all", check=_check_frames),
+        _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all", read=_frames),
         _Flag(_READ, "height", int, "PIXELS", "Make the clip this high: it is scaled to cover the size, and cropped "
               "around its centre.", shown="as in the file, or in proportion to --width", least=1),
         _Flag(_READ, "width", int, "PIXELS", "Make the clip this wide, in the same way.",
@@ -297,7 +294,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DOCTOR, "ranks", int, "N", "How many ranks to try. Under torchrun leave it out.", shown="2",
               check=_check_ranks),
         _Flag(_PLAN, "ranks", str, "N,N,...", "Plan for these numbers of ranks; none is started.", "1,2,4,8",
-              check=parse_counts),
+              read=parse_counts),
         _Flag(_PLAN, "link", str, "nvlink|pcie|ethernet|measured", "Take this link between ranks: nvlink, pcie, "
               "ethernet, or measured between 2 ranks here.", "pcie"),
         _Flag(_WHOLE, "ulysses_degree", int, "N", "Let so many ranks share a sequence by attention heads.", 1,
@@ -311,9 +308,9 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_ALONE, "untiled", bool, None, _UNTILED, False),
         _Flag(_WHOLE, "vae_untiled", bool, None, _UNTILED, False),
         _Flag(_ALONE, "tile_size", str, "H,W", "Make tiles this high and wide, in pixels.", shown="the VAE's own",
-              check=lambda text: parse_pair("--tile-size", text, least=1)),
+              read=lambda text: parse_pair("--tile-size", text, least=1)),
         _Flag(_ALONE, "tile_overlap", str, "H,W", "Let tiles overlap by so many pixels.", shown="the VAE's own",
-              check=lambda text: parse_pair("--tile-overlap", text, least=0)),
+              read=lambda text: parse_pair("--tile-overlap", text, least=0)),
         _Flag(_ALONE, "vae_use_tiling", bool, None, _TILING.format("--mode tile"), False,
               spelled="--vae-use-tiling --vae_use_tiling"),
         _Flag(_WHOLE, "vae_use_tiling", bool, None, _TILING.format("--vae-mode tile"), False),
@@ -326,7 +323,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               spelled="--vae-patch-parallel-size --vae_patch_parallel_size"),
         _Flag(_WHOLE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all"),
         _Flag(_RUN, "axis", str, "CUT", "Cut the picture like this in exact mode: auto, height, width, or ROWSxCOLS "
-              "such as 2x4.", "auto", check=parse_axis),
+              "such as 2x4.", "auto", read=parse_axis),
     ),
     usage.DEVICE: (
         _Flag(_WHOLE, "enable_layerwise_offload", bool, None,
@@ -360,7 +357,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_COMPARE, "min_psnr", float, "DB", "Fail if a frame's PSNR is below this."),
         _Flag(_COMPARE, "max_l2", float, "VALUE", "Latents: fail if a frame's relative L2 is above.", least=0),
         _Flag(_COMPARE, "grid", str, "HxW[+O]", "Tiles every H rows and W columns, overlapping by O: measure seams "
-              "there.", shown="no seams are measured", check=parse_grid),
+              "there.", shown="no seams are measured", read=parse_grid),
         _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different lengths or sizes share: larger "
               "pictures are cropped around the centre, not scaled.", False),
         _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded.", False),

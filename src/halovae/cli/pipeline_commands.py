@@ -10,11 +10,10 @@ import typer
 
 from halovae.app import launch
 from halovae.app.job import job_of
-from halovae.app.run_options import check_other, check_written
+from halovae.app.run_options import check_other
 from halovae.app.run_ranks import run
 from halovae.app.watch import guarded
 from halovae.base.errors import Faults, InputError
-from halovae.base.files import check_model, check_new_folder, check_output
 from halovae.cli import flags
 
 if TYPE_CHECKING:
@@ -42,13 +41,12 @@ def image_to_image(context: typer.Context, **given: Any) -> int:
 
 def _start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
     """Check the arguments, by name, of the command for a task, and run it; returns the exit code."""
-    place, faults = launch.place(), Faults()
-    ranks = place.world_size if place else 1 if given["ranks"] is None else given["ranks"]
-    job = None
+    place, faults, job = launch.place(), Faults(), None
+    ranks = place.world_size if place else given["ranks"] or 1
     with faults.noted():
         job = job_of(task, given, tuple(words))
         job.setup.check_ranks(ranks)
-    _check_files(task, given, faults)
+    _check_files(given, faults)
     faults.check()
     assert job is not None
     if job.dry_run:
@@ -64,28 +62,21 @@ def _start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
     return run(words, job.options, on_rank)
 
 
-def _check_files(task: str, given: Mapping[str, Any], faults: Faults) -> None:
-    """Note files that can't be read or written, before anything is loaded."""
-    from halovae.media import SUFFIXES, check_still
+def _check_files(given: Mapping[str, Any], faults: Faults) -> None:
+    """Note files that don't suit each other or the sizes, before anything is loaded."""
+    from halovae.media import check_still
     from halovae.media.reader import check_size
 
     if given["height"] and given["width"]:
         with faults.noted():
             check_size(given["height"], given["width"])
-    with faults.noted():
-        check_model(given["model"])
-    output: Path = given["output"]
-    with faults.noted():
-        check_output(output, (".png",) if task == "image-to-image" else SUFFIXES)
-        if given.get("num_frames") is not None:
-            check_still(output, given["num_frames"])
-    for written in ((given["json"], None), (None, given["report"])):
+    if given.get("num_frames") is not None:
         with faults.noted():
-            check_written(*written)
+            check_still(given["output"], given["num_frames"])
     for name in ("image", "last_image"):
         if given.get(name) is not None:
             with faults.noted():
-                _check_image(given[name], output)
+                _check_image(given[name], given["output"])
 
 
 def _check_image(path: Path, output: Path) -> None:
@@ -101,20 +92,17 @@ def serve(context: typer.Context, **given: Any) -> int:
     """Keep a pipeline loaded on several devices, and serve it over HTTP, as OpenAI's videos API and with a web page."""
     task = given.pop("task")
     job = job_of(task, {**given, "output": Path("video.mp4")})
-    place, ranks = launch.place(), given["ranks"]
+    place = launch.place()
     if place is not None and not launch.was_launched():
         raise InputError(
             "halovae serve starts its ranks by itself: "
             f"run `halovae serve --ranks {place.local_world_size} ...` without torchrun, once on each machine"
         )
-    count = place.world_size if place else 1 if ranks is None else ranks
+    ranks = place.world_size if place else given["ranks"] or 1
+    job.setup.check_ranks(ranks)
     if place is None:
-        launch.check_ranks(count)
-    job.setup.check_ranks(count)
-    check_model(job.model)
-    chosen = _options(task, given, count)
-    if place is None:
-        return _front(chosen, context.obj)
+        launch.check_ranks(ranks)
+        return _front(_options(task, given, ranks), context.obj)
 
     def on_rank(session: Session) -> None:
         from halovae.serve.worker import serve_ranks
@@ -124,26 +112,16 @@ def serve(context: typer.Context, **given: Any) -> int:
     return run(context.obj, job.options, on_rank)
 
 
-def _options(task: str, given: dict[str, Any], ranks: int) -> ServeOptions:
-    from halovae.serve.server_settings import ServeOptions, ServerLimits, parse_keep, read_key
+def _options(task: str, given: Mapping[str, Any], ranks: int) -> ServeOptions:
+    from halovae.serve.server_settings import ServeOptions, ServerLimits
 
-    path = given["api_key_file"]
+    most = {name: given[f"max_{name}"] for name in ("pixels", "frames", "steps", "queue")}
     return ServeOptions(
         model=given["served_model_name"] or given["model"],
         task=task,
         ranks=ranks,
-        host=given["host"],
-        port=given["port"],
-        store=given["store"],
-        keep=parse_keep(given["keep"]),
-        key=None if path is None else read_key(path),
-        limits=ServerLimits(
-            upload_bytes=given["max_upload"] * 2**20,
-            pixels=given["max_pixels"],
-            frames=given["max_frames"],
-            steps=given["max_steps"],
-            queue=given["max_queue"],
-        ),
+        limits=ServerLimits(upload_bytes=given["max_upload"] * 2**20, **most),
+        **{name: given[name] for name in ("host", "port", "store", "keep", "key")},
     )
 
 
@@ -172,7 +150,6 @@ _SHOWS = {
 @flags.takes("make-demo-model")
 def make_demo_model(context: typer.Context, *, folder: Path, kind: str) -> int:
     """Build a tiny pipeline in diffusers' format, without any download, to try the other commands."""
-    check_new_folder(folder)
     with guarded():
         from halovae.base.quiet import all_quiet
 

@@ -57,7 +57,7 @@ class Command(TyperCommand):
         for flag in sorted(known, key=lambda flag: flag.is_slow):
             if ctx.params.get(flag.name) is not None and (faults or not flag.is_slow):
                 with faults.noted():
-                    flag.check_value(ctx.params[flag.name])
+                    ctx.params[flag.name] = flag.value(ctx.params[flag.name])
         faults.check()
         return rest
 

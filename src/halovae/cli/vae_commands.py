@@ -8,24 +8,19 @@ from typing import Any
 
 import typer
 
-from halovae.app.run_options import RunOptions, VaeJob, check_files, check_written, run_options
+from halovae.app.run_options import RunOptions, VaeJob, check_other
 from halovae.app.run_ranks import run
 from halovae.app.watch import guarded
 from halovae.base.errors import InputError
-from halovae.base.files import DEMO, check_model, write_json
+from halovae.base.files import write_json
 from halovae.cli import flags
 
 
-def _asked(context: typer.Context, given: dict[str, Any], suffixes: tuple[str, ...]) -> tuple[RunOptions, VaeJob]:
-    """What a command's arguments, by name, ask for; its output may end with `suffixes`."""
-    from halovae.media import FrameRange
-
+def _asked(context: typer.Context, given: dict[str, Any]) -> tuple[RunOptions, VaeJob]:
+    """What a command's arguments, by name, ask for."""
     own = {field.name: given.pop(field.name) for field in fields(VaeJob) if field.name in given}
-    options = run_options(**given)
-    if own.get("frames") is not None:
-        own["frames"] = FrameRange.parse(own["frames"])
-    job = VaeJob(**own, words=tuple(context.obj))
-    check_files(job.source, job.output, suffixes, job.json, job.report)
+    options, job = RunOptions(**given), VaeJob(**own, words=tuple(context.obj))
+    check_other(job.output, job.source)
     return options, job
 
 
@@ -41,7 +36,7 @@ def encode(context: typer.Context, **given: Any) -> int:
     """Encode a video or an image to latents, with all that `halovae decode` needs."""
     from halovae.media import inspect
 
-    options, job = _asked(context, given, (".safetensors",))
+    options, job = _asked(context, given)
     inspect(job.source)
     return run(context.obj, options, lambda session: _on_rank().encode(session, job))
 
@@ -49,18 +44,16 @@ def encode(context: typer.Context, **given: Any) -> int:
 @flags.takes("decode")
 def decode(context: typer.Context, **given: Any) -> int:
     """Decode latents to a video or an image."""
-    from halovae.media import SUFFIXES
-
-    options, job = _asked(context, given, SUFFIXES)
+    options, job = _asked(context, given)
     return run(context.obj, options, lambda session: _on_rank().decode(session, job))
 
 
 @flags.takes("roundtrip")
 def roundtrip(context: typer.Context, **given: Any) -> int:
     """Encode a video or an image, decode it again, and write what came out; exit code 1 if --compare fails."""
-    from halovae.media import SUFFIXES, check_still, inspect
+    from halovae.media import check_still, inspect
 
-    options, job = _asked(context, given, SUFFIXES)
+    options, job = _asked(context, given)
     if inspect(job.source).is_image:
         check_still(job.output, 1)
     return run(context.obj, options, lambda session: _on_rank().roundtrip(session, job))
@@ -72,9 +65,8 @@ def warm_up(context: typer.Context, *, height: int, width: int, num_frames: int,
     from halovae.media.reader import check_size
 
     check_size(height, width)
-    return run(
-        context.obj, run_options(**how), lambda session: _on_rank().warm_up(session, (num_frames, height, width))
-    )
+    sizes = num_frames, height, width
+    return run(context.obj, RunOptions(**how), lambda session: _on_rank().warm_up(session, sizes))
 
 
 @flags.takes("encode-dataset")
@@ -82,11 +74,8 @@ def encode_dataset(
     context: typer.Context, *, dry_run: bool, json: Path | None, report: Path | None, **given: Any
 ) -> int:  # fmt: skip
     """Encode a dataset of videos and images to latents, once each, however often it is interrupted."""
-    if given["model"] not in (None, DEMO):
-        check_model(given["model"])
     if not given["bucket"] and not given["bucket_area"]:
         raise InputError("--bucket is missing: give one or more, such as --bucket 480x832x81, or --bucket-area")
-    check_written(json, report)
     try:
         import ray.data as _data  # pyright: ignore[reportUnusedImport]  # Before signals are taken care of: it takes some.
     except ModuleNotFoundError as error:
@@ -96,8 +85,7 @@ def encode_dataset(
         from halovae.datasets.progress import summary
         from halovae.datasets.run_dataset import Asked, DatasetRun
 
-        words = {name: getattr(value, "value", value) for name, value in given.items()}
-        run = DatasetRun(Asked(**words))
+        run = DatasetRun(Asked(**given))
         with run.started():
             if dry_run:
                 typer.echo(run.plan())
