@@ -12,8 +12,8 @@ from torch import Tensor
 from halovae import media
 from halovae.app.pages import command
 from halovae.app.session import Stages
-from halovae.app.tables import Row, counted, table
-from halovae.base.errors import InputError
+from halovae.app.tables import Row, table
+from halovae.base.errors import InputError, counted
 from halovae.base.files import write_json
 from halovae.evaluation import (
     ClipComparison,

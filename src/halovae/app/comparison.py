@@ -19,8 +19,8 @@ from torch import Tensor
 from halovae.app import clip_files
 from halovae.app.clip_files import Take, lossy_words
 from halovae.app.session import Half, Loaded, Session
-from halovae.app.tables import Row, counted, mebibytes, seconds_table, table
-from halovae.base.errors import NotExactError
+from halovae.app.tables import Row, mebibytes, seconds_table, table
+from halovae.base.errors import NotExactError, counted
 from halovae.base.options import HALVES, Gather
 from halovae.base.replaced import replaced
 from halovae.calls.target import Target

@@ -17,8 +17,8 @@ from halovae.app.run_options import dtype_on
 from halovae.app.session import device_kind
 from halovae.app.settled import planned
 from halovae.app.survey import Row, Survey, Way
-from halovae.app.tables import counted, table
-from halovae.base.errors import HalovaeError
+from halovae.app.tables import table
+from halovae.base.errors import HalovaeError, counted
 from halovae.base.files import write_json
 from halovae.base.options import HALVES
 from halovae.base.quiet import quiet

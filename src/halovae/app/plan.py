@@ -11,8 +11,7 @@ import typer
 
 from halovae.app.session import Session
 from halovae.app.survey import Row, Survey, Way
-from halovae.app.tables import counted
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.files import write_json
 from halovae.base.memory import free_bytes
 from halovae.base.options import HALVES

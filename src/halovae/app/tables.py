@@ -7,6 +7,7 @@ from typing import Any
 
 from halovae.app.session import Half, Loaded, Session
 from halovae.base import verdicts
+from halovae.base.errors import counted
 from halovae.media.vae_limits import Fit
 
 Row = tuple[str, ...]
@@ -20,10 +21,6 @@ def table(rows: Sequence[Row]) -> str:
         for pairs in (zip(row, widths, strict=True) for row in rows)
     ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-def counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def mebibytes(count: int) -> str:
@@ -92,4 +89,4 @@ def kept_verdicts() -> str:
     folder, (count, size) = verdicts.folder(), verdicts.usage()
     if folder is None:
         return f"off: {verdicts.SWITCH} says so, or this user has no home"
-    return f"{count} answer{'s' * (count != 1)}, {size / 1024:.1f} KiB in {folder}"
+    return f"{counted(count, 'answer')}, {size / 1024:.1f} KiB in {folder}"

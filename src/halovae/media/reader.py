@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.files import check_input
 from halovae.media.images import open_pictures
 from halovae.media.opened_file import MAX_CLIP_BYTES, MAX_FRAME_PIXELS, OpenedFile, Pace, Shown, pace_of
@@ -218,7 +218,7 @@ class _Wanted:
         if not seen:
             raise InputError(f"{path} has no frames")
         if not self.count or (wanted.stop is not None and seen < wanted.stop):
-            raise InputError(f"--frames {wanted} goes beyond {path}, which has {seen} frame{'s' * (seen > 1)}")
+            raise InputError(f"--frames {wanted} goes beyond {path}, which has {counted(seen, 'frame')}")
 
     def pace(self) -> Pace:
         return pace_of(self._source, self._begins, self._end)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from halovae.base import verdicts
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.files import first_line
 from halovae.calls.blueprint import code_words
 from halovae.calls.dataflow import Remembered
@@ -51,8 +51,9 @@ class Fit:
         """One line for each kind of padding."""
         lines: list[str] = []
         if self.padded_frames != self.frames:
-            count = f"{self.frames} frame{'s' * (self.frames > 1)}"
-            lines.append(f"{count} padded to {self.padded_frames} for the VAE, cropped back after it")
+            lines.append(
+                f"{counted(self.frames, 'frame')} padded to {self.padded_frames} for the VAE, cropped back after it"
+            )
         if (self.padded_height, self.padded_width) != (self.height, self.width):
             padded = f"{self.padded_width}x{self.padded_height}"
             lines.append(f"{self.width}x{self.height} padded to {padded} for the VAE, cropped back after it")
@@ -367,4 +368,4 @@ def decode_arguments(vae: Any, latent: Tensor) -> dict[str, Any]:
 
 
 def _sizes(frames: int, height: int, width: int) -> str:
-    return f"{frames} frame{'s' * (frames != 1)} of {width}x{height}"
+    return f"{counted(frames, 'frame')} of {width}x{height}"
