@@ -105,14 +105,15 @@ def roundtrip(session: Session, job: VaeJob) -> None:
     spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
         return
-    peak, lost = tables.peak_of(document), clip_files.loss(job.output, lossless=job.lossless)
+    result.peak_memory, result.psnr = tables.peak_of(document), errors.psnr
+    lost = clip_files.loss(job.output, lossless=job.lossless)
     # On one rank while the others have ended: nobody needs them any more.
     if in_tiles:
         rest = comparison.run_rest(session, loaded, fit, film, result, exact)
-        told, alone = comparison.told_of_tiles(session, rest, peak, lost), rest.whole
+        told, alone = comparison.told_of_tiles(session, rest, lost), rest.whole
     else:
         alone = comparison.run_through(session, loaded, fit, film, None, " on one rank") if job.compare else None
-        told = comparison.told(session, errors.psnr, result, alone, peak, lost)
+        told = comparison.told(session, result, alone, lost)
     document |= told.numbers | {"input": str(job.source), "output": str(job.output)}
     typer.echo(f"{job.output}: {tables.clip_line(fit, pace.fps)}")
     typer.echo(f"{tables.described(session, loaded, result.encode)}\n{told.text}", nl=False)
