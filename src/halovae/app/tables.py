@@ -66,7 +66,7 @@ def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]
         "device": session.device.type,
         "dtype": session.dtype_words,
         "threads_per_rank": session.threads,
-        "sizes": vars(fit).copy(),
+        "sizes": {name: getattr(fit, name) for name in Fit.__dataclass_fields__},
         "seconds": dict(session.seconds),
         "per_rank": ranks,
     }

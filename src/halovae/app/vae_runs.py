@@ -69,16 +69,15 @@ def decode(session: Session, job: VaeJob) -> None:
         session.options = replace(session.options, model=info.model)
     loaded = session.load()
     latents_file.check_shape(encoded, info, loaded.limits, loaded.source.class_name)
-    fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
     written = clip_files.writing(session, job.output, info.fps, times=info.times, lossless=job.lossless)
     with session.parallel(loaded.vae, gather="first") as handle, written as take:
-        half = clip_files.decode(session, loaded, fit, encoded, handle, lambda frames: take(codec.frames_of(frames)))
-    document = tables.document(session, loaded, fit, {"decode": half})
+        half = clip_files.decode(session, loaded, info, encoded, handle, lambda frames: take(codec.frames_of(frames)))
+    document = tables.document(session, loaded, info, {"decode": half})
     if not session.is_first:
         return
     if loaded.source.class_name != info.model_class:
         session.stages.note(f"the latents were made by {info.model} ({info.model_class})")
-    _tell(session, loaded, job, tables.clip_line(fit, info.fps), document, "decode", half)
+    _tell(session, loaded, job, tables.clip_line(info, info.fps), document, "decode", half)
 
 
 def roundtrip(session: Session, job: VaeJob) -> None:
