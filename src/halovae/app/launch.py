@@ -1,5 +1,4 @@
-"""From a command's options to its ranks: this process, those of torchrun, or the ranks of one machine, started here and
-all ended when one of them fails or the user has had enough.
+"""Start the ranks of one machine, and end them all when one of them fails or the user has had enough.
 
 Each rank is this program again, with the same arguments and the environment variables of torchrun: under torchrun the
 very same code runs.
@@ -17,18 +16,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-from halovae.app.run_options import RunOptions
-from halovae.app.watch import LAUNCHER_FD, REPORT_FD, Failure, guarded, restore_terminal
-from halovae.base.errors import InputError, counted
-
-if TYPE_CHECKING:
-    from halovae.app.session import Session
+from halovae.app.watch import LAUNCHER_FD, REPORT_FD, Failure, restore_terminal
+from halovae.base.errors import InputError
 
 PROGRAM = (sys.executable, "-m", "halovae")
 RANKS_PER_CORE = 2
@@ -87,39 +82,6 @@ def check_ranks(ranks: int) -> None:
         raise InputError(f"--ranks {ranks}: give 1 or more")
     if ranks > limit:
         raise InputError(f"--ranks {ranks}: {limit} at most, {RANKS_PER_CORE} for each core of this machine")
-
-
-def run(words: Sequence[str], options: RunOptions, body: Callable[[Session], None]) -> int:
-    """Run `body` on every rank; further ranks are started with the words of the command line. Returns the exit code."""
-    here = place()
-    busy = options.vae_patch_parallel_size
-    asked = busy or 1 if options.ranks is None else options.ranks
-    ranks = asked if here is None else here.world_size
-    if options.ranks not in (None, ranks):
-        raise InputError(f"--ranks {options.ranks}: torchrun has started {ranks}; leave --ranks out")
-    if here is None:
-        check_ranks(ranks)
-    if busy is not None and busy > ranks:
-        raise InputError(f"--vae-patch-parallel-size {busy}: there are only {ranks} ranks; start more or ask for fewer")
-    _check_axis(options.axis, busy or ranks)
-    if here is None and sys.stderr.isatty():
-        # Libraries take seconds to import. The first stage writes over it.
-        sys.stderr.write(f"starting {counted(ranks, 'rank')}\r")
-    if here is None and ranks > 1:
-        return run_ranks(words, ranks)
-    with guarded():
-        # Not before the signals are taken care of: importing torch and diffusers takes seconds.
-        from halovae.app.session import session
-
-        with session(options, here or Place()) as opened:
-            body(opened)
-    return 0
-
-
-def _check_axis(axis: str | tuple[int, int], ranks: int) -> None:
-    if isinstance(axis, tuple) and axis[0] * axis[1] > ranks:
-        rows, columns = axis
-        raise InputError(f"--axis {rows}x{columns} needs {rows * columns} ranks, but there are {ranks}: add --ranks")
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, program: Sequence[str] = PROGRAM) -> int:

@@ -75,10 +75,10 @@ class Options:
             value = getattr(self, name)
             _check(name, value, type(value) is bool or value == "auto", "True, False or 'auto'")
         _check_switches(self, "same_bits")
-        _check(
-            "sessions", self.sessions, type(self.sessions) is int and self.sessions >= 1, "a whole number, at least 1"
-        )
-        _check("timeout", timeout, type(timeout) in (int, float) and 1 <= timeout < 1e6, "seconds, from 1")
+        is_count = type(self.sessions) is int and self.sessions >= 1
+        _check("sessions", self.sessions, is_count, "a whole number, at least 1")
+        is_number = isinstance(timeout, (int, float)) and type(timeout) is not bool  # pyright: ignore[reportUnnecessaryIsInstance]
+        _check("timeout", timeout, is_number and 1 <= timeout < 1e6, "seconds, from 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ since they take seconds."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,46 @@ from halovae.app import launch
 from halovae.app.job import job_of
 from halovae.app.run_options import RunOptions, VaeJob, check_other
 from halovae.app.watch import guarded
-from halovae.base.errors import Faults, InputError
+from halovae.base.errors import Faults, InputError, counted
 from halovae.base.files import write_json
 from halovae.cli import flags
 
 if TYPE_CHECKING:
     from halovae.app.session import Session
     from halovae.serve.server_settings import ServeOptions
+
+
+def _run(words: Sequence[str], options: RunOptions, body: Callable[[Session], None]) -> int:
+    """Run `body` on every rank; further ranks are started with the words of the command line. Returns the exit code."""
+    here = launch.place()
+    busy = options.vae_patch_parallel_size
+    asked = busy or 1 if options.ranks is None else options.ranks
+    ranks = asked if here is None else here.world_size
+    if options.ranks not in (None, ranks):
+        raise InputError(f"--ranks {options.ranks}: torchrun has started {ranks}; leave --ranks out")
+    if here is None:
+        launch.check_ranks(ranks)
+    if busy is not None and busy > ranks:
+        raise InputError(f"--vae-patch-parallel-size {busy}: there are only {ranks} ranks; start more or ask for fewer")
+    _check_axis(options.axis, busy or ranks)
+    if here is None and sys.stderr.isatty():
+        # Libraries take seconds to import. The first stage writes over it.
+        sys.stderr.write(f"starting {counted(ranks, 'rank')}\r")
+    if here is None and ranks > 1:
+        return launch.run_ranks(words, ranks)
+    with guarded():
+        # Not before the signals are taken care of: importing torch and diffusers takes seconds.
+        from halovae.app.session import session
+
+        with session(options, here or launch.Place()) as opened:
+            body(opened)
+    return 0
+
+
+def _check_axis(axis: str | tuple[int, int], ranks: int) -> None:
+    if isinstance(axis, tuple) and axis[0] * axis[1] > ranks:
+        rows, columns = axis
+        raise InputError(f"--axis {rows}x{columns} needs {rows * columns} ranks, but there are {ranks}: add --ranks")
 
 
 # ---- whole pipelines, and a tiny one to try --------------------------------------------------------------------------
@@ -65,7 +98,7 @@ def _start(words: Sequence[str], task: str, given: Mapping[str, Any]) -> int:
 
         generate(session, job)
 
-    return launch.run(words, job.options, on_rank)
+    return _run(words, job.options, on_rank)
 
 
 def _check_files(given: Mapping[str, Any], faults: Faults) -> None:
@@ -115,7 +148,7 @@ def serve(context: typer.Context, **given: Any) -> int:
 
         serve_ranks(session, job, given["max_steps"])
 
-    return launch.run(context.obj, job.options, on_rank)
+    return _run(context.obj, job.options, on_rank)
 
 
 def _options(task: str, given: Mapping[str, Any], ranks: int) -> ServeOptions:
@@ -193,14 +226,14 @@ def encode(context: typer.Context, **given: Any) -> int:
 
     options, job = _asked(context, given)
     inspect(job.source)
-    return launch.run(context.obj, options, lambda session: _on_rank().encode(session, job))
+    return _run(context.obj, options, lambda session: _on_rank().encode(session, job))
 
 
 @flags.takes("decode")
 def decode(context: typer.Context, **given: Any) -> int:
     """Decode latents to a video or an image."""
     options, job = _asked(context, given)
-    return launch.run(context.obj, options, lambda session: _on_rank().decode(session, job))
+    return _run(context.obj, options, lambda session: _on_rank().decode(session, job))
 
 
 @flags.takes("roundtrip")
@@ -211,7 +244,7 @@ def roundtrip(context: typer.Context, **given: Any) -> int:
     options, job = _asked(context, given)
     if inspect(job.source).is_image:
         check_still(job.output, 1)
-    return launch.run(context.obj, options, lambda session: _on_rank().roundtrip(session, job))
+    return _run(context.obj, options, lambda session: _on_rank().roundtrip(session, job))
 
 
 @flags.takes("warm-up")
@@ -221,7 +254,7 @@ def warm_up(context: typer.Context, *, height: int, width: int, num_frames: int,
 
     check_size(height, width)
     sizes = num_frames, height, width
-    return launch.run(context.obj, RunOptions(**how), lambda session: _on_rank().warm_up(session, sizes))
+    return _run(context.obj, RunOptions(**how), lambda session: _on_rank().warm_up(session, sizes))
 
 
 @flags.takes("encode-dataset")
@@ -293,7 +326,7 @@ def plan(
         plan.plan(session, plan.PlanJob(sizes=sizes, ranks=ranks, link=link, memory=memory, rates=rates, json=json))
 
     started = 2 if link == "measured" and launch.place() is None else None
-    return launch.run(context.obj, RunOptions(ranks=started, **how), on_rank)
+    return _run(context.obj, RunOptions(ranks=started, **how), on_rank)
 
 
 @flags.takes("doctor")
@@ -313,4 +346,4 @@ def doctor(context: typer.Context, *, ranks: int | None, device: str | None, cle
     if here is None:
         device = device or checks.fallback(ranks or 1)
         context.obj = ["doctor", f"--ranks={ranks}", *([] if device is None else [f"--device={device}"])]
-    return launch.run(context.obj, RunOptions(ranks=ranks, device=device), checks.prove)
+    return _run(context.obj, RunOptions(ranks=ranks, device=device), checks.prove)
