@@ -31,7 +31,7 @@ from halovae.pipelines.grid_sizes import TokenGrid
 from halovae.pipelines.load import find_pipeline, outline, torch_dtypes
 from halovae.pipelines.parallel_vae import mode_of
 from halovae.pipelines.transformers import degree
-from halovae.predict.measured_rates import rates_of
+from halovae.predict.rates import rates_of
 
 
 def dry_run(job: PipelineJob, ranks: int) -> int:

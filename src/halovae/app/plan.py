@@ -17,9 +17,8 @@ from halovae.base.memory import free_bytes
 from halovae.base.options import HALVES
 from halovae.comm.bandwidth import LINKS, LinkSpeed, measure
 from halovae.media import models, vae_limits
-from halovae.predict.measured_rates import MeasuredSpeed
 from halovae.predict.predictor import Prediction
-from halovae.predict.rates import GivenSpeed
+from halovae.predict.rates import GivenSpeed, MeasuredSpeed
 
 _GIB = 2**30
 _UNSTEADY = 0.05

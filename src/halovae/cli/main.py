@@ -13,7 +13,7 @@ from halovae import __version__
 from halovae.app import launch
 from halovae.app.watch import Interrupted, failure_of, interruption, report
 from halovae.cli import commands
-from halovae.cli.usage import USAGE_ERROR, Command, CommandGroup
+from halovae.cli.flags import USAGE_ERROR, Command, CommandGroup
 
 app = typer.Typer(
     name="halovae",
