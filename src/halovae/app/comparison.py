@@ -137,7 +137,10 @@ def told(session: Session, result: ClipResult, alone: ClipResult | None, lost: s
         memory = f"peak memory of a rank: {mebibytes(peak)}\n" if peak else ""
         text = f"{seconds_table(result.halves)}{memory}PSNR to the source: {decibel(result.psnr)}\n"
         return Told(text=text, rows=_rows({ranks: result}), numbers=numbers)
-    rows = _with_gains(_rows({ranks: result, "one rank": alone}), result, alone)
+    gains = {half: f"{alone.seconds[half] / result.seconds[half]:.2f}x as fast" for half in HALVES}
+    if peak and alone.peak_memory:
+        gains[_PEAK] = f"{peak / alone.peak_memory:.2f}x as much"
+    rows = [(*row, gains.get(row[0], "")) for row in _rows({ranks: result, "one rank": alone})]
     found = differences(result, alone)
     allowed = allowed_l2(session)
     passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
@@ -208,14 +211,6 @@ def _rows(ways: Mapping[str, ClipResult]) -> list[Row]:
 
 
 _PEAK = "peak memory of a rank"
-
-
-def _with_gains(rows: list[Row], result: ClipResult, alone: ClipResult) -> list[Row]:
-    """How much faster and leaner the ranks are, in a last column."""
-    gains = {half: f"{alone.seconds[half] / result.seconds[half]:.2f}x as fast" for half in HALVES}
-    if result.peak_memory and alone.peak_memory:
-        gains[_PEAK] = f"{result.peak_memory / alone.peak_memory:.2f}x as much"
-    return [(*row, gains.get(row[0], "")) for row in rows]
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------

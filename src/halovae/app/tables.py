@@ -72,16 +72,13 @@ def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]
     }
 
 
-def traffic_line(half: Half) -> str:
-    """What this rank sent, or nothing to say in a world of one."""
-    if not half.messages:
-        return ""
-    return f"{half.messages} messages, {half.bytes / 2**20:.1f} MiB sent, {half.wait_seconds:.2f} s in exchanges"
-
-
 def seconds_table(halves: dict[str, Half]) -> str:
-    rows = [(name, f"{half.seconds:.2f} s", traffic_line(half)) for name, half in halves.items()]
-    return "".join(f"{name:<8}{seconds:>10}  {traffic}".rstrip() + "\n" for name, seconds, traffic in rows)
+    """Of each half; also what this rank sent, of which there is nothing to say in a world of one."""
+    lines: list[str] = []
+    for name, half in halves.items():
+        sent = f"{half.messages} messages, {half.bytes / 2**20:.1f} MiB sent, {half.wait_seconds:.2f} s in exchanges"
+        lines.append(f"{name:<8}{half.seconds:>8.2f} s  {sent if half.messages else ''}".rstrip() + "\n")
+    return "".join(lines)
 
 
 def kept_verdicts() -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ def _run(words: Sequence[str], options: RunOptions, body: Callable[[Session], No
         launch.check_ranks(ranks)
     if busy is not None and busy > ranks:
         raise InputError(f"--vae-patch-parallel-size {busy}: there are only {ranks} ranks; start more or ask for fewer")
-    _check_axis(options.axis, busy or ranks)
+    if isinstance(options.axis, tuple) and prod(options.axis) > (busy or ranks):
+        needed, shape = prod(options.axis), "x".join(map(str, options.axis))
+        raise InputError(f"--axis {shape} needs {needed} ranks, but there are {busy or ranks}: add --ranks")
     if here is None and sys.stderr.isatty():
         # Libraries take seconds to import. The first stage writes over it.
         sys.stderr.write(f"starting {counted(ranks, 'rank')}\r")
@@ -49,12 +52,6 @@ def _run(words: Sequence[str], options: RunOptions, body: Callable[[Session], No
         with session(options, here or launch.Place()) as opened:
             body(opened)
     return 0
-
-
-def _check_axis(axis: str | tuple[int, int], ranks: int) -> None:
-    if isinstance(axis, tuple) and axis[0] * axis[1] > ranks:
-        rows, columns = axis
-        raise InputError(f"--axis {rows}x{columns} needs {rows * columns} ranks, but there are {ranks}: add --ranks")
 
 
 # ---- whole pipelines, and a tiny one to try --------------------------------------------------------------------------
