@@ -18,8 +18,7 @@ from halovae.datasets.buckets import Bucket
 from halovae.datasets.formats import Storage
 from halovae.datasets.units import Job, group_sizes
 from halovae.media import models, vae_limits
-from halovae.predict.measured_rates import MeasuredSpeed
-from halovae.predict.rates import GivenSpeed
+from halovae.predict.rates import GivenSpeed, MeasuredSpeed
 
 _MIB, _GIB = 2**20, 2**30
 

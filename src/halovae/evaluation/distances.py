@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -13,20 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae.base.errors import InputError
-from halovae.evaluation.scores import FrameScores, as_floats, finite, mean_known, psnr, score_frame
-from halovae.evaluation.seams import CutLines, Map, seam_energy
+from halovae.evaluation.scores import FrameScores, Scores, as_floats, finite, mean_known, psnr, score_frame
 
 Frames = Iterable[NDArray[Any]]
 """(frames, height, width, 3) of levels from 0 to 255; can be gone through more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipComparison:
+class ClipComparison(Scores):
     """How far a clip is from its reference."""
 
     frames: tuple[FrameScores, ...]
-    psnr: float
-    """In dB, of the mean squared error of all frames, as ffmpeg's filter has it; infinite for equal clips."""
     drift: float | None
     """Levels by which the mean difference grows from the first frame to the last, on the least-squares line; None for
     one frame."""
@@ -41,42 +39,6 @@ class ClipComparison:
     def is_identical(self) -> bool:
         """Whether no level of any frame differs."""
         return self.largest == 0
-
-    @property
-    def ssim(self) -> float | None:
-        """Mean over the frames."""
-        return mean_known([scores.ssim for scores in self.frames])
-
-    @property
-    def ms_ssim(self) -> float | None:
-        """Mean over the frames."""
-        return mean_known([scores.ms_ssim for scores in self.frames])
-
-    @property
-    def largest(self) -> float:
-        """Of all frames, in levels."""
-        return max(scores.largest for scores in self.frames)
-
-    @property
-    def mean(self) -> float:
-        """Mean absolute difference in levels."""
-        return fmean([scores.mean for scores in self.frames])
-
-    @property
-    def share_off(self) -> float:
-        """Share of pixels off by more than 1%."""
-        return fmean([scores.share_off for scores in self.frames])
-
-    @property
-    def flicker(self) -> float | None:
-        """Mean absolute change of the difference from frame to frame, in levels; None for one frame."""
-        return mean_known([scores.flicker for scores in self.frames])
-
-    @property
-    def colour_shift(self) -> tuple[float, float, float]:
-        """Mean of result - reference in red, green and blue, in levels."""
-        red, green, blue = (fmean([scores.colour_shift[i] for scores in self.frames]) for i in range(3))
-        return red, green, blue
 
     @property
     def worst(self) -> int:
@@ -94,7 +56,7 @@ class ClipComparison:
             "seam_energy": finite(self.seam),
             "grid": self.grid.to_dict(),
             "worst_frame": self.frames[self.worst].frame,
-            "frames": [{**asdict(scores), "psnr": finite(scores.psnr)} for scores in self.frames],
+            "frames": [{"frame": one.frame, **asdict(one), "psnr": finite(one.psnr)} for one in self.frames],
         }
 
 
@@ -115,9 +77,17 @@ def compare_clips(
     assert isinstance(energy, np.ndarray), "a clip has at least one frame"
     energy = energy / len(scores)
     grid = (grid or CutLines()).inside((energy.shape[0], energy.shape[1]))
+    means: dict[str, Any] = {
+        name: mean_known([getattr(one, name) for one in scores])
+        for name in ("ssim", "ms_ssim", "mean", "share_off", "flicker")
+    }
+    red, green, blue = (fmean(shifts) for shifts in zip(*(one.colour_shift for one in scores), strict=True))
     return ClipComparison(
+        **means,
         frames=tuple(scores),
         psnr=psnr(reference, result),
+        largest=max(one.largest for one in scores),
+        colour_shift=(red, green, blue),
         drift=_growth([one.mean for one in scores]),
         energy=energy,
         grid=grid,
@@ -278,3 +248,76 @@ def latent_gates(found: LatentComparison, *, max_l2: float | None = None) -> lis
         return []
     worst = found.worst
     return [Gate("relative L2", limit=max_l2, found=found.frames[worst], frame=worst, is_minimum=False)]
+
+
+# ---- seams -----------------------------------------------------------------------------------------------------------
+#
+# Whether the difference gathers along the lines at which a picture was cut. A line at n lies between the rows (or
+# columns) n - 1 and n. Where tiles overlap, the next tile begins at the line and the one before ends `overlap` further
+# on; between the two they are blended.
+
+
+Map = NDArray[np.float64]
+"""(height, width) of one non-negative number per position."""
+
+REACH = 8
+"""Rows and columns on each side of a line that count as near it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutLines:
+    """Where a picture was cut."""
+
+    rows: tuple[int, ...] = ()
+    """Lines between rows."""
+    columns: tuple[int, ...] = ()
+    """Lines between columns."""
+    overlap: tuple[int, int] = (0, 0)
+    """Rows and columns that neighbouring tiles share."""
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.columns)
+
+    @classmethod
+    def every(cls, step: tuple[int, int], size: tuple[int, int], overlap: tuple[int, int] = (0, 0)) -> CutLines:
+        """A line after each `step` rows and columns of a picture of `size`; a step of 0 gives none."""
+        rows, columns = (tuple(range(s, most, s)) if s else () for s, most in zip(step, size, strict=True))
+        return cls(rows=rows, columns=columns, overlap=overlap)
+
+    def inside(self, size: tuple[int, int]) -> CutLines:
+        """The lines that lie inside a picture of `size`; bounds of an axis hold its two ends too."""
+        rows, columns = (
+            tuple(sorted({n for n in lines if 0 < n < most}))
+            for lines, most in zip((self.rows, self.columns), size, strict=True)
+        )
+        return CutLines(rows=rows, columns=columns, overlap=self.overlap)
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {name: list(value) for name, value in vars(self).items()}
+
+
+def near_lines(size: tuple[int, int], grid: CutLines, reach: int = REACH) -> NDArray[np.bool_]:
+    """Which positions of a picture of `size` (height, width) lie within `reach` of a line or where tiles overlap."""
+    near = np.zeros(size, dtype=np.bool_)
+    for line in grid.rows:
+        near[max(0, line - reach) : line + grid.overlap[0] + reach] = True
+    for line in grid.columns:
+        near[:, max(0, line - reach) : line + grid.overlap[1] + reach] = True
+    return near
+
+
+def seam_energy(energy: NDArray[Any], grid: CutLines, reach: int = REACH) -> float | None:
+    """Mean energy near the lines over mean energy elsewhere: 1 where the lines make no difference.
+
+    Args:
+        energy: (height, width), squared difference per position.
+
+    Returns:
+        The ratio, infinite if there is a difference near the lines only; None if there is no difference, no line, or
+        nothing but lines.
+    """
+    near = near_lines((energy.shape[0], energy.shape[1]), grid, reach)
+    if near.all() or not near.any() or not energy.any():
+        return None
+    elsewhere = float(energy[~near].mean())
+    return float(energy[near].mean()) / elsewhere if elsewhere else math.inf

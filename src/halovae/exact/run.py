@@ -21,11 +21,11 @@ from halovae.comm import Comm
 from halovae.exact.halo import extend, gather_dim, own
 from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh, ShardPlan
-from halovae.exact.rules import attention, elementwise, factories, indexing, norms, views, windows
+from halovae.exact.rules import attention, dimensions, views, windows
 from halovae.exact.shard_mode import ShardMode
 from halovae.kernels.fast_mode import FastMode, finished
 
-RULE_MODULES = attention, elementwise, factories, indexing, norms, views, windows
+RULE_MODULES = attention, dimensions, views, windows
 """Imported for their rules."""
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
@@ -80,12 +80,6 @@ def _gather_first(mesh: Mesh, shard: Tensor, layout: Layout) -> Tensor:
         if mesh.part(factor.axis) == 0:
             layout = layout.replace(dim, plain(factor.cut.size))
     return _unmarked(shard if any(mesh.coordinates) else tensor)
-
-
-def own_rows(mesh: Mesh, tensor: Tensor) -> Tensor:
-    """This rank's shard as an ordinary tensor."""
-    layout = layout_of(tensor)
-    return _unmarked(own(mesh, tensor, layout)[0]) if layout else tensor
 
 
 def _unmarked(tensor: Tensor) -> Tensor:
@@ -267,15 +261,11 @@ class GroupRun:
             check_whole(result)
             if self._spares:
                 _share_result(comm, result, written, self._spares, keep)
-        _write_back(written, self._args, self._kwargs)
+        # What the un-parallel network would have written into its arguments; after a call that has gone well.
+        theirs = tensors_in((self._args, self._kwargs)) if written else []
+        for place, tensor in written.items():
+            theirs[place].copy_(tensor)
         return result
-
-
-def _write_back(written: dict[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What the un-parallel network would have written into its arguments; after a call that has gone well."""
-    theirs = tensors_in((args, kwargs)) if written else []
-    for place, tensor in written.items():
-        theirs[place].copy_(tensor)
 
 
 def check_whole(result: Any) -> None:
@@ -290,7 +280,11 @@ def check_whole(result: Any) -> None:
 
 
 def _collect(mesh: Mesh, tensor: Tensor, keep: str) -> Tensor:
-    return own_rows(mesh, tensor) if keep == "shard" else gather(mesh, tensor, first_only=keep == "first")
+    """What this rank keeps of a tensor in a result: the whole, or its shard as an ordinary tensor."""
+    if keep != "shard":
+        return gather(mesh, tensor, first_only=keep == "first")
+    layout = layout_of(tensor)
+    return _unmarked(own(mesh, tensor, layout)[0]) if layout else tensor
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 from starlette.types import Send
 
-from halovae.media.live import LivePictures, codec_words
 from halovae.media.reader import opened
+from halovae.media.video import LivePictures, codec_words
 from halovae.serve.service import ApiError, Service
 from halovae.serve.store import COMPLETED, ENCODE, PARTS_END, PARTS_TYPE, RUNNING, VIDEO, StoredJob, around_part
 
