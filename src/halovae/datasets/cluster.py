@@ -25,6 +25,9 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # What fails is told by what it returns.
+    # Each of its processes would measure itself all the time.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
 }
 _ANSWER = 10.0
 """Seconds that a cluster gets to answer."""
