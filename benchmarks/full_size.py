@@ -196,7 +196,7 @@ def accuracy(_: str, options: argparse.Namespace, device: torch.device) -> None:
 
     from halovae import comm
     from halovae.evaluation import compare_clips
-    from halovae.pipelines.runner import parallel_vae
+    from halovae.pipelines.parallel_vae import parallel_vae
     from halovae.pipelines.runner import Runner
 
     pipe, base, world = pipeline(options, device), setup_of(""), comm.world()

@@ -23,7 +23,7 @@ from PIL import Image
 from halovae import comm, media
 from halovae.pipelines.generation_settings import Generation, Setup
 from halovae.pipelines.load import find_pipeline, load_pipeline
-from halovae.pipelines.runner import parallel_vae
+from halovae.pipelines.parallel_vae import parallel_vae
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.stages import DENOISE, OTHER, TEXT_ENCODE, VAE_DECODE, VAE_ENCODE
 

@@ -26,7 +26,8 @@ from halovae.comm import SoloComm
 from halovae.pipelines.generation_settings import Generation, Setup, arguments, does
 from halovae.pipelines.grid_sizes import TokenGrid, check_sizes, fill_in, grid_of
 from halovae.pipelines.load import find_pipeline, load_pipeline, outline
-from halovae.pipelines.runner import agreed_seed, in_pieces, parallel_vae
+from halovae.pipelines.parallel_vae import in_pieces, parallel_vae
+from halovae.pipelines.runner import agreed_seed
 from halovae.pipelines.scheduler import check_steps, shifted
 from halovae.pipelines.stages import DENOISE, OTHER, VAE_DECODE, StageTimeline, watched
 from halovae.pipelines.transformers import check_degrees, patch, shared_sequences

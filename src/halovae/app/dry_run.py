@@ -29,7 +29,7 @@ from halovae.media.vae_limits import Limits
 from halovae.pipelines.generation_settings import Generation, Setup, default, parameters
 from halovae.pipelines.grid_sizes import TokenGrid
 from halovae.pipelines.load import find_pipeline, outline, torch_dtypes
-from halovae.pipelines.runner import mode_of
+from halovae.pipelines.parallel_vae import mode_of
 from halovae.pipelines.transformers import degree
 from halovae.predict.rates import rates_of
 

@@ -251,10 +251,6 @@ def latent_gates(found: LatentComparison, *, max_l2: float | None = None) -> lis
 
 
 # ---- seams -----------------------------------------------------------------------------------------------------------
-#
-# Whether the difference gathers along the lines at which a picture was cut. A line at n lies between the rows (or
-# columns) n - 1 and n. Where tiles overlap, the next tile begins at the line and the one before ends `overlap` further
-# on; between the two they are blended.
 
 
 Map = NDArray[np.float64]

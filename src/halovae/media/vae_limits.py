@@ -371,8 +371,6 @@ def _sizes(frames: int, height: int, width: int) -> str:
 
 
 # ---- the numbers of a picture ----------------------------------------------------------------------------------------
-#
-# No attribute of a VAE tells which numbers it takes for the levels of a picture, so its class does.
 
 
 _Triple = tuple[float, float, float]

@@ -27,7 +27,8 @@ from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
 from halovae.exact.mesh import ShardPlan
 from halovae.kernels.shapes_only import standing_in
-from halovae.predict.meter import Costs, Effects, Meter, MeteredComm, echoing
+from halovae.predict.echo import Effects, echoing
+from halovae.predict.meter import Costs, Meter, MeteredComm
 from halovae.predict.rates import Speed
 from halovae.tiles.blend import Blends
 from halovae.tiles.move import Mover

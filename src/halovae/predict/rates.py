@@ -1,4 +1,4 @@
-"""How long an operator takes on a device, from given rates or from trying it there."""
+"""How long an operator takes on a device, from given rates. `measured_rates.py` tells it from trying it there."""
 
 from __future__ import annotations
 
@@ -140,8 +140,6 @@ class GivenSpeed:
 
 
 # ---- rates and times from trying a device ----------------------------------------------------------------------------
-#
-# An operator is tried at a small size on a CPU, and whole on an accelerator.
 
 
 LOG = logging.getLogger("halovae")

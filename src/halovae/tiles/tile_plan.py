@@ -256,10 +256,6 @@ def assign(chains: Sequence[TileChain], ranks: int, known: Mapping[int, int] | N
 
 
 # ---- whether the VAE's own tiles give a right picture ----------------------------------------------------------------
-#
-# Found out without running its network. Some tiled methods of diffusers give a picture of the wrong size, or put tiles
-# in the wrong place. Sizes come from a recording. Places are tried out: with a network that treats every pixel by
-# itself, tiles change nothing, so whatever they do change is out of place.
 
 
 TOLERANCE = 0.05
