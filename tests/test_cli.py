@@ -297,7 +297,7 @@ class TestAlone:
     def test_a_comparison_that_fails_has_code_1(
         self, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("halovae.app.pages.TOLERANCE", {"any": -1.0})
+        monkeypatch.setattr("halovae.app.comparison.TOLERANCE", {"any": -1.0})
         arguments = ["roundtrip", CLIP, "-o", "o.mp4", "--frames", "0:1", "--height", "32", "--model", tiny]
         assert main([*arguments, "--compare", "--json", "o.json"]) == 1
         assert json.loads(Path("o.json").read_text())["passed"] is False

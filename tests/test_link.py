@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from halovae.base.errors import RankFailedError
-from halovae.comm import control
+from halovae.comm import control, handshake
 from halovae.comm.control import Link
 
 
-def on_threads(size: int, work: Callable[[int, control.Share], Any]) -> list[Any]:
+def on_threads(size: int, work: Callable[[int, handshake.Share], Any]) -> list[Any]:
     """`work(rank, share)` on `size` threads; their results in rank order."""
     table: dict[int, list[Any]] = {}
     meeting, results = threading.Barrier(size, timeout=20), [None] * size
@@ -42,7 +42,7 @@ def on_threads(size: int, work: Callable[[int, control.Share], Any]) -> list[Any
 
 
 def with_links(size: int, work: Callable[[Link, int], Any]) -> list[Any]:
-    def body(rank: int, share: control.Share) -> Any:
+    def body(rank: int, share: handshake.Share) -> Any:
         made = Link(rank, size, share, lambda: None)
         try:
             return work(made, rank)
@@ -146,7 +146,7 @@ def test_a_shorter_patience_is_kept_to_at_once(monkeypatch: pytest.MonkeyPatch) 
 def test_strangers_are_not_let_in() -> None:
     """Who finds the port but does not know the token is turned away, and the ranks connect all the same."""
 
-    def work(rank: int, share: control.Share) -> bool:
+    def work(rank: int, share: handshake.Share) -> bool:
         def watched(value: Any) -> list[Any]:
             said = share(value)
             if rank == 1 and isinstance(said[0], tuple) and len(said[0]) == 3 and isinstance(said[0][0], list):
@@ -155,7 +155,7 @@ def test_strangers_are_not_let_in() -> None:
                     assert stranger.recv(64) == b""
             return said
 
-        peers = control.star(rank, 2, watched)
+        peers = handshake.star(rank, 2, watched)
         for peer in peers.values():
             peer.close()
         return len(peers) == 1

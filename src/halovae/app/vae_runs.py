@@ -11,7 +11,7 @@ import torch
 import typer
 
 from halovae.api.parallelize import parallelize
-from halovae.app import clip_files, pages, tables
+from halovae.app import clip_files, comparison, pages, tables
 from halovae.app.run_options import VaeJob
 from halovae.app.session import Half, Loaded, Session
 from halovae.base.errors import HalovaeError
@@ -95,11 +95,11 @@ def roundtrip(session: Session, job: VaeJob) -> None:
     written = clip_files.writing(
         session, job.output, pace.fps, through=compared, times=pace.times, lossless=job.lossless
     )
-    parallel, keep = session.parallel(loaded.vae, gather=pages.GATHER), job.compare or job.report is not None
+    parallel, keep = session.parallel(loaded.vae, gather=comparison.GATHER), job.compare or job.report is not None
     with parallel as handle, pages.recorded(session) as timeline, written as take:
-        result = pages.run_through(session, loaded, fit, film, handle, keep=keep, take=take)
+        result = comparison.run_through(session, loaded, fit, film, handle, keep=keep, take=take)
     in_tiles = job.compare and "tile" in (result.encode.mode, result.decode.mode)
-    exact = pages.run_exact(session, loaded, fit, film) if in_tiles else None
+    exact = comparison.run_exact(session, loaded, fit, film) if in_tiles else None
     document = tables.document(session, loaded, fit, result.halves)
     spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
@@ -108,11 +108,11 @@ def roundtrip(session: Session, job: VaeJob) -> None:
     lost = clip_files.loss(job.output, lossless=job.lossless)
     # On one rank while the others have ended: nobody needs them any more.
     if in_tiles:
-        rest = pages.run_rest(session, loaded, fit, film, result, exact)
-        told, alone = pages.told_of_tiles(session, rest, lost), rest.whole
+        rest = comparison.run_rest(session, loaded, fit, film, result, exact)
+        told, alone = comparison.told_of_tiles(session, rest, lost), rest.whole
     else:
-        alone = pages.run_through(session, loaded, fit, film, None, " on one rank") if job.compare else None
-        told = pages.told(session, result, alone, lost)
+        alone = comparison.run_through(session, loaded, fit, film, None, " on one rank") if job.compare else None
+        told = comparison.told(session, result, alone, lost)
     document |= told.numbers | {"input": str(job.source), "output": str(job.output)}
     typer.echo(f"{job.output}: {tables.clip_line(fit, pace.fps)}")
     typer.echo(f"{tables.described(session, loaded, result.encode)}\n{told.text}", nl=False)
@@ -135,7 +135,7 @@ def warm_up(session: Session, sizes: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     clip = torch.rand(3, frames, fit.padded_height, fit.padded_width, generator=generator) * 2 - 1
     clip = clip.to(session.device, session.dtype)
-    with parallelize(loaded.vae, axis=session.options.axis, gather=pages.GATHER) as handle, torch.no_grad():
+    with parallelize(loaded.vae, axis=session.options.axis, gather=comparison.GATHER) as handle, torch.no_grad():
         for half in ("encode", "decode"):
             started = time.perf_counter()
             with session.stages.stage(half):

@@ -3,19 +3,16 @@
 Ranks here are always indices in the group; only this package knows global ranks.
 """
 
-from halovae.comm.group import (
-    Group,
-    GroupComm,
+from halovae.comm.environment import (
     backend_name,
-    connect,
     default_device,
     default_generator,
     init_from_env,
     keeper_of_parts,
     mesh,
     shutdown,
-    world,
 )
+from halovae.comm.group import Group, GroupComm, connect, world
 from halovae.comm.protocol import Comm, GraphLane, Message, Pending, SoloComm, Traffic, all_gather
 
 __all__ = [

@@ -5,7 +5,6 @@ Clips are arrays (frames, height, width, 3) of levels from 0 to 255, as integers
 
 from halovae.evaluation.distances import (
     ClipComparison,
-    CutLines,
     Frames,
     Gate,
     LatentComparison,
@@ -13,10 +12,9 @@ from halovae.evaluation.distances import (
     compare_clips,
     compare_latents,
     latent_gates,
-    near_lines,
-    seam_energy,
 )
 from halovae.evaluation.scores import FrameScores, psnr, score_frame
+from halovae.evaluation.seams import CutLines, near_lines, seam_energy
 
 __all__ = [
     "ClipComparison",

@@ -31,8 +31,9 @@ from halovae.predict.echo import Effects, echoing
 from halovae.predict.meter import Costs, Meter, MeteredComm
 from halovae.predict.rates import Speed
 from halovae.tiles.blend import Blends
+from halovae.tiles.check import Checker
 from halovae.tiles.move import Mover
-from halovae.tiles.tile_plan import Checker, assign, find_chains
+from halovae.tiles.tile_plan import assign, find_chains
 from halovae.tiles.tile_runner import TileCall
 from halovae.tiles.tile_settings import applied
 

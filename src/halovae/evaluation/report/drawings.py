@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from halovae.evaluation import ClipComparison, Frames, LatentComparison
-from halovae.evaluation.distances import Map
 from halovae.evaluation.scores import decibel
+from halovae.evaluation.seams import Map
 
 MOST_FRAMES = 24
 """Of one comparison that the page shows; more would make it slow to open."""
