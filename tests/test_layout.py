@@ -27,7 +27,7 @@ from halovae.exact.layout import (
     reshaped,
     split_factor,
 )
-from halovae.exact.rules.dimensions import broadcast
+from halovae.exact.rules.elementwise import broadcast
 
 ROWS, COLS = cut_at((0, 4, 8, 16)), cut_at((0, 4, 12))
 """Uneven cuts of a height of 16 and a width of 12."""

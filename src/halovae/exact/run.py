@@ -21,11 +21,11 @@ from halovae.comm import Comm
 from halovae.exact.halo import extend, gather_dim, own
 from halovae.exact.layout import AxisFactor, Layout, layout_of, mark, plain, require_axis
 from halovae.exact.mesh import Mesh, ShardPlan
-from halovae.exact.rules import attention, dimensions, views, windows
+from halovae.exact.rules import attention, elementwise, factories, indexing, norms, views, windows
 from halovae.exact.shard_mode import ShardMode
 from halovae.kernels.fast_mode import FastMode, finished
 
-RULE_MODULES = attention, dimensions, views, windows
+RULE_MODULES = attention, elementwise, factories, indexing, norms, views, windows
 """Imported for their rules."""
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]

@@ -38,7 +38,8 @@ from halovae.exact.layout import (
     shape_of,
 )
 from halovae.exact.mesh import Mesh
-from halovae.exact.rules.dimensions import align, broadcast, elementwise_layout, fit, sum_over_ranks
+from halovae.exact.rules.elementwise import align, broadcast, elementwise_layout, fit
+from halovae.exact.rules.norms import sum_over_ranks
 from halovae.exact.shard_mode import let_stand_for, maker, rule, stand_in_of
 
 
