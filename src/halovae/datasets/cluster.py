@@ -32,9 +32,8 @@ _QUIET = {
 _ANSWER = 10.0
 """Seconds that a cluster gets to answer."""
 _LEAST_STORE = 2**27
-"""Bytes of the store that processes share clips by."""
 _SHARE = 0.3
-"""Of the free memory, that this store takes at the most. What does not fit goes to a disk for a while."""
+"""Of the free memory, for the store at the most."""
 
 
 @contextmanager
@@ -59,16 +58,12 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     folder = None
     if address is None:
         workers = readers(devices, accelerators)
-        # Three units for each device and reader: one in work, one before it and one behind it.
-        store = 3 * largest * (devices + workers)
-        free = free_bytes(torch.device("cpu"))
-        store = max(_LEAST_STORE, store if free is None else min(store, int(_SHARE * free)))
         folder = tempfile.mkdtemp(prefix="halovae-ray-")
         # Ray lets only those in who know a word, which it would keep in the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options |= {
-            "num_cpus": devices + workers + 1, "num_gpus": accelerators, "object_store_memory": store,
-            "include_dashboard": False, "_temp_dir": folder,
+            "num_cpus": devices + workers + 1, "num_gpus": accelerators, "include_dashboard": False,
+            "object_store_memory": store_bytes(devices + workers, largest), "_temp_dir": folder,
         }  # fmt: skip
     else:
         _check_address(address)
@@ -84,6 +79,14 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def store_bytes(processes: int, largest: int) -> int:
+    """Of the store that processes share clips by, three units of `largest` bytes for each device and reader: one in
+    work, one before it and one behind it. Ray does not start where it leaves too little memory; what does not fit into
+    it goes to a disk for a while."""
+    free = free_bytes(torch.device("cpu"))
+    return max(_LEAST_STORE, min(3 * largest * processes, int(_SHARE * (free or sys.maxsize))))
 
 
 def _check_address(address: str) -> None:
