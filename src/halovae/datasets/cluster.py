@@ -49,7 +49,7 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     Raises:
         InputError: there is no cluster at this address.
     """
-    _quiet_data()
+    data = _data_context()
     if ray.is_initialized():
         yield
         return
@@ -57,6 +57,7 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     folder = None
     if address is None:
+        data.override_object_store_memory_limit_fraction = 0.9  # Nobody else puts anything into this store.
         workers = readers(devices, accelerators)
         folder = tempfile.mkdtemp(prefix="halovae-ray-")
         # Ray lets only those in who know a word, which it would keep in the user's home.
@@ -125,12 +126,16 @@ def readers(devices: int, accelerators: int) -> int:
     return max(1, cores() - accelerators if accelerators else cores() // 2)
 
 
-def _quiet_data() -> None:
+def _data_context() -> Any:
     from ray.data import DataContext
 
-    context = DataContext.get_current()
+    context: Any = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # A large clip on a slow device takes its time.
+    # Of the store, Ray would keep a third each for latents and for what comes of writing, which are small: there would
+    # be too little for as many clips as have to be read at once.
+    context.op_resource_reservation_ratio = 0.1
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    return context
