@@ -133,8 +133,8 @@ def _data_context() -> Any:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # A large clip on a slow device takes its time.
-    # Of the store, Ray would keep a third each for latents and for what comes of writing, which are small: there would
-    # be too little for as many clips as have to be read at once.
+    # Ray keeps half of the store in equal parts for all steps, also for those whose results are small: too little is
+    # left for the clips that have to be read at once, and devices wait.
     context.op_resource_reservation_ratio = 0.1
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
