@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from halovae.media.reader import opened
 from halovae.media.video import LivePictures, codec_words
-from halovae.serve.service import ApiError, Service
+from halovae.serve.service import ApiError, EndingError, Service
 from halovae.serve.store import COMPLETED, ENCODE, PARTS_END, PARTS_TYPE, RUNNING, VIDEO, StoredJob, around_part
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class Watched(StreamingResponse):
             self._after()
 
     async def stream_response(self, send: Send) -> None:
-        with suppress(_BrokenOffError):
+        with suppress(_BrokenOffError, EndingError):
             await super().stream_response(send)
 
 
