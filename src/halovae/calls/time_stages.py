@@ -159,6 +159,8 @@ class TimeStages:
         self._next: dict[Any, Part | None] = {}
         self._rows: dict[Any, Part] = {}
         self._places: list[Position] = []
+        self._least = 0
+        """Real frames that a step needs, as far as it is known."""
         self.start, self.most = Position(), one_step
         self.rest = ModuleState(getattr(vae, NETWORKS[half]))
 
@@ -380,7 +382,8 @@ class TimeStages:
         total = place.frames + frames
         if not run and final == out:
             return Stage(total, 0, (), (), (), (), (), False, 0, 0, 0)
-        fresh = next(f for f in range(frames, total + 1) if self._gets_the_same(trial, run, total, f))
+        least = min(max(frames, self._least), total)
+        fresh = next(f for f in range(least, total + 1) if self._gets_the_same(trial, run, total, f))
         wanted = trial.output[:, :, out:final]
         for blank, holds in itertools.product((False, True), ((), held)):
             stage = Stage(total, fresh, calls, run, takes, holds, gives, blank, 0, final - out, fresh)
@@ -393,11 +396,17 @@ class TimeStages:
         """Whether calls need no more than the last real frames."""
         if fresh == frames:
             return True
+
+        def used(number: int, name: Any) -> Any:
+            if number in run and name[:2] != trial.names[number][:2]:
+                raise NotExactError("it gets something else")
+            return _noise(trial.calls[number], trial.names[number])
+
         try:
-            names, _ = self._make(trial.calls, frames, lambda n, _: _noise(trial.calls[n], trial.names[n]), fresh)
+            self._make(trial.calls, frames, used, fresh)
         except Exception:  # Whatever a model's code raises on blank frames.
             return False
-        return all(names[number][:2] == trial.names[number][:2] for number in run)
+        return True
 
     def _place_of(self, wanted: Tensor, stage: Stage, trial: _Trial) -> int | None:
         """How many frames before the end of what the stage gives the wanted frames begin; None where they are not."""

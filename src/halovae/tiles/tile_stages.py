@@ -73,7 +73,12 @@ class TileStages(TimeStages):
 
     def _next_step(self, place: Position, total: int | None) -> Part | None:
         step = self._few.step(self._alike[place], total)
-        if step is None or (found := self.part(place, step[0], total)) is None:
+        if step is None:
+            return None
+        self._least = step[1].fresh
+        found = self.part(place, step[0], total)
+        self._least = 0
+        if found is None:
             return None
         self._alike[found[1]] = step[2]
         return step[0], *found
@@ -184,6 +189,7 @@ class StageCall(Resumed):
         device, network = args[0].device, getattr(self._vae, NETWORKS[self._half])
         known = {} if verdicts is None else verdicts
         self._batches = Batches(network, self.stage.calls, mine, device, known, verdicts is None)
+        self._here = {number for number, place in self.stage.takes if self._before.caches[place] is not None}
         self._mine = mine
         with suppress(_Finished), self._blends.skipped():
             self._run(self._method, args, kwargs)
@@ -203,8 +209,11 @@ class StageCall(Resumed):
 
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
         number, call = self._next()
-        made = self._real(number, call, args, kwargs) if number in self._mine else None
-        others = self._gone_on(number, args, kwargs) if made is None else made
+        others = None
+        if number in self._mine:
+            others = self._real(number, call, args, kwargs)
+        elif number in self._here:
+            others = self._gone_on(number, args, kwargs)
         if number == max(self._mine):
             raise _Finished
         return _zeros(call, others, self._device)
