@@ -8,22 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from family_table import IN_TILES
 from ranks import Ranks
 from tiles import CUTS, Cut, tensor_of
 
 import halovae
 from halovae.base.memory import allocated_by
-
-TEMPORAL = {"use_framewise_decoding": True, "tile_sample_min_num_frames": 16, "tile_sample_stride_num_frames": 8}
-CASES: dict[str, tuple[str, int, dict[str, Any], list[int]]] = {
-    "minimax_h3": ("decode", 17, {}, [18, 17, 21]),
-    "wan21": ("decode", 3, {}, [1, 4, 4]),
-    "hunyuan_video_framewise": ("decode", 9, {}, [14, 12, 7]),
-    "ltx": ("decode", 5, TEMPORAL, [10, 8, 15]),
-    "cogvideox": ("decode", 5, {}, [9, 8]),
-    "hunyuan_video15": ("decode", 2, {}, [5]),
-}
-"""Half, frames, settings, and frames of each piece; the last one makes all frames of a tile at once."""
 
 
 def build(cut: Cut, half: str, count: int, settings: dict[str, Any]) -> tuple[Any, torch.Tensor]:
@@ -37,9 +27,8 @@ def build(cut: Cut, half: str, count: int, settings: dict[str, Any]) -> tuple[An
 
 def streams(rank: int, name: str) -> tuple[list[int], bool]:
     """Frames of each piece of a tensor and of an iterator, and whether they are one call."""
-    half, count, settings, expected = CASES[name]
-    cut = CUTS[name]
-    vae, clip = build(cut, half, count, settings)
+    (count, settings, expected), cut = IN_TILES[name], CUTS[name]
+    vae, clip = build(cut, "decode", count, settings)
     kwargs = cut.family.decode_kwargs(clip)
     with torch.no_grad(), halovae.parallelize(vae, mode="tile", gather="first") as handle:
         whole = vae.decode(clip, **kwargs)[0]
@@ -55,10 +44,10 @@ def streams(rank: int, name: str) -> tuple[list[int], bool]:
     return [piece.shape[2] for piece in pieces], equal
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name in CUTS])
+@pytest.mark.parametrize("name", [name for name in IN_TILES if name in CUTS])
 def test_pieces_are_one_call(three_ranks: Ranks, name: str) -> None:
     for frames, equal in three_ranks.run(streams, name):
-        assert frames == CASES[name][-1]
+        assert frames == IN_TILES[name][-1]
         assert equal
 
 
