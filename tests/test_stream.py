@@ -248,7 +248,7 @@ def ways(rank: int) -> None:
             steps = handle.last.steps
             pieces = list(handle.decode_stream(latent))
             assert handle.last.steps == steps
-            expected = 1 if options.get("mode") == "tile" else len(steps) or count
+            expected = len(steps) or count
             assert handle.last.pieces == len(pieces) == expected, options
             parts = list(handle.decode_stream(latent.split((count + 1) // 2, 2)))
             assert handle.last.pieces == len(parts) == expected

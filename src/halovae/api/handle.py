@@ -345,8 +345,9 @@ class Handle(Caller):
         Latents that come from an iterator themselves are read as `encode_stream` reads frames.
 
         The pieces, joined in time, are what one call gives, bit for bit. They come after each step in time of a VAE
-        that walks through time in steps (exact mode); any other one gives one piece, and so do tiles: `last.pieces`
-        tells. No rank holds the whole output unless the caller keeps it. One piece is computed ahead of the reader.
+        that walks through time in steps, in tiles after those of all tiles; any other one gives one piece:
+        `last.pieces` tells. No rank holds the whole output unless the caller keeps it. One piece is computed ahead of
+        the reader.
 
         Every rank goes through its own stream. Before each piece all ranks agree to go on: where one has closed its
         stream (by leaving the loop, too, and also before it has asked for the first piece), the streams of all end
