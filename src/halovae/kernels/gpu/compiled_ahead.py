@@ -37,6 +37,7 @@ _MARK = "halovae"
 
 _noted: ContextVar[dict[Any, Job] | None] = ContextVar("_noted", default=None)
 _one_at_a_time = free_in_children(threading.Lock())
+_at_work: set[subprocess.Popen[bytes]] = set()
 
 
 def are_noted() -> bool:
@@ -45,13 +46,14 @@ def are_noted() -> bool:
 
 
 @contextmanager
-def compiled_ahead(workers: int) -> Iterator[None]:
+def compiled_ahead(workers: int, name: str) -> Iterator[None]:
     """Within it, this thread launches no kernel that is not compiled yet, so that what it computes is of no use.
 
-    At its end, the kernels that were to be launched are compiled: on disk, where Triton finds them.
+    At its end, others begin to compile the kernels that were to be launched: `wait` for them.
 
     Args:
         workers: processes at the most.
+        name: of the kind of call that has these kernels, in hexadecimal digits.
     """
     knobs = import_module("triton").knobs
     with _one_at_a_time, _compilers(workers, knobs.cache.dir) as jobs:
@@ -73,12 +75,12 @@ def compiled_ahead(workers: int) -> Iterator[None]:
             _noted.reset(token)
             knobs.runtime.jit_cache_hook = before
         target = import_module("triton.runtime.driver").driver.active.get_current_target()
-        jobs += [[target.backend, target.arch, target.warp_size], list(noted.values())]
+        jobs += [name, [target.backend, target.arch, target.warp_size], list(noted.values())]
 
 
 @contextmanager
 def _compilers(workers: int, folder: str) -> Iterator[list[Any]]:
-    """Processes that get ready meanwhile; at the end they do what is in the list, and are waited for."""
+    """Processes that get ready meanwhile; at the end they begin with what is in the list."""
     if getattr(sys, "frozen", False):  # The program is no interpreter.
         raise RuntimeError("there is no interpreter to start")
     path = [place for place in sys.path if isinstance(place, str)]  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -87,27 +89,29 @@ def _compilers(workers: int, folder: str) -> Iterator[list[Any]]:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"TRITON_CACHE_DIR": folder},
     )  # fmt: skip
+    _at_work.add(process)
     try:
         jobs: list[Any] = []
         yield jobs
-        process.communicate(json.dumps(jobs).encode(), _PATIENCE)
-    finally:
+        with process.stdin as pipe:  # pyright: ignore[reportOptionalContextManager]
+            pipe.write(json.dumps(jobs).encode())
+    except BaseException:
         process.kill()
-        process.wait()
+        raise
 
 
-def is_marked(name: str) -> bool:
-    """Whether the kernels of a kind of call were compiled before: said in Triton's cache, so that it goes with them.
+def wait() -> None:
+    """Until the kernels are on disk, where Triton finds them."""
+    for process in tuple(_at_work):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
+        process.kill()
+        _at_work.discard(process)
 
-    Args:
-        name: of the kind of call, in hexadecimal digits.
-    """
+
+def are_compiled(name: str) -> bool:
+    """Whether the kernels of a kind of call were compiled before: said in Triton's cache, so that it goes with them."""
     return _folder(name).get_file(_MARK) is not None
-
-
-def set_mark(name: str) -> None:
-    """Say that they are."""
-    _folder(name).put("", _MARK, binary=False)
 
 
 def _folder(name: str) -> Any:
@@ -135,14 +139,13 @@ def serve(workers: int) -> None:
     _end_with_parent()
     _import_when_needed("torch")
     import_module("triton.runtime.cache").triton_key()  # It reads all of Triton's library: once, for all children.
-    target, jobs = json.load(sys.stdin) or ((), ())
-    if not jobs:
-        return
+    name, target, jobs = json.load(sys.stdin)
     device = _Described(import_module("triton.backends.compiler").GPUTarget(*target))
     import_module("triton.runtime.driver").driver.set_active(device)
     kernels = [(getattr(import_module(module), name), data) for module, name, data in jobs]
     kernels.sort(key=lambda kernel: -len(kernel[0].src))  # What takes longest begins first.
     _share(kernels[:_MOST], min(workers, len(kernels)))
+    _folder(name).put("", _MARK, binary=False)
 
 
 def _share(kernels: Sequence[Any], workers: int) -> None:

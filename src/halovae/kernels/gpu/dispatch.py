@@ -19,6 +19,7 @@ from halovae.base.geometry import Extent
 from halovae.base.private_torch import without_functions
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import operators
+from halovae.kernels.gpu.compiled_ahead import are_noted
 from halovae.kernels.kept import derived, kept
 from halovae.kernels.memory_format import memory_format, memory_of
 from halovae.kernels.precision import LOW
@@ -54,6 +55,11 @@ _MANY = 1 << 16
 def supports(device: torch.device) -> bool:
     """Whether there are kernels for this device: Triton has to be there, as it is with torch for CUDA and ROCm."""
     return device_type(device) == "cuda" and _has_triton()
+
+
+def _are_many(count: int, least: int) -> bool:
+    """Whether a kernel pays for so much work. Where they are only noted, a small picture stands for any."""
+    return count >= least or are_noted()
 
 
 @functools.cache
@@ -170,11 +176,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     """
     if query.dtype not in LOW or query.is_meta or not supports(query.device):
         return None
-    if query.shape[3] <= NARROW_WIDTH and query.shape[2] >= FEW_TOKENS and _is_hopper(query.device):
+    if query.shape[3] <= NARROW_WIDTH and _are_many(query.shape[2], FEW_TOKENS) and _is_hopper(query.device):
         with sdpa_kernel(_BACKENDS, set_priority=True), without_functions():
             return F.scaled_dot_product_attention(query, key, value, scale=scale)
     wide = query.shape[3] > FUSED_WIDTH and query.shape[1] == key.shape[1] == value.shape[1] == 1
-    if not wide or query.shape[2] < FEW_QUERIES:
+    if not wide or not _are_many(query.shape[2], FEW_QUERIES):
         return None
     from halovae.kernels.gpu import triton_attention
 
@@ -290,7 +296,7 @@ def fill(buffer: Tensor, valid: Sequence[Extent], fills: Mapping[int, Fill]) -> 
         return False
     videos = _frames(buffer)
     known = buffer.ndim in (4, 5) and buffer.dtype in (torch.float32, *LOW) and min(fills) >= 2
-    if not known or buffer.numel() < _MANY or not _has_whole_rows(videos):
+    if not known or not _are_many(buffer.numel(), _MANY) or not _has_whole_rows(videos):
         return False
     for dim, each in fills.items():
         low, high = valid[dim]
@@ -307,7 +313,8 @@ def fill(buffer: Tensor, valid: Sequence[Extent], fills: Mapping[int, Fill]) -> 
 def shuffle(target: Tensor, source: Tensor) -> None:
     """As `target.copy_(source)`, of views whose pixels and channels have changed places."""
     found = None
-    if supports(target.device) and target.dtype == source.dtype and target.numel() >= _MANY and not target.is_meta:
+    known = supports(target.device) and target.dtype == source.dtype and not target.is_meta
+    if known and _are_many(target.numel(), _MANY):
         from halovae.kernels.gpu import triton_copy
 
         found = triton_copy.shuffle_of(target.shape, source.stride(), target.stride())
@@ -382,7 +389,7 @@ def _has_whole_rows(videos: Tensor) -> bool:
 
 
 def _is_large_picture(tensor: Tensor) -> bool:
-    return tensor.numel() >= _MANY and tensor.ndim in (4, 5)
+    return _are_many(tensor.numel(), _MANY) and tensor.ndim in (4, 5)
 
 
 def _positions(picture: Tensor) -> Tensor:
@@ -488,7 +495,7 @@ def convolves(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], po
     _, inputs, *taps = weight.shape
     fits = weight.dtype in LOW and stride[-1] == stride[-2] and {*dilation} == {1} and (*stride[:-2], 1)[0] == 1
     wins = (16 < inputs <= 128 and inputs % 64 > 0) or stride[-1] == 2 or _is_sample(weight, stride[-1])
-    return fits and wins and taps[-1] == taps[-2] == 3 and positions >= FEW_POSITIONS
+    return fits and wins and taps[-1] == taps[-2] == 3 and _are_many(positions, FEW_POSITIONS)
 
 
 def convolve(
