@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
@@ -24,7 +24,7 @@ from halovae.exact.mesh import Mesh, ShardPlan
 from halovae.exact.run import run_sharded
 from halovae.kernels import autocast
 from halovae.kernels.gpu.compiled_ahead import are_compiled, compiled_ahead
-from halovae.kernels.gpu.dispatch import supports
+from halovae.kernels.gpu.dispatch import as_if_large, supports
 from halovae.kernels.kept import apart
 
 LOG = logging.getLogger("halovae")
@@ -61,9 +61,11 @@ def compile_kernels(
             return
         mesh = Mesh(_Absent(rank, prod(plan.shape)), plan.shape)
         call = functools.partial(target.run_untiled, half)
-        run = functools.partial(run_sharded, mesh, call, *probe.fresh(), probe.bounds)
-        with compiled_ahead(workers, name), suppress(Exception), apart():
-            tried(target.vae, probe.device, run)  # It may fail: what it computes is of no use.
+        with compiled_ahead(workers, name), apart():
+            for size in (as_if_large(), nullcontext()):  # Some layers of a large picture have few positions.
+                run = functools.partial(run_sharded, mesh, call, *probe.fresh(), probe.bounds)
+                with suppress(Exception), size:  # It may fail: what it computes is of no use.
+                    tried(target.vae, probe.device, run)
     except Exception as error:  # Whatever fails: kernels are compiled when they are launched.
         LOG.debug("kernels of %s of %s are not compiled ahead: %s", half, target.name, error)
 

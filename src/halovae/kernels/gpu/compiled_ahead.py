@@ -40,11 +40,6 @@ _one_at_a_time = free_in_children(threading.Lock())
 _at_work: set[subprocess.Popen[bytes]] = set()
 
 
-def are_noted() -> bool:
-    """Whether kernels of this thread are only noted: a small picture stands for a large one."""
-    return _noted.get() is not None
-
-
 @contextmanager
 def compiled_ahead(workers: int, name: str) -> Iterator[None]:
     """Within it, this thread launches no kernel that is not compiled yet, so that what it computes is of no use.

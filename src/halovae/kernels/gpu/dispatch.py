@@ -19,7 +19,6 @@ from halovae.base.geometry import Extent
 from halovae.base.private_torch import without_functions
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import operators
-from halovae.kernels.gpu.compiled_ahead import are_noted
 from halovae.kernels.kept import derived, kept
 from halovae.kernels.memory_format import memory_format, memory_of
 from halovae.kernels.precision import LOW
@@ -58,8 +57,21 @@ def supports(device: torch.device) -> bool:
 
 
 def _are_many(count: int, least: int) -> bool:
-    """Whether a kernel pays for so much work. Where they are only noted, a small picture stands for any."""
-    return count >= least or are_noted()
+    """Whether there is so much work that a kernel pays."""
+    return count >= least or _is_large.get()
+
+
+_is_large: ContextVar[bool] = ContextVar("_is_large", default=False)
+
+
+@contextmanager
+def as_if_large() -> Iterator[None]:
+    """Within it, a small picture gets the kernels of a large one."""
+    token = _is_large.set(True)
+    try:
+        yield
+    finally:
+        _is_large.reset(token)
 
 
 @functools.cache
