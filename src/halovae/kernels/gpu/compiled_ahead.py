@@ -9,7 +9,6 @@ cache on disk. Where that fails, kernels are compiled when they are launched.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from halovae.base.forks import free_in_children
@@ -132,15 +132,15 @@ class _Described:
 def serve(workers: int) -> None:
     """Compile what the parent says, in children that each take the next kernel."""
     _end_with_parent()
-    _import_when_needed("torch")
+    sys.modules["torch"] = ModuleType("torch")  # It takes seconds to load, and only who launches kernels uses it.
     import_module("triton.runtime.cache").triton_key()  # It reads all of Triton's library: once, for all children.
-    name, target, jobs = json.load(sys.stdin)
+    call, target, jobs = json.load(sys.stdin)
     device = _Described(import_module("triton.backends.compiler").GPUTarget(*target))
     import_module("triton.runtime.driver").driver.set_active(device)
     kernels = [(getattr(import_module(module), name), data) for module, name, data in jobs]
     kernels.sort(key=lambda kernel: -len(kernel[0].src))  # What takes longest begins first.
     _share(kernels[:_MOST], min(workers, len(kernels)))
-    _folder(name).put("", _MARK, binary=False)
+    _folder(call).put("", _MARK, binary=False)
 
 
 def _share(kernels: Sequence[Any], workers: int) -> None:
@@ -169,12 +169,3 @@ def _end_with_parent() -> None:
 
         parent_death_signal = 1
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-
-
-def _import_when_needed(name: str) -> None:
-    """Let what imports a module have it at its first use; modules of kernels use torch to launch them only."""
-    spec = importlib.util.find_spec(name)
-    if spec is not None and spec.loader is not None:
-        loader = spec.loader = importlib.util.LazyLoader(spec.loader)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
