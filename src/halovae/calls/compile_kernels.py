@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from halovae.base import verdicts
-from halovae.base.trees import pictures_in, tensors_in
+from halovae.base.trees import pictures_in
 from halovae.calls.target import Target, told
 from halovae.calls.verify import shrunk, tried
 from halovae.comm import Comm, Message, Pending
@@ -32,7 +32,7 @@ LOG = logging.getLogger("halovae")
 _ALIKE = 16
 """Latents. Sizes that leave the same remainder have the same kernels: compilers ask whether numbers divide by 16."""
 _USUAL = 8
-"""Pixels per latent, where that need not be known."""
+"""Pixels per latent, where nobody needs to know."""
 
 
 def compile_kernels(
@@ -43,29 +43,29 @@ def compile_kernels(
 
     Args:
         rank: with a shard.
-        ratio: gives the pixels per latent; 1 where that need not be known, and for decode.
+        ratio: gives the pixels per latent, 1 for decode; not asked where nothing is cut.
     """
-    picture = pictures_in((args, kwargs))[0]
+    device = pictures_in((args, kwargs))[0].device
     workers = _cores() // _ranks_here(prod(plan.shape))
-    if not supports(picture.device) or workers < 2:
+    if not supports(device) or workers < 2:
         return
     try:
-        latent = max(ratio(), _USUAL if half == "encode" else 1)
-        bounds = tuple(_small(cuts, _ALIKE * latent) for cuts in plan.bounds)
-        probe = shrunk((bounds[0], bounds[1]), args, kwargs)
+        latent = _USUAL if half == "encode" and plan.shape == (1, 1) else ratio()
+        down, across = (_small(cuts, _ALIKE * latent) for cuts in plan.bounds)
         config = getattr(target.vae, "config", None)
-        words = [half, rank, bounds, type(target.vae), dict(config) if isinstance(config, Mapping) else None]
-        shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors_in((probe.args, probe.kwargs))]
-        name = verdicts.digest(picture.device, told([*words, target.settings(), shapes, autocast.state()]))
+        vae = type(target.vae), config if isinstance(config, Mapping) else None, target.settings()
+        kinds = [(p.shape[:2], p.ndim, p.shape[2] > 1, p.dtype) for p in pictures_in((args, kwargs))]
+        name = verdicts.digest(device, told([half, rank, down, across, vae, kinds, autocast.state()]))
         if are_compiled(name):
             return
+        probe = shrunk((down, across), args, kwargs)
         mesh = Mesh(_Absent(rank, prod(plan.shape)), plan.shape)
         call = functools.partial(target.run_untiled, half)
         with compiled_ahead(workers, name), apart():
             for size in (as_if_large(), nullcontext()):  # Some layers of a large picture have few positions.
                 run = functools.partial(run_sharded, mesh, call, *probe.fresh(), probe.bounds)
                 with suppress(Exception), size:  # It may fail: what it computes is of no use.
-                    tried(target.vae, probe.device, run)
+                    tried(target.vae, device, run)
     except Exception as error:  # Whatever fails: kernels are compiled when they are launched.
         LOG.debug("kernels of %s of %s are not compiled ahead: %s", half, target.name, error)
 
