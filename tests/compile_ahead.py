@@ -6,14 +6,17 @@ Run by a test, since Triton decides at its import whether it interprets or compi
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
 from diffusers import AutoencoderKL
+from launchers import Launcher
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -24,7 +27,7 @@ from halovae.calls.target import Target
 from halovae.exact.mesh import Mesh, plan_shards
 from halovae.exact.run import run_sharded
 from halovae.kernels import convolution, fast_arithmetic, fast_rules, fast_views
-from halovae.kernels.gpu import compiled_ahead, dispatch, triton_chain, triton_copy
+from halovae.kernels.gpu import compiled_ahead, support, triton_chain, triton_copy
 from halovae.kernels.kept import Kept
 from halovae.kernels.lazy import chain, upsampled
 
@@ -43,6 +46,8 @@ class Device:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    launcher_cls = Launcher
 
 
 @triton.jit
@@ -78,6 +83,9 @@ def others_compile_and_nothing_is_launched() -> None:
     compiled_ahead.wait()
     assert compiled_ahead.are_compiled(CALL)
     assert not out.any()
+    assert {path.name for path in Path(os.environ["TRITON_CACHE_DIR"]).glob("launcher*")} >= {
+        "launcher of _chain", "launcher of _copy_rows",
+    }  # fmt: skip
     assert [*map(found, launches)] == [[("_chain", True)], [("_copy_rows", True)], []]
 
 
@@ -89,7 +97,7 @@ def only_noted(jobs: Jobs) -> Iterator[None]:
     def compilers(*_: Any) -> Iterator[list[Any]]:
         said: list[Any] = []
         yield said
-        jobs.update(map(tuple, said[2]))
+        jobs.update(map(tuple, said[3]))
 
     with patch.object(compiled_ahead, "_compilers", compilers), Kept().in_use():
         yield
@@ -114,11 +122,10 @@ def a_small_picture_asks_for_the_kernels_of_a_large_one(half: str, picture: Tens
 
 if __name__ == "__main__":
     driver.set_active(Device())  # pyright: ignore[reportArgumentType]
-    for module in (dispatch, compile_kernels):
-        module.supports = lambda _: True
-    for module in (chain, convolution, dispatch, fast_arithmetic, fast_rules, fast_views, upsampled):
+    support.supports = lambda _: True
+    for module in (chain, convolution, fast_arithmetic, fast_rules, fast_views, upsampled):
         module.device_type = lambda _: "cuda"
-    dispatch._is_hopper = lambda _: False
+    support.is_hopper = lambda _: False
     compile_kernels._cores = lambda: 8
     torch.set_num_threads(1)
     with torch.no_grad():

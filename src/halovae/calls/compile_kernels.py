@@ -23,8 +23,8 @@ from halovae.comm.protocol import Nothing
 from halovae.exact.mesh import Mesh, ShardPlan
 from halovae.exact.run import run_sharded
 from halovae.kernels import autocast
+from halovae.kernels.gpu import support
 from halovae.kernels.gpu.compiled_ahead import are_compiled, compiled_ahead
-from halovae.kernels.gpu.dispatch import as_if_large, supports
 from halovae.kernels.kept import apart
 
 LOG = logging.getLogger("halovae")
@@ -47,7 +47,7 @@ def compile_kernels(
     """
     device = pictures_in((args, kwargs))[0].device
     workers = _cores() // _ranks_here(prod(plan.shape))
-    if not supports(device) or workers < 2:
+    if not support.supports(device) or workers < 2:
         return
     try:
         latent = _USUAL if half == "encode" and plan.shape == (1, 1) else ratio()
@@ -62,7 +62,7 @@ def compile_kernels(
         mesh = Mesh(_Absent(rank, prod(plan.shape)), plan.shape)
         call = functools.partial(target.run_untiled, half)
         with compiled_ahead(workers, name), apart():
-            for size in (as_if_large(), nullcontext()):  # Some layers of a large picture have few positions.
+            for size in (support.as_if_large(), nullcontext()):  # Some layers of a large picture have few positions.
                 run = functools.partial(run_sharded, mesh, call, *probe.fresh(), probe.bounds)
                 with suppress(Exception), size:  # It may fail: what it computes is of no use.
                     tried(target.vae, device, run)

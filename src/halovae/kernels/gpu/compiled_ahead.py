@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import import_module
@@ -69,8 +69,10 @@ def compiled_ahead(workers: int, name: str) -> Iterator[None]:
             noted = _noted.get() or {}
             _noted.reset(token)
             knobs.runtime.jit_cache_hook = before
-        target = import_module("triton.runtime.driver").driver.active.get_current_target()
-        jobs += [name, [target.backend, target.arch, target.warp_size], list(noted.values())]
+        driver = import_module("triton.runtime.driver").driver.active
+        target, launcher = driver.get_current_target(), driver.launcher_cls
+        device = [target.backend, target.arch, target.warp_size], [launcher.__module__, launcher.__qualname__]
+        jobs += [name, *device, list(noted.values())]
 
 
 @contextmanager
@@ -134,18 +136,26 @@ def serve(workers: int) -> None:
     _end_with_parent()
     sys.modules["torch"] = ModuleType("torch")  # It takes seconds to load, and only who launches kernels uses it.
     import_module("triton.runtime.cache").triton_key()  # It reads all of Triton's library: once, for all children.
-    call, target, jobs = json.load(sys.stdin)
+    call, target, (place, launcher), jobs = json.load(sys.stdin)
     device = _Described(import_module("triton.backends.compiler").GPUTarget(*target))
     import_module("triton.runtime.driver").driver.set_active(device)
     kernels = [(getattr(import_module(module), name), data) for module, name, data in jobs]
     kernels.sort(key=lambda kernel: -len(kernel[0].src))  # What takes longest begins first.
-    _share(kernels[:_MOST], min(workers, len(kernels)))
+
+    def make(number: int) -> None:
+        kernel, data = kernels[number]
+        compiled = kernel.preload(data)
+        # What passes arguments on to it is a program in C, which takes as long again.
+        getattr(import_module(place), launcher)(compiled.src, compiled.metadata)
+
+    _share(make, len(kernels[:_MOST]), min(workers, len(kernels)))
     _folder(call).put("", _MARK, binary=False)
 
 
-def _share(kernels: Sequence[Any], workers: int) -> None:
+def _share(make: Callable[[int], None], count: int, workers: int) -> None:
+    """Make things of so many numbers in children, each of which takes the next number."""
     turns, numbers = os.pipe()
-    os.write(numbers, bytes(range(len(kernels))))
+    os.write(numbers, bytes(range(count)))
     os.close(numbers)
     children: list[int] = []
     for _ in range(workers):
@@ -153,9 +163,8 @@ def _share(kernels: Sequence[Any], workers: int) -> None:
         if not child:
             _end_with_parent()
             while number := os.read(turns, 1):
-                kernel, data = kernels[number[0]]
                 with suppress(Exception):  # Whoever launches it will see.
-                    kernel.preload(data)
+                    make(number[0])
             os._exit(0)
         children.append(child)
     for child in children:

@@ -23,7 +23,7 @@ _MOST_CHANNELS = 512
 
 
 def run(terms: Sequence[Any], out: Tensor) -> None:
-    """Write the sum of one or two terms, each a `dispatch.Term`, into a dense channels-last video `[B, C, T, H, W]`.
+    """Write the sum of one or two terms, each a `copies.Term`, into a dense channels-last video `[B, C, T, H, W]`.
 
     It is calculated in float32 and rounded once.
     """
