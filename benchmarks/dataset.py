@@ -10,9 +10,14 @@
 same reading, device and writing, in processes that share memory; what Ray itself costs is not in it.
 
 Rates are steady ones: each way has encoded a few units of the size before its clock starts, and of the command the
-clips count that are finished after that. What comes before them is told as `start, s`: Ray, imports, the model, and the
-first calls. The ways take turns, round by round; rates are medians, and ratios are medians of the rounds' ratios.
+last two thirds of the clips count. What comes before them is told as `start, s`: Ray, imports, the model, and the first
+calls. The ways take turns, round by round; rates are medians, and ratios are medians of the rounds' ratios.
 `processor, s` is what a clip costs all processes together: on a machine with other work on it, it tells more.
+
+`scaling` is the rate of a device among so many, over that of a device of the first count of `--devices`.
+
+The table and the JSON are made anew after each way. A way that takes longer than `--limit` counts with what it has
+encoded by then.
 """
 
 from __future__ import annotations
@@ -22,13 +27,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -89,34 +95,33 @@ def load(given: argparse.Namespace) -> tuple[Any, vae_limits.Limits]:
     return vae, vae_limits.limits_of(vae)
 
 
-def clocked(calls: Sequence[Callable[[], Any]], clips: int, device: str) -> Spent:
+def clocked(calls: Sequence[Callable[[], Any]], clips: int, limit: float) -> Spent:
     """Of calls of so many clips each, the first `WARM` of which count as the start."""
     started = time.perf_counter()
     for call in calls[:WARM]:
         call()
-    began, used = time.perf_counter(), time.process_time()
+    began, used, count = time.perf_counter(), time.process_time(), 0
     for call in calls[WARM:]:
         call()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    count = clips * (len(calls) - WARM)
+        count += clips
+        if time.perf_counter() - started > limit:
+            break
     seconds = time.perf_counter() - began
     return Spent(60 * count / seconds, began - started, (time.process_time() - used) / count)
 
 
 def in_memory(given: argparse.Namespace, folder: Path, bucket: Bucket) -> Spent:
     vae, limits = load(given)
-    items, count = find_items(str(folder / "*.mp4"))[:DISTINCT], together(bucket)
+    items = find_items(str(folder / "*.mp4"))[: together(bucket)]
     dtype, device = getattr(torch, given.dtype), torch.device(given.device)
-    clips = [codec.to_tensor(take(item, bucket, None).pixels, dtype, device) for item in items]
-    unit = (clips * count)[:count]
+    unit = [codec.to_tensor(take(item, bucket, None).pixels, dtype, device) for item in items]
 
     def encode() -> None:
         for latents in codec.encode_clips(vae, limits, unit):
             latents.cpu()
 
     with halovae.optimize(vae), torch.inference_mode():
-        return clocked([encode] * (WARM + UNITS), count, given.device)
+        return clocked([encode] * (WARM + UNITS), len(unit), given.limit)
 
 
 def plain_loop(given: argparse.Namespace, folder: Path, bucket: Bucket) -> Spent:
@@ -132,19 +137,23 @@ def plain_loop(given: argparse.Namespace, folder: Path, bucket: Bucket) -> Spent
 
     paths = sorted(folder.glob("*.mp4"))[: WARM + 2 * UNITS]
     with torch.inference_mode():
-        return clocked([lambda path=path: work(path) for path in paths], 1, given.device)
+        return clocked([lambda path=path: work(path) for path in paths], 1, given.limit)
 
 
-def steady(output: Path, started: float, first: int, used: Sequence[tuple[float, float]]) -> Spent:
+def steady(output: Path, started: float, warm: int, used: Sequence[tuple[float, float]]) -> Spent:
     """From the times at which files were finished.
 
     Args:
         output: their folder.
         started: when the work was.
-        first: how many belong to the start.
+        warm: how many belong to the start at least.
         used: times, and the seconds of processors until then.
     """
     ends = sorted(path.stat().st_mtime for path in output.rglob("*.safetensors"))
+    # The first results wait for the processes that write them, and then come all at once.
+    first = max(warm, len(ends) // 3)
+    if len(ends) <= first:
+        return Spent(float("nan"))
     began, ended, count = ends[first - 1], ends[-1], len(ends) - first
     processor = float("nan")
     if used:
@@ -183,7 +192,19 @@ def dataset(given: argparse.Namespace, folder: Path, bucket: Bucket, devices: in
     words += ["--model", given.model] if given.model else []
     started, watch = time.time(), Processors()
     watch.start()
-    subprocess.run([sys.executable, "-m", "halovae", *words], check=True)
+    command = subprocess.Popen([sys.executable, "-m", "halovae", *words])
+    try:
+        code = command.wait(given.limit)
+    except subprocess.TimeoutExpired:
+        code = "out of time"
+        command.send_signal(signal.SIGINT)  # It ends its Ray.
+        try:
+            command.wait(30)
+        except subprocess.TimeoutExpired:
+            command.kill()
+            command.wait()
+    if code:
+        print(f"the command on {devices}: {code}", flush=True)
     watch.over.set()
     watch.join()
     return steady(output, started, WARM * devices * together(bucket), watch.used)
@@ -284,6 +305,7 @@ def main() -> None:
     parser.add_argument("--devices", default="1", help="such as 1,2,4")
     parser.add_argument("--dtype", help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for a way in a round")
     parser.add_argument("--in-process", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -312,22 +334,25 @@ def main() -> None:
         ways: dict[str, Callable[[], Spent]] = {
             "memory": lambda: in_memory(given, folder, bucket), "loop": lambda: plain_loop(given, folder, bucket)
         }  # fmt: skip
-        for n in counts:
-            ways[f"{name}, {n} {given.device}"] = lambda n=n: ours(given, folder, bucket, n)
+        devices = {f"{name}, {n} {given.device}": n for n in counts}
+        ways |= {way: lambda n=n: ours(given, folder, bucket, n) for way, n in devices.items()}
         found: dict[str, list[Spent]] = {way: [] for way in ways}
         for _ in range(given.rounds):
             for way, run in ways.items():
                 found[way].append(run())
-                print(way, found[way][-1], flush=True)
-    report(title, [_row(way, found) for way in ways], given.json)
+                report(title, [_row(way, found, devices) for way in ways if found[way]], given.json)
+                sys.stdout.flush()
 
 
-def _row(way: str, found: dict[str, list[Spent]]) -> dict[str, Any]:
+def _row(way: str, found: Mapping[str, list[Spent]], devices: Mapping[str, int]) -> dict[str, Any]:
     def over(other: str) -> float:
-        return statistics.median(mine.rate / its.rate for mine, its in zip(found[way], found[other], strict=True))
+        pairs = list(zip(found[way], found[other], strict=False))  # The last round may not be over.
+        return statistics.median(mine.rate / its.rate for mine, its in pairs) if pairs else float("nan")
 
     rate, start, processor = map(statistics.median, zip(*found[way], strict=True))
     row = {"way": way, "clips/min": rate, "of memory": over("memory"), "of loop": over("loop")}
+    first = next(iter(devices))
+    row["scaling"] = over(first) * devices[first] / devices[way] if way in devices else float("nan")
     return {**row, "start, s": start, "processor, s": processor}
 
 

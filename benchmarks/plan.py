@@ -31,8 +31,8 @@ from halovae import comm
 from halovae.base.memory import PeakMemory
 from halovae.calls.target import Target
 from halovae.comm.bandwidth import LINKS, LinkSpeed, measure
-from halovae.predict.measured_rates import MeasuredSpeed
 from halovae.predict.predictor import Predictor
+from halovae.predict.rates import MeasuredSpeed
 
 _SHARES = {
     "tile_sample_min_height": 1, "tile_sample_min_width": 1, "tile_sample_stride_height": 3 / 4,

@@ -15,7 +15,7 @@ from families import FAMILIES
 from pictures import error
 from ranks import Ranks
 
-from halovae.app.run_options import Work, run_options
+from halovae.app.run_options import RunOptions
 from halovae.base.errors import InputError
 from halovae.cli.main import main
 from halovae.media import FrameRange, codec, read
@@ -76,7 +76,7 @@ def test_a_vae_without_tiles(without_tiles: str, capsys: pytest.CaptureFixture[s
 
 def test_a_size_alone_keeps_the_share_of_the_overlap() -> None:
     vae = FAMILIES["wan21"].build()
-    Work(mode="tile", tile_size=(64, 128)).set_tiles(vae)
+    RunOptions(mode="tile", tile_size=(64, 128)).set_tiles(vae)
     tiles = TileSettings.of(vae)
     assert tiles is not None
     assert (tiles.size, tiles.overlap) == ((64, 128), (16, 32))
@@ -84,13 +84,11 @@ def test_a_size_alone_keeps_the_share_of_the_overlap() -> None:
 
 def test_one_setting_for_both_axes() -> None:
     with pytest.raises(InputError, match="one setting for both axes"):
-        Work(mode="tile", tile_size=(64, 128)).set_tiles(FAMILIES["kl"].build())
+        RunOptions(mode="tile", tile_size=(64, 128)).set_tiles(FAMILIES["kl"].build())
 
 
 def test_the_names_of_others_mean_tiles() -> None:
-    work = run_options(axis="auto", vae_use_tiling=True, vae_patch_parallel_size=4).work
-    assert (work.mode, work.ranks) == ("tile", 4)
-    assert "--mode tile" in work.notes[0]
+    assert RunOptions(vae_use_tiling=True).mode == "tile"
 
 
 TILES = ["--tile-size", "32,32", "--tile-overlap", "8,8"]

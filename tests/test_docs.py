@@ -60,7 +60,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def commands() -> list[list[str]]:
     """Words of each command of this program, in the order of the pages and then of `--help`."""
     text = "".join(code for page in PAGES for code in blocks(page, "")) + "\n"
-    text += "\n".join(example for *_, example in COMMANDS)
+    text += "\n".join(example for members in COMMANDS.values() for example in members.values())
     lines = text.replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("halovae ")]
     return [list(words) for words in dict.fromkeys(map(tuple, found))]

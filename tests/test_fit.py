@@ -17,8 +17,7 @@ from families import FAMILIES
 import halovae
 from halovae.base.errors import InputError
 from halovae.media import codec
-from halovae.media.pixels import IMAGENET, PIXELS, SIGNED, UNIT, Pixels, pixels_of
-from halovae.media.vae_limits import Fit, Limits, limits_of
+from halovae.media.vae_limits import IMAGENET, PIXELS, SIGNED, UNIT, Fit, Limits, Pixels, limits_of, pixels_of
 
 # Name, pixels per latent, whether frames go one by one, and for some frame counts what they are padded to.
 LEARNT = [

@@ -26,7 +26,7 @@ from halovae.base import files
 from halovae.base.errors import InputError
 from halovae.evaluation import psnr
 from halovae.media import FrameRange, read, write
-from halovae.media.live import LivePictures, codec_words
+from halovae.media.video import LivePictures, codec_words
 
 
 @pytest.mark.parametrize("fps", [Fraction(25), Fraction(30000, 1001), Fraction(1)])

@@ -25,9 +25,8 @@ from halovae.base.errors import InputError
 from halovae.comm import SoloComm
 from halovae.pipelines.generation_settings import Generation, Setup, arguments, does
 from halovae.pipelines.grid_sizes import TokenGrid, check_sizes, fill_in, grid_of
-from halovae.pipelines.late_video import in_pieces
 from halovae.pipelines.load import find_pipeline, load_pipeline, outline
-from halovae.pipelines.parallel_vae import parallel_vae
+from halovae.pipelines.parallel_vae import in_pieces, parallel_vae
 from halovae.pipelines.runner import agreed_seed
 from halovae.pipelines.scheduler import check_steps, shifted
 from halovae.pipelines.stages import DENOISE, OTHER, VAE_DECODE, StageTimeline, watched

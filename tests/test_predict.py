@@ -24,11 +24,10 @@ from halovae.calls.target import Target
 from halovae.comm.bandwidth import LinkSpeed
 from halovae.kernels import convolution
 from halovae.kernels.lazy import chain, upsampled
-from halovae.predict import measured_rates
 from halovae.predict import predictor as predict_module
-from halovae.predict.measured_rates import MeasuredSpeed
+from halovae.predict import rates
 from halovae.predict.predictor import Prediction, Predictor
-from halovae.predict.rates import GivenSpeed, Operation
+from halovae.predict.rates import GivenSpeed, MeasuredSpeed, Operation
 
 CPU = torch.device("cpu")
 SPEED = GivenSpeed(flops=1e11, bandwidth=1e10)
@@ -321,12 +320,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_trial_that_was_disturbed_is_done_again() -> None:
-    seconds, steady = measured_rates._quickest(busy([64, 32, 16, 8, 8]), CPU)
+    seconds, steady = rates._quickest(busy([64, 32, 16, 8, 8]), CPU)
     assert steady
     assert seconds == pytest.approx(8e-3, rel=0.2)
-    _, steady = measured_rates._quickest(busy([2 ** (8 - turn) / 2 for turn in range(9)]), CPU)
+    _, steady = rates._quickest(busy([2 ** (8 - turn) / 2 for turn in range(9)]), CPU)
     assert not steady
-    assert measured_rates._seconds(lambda: time.sleep(0.05)) < 0.02  # other work has the processor meanwhile
+    assert rates._seconds(lambda: time.sleep(0.05)) < 0.02  # other work has the processor meanwhile
 
 
 @pytest.mark.usefixtures("one_thread")

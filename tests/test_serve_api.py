@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pipelines import picture
 from servers import SMALL
 from starlette.testclient import TestClient
 
+from halovae.media import write
 from halovae.pipelines.grid import TokenGrid
 from halovae.serve.ranks import Ranks
 from halovae.serve.server_settings import ServeOptions, ServerLimits
@@ -198,6 +202,49 @@ def test_a_job_that_ends_the_ranks_twice_is_given_up(opened: Open, image: bytes)
         found = client.get(f"/v1/videos/{job}").json()
         assert (found["status"], found["attempts"]) == (status, attempts)
     assert found["error"]["message"] == "the ranks ended 2 times while they worked on it: rank 1 was killed"
+
+
+def test_a_job_that_is_done_at_once_is_streamed_too(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Before anybody could see that a part of it was there; and nothing is left of it."""
+    client = opened()
+    service = client.app.state.service  # type: ignore[attr-defined]
+    write(tmp_path / "v.mp4", [np.zeros((16, 16, 3), np.uint8)] * 3, Fraction(16))
+    results = {"encode": b"latents", "decode": (tmp_path / "v.mp4").read_bytes()}
+
+    def do(task: dict[str, Any]) -> None:
+        Path(task["output"]).write_bytes(results[task["kind"]])
+        done = {"event": "done", "id": task["id"], "result": {}}
+        asyncio.get_running_loop().call_soon(service.on_message, done)
+
+    monkeypatch.setattr(service.ranks, "send", do)
+    service.ranks.ready = True
+    parts = client.post("/v1/vae/encode", files={"clip": b"clip"}, data={"stream": "true"}).content
+    assert parts.endswith(b"Content-Length: 7\r\n\r\nlatents\r\n--latents--\r\n")
+    accept = {"Accept": "image/png"}
+    pictures = client.post("/v1/vae/decode", files={"latents": b"latents"}, headers=accept).content
+    assert (pictures.count(b"Content-Type: image/png"), pictures[-11:]) == (3, b"--frame--\r\n")
+    assert not list((tmp_path / "store" / "files").iterdir())
+
+
+def test_no_change_is_missed(opened: Open, image: bytes) -> None:
+    """One that comes while the client takes what was before it is told at once, and not with the next one."""
+    client = opened()
+    service, job = client.app.state.service, create(client, image).json()["id"]  # type: ignore[attr-defined]
+
+    async def changes() -> list[Any]:
+        seen: list[Any] = []
+        async for found in service.changes(job, 1000):
+            seen.append(found and found.status)
+            service.remove(job)
+            await asyncio.sleep(0.05)  # It takes its answer.
+        return seen
+
+    async def in_time() -> list[Any]:
+        return await asyncio.wait_for(changes(), 20)
+
+    assert client.portal.call(in_time) == ["queued", None]  # type: ignore[union-attr]
 
 
 def test_too_much_is_refused(opened: Open, image: bytes) -> None:

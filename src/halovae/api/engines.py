@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from halovae.calls.device_graphs import Outlet, can_record
 from halovae.calls.exact_call import ExactCall
 from halovae.calls.merge_steps import Merger, Steps
 from halovae.calls.replay import Graphs
-from halovae.calls.resumed import Held, Resumed, WholeClip
+from halovae.calls.resumed import Held, Resumed, WholeClip, laid_out
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.time_stages import Part, Stage, TimeStages, one_step
@@ -37,7 +37,9 @@ from halovae.exact.mesh import Mesh, ShardPlan
 from halovae.exact.run import GroupRun, Runner, first_tensor, on_shards
 from halovae.kernels.kept import apart
 from halovae.predict.memory_check import Room
-from halovae.tiles.tile_runner import TileRunner
+from halovae.tiles.tile_plan import TilePlan
+from halovae.tiles.tile_runner import TileOutcome, TileRunner
+from halovae.tiles.tile_stages import TileStages
 
 LOG = logging.getLogger("halovae")
 Emit = Callable[[Tensor], None]
@@ -116,18 +118,71 @@ class TileEngine(Engine):
             comm, target, ranks=self._ranks, gather=options.gather, fit=fit, same_bits=options.same_bits
         )
         self._room = Room(target)
+        self._stages: dict[Any, TileStages] = {}
+        self._parts: dict[Any, tuple[TileStages, tuple[Part, ...]] | None] = {}
 
     def run(
         self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
     ) -> Ran:  # fmt: skip
-        settings, keep = self.settings(half, args, kwargs), gather_of(self._gather, half)
+        plan = self._runner.plan(half, args, kwargs)
+        if emit:
+            given = _clip_first(args, kwargs)
+            if found := self._in_parts(half, picture, *given, plan):
+                return self._run_parts(half, *given, *found, plan, emit)
+        keep = gather_of(self._gather, half)
         if self._comm.rank < self._ranks:
 
             def ratio() -> int:
                 return 1 if half == "decode" else compression(self._target, picture)
 
-            self._room.check_tiles(half, settings, self._ranks, ratio, keep, picture, args, kwargs)
+            self._room.check_tiles(half, plan.settings, self._ranks, ratio, keep, picture, args, kwargs)
         outcome = self._runner.run(half, args, kwargs)
+        ran = self._told(half, outcome)
+        if emit:
+            _emit_whole(emit, ran.result)
+            ran = replace(ran, result=None)
+        return ran
+
+    def _in_parts(
+        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TilePlan
+    ) -> tuple[TileStages, tuple[Part, ...]] | None:
+        """The stages of a clip that leaves in pieces, and its parts; None where there is one piece."""
+        kind = self._target.kind(half, args, kwargs)
+        if kind not in self._parts:
+            with together(self._comm) as said:
+
+                def find() -> tuple[TileStages, tuple[Part, ...]]:
+                    stages = self._runner.stages(half, picture[:, :, :1], args[1:], kwargs, plan)
+                    return stages, stages.whole(picture.shape[2])
+
+                found = _found(self._target, half, args, picture, find)
+                said["pieces of the stream"] = [(count, stage.length) for count, stage, _ in found[1]] if found else []
+            self._parts[kind] = found
+        return self._parts[kind]
+
+    def _run_parts(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TileStages, parts: tuple[Part, ...],
+        plan: TilePlan, emit: Emit,
+    ) -> Ran:  # fmt: skip
+        clip, held, frames, reports = args[0], Held(), 0, list[CallReport]()
+        with suppress(StreamClosed):
+            for count, stage, _ in parts:
+                frames, held.is_used_up = frames + count, True
+                given = laid_out(stage, clip[:, :, :frames]), *args[1:]
+                one, held = self.run_stage(half, given, kwargs, stages, stage, held)
+                reports.append(one.report)
+                if stage.length:
+                    emit(first_tensor(one.result))
+                del one
+        phases = {name: sum(report.phases[name] for report in reports) for name in reports[-1].phases}
+        report = replace(
+            reports[-1], seconds=sum(phases.values()), phases=phases, tiles=len(plan.schedule.chains),
+            spread=max(report.spread for report in reports),
+        )  # fmt: skip
+        return Ran(None, report)
+
+    def _told(self, half: str, outcome: TileOutcome) -> Ran:
+        """A result with its report."""
         _note(outcome.network_seconds, outcome.gather_seconds)
         phases = {"network": outcome.network_seconds, "gather": outcome.gather_seconds}
         report = CallReport(
@@ -135,23 +190,27 @@ class TileEngine(Engine):
             tiles=outcome.tiles, spread=outcome.spread, tile_sizes=outcome.cut,
             tiles_per_call=outcome.together.tiles, same_bits=outcome.together.same_bits,
         )  # fmt: skip
-        if emit:
-            _emit_whole(emit, outcome.result)
-        return Ran(None if emit else outcome.result, report)
+        return Ran(outcome.result, report)
 
     def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
-        raise NotExactError("tiles are made of whole clips")
+        kind = self._target.kind(half, (frame,), kwargs)
+        if kind not in self._stages:
+            self._stages[kind] = self._runner.stages(half, frame.clone(), (), kwargs)
+        return self._stages[kind]
 
     def run_stage(
         self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
     ) -> tuple[Ran, Held]:
-        raise NotExactError("tiles are made of whole clips")
+        assert isinstance(stages, TileStages), "the steps are those of tiles"
+        outcome, held = self._runner.run_stage(half, args, kwargs, stages, stage, held)
+        return self._told(half, outcome), held
 
     def settled(self) -> int:
-        return len(self._runner.plans)
+        return len(self._runner.plans) + len(self._parts)
 
     def forget(self) -> None:
         self._runner.plans.clear()
+        self._parts.clear()
 
     def settings(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the VAE's settings for tiles are changed to. Called on every rank.
@@ -440,10 +499,7 @@ class _InPieces(_InStages):
     def __init__(
         self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit
     ) -> None:  # fmt: skip
-        if not args:  # The clip is given by name.
-            clip = pictures_in(kwargs)[0]
-            args, kwargs = (clip,), {name: value for name, value in kwargs.items() if value is not clip}
-        super().__init__(engine, half, args, kwargs)
+        super().__init__(engine, half, *_clip_first(args, kwargs))
         self._emit = emit
         self._outlet = Outlet(self._part)
 
@@ -467,18 +523,17 @@ class _InPieces(_InStages):
 
     def _found(self) -> tuple[Part, ...]:
         """The parts of the clip; none where there is one only."""
-        if self.args[0] is not self.picture:
-            return ()
-        try:
+
+        def find() -> tuple[TimeStages, tuple[Part, ...]]:
             stages = self._known_stages()
             self.join_steps_of(stages, bool(self.steps))
-            found = stages.whole(self.picture.shape[2])
+            parts = stages.whole(self.picture.shape[2])
             if stages.blends and max(self.steps, default=1) > 1:
                 raise NotExactError("its steps go together, and its frames are made of several of them")
-        except Exception as error:  # Whatever a model's code raises on frames that are not there.
-            LOG.debug("%s of %s gives its output in one piece: %s", self.half, self.target.name, error)
-            return ()
-        return found if sum(stage.length > 0 for _, stage, _ in found) > 1 else ()
+            return stages, parts
+
+        found = _found(self.target, self.half, self.args, self.picture, find)
+        return found[1] if found else ()
 
     def _learn(self, growth: int) -> None:
         self._engine.graphs.learn(growth)  # A whole call takes more.
@@ -530,6 +585,32 @@ class _OneStage(_InStages):
     def run(self) -> None:
         self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
         self.work.run(functools.partial(self.resumed, functools.partial(self.target.run_untiled, self.half)))
+
+
+def _clip_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, with the clip as the first one also where it is given by name."""
+    if args:
+        return args, kwargs
+    clip = pictures_in(kwargs)[0]
+    return (clip,), {name: value for name, value in kwargs.items() if value is not clip}
+
+
+Stages = TypeVar("Stages", bound=TimeStages)
+
+
+def _found(
+    target: Target, half: str, args: tuple[Any, ...], picture: Tensor,
+    find: Callable[[], tuple[Stages, tuple[Part, ...]]],
+) -> tuple[Stages, tuple[Part, ...]] | None:  # fmt: skip
+    """The stages and parts of a clip that leaves in pieces; None where it leaves in one."""
+    if args[0] is not picture:
+        return None
+    try:
+        stages, parts = find()
+    except Exception as error:  # Whatever a model's code raises on frames that are not there.
+        LOG.debug("%s of %s gives its output in one piece: %s", half, target.name, error)
+        return None
+    return (stages, parts) if sum(stage.length > 0 for _, stage, _ in parts) > 1 else None
 
 
 def _emit_whole(emit: Emit, result: Any) -> None:

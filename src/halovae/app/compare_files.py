@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from halovae import media
 from halovae.app.pages import command
 from halovae.app.session import Stages
-from halovae.app.tables import Row, counted, table
-from halovae.base.errors import InputError
+from halovae.app.tables import Row, table
+from halovae.base.errors import InputError, counted
 from halovae.base.files import write_json
 from halovae.evaluation import (
     ClipComparison,
@@ -53,34 +54,21 @@ class CompareJob:
     """The command line."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    what: str
-    """That was compared, with its size."""
-    text: str
-    """For the terminal."""
-    numbers: dict[str, Any]
-    """For `--json`."""
-    gates: list[Gate]
-    is_identical: bool
-    verdict: str
-    """Where there are no gates."""
-    section: ClipSection | LatentSection
-    """For the page."""
-    facts: dict[str, str] = field(default_factory=dict[str, str])
+_Found = tuple[str, dict[str, Any], Report]
+"""For the terminal, for `--json`, and for the page."""
 
 
-def compare(job: CompareJob) -> list[Gate]:
+def compare(job: CompareJob) -> Sequence[Gate]:
     """Compare, and tell, write and show what was found; returns the gates that were asked for."""
     stages = Stages(speaks=True)
-    found = _compare_latents(job, stages) if _is_latents(job) else _compare_clips(job, stages)
-    typer.echo(f"{job.other} against {job.one}: {found.what}\n{found.text}", nl=False)
+    text, numbers, page = _compare_latents(job, stages) if _is_latents(job) else _compare_clips(job, stages)
+    typer.echo(f"{job.other} against {job.one}: {text}", nl=False)
     if job.json is not None:
-        document = {"reference": str(job.one), "result": str(job.other), **found.numbers}
-        write_json(job.json, document | {"gates": [gate.to_dict() for gate in found.gates]})
+        document = {"reference": str(job.one), "result": str(job.other), **numbers}
+        write_json(job.json, document | {"gates": [gate.to_dict() for gate in page.gates]})
     if job.report is not None:
-        typer.echo(f"report: {write_report(job.report, _page(job, found))}")
-    return found.gates
+        typer.echo(f"report: {write_report(job.report, page)}")
+    return page.gates
 
 
 def _is_latents(job: CompareJob) -> bool:
@@ -98,18 +86,23 @@ def _is_latents(job: CompareJob) -> bool:
     return one
 
 
-def _page(job: CompareJob, found: _Found) -> Report:
-    gates, section = found.gates, found.section
+def _page(
+    job: CompareJob, section: ClipSection | LatentSection, gates: list[Gate], apart: str, facts: dict[str, str]
+) -> Report:
+    """What the page says; `apart` is how far the two are from each other, in words, and nothing where they are the
+    same."""
     failed = "; ".join(str(gate) for gate in gates if not gate.passed)
+    is_clip = isinstance(section, ClipSection)
+    same = f"Identical in every {'level of every frame' if is_clip else 'latent'}."
     of_gates = f"{failed}." if failed else "All gates passed."
     return Report(
         title=section.title,
         # Nobody has said how near is near enough: then only what is the same has passed.
-        passed=not failed if gates else found.is_identical or None,
-        verdict=of_gates if gates else found.verdict,
-        facts=found.facts,
-        clips=[section] if isinstance(section, ClipSection) else (),
-        latents=[section] if isinstance(section, LatentSection) else (),
+        passed=not failed if gates else not apart or None,
+        verdict=of_gates if gates else apart or same,
+        facts=facts,
+        clips=[section] if is_clip else (),
+        latents=() if is_clip else [section],
         gates=gates,
         command=command(job.words),
     )
@@ -144,16 +137,13 @@ def _compare_clips(job: CompareJob, stages: Stages) -> _Found:
         borders_name="given lines",
     )
     apart = f"PSNR is {decibel(found.psnr)}{', with what codecs lost' if lost else ''}."
-    return _Found(
-        what=f"{counted(reference.count, 'frame')} of {width}x{height}",
-        text=_clip_text(found) + (f"{lost}\n" if lost else ""),
-        numbers=found.to_dict() | {"lost": lost},
-        gates=clip_gates(found, min_ssim=job.min_ssim, min_psnr=job.min_psnr),
-        is_identical=found.is_identical,
-        verdict="Identical in every level of every frame." if found.is_identical else apart,
-        section=section,
-        facts={"Frames": str(reference.count), "Size": f"{width}x{height}"},
+    gates = clip_gates(found, min_ssim=job.min_ssim, min_psnr=job.min_psnr)
+    facts = {"Frames": str(reference.count), "Size": f"{width}x{height}"}
+    text = f"{counted(reference.count, 'frame')} of {width}x{height}\n{_clip_text(found)}" + (
+        f"{lost}\n" if lost else ""
     )
+    page = _page(job, section, gates, "" if found.is_identical else apart, facts)
+    return text, found.to_dict() | {"lost": lost}, page
 
 
 def _trim(job: CompareJob, stages: Stages, one: media.Film, other: media.Film) -> None:
@@ -234,16 +224,9 @@ def _compare_latents(job: CompareJob, stages: Stages) -> _Found:
         title=f"{job.other.name} against {job.one.name}", text="", reference_name=job.one.name,
         result_name=job.other.name, found=found,
     )  # fmt: skip
-    apart = f"The relative L2 distance is {found.relative_l2:.1e}."
-    return _Found(
-        what="latents " + "x".join(map(str, reference.shape)),
-        text=_latent_text(found),
-        numbers=found.to_dict(),
-        gates=latent_gates(found, max_l2=job.max_l2),
-        is_identical=not found.largest,
-        verdict=apart if found.largest else "Identical in every latent.",
-        section=section,
-    )
+    apart = f"The relative L2 distance is {found.relative_l2:.1e}." if found.largest else ""
+    text = f"latents {'x'.join(map(str, reference.shape))}\n{_latent_text(found)}"
+    return text, found.to_dict(), _page(job, section, latent_gates(found, max_l2=job.max_l2), apart, {})
 
 
 def _read_latents(job: CompareJob, stages: Stages) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,11 @@ Where the ranks ran tiles, also next to the VAE's own tiles on one rank, and to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 from halovae.app import clip_files
 from halovae.app.clip_files import Take, lossy_words
 from halovae.app.session import Half, Loaded, Session
-from halovae.app.tables import Row, counted, mebibytes, seconds_table, table
-from halovae.base.errors import NotExactError
+from halovae.app.tables import Row, mebibytes, seconds_table, table
+from halovae.base.errors import NotExactError, counted
 from halovae.base.options import HALVES, Gather
 from halovae.base.replaced import replaced
 from halovae.calls.target import Target
@@ -36,9 +36,9 @@ GATHER: Gather = {"encode": "all", "decode": "first"}
 BEFORE = "before rounding to 8 bits and writing"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ClipResult:
-    """One way of a clip through the VAE."""
+    """One way of a clip through the VAE. Whoever knows the peak memory of all ranks, or the PSNR, sets it."""
 
     film: Film
     """The source."""
@@ -56,9 +56,9 @@ class ClipResult:
     def seconds(self) -> dict[str, float]:
         return {name: half.seconds for name, half in self.halves.items()}
 
-    @property
+    @cached_property
     def peak_memory(self) -> int | None:
-        """Bytes; None where the system can't tell."""
+        """Bytes on a rank, at the most; None where the system can't tell."""
         return max(half.peak_memory or 0 for half in self.halves.values()) or None
 
     @property
@@ -125,23 +125,22 @@ def run_through(
     return ClipResult(film=film, latents=latents, sample=sample, encode=encode, decode=decode)
 
 
-def told(
-    session: Session, ratio: float, result: ClipResult, alone: ClipResult | None, peak: int | None, lost: str
-) -> Told:
+def told(session: Session, result: ClipResult, alone: ClipResult | None, lost: str) -> Told:
     """What is said of a run, next to one rank alone where that ran too.
 
     Args:
-        peak: bytes, the most that any rank took.
         lost: what writing changes the pixels by, see `clip_files.loss`.
     """
-    ranks = counted(session.group.size, "rank")
-    ways = [_Column(ranks, result, peak, ratio)]
-    numbers: dict[str, Any] = {"psnr": finite(ratio), "peak_memory": peak}
+    ranks, peak = counted(session.group.size, "rank"), result.peak_memory
+    numbers: dict[str, Any] = {"psnr": finite(result.psnr), "peak_memory": peak}
     if alone is None:
         memory = f"peak memory of a rank: {mebibytes(peak)}\n" if peak else ""
-        text = f"{seconds_table(result.halves)}{memory}PSNR to the source: {decibel(ratio)}\n"
-        return Told(text=text, rows=_rows(ways), numbers=numbers)
-    rows = _with_gains(_rows([*ways, _Column("one rank", alone, alone.peak_memory, alone.psnr)]), result, alone, peak)
+        text = f"{seconds_table(result.halves)}{memory}PSNR to the source: {decibel(result.psnr)}\n"
+        return Told(text=text, rows=_rows({ranks: result}), numbers=numbers)
+    gains = {half: f"{alone.seconds[half] / result.seconds[half]:.2f}x as fast" for half in HALVES}
+    if peak and alone.peak_memory:
+        gains[_PEAK] = f"{peak / alone.peak_memory:.2f}x as much"
+    rows = [(*row, gains.get(row[0], "")) for row in _rows({ranks: result, "one rank": alone})]
     found = differences(result, alone)
     allowed = allowed_l2(session)
     passed = max(found["latents_l2"], found["pixels_l2"]) <= allowed
@@ -201,32 +200,17 @@ def in_8_bits(found: dict[str, float], count: int) -> str:
     return f"in 8 bits {found['values_off']:,} of {count:,} values differ, by {most} at most"
 
 
-class _Column(NamedTuple):
-    """One way of the clip, in a table."""
-
-    name: str
-    result: ClipResult
-    peak: int | None
-    """Bytes, the most that any of its ranks took."""
-    psnr: float
-    """To the source."""
-
-
-def _rows(ways: Sequence[_Column]) -> list[Row]:
+def _rows(ways: Mapping[str, ClipResult]) -> list[Row]:
     """Time, memory and quality of each way."""
-    rows: list[Row] = [("", *(way.name for way in ways))]
-    rows += [(half, *(f"{way.result.seconds[half]:.2f} s" for way in ways)) for half in HALVES]
-    if ways[0].peak:
-        rows.append(("peak memory of a rank", *(mebibytes(way.peak) if way.peak else "" for way in ways)))
-    return [*rows, ("PSNR to the source", *(decibel(way.psnr) for way in ways))]
+    results = list(ways.values())
+    rows: list[Row] = [("", *ways)]
+    rows += [(half, *(f"{way.seconds[half]:.2f} s" for way in results)) for half in HALVES]
+    if results[0].peak_memory:
+        rows.append((_PEAK, *(mebibytes(way.peak_memory) if way.peak_memory else "" for way in results)))
+    return [*rows, ("PSNR to the source", *(decibel(way.psnr) for way in results))]
 
 
-def _with_gains(rows: list[Row], result: ClipResult, alone: ClipResult, peak: int | None) -> list[Row]:
-    """How much faster and leaner the ranks are, in a last column."""
-    gains = {half: f"{alone.seconds[half] / result.seconds[half]:.2f}x as fast" for half in HALVES}
-    if peak and alone.peak_memory:
-        gains["peak memory of a rank"] = f"{peak / alone.peak_memory:.2f}x as much"
-    return [(*row, gains.get(row[0], "")) for row in rows]
+_PEAK = "peak memory of a rank"
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -283,12 +267,23 @@ def run_rest(
     return Ways(tiles=tiles, own=own, exact=exact, whole=whole)
 
 
-def told_of_tiles(session: Session, ways: Ways, peak: int | None, lost: str) -> Told:
+def told_of_tiles(session: Session, ways: Ways, lost: str) -> Told:
     """As `told` of a run in tiles, next to the other ways."""
     several = counted(session.group.size, "rank")
-    rows = _tile_rows(several, ways, peak)
-    found = differences(ways.tiles, ways.own)
-    same = "same bits" if ways.same_bits else f"other bits, by up to {found['pixels']:.1e}"
+    results = {
+        f"tile, {several}": ("tile", ways.tiles),
+        "tile, one rank": ("own_tiles", ways.own),
+        f"exact, {several}": ("exact", ways.exact),
+        "un-tiled, one rank": ("untiled", ways.whole),
+    }
+    found = {title: (name, result) for title, (name, result) in results.items() if result is not None}
+    rows = _rows({title: result for title, (_, result) in found.items()})
+    gaps = [ways.gap(result) for _, result in found.values()]
+    if ways.whole is not None:
+        rows.append(("PSNR to un-tiled", *(decibel(gap["psnr"]) for gap in gaps)))
+        rows.append(("largest difference", *(f"{gap['largest']:.1e}" for gap in gaps)))
+    apart = differences(ways.tiles, ways.own)
+    same = "same bits" if ways.same_bits else f"other bits, by up to {apart['pixels']:.1e}"
     text = (
         table(rows)
         + ("exact mode refuses this VAE\n" if ways.exact is None else "")
@@ -296,14 +291,20 @@ def told_of_tiles(session: Session, ways: Ways, peak: int | None, lost: str) -> 
         + (f"the file is {lossy_words(lost)}\n" if lost else "")
     )
     # On accelerators several tiles go through the network together, which rounds otherwise.
-    is_rounding = max(found["latents_l2"], found["pixels_l2"]) <= allowed_l2(session)
+    is_rounding = max(apart["latents_l2"], apart["pixels_l2"]) <= allowed_l2(session)
     passed = ways.same_bits or (session.device.type != "cpu" and is_rounding)
-    results = {"tile": ways.tiles, "own_tiles": ways.own, "exact": ways.exact, "untiled": ways.whole}
     numbers = {
         "same_bits": ways.same_bits,
-        "ways": {name: _way(ways, result) for name, result in results.items() if result is not None},
+        "ways": {
+            name: {
+                "seconds": result.seconds,
+                "psnr": finite(result.psnr),
+                "to_untiled": {what: finite(value) for what, value in gap.items()},
+            }
+            for (name, result), gap in zip(found.values(), gaps, strict=True)
+        },
         "psnr": finite(ways.tiles.psnr),
-        "peak_memory": peak,
+        "peak_memory": ways.tiles.peak_memory,
         "passed": passed,
     }
     verdict = f"Tiles on {several} against the VAE's own tiles on one rank: {same}."
@@ -314,25 +315,3 @@ def told_of_tiles(session: Session, ways: Ways, peak: int | None, lost: str) -> 
 def _tiling(vae: Any, on: bool) -> Iterator[None]:
     with replaced(vae, "use_tiling", on) if "use_tiling" in vars(vae) else nullcontext():
         yield
-
-
-def _tile_rows(several: str, ways: Ways, peak: int | None) -> list[Row]:
-    results = {f"tile, {several}": ways.tiles, "tile, one rank": ways.own, f"exact, {several}": ways.exact}
-    results["un-tiled, one rank"] = ways.whole
-    found = {name: result for name, result in results.items() if result is not None}
-    rows = _rows(
-        [
-            _Column(name, result, peak if result is ways.tiles else result.peak_memory, result.psnr)
-            for name, result in found.items()
-        ]
-    )
-    if ways.whole is not None:
-        gaps = [ways.gap(result) for result in found.values()]
-        rows.append(("PSNR to un-tiled", *(decibel(gap["psnr"]) for gap in gaps)))
-        rows.append(("largest difference", *(f"{gap['largest']:.1e}" for gap in gaps)))
-    return rows
-
-
-def _way(ways: Ways, result: ClipResult) -> dict[str, Any]:
-    to_untiled = {name: finite(value) for name, value in ways.gap(result).items()}
-    return {"seconds": result.seconds, "psnr": finite(result.psnr), "to_untiled": to_untiled}

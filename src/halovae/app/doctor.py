@@ -17,7 +17,7 @@ from halovae.base import verdicts
 from halovae.base.errors import InputError, VerificationError
 from halovae.base.files import reason
 from halovae.comm.bandwidth import measure_all
-from halovae.evaluation.report.document import version_of
+from halovae.evaluation.report.page import version_of
 from halovae.media.vae_limits import latent_of, sample_of
 
 _PACKAGES = ("halovae", "torch", "diffusers", "safetensors", "av", "pillow", "numpy")

@@ -17,21 +17,21 @@ from halovae.app.run_options import dtype_on
 from halovae.app.session import device_kind
 from halovae.app.settled import planned
 from halovae.app.survey import Row, Survey, Way
-from halovae.app.tables import counted, table
-from halovae.base.errors import HalovaeError
+from halovae.app.tables import table
+from halovae.base.errors import HalovaeError, counted
 from halovae.base.files import write_json
 from halovae.base.options import HALVES
 from halovae.base.quiet import quiet
 from halovae.calls.dtypes import set_dtypes
 from halovae.comm.bandwidth import LINKS
-from halovae.exact.mesh import ShardPlan, plan_shards
+from halovae.exact.mesh import plan_shards
 from halovae.media.vae_limits import Limits
 from halovae.pipelines.generation_settings import Generation, Setup, default, parameters
 from halovae.pipelines.grid_sizes import TokenGrid
 from halovae.pipelines.load import find_pipeline, outline, torch_dtypes
 from halovae.pipelines.parallel_vae import mode_of
 from halovae.pipelines.transformers import degree
-from halovae.predict.measured_rates import rates_of
+from halovae.predict.rates import rates_of
 
 
 def dry_run(job: PipelineJob, ranks: int) -> int:
@@ -85,7 +85,8 @@ def _vae(vae: nn.Module, grid: TokenGrid, generation: Generation, setup: Setup, 
             plan = plan_shards(
                 generation.height // scale, generation.width // scale, ratio, workers if wanted else 1, setup.vae_axis
             )
-            halves[half] |= {"shards": list(plan.shape), "largest_shard": _largest(plan, scale)}
+            largest = [scale * size for size in plan.largest]  # In pixels.
+            halves[half] |= {"shards": list(plan.shape), "largest_shard": largest}
     return {"mode": mode, **halves}
 
 
@@ -119,11 +120,6 @@ def _halves(
         }
         for row in rows
     ]  # fmt: skip
-
-
-def _largest(plan: ShardPlan, scale: int) -> list[int]:
-    """Height and width in pixels."""
-    return [scale * max(high - low for low, high in zip(cut[:-1], cut[1:], strict=True)) for cut in plan.bounds]
 
 
 def _parts(components: Mapping[str, Any], setup: Setup) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from halovae.app.job import PipelineJob
 from halovae.app.pages import command, memory_words, recorded
 from halovae.app.session import Session
 from halovae.app.settled import planned
-from halovae.app.tables import Row, counted, mebibytes, place_of, table
-from halovae.base.errors import HalovaeError, InputError
+from halovae.app.tables import Row, mebibytes, place_of, table
+from halovae.base.errors import HalovaeError, InputError, counted
 from halovae.base.files import first_line, write_json
 from halovae.base.timeline import Span
 from halovae.evaluation.report import PictureSection, Report, lanes, write_report

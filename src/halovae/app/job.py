@@ -5,25 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from halovae.app.run_options import RunOptions, chosen_mode, parse_axis
+from halovae.app.run_options import RunOptions, check_tiling
 from halovae.base.errors import Faults
-from halovae.pipelines.generation_settings import Generation, Setup
-
-if TYPE_CHECKING:
-    pass
-
-_RENAMED = {
-    "guidance_scale_high": "guidance_scale_2",
-    "fps": "frame_rate",
-    "vae_use_slicing": "vae_slicing",
-    "vae_patch_parallel_size": "vae_size",
-    "enable_layerwise_offload": "layerwise_offload",
-    "enable_cpu_offload": "cpu_offload",
-    "axis": "vae_axis",
-}
-"""Flags whose setting has another name."""
+from halovae.pipelines.generation_settings import Generation, Setup, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +42,15 @@ class PipelineJob:
 
 def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> PipelineJob:
     """What a command's arguments, by name, ask for; `words` as the user typed them."""
-    values, faults = {_RENAMED.get(name, name): value for name, value in given.items()}, Faults()
-    values |= {"vae_axis": "auto", "vae_mode": None}
+    faults, vae_mode = Faults(), "tile" if given["vae_use_tiling"] else given["vae_mode"]
     with faults.noted():
-        values["vae_axis"] = parse_axis(given["axis"])
-    with faults.noted():
-        values["vae_mode"] = chosen_mode("--vae-mode", given["vae_mode"], given["vae_use_tiling"])
-    for name in ("dtype", "vae_dtype", "vae_encode_dtype", "vae_decode_dtype"):
-        values[name] = None if given.get(name) is None else given[name].value
-    values["dtype"] = values["dtype"] or Setup.dtype  # until the device is known
-    names = {field.name for field in fields(Generation)} - {"image", "last_image"}
+        check_tiling("--vae-mode", given["vae_mode"], given["vae_use_tiling"])
     generation, setup = Generation(), Setup()
     with faults.noted():
-        generation = Generation(**{name: values[name] for name in names & set(values)})
+        generation = Generation(**_settings(Generation, {**given, "image": None, "last_image": None}))
     with faults.noted():
-        setup = Setup(**{field.name: values[field.name] for field in fields(Setup) if field.name in values})
+        # Its dtype stands until the device is known.
+        setup = Setup(**_settings(Setup, {**given, "vae_mode": vae_mode, "dtype": given["dtype"] or Setup.dtype}))
     if given.get("lossless") and given.get("crf") is not None:
         faults.add(f"--lossless loses nothing, so --crf {given['crf']} has no meaning: leave one of them out")
     faults.check()
@@ -86,3 +66,9 @@ def job_of(task: str, given: Mapping[str, Any], words: tuple[str, ...] = ()) -> 
         words=words,
         notes=("--vae-use-tiling: the VAE runs in its own tiles (--vae-mode tile)",) * given["vae_use_tiling"],
     )
+
+
+def _settings(kind: type[Generation] | type[Setup], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a class among a command's arguments."""
+    names = {field.name: flag(field.name).removeprefix("--").replace("-", "_") for field in fields(kind)}
+    return {setting: given[name] for setting, name in names.items() if name in given}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from halovae.app.clip_files import lossy_words
 from halovae.app.comparison import BEFORE, differences, in_8_bits
-from halovae.app.tables import clip_line, counted, described
+from halovae.app.tables import clip_line, described
 from halovae.base import timeline
+from halovae.base.errors import counted
 from halovae.base.timeline import Span, Timeline
 from halovae.evaluation import CutLines, Frames, compare_clips
 from halovae.evaluation.report import ClipSection, Report, lanes

@@ -11,16 +11,14 @@ import typer
 
 from halovae.app.session import Session
 from halovae.app.survey import Row, Survey, Way
-from halovae.app.tables import counted
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.files import write_json
 from halovae.base.memory import free_bytes
 from halovae.base.options import HALVES
 from halovae.comm.bandwidth import LINKS, LinkSpeed, measure
 from halovae.media import models, vae_limits
-from halovae.predict.measured_rates import MeasuredSpeed
 from halovae.predict.predictor import Prediction
-from halovae.predict.rates import GivenSpeed
+from halovae.predict.rates import GivenSpeed, MeasuredSpeed
 
 _GIB = 2**30
 _UNSTEADY = 0.05

@@ -1,16 +1,16 @@
-"""How a command that runs a VAE on ranks is to run it, from the words of its flags; its files, checked."""
+"""How a command that runs a VAE on ranks is to run it, from its flags and their words; its files, checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halovae.base import options
 from halovae.base.errors import Faults, InputError
-from halovae.base.files import check_input, check_output
+from halovae.base.files import check_output
 
 if TYPE_CHECKING:
     from halovae.media import FrameRange
@@ -18,9 +18,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """How the VAE is to be run."""
+class RunOptions:
+    """What every command that runs a VAE on ranks needs to know, by the names of its flags.
 
+    Raises:
+        InputError: some of it contradicts the rest.
+    """
+
+    model: str | None = None
+    ranks: int | None = None
+    axis: options.Axis = "auto"
+    dtype: str | None = None
+    vae_encode_dtype: str | None = None
+    """None: as `dtype`."""
+    vae_decode_dtype: str | None = None
+    device: str | None = None
     mode: str | None = None
     """None: exact, or tile for a VAE that comes tiled."""
     untiled: bool = False
@@ -28,17 +40,25 @@ class Work:
     tile_size: tuple[int, int] | None = None
     """Height and width in pixels; None: the VAE's own."""
     tile_overlap: tuple[int, int] | None = None
-    ranks: int | None = None
+    vae_use_tiling: bool = False
+    """The same as the mode "tile"."""
+    vae_patch_parallel_size: int | None = None
     """How many ranks run the VAE; None: all."""
-    notes: tuple[str, ...] = ()
-    """What to tell the user about the names that were used."""
 
-    def check(self, vae: Any) -> None:
-        """Refuse exact mode where it would give another result than the VAE itself, and nobody has asked for that."""
-        from halovae.calls.target import Target
-
-        if self.mode == "exact" and not self.untiled:
-            Target(vae).check_exact("--mode exact", "add --untiled")
+    def __post_init__(self) -> None:
+        faults, mode = Faults(), self.mode or ("tile" if self.vae_use_tiling else None)
+        with faults.noted():
+            check_tiling("--mode", self.mode, self.vae_use_tiling)
+        if self.untiled and mode not in (None, "exact"):
+            faults.add(f"--untiled is for exact mode, but --mode {mode} is asked for: leave one of them out")
+        for flag, pair in (("--tile-size", self.tile_size), ("--tile-overlap", self.tile_overlap)):
+            if pair is not None and mode in (None, "exact"):
+                faults.add(f"{flag} {pair[0]},{pair[1]}: exact mode has no tiles; add --mode tile, or leave {flag} out")
+        if mode == "tile" and self.axis != "auto":
+            axis = self.axis if isinstance(self.axis, str) else "x".join(map(str, self.axis))
+            faults.add(f"--axis {axis}: tiles are not cut; leave it out, or use --mode exact")
+        faults.check()
+        object.__setattr__(self, "mode", mode)
 
     def set_tiles(self, vae: Any) -> None:
         """Give the VAE the sizes that were asked for."""
@@ -69,21 +89,6 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What every command that runs a VAE on ranks needs to know."""
-
-    model: str | None = None
-    ranks: int | None = None
-    axis: options.Axis = "auto"
-    dtype: str | None = None
-    vae_encode_dtype: str | None = None
-    """None: as `dtype`."""
-    vae_decode_dtype: str | None = None
-    device: str | None = None
-    work: Work = field(default_factory=Work)
-
-
-@dataclass(frozen=True, kw_only=True)
 class VaeJob:
     """What one run of a command that runs a VAE alone shall do."""
 
@@ -105,54 +110,10 @@ def dtype_on(kind: str, asked: str | None = None) -> str:
     return asked or ("float32" if kind == "cpu" else "bfloat16")
 
 
-def parse_axis(text: str, mode: str | None = None) -> options.Axis:
-    """From the words of `--axis`."""
-    if mode == "tile" and text != "auto":
-        raise InputError(f"--axis {text}: tiles are not cut; leave it out, or use --mode exact")
-    if text in ("auto", "height", "width"):
-        return text
-    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
-    if match is None:
-        raise InputError(f"--axis {text}: give auto, height, width, or rows and columns such as 2x4")
-    return int(match[1]), int(match[2])
-
-
-def chosen_mode(flag: str, asked: str | None, use_tiling: bool) -> str | None:
-    """What `--mode` or `--vae-mode`, and `--vae-use-tiling`, ask for together."""
-    if asked not in (None, *options.MODES):
-        raise InputError(f"{flag} {asked}: give exact, tile or auto")
-    if use_tiling and asked not in (None, "tile"):
-        raise InputError(f"--vae-use-tiling means {flag} tile, but {flag} {asked} is given too: leave one out")
-    return "tile" if use_tiling else asked
-
-
-def run_options(
-    *, axis: str, mode: str | None = None, untiled: bool = False, tile_size: str | None = None,
-    tile_overlap: str | None = None, vae_use_tiling: bool = False, vae_patch_parallel_size: int | None = None,
-    **others: Any,
-) -> RunOptions:  # fmt: skip
-    """From the words of the flags; `others` are those that need no reading."""
-    faults, chosen = Faults(), mode or ("tile" if vae_use_tiling else None)
-    with faults.noted():
-        chosen_mode("--mode", mode, vae_use_tiling)
-    if untiled and chosen not in (None, "exact"):
-        faults.add(f"--untiled is for exact mode, but --mode {chosen} is asked for: leave one of them out")
-    for flag, words in (("--tile-size", tile_size), ("--tile-overlap", tile_overlap)):
-        if words is not None and chosen in (None, "exact"):
-            faults.add(f"{flag} {words}: exact mode has no tiles; add --mode tile, or leave {flag} out")
-    cut: options.Axis = "auto"
-    with faults.noted():
-        cut = parse_axis(axis, chosen)
-    faults.check()
-    work = Work(
-        mode=chosen,
-        untiled=untiled,
-        tile_size=parse_pair("--tile-size", tile_size, least=1),
-        tile_overlap=parse_pair("--tile-overlap", tile_overlap, least=0),
-        ranks=vae_patch_parallel_size,
-        notes=("--vae-use-tiling: this is --mode tile",) if vae_use_tiling else (),
-    )
-    return RunOptions(axis=cut, work=work, **others)
+def check_tiling(flag: str, mode: str | None, use_tiling: bool) -> None:
+    """Refuse what `--mode` or `--vae-mode` (the flag), and `--vae-use-tiling`, can't ask for together."""
+    if use_tiling and mode not in (None, "tile"):
+        raise InputError(f"--vae-use-tiling means {flag} tile, but {flag} {mode} is given too: leave one out")
 
 
 def _in_proportion(tiles: TileSettings, size: tuple[int, int]) -> tuple[int, int]:
@@ -162,10 +123,21 @@ def _in_proportion(tiles: TileSettings, size: tuple[int, int]) -> tuple[int, int
     return height, width
 
 
-def parse_pair(flag: str, text: str | None, least: int) -> tuple[int, int] | None:
+# ---- from the words of flags -----------------------------------------------------------------------------------------
+
+
+def parse_axis(text: str) -> options.Axis:
+    """From the words of `--axis`."""
+    if text in ("auto", "height", "width"):
+        return text
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if match is None:
+        raise InputError(f"--axis {text}: give auto, height, width, or rows and columns such as 2x4")
+    return int(match[1]), int(match[2])
+
+
+def parse_pair(flag: str, text: str, least: int) -> tuple[int, int]:
     """From the words of `--tile-size` or `--tile-overlap`."""
-    if text is None:
-        return None
     match = re.fullmatch(r"(\d{1,5}),(\d{1,5})", text)
     if match is None or min(int(match[1]), int(match[2])) < least:
         raise InputError(f"{flag} {text}: give height and width in pixels such as 256,256")
@@ -180,24 +152,12 @@ def parse_counts(words: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(counts))
 
 
-def parse_grid(text: str | None) -> tuple[int, int, int] | None:
+def parse_grid(text: str) -> tuple[int, int, int]:
     """From the words of `--grid`: rows, columns and overlap; 0 rows or columns: no lines between them."""
-    if text is None:
-        return None
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:\+(\d{1,5}))?", text)
     if match is None or not (int(match[1]) or int(match[2])):
         raise InputError(f"--grid {text}: give rows and columns from tile to tile such as 192x192, or 192x192+64")
     return int(match[1]), int(match[2]), int(match[3] or 0)
-
-
-def check_files(
-    source: Path, output: Path, suffixes: tuple[str, ...], json: Path | None, report: Path | None = None
-) -> None:
-    """Refuse files that can't be read or written, and one file given for two things."""
-    check_input(source)
-    check_output(output, suffixes)
-    check_written(json, report)
-    check_other(output, source)
 
 
 def check_written(json: Path | None, report: Path | None = None) -> None:

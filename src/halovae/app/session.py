@@ -33,6 +33,7 @@ from halovae.base.memory import PeakMemory
 from halovae.base.options import UNTIMED
 from halovae.base.options import Half as HalfName
 from halovae.calls.dtypes import HalfDtypes
+from halovae.calls.target import Target
 from halovae.media import models
 from halovae.media import vae_limits as fit
 
@@ -160,8 +161,9 @@ class Session:
             vae = models.load(source, dtype=torch.promote_types(*self.dtypes.values()), device=self.device)
             if len(set(self.dtypes.values())) > 1:
                 HalfDtypes(vae, self.dtypes).cast()
-            self.options.work.check(vae)
-            self.options.work.set_tiles(vae)
+            if self.options.mode == "exact" and not self.options.untiled:
+                Target(vae).check_exact("--mode exact", "add --untiled")
+            self.options.set_tiles(vae)
             limits = fit.limits_of(vae)
             limits.known_pixels()
             return Loaded(source=source, vae=vae, limits=limits)
@@ -178,11 +180,16 @@ class Session:
     @contextmanager
     def parallel(self, vae: Any, **options: Any) -> Iterator[Any]:
         """Within it, `vae` runs on all ranks as the user asked, unless `options` ask otherwise. Yields the handle."""
-        work = self.options.work
-        options = {"mode": work.mode, "untiled": work.untiled, "axis": self.options.axis, "size": work.ranks, **options}
+        asked = self.options
+        ways: dict[str, Any] = {
+            "mode": asked.mode,
+            "untiled": asked.untiled,
+            "axis": asked.axis,
+            "size": asked.vae_patch_parallel_size,
+        }
         from halovae.api.parallelize import parallelize
 
-        with parallelize(vae, options=UNTIMED, **options) as handle:
+        with parallelize(vae, options=UNTIMED, **(ways | options)) as handle:
             yield handle
 
     @contextmanager
@@ -250,8 +257,8 @@ def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
     )
     if device.type == "cpu" and place.local_world_size > launch.cores():
         opened.stages.note(f"{place.local_world_size} ranks share {launch.cores()} cores: slower than one each")
-    for note in options.work.notes:
-        opened.stages.note(note)
+    if options.vae_use_tiling:
+        opened.stages.note("--vae-use-tiling: this is --mode tile")
     with _noting_warnings(opened.stages):
         yield opened
     # Not after an exception: leaving may wait for ranks that are gone.

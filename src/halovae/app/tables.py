@@ -7,6 +7,7 @@ from typing import Any
 
 from halovae.app.session import Half, Loaded, Session
 from halovae.base import verdicts
+from halovae.base.errors import counted
 from halovae.media.vae_limits import Fit
 
 Row = tuple[str, ...]
@@ -20,10 +21,6 @@ def table(rows: Sequence[Row]) -> str:
         for pairs in (zip(row, widths, strict=True) for row in rows)
     ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-def counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def mebibytes(count: int) -> str:
@@ -69,22 +66,19 @@ def document(session: Session, loaded: Loaded, fit: Fit, halves: dict[str, Half]
         "device": session.device.type,
         "dtype": session.dtype_words,
         "threads_per_rank": session.threads,
-        "sizes": vars(fit).copy(),
+        "sizes": {name: getattr(fit, name) for name in Fit.__dataclass_fields__},
         "seconds": dict(session.seconds),
         "per_rank": ranks,
     }
 
 
-def traffic_line(half: Half) -> str:
-    """What this rank sent, or nothing to say in a world of one."""
-    if not half.messages:
-        return ""
-    return f"{half.messages} messages, {half.bytes / 2**20:.1f} MiB sent, {half.wait_seconds:.2f} s in exchanges"
-
-
 def seconds_table(halves: dict[str, Half]) -> str:
-    rows = [(name, f"{half.seconds:.2f} s", traffic_line(half)) for name, half in halves.items()]
-    return "".join(f"{name:<8}{seconds:>10}  {traffic}".rstrip() + "\n" for name, seconds, traffic in rows)
+    """Of each half; also what this rank sent, of which there is nothing to say in a world of one."""
+    lines: list[str] = []
+    for name, half in halves.items():
+        sent = f"{half.messages} messages, {half.bytes / 2**20:.1f} MiB sent, {half.wait_seconds:.2f} s in exchanges"
+        lines.append(f"{name:<8}{half.seconds:>8.2f} s  {sent if half.messages else ''}".rstrip() + "\n")
+    return "".join(lines)
 
 
 def kept_verdicts() -> str:
@@ -92,4 +86,4 @@ def kept_verdicts() -> str:
     folder, (count, size) = verdicts.folder(), verdicts.usage()
     if folder is None:
         return f"off: {verdicts.SWITCH} says so, or this user has no home"
-    return f"{count} answer{'s' * (count != 1)}, {size / 1024:.1f} KiB in {folder}"
+    return f"{counted(count, 'answer')}, {size / 1024:.1f} KiB in {folder}"

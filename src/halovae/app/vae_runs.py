@@ -69,16 +69,15 @@ def decode(session: Session, job: VaeJob) -> None:
         session.options = replace(session.options, model=info.model)
     loaded = session.load()
     latents_file.check_shape(encoded, info, loaded.limits, loaded.source.class_name)
-    fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
     written = clip_files.writing(session, job.output, info.fps, times=info.times, lossless=job.lossless)
     with session.parallel(loaded.vae, gather="first") as handle, written as take:
-        half = clip_files.decode(session, loaded, fit, encoded, handle, lambda frames: take(codec.frames_of(frames)))
-    document = tables.document(session, loaded, fit, {"decode": half})
+        half = clip_files.decode(session, loaded, info, encoded, handle, lambda frames: take(codec.frames_of(frames)))
+    document = tables.document(session, loaded, info, {"decode": half})
     if not session.is_first:
         return
     if loaded.source.class_name != info.model_class:
         session.stages.note(f"the latents were made by {info.model} ({info.model_class})")
-    _tell(session, loaded, job, tables.clip_line(fit, info.fps), document, "decode", half)
+    _tell(session, loaded, job, tables.clip_line(info, info.fps), document, "decode", half)
 
 
 def roundtrip(session: Session, job: VaeJob) -> None:
@@ -105,14 +104,15 @@ def roundtrip(session: Session, job: VaeJob) -> None:
     spans = session.group.all_gather_object(timeline.spans)
     if not session.is_first:
         return
-    peak, lost = tables.peak_of(document), clip_files.loss(job.output, lossless=job.lossless)
+    result.peak_memory, result.psnr = tables.peak_of(document), errors.psnr
+    lost = clip_files.loss(job.output, lossless=job.lossless)
     # On one rank while the others have ended: nobody needs them any more.
     if in_tiles:
         rest = comparison.run_rest(session, loaded, fit, film, result, exact)
-        told, alone = comparison.told_of_tiles(session, rest, peak, lost), rest.whole
+        told, alone = comparison.told_of_tiles(session, rest, lost), rest.whole
     else:
         alone = comparison.run_through(session, loaded, fit, film, None, " on one rank") if job.compare else None
-        told = comparison.told(session, errors.psnr, result, alone, peak, lost)
+        told = comparison.told(session, result, alone, lost)
     document |= told.numbers | {"input": str(job.source), "output": str(job.output)}
     typer.echo(f"{job.output}: {tables.clip_line(fit, pace.fps)}")
     typer.echo(f"{tables.described(session, loaded, result.encode)}\n{told.text}", nl=False)

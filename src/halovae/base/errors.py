@@ -48,6 +48,11 @@ class Faults:
             raise InputError("\n".join(self._lines))
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things, as messages say it."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 class DisagreementError(InputError):
     """Ranks of one group were called with different shapes, dtypes, options or weights."""
 

@@ -69,19 +69,17 @@ class Options:
 
     def __post_init__(self) -> None:
         _one_of("tiles", self.tiles, TILES)
-        frames = self.frames_per_call
-        if frames != "auto" and (type(frames) is not int or frames < 1):
-            raise InputError(f"frames_per_call is {frames!r}: give a number of latent frames, at least 1, or 'auto'")
+        frames, timeout = self.frames_per_call, self.timeout
+        is_count = frames == "auto" or (type(frames) is int and frames >= 1)
+        _check("frames_per_call", frames, is_count, "a number of latent frames, at least 1, or 'auto'")
         for name in ("graphs", "alone"):
             value = getattr(self, name)
-            if type(value) is not bool and value != "auto":
-                raise InputError(f"{name} is {value!r}: give True, False or 'auto'")
-        if type(self.same_bits) is not bool:
-            raise InputError(f"same_bits is {self.same_bits!r}: give True or False")
-        if type(self.sessions) is not int or self.sessions < 1:
-            raise InputError(f"sessions is {self.sessions!r}: give a whole number, at least 1")
-        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 1 <= self.timeout < 1e6:
-            raise InputError(f"timeout is {self.timeout!r}: give seconds, from 1")
+            _check(name, value, type(value) is bool or value == "auto", "True, False or 'auto'")
+        _check_switches(self, "same_bits")
+        is_count = type(self.sessions) is int and self.sessions >= 1
+        _check("sessions", self.sessions, is_count, "a whole number, at least 1")
+        is_number = isinstance(timeout, (int, float)) and type(timeout) is not bool  # pyright: ignore[reportUnnecessaryIsInstance]
+        _check("timeout", timeout, is_number and 1 <= timeout < 1e6, "seconds, from 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +97,7 @@ class AllOptions(Options):
         super().__post_init__()
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
-        for name in ("untiled", "verify"):
-            if type(getattr(self, name)) is not bool:
-                raise InputError(f"{name} is {getattr(self, name)!r}: give True or False")
+        _check_switches(self, "untiled", "verify")
         if self.untiled and self.mode not in (None, "exact"):
             raise InputError(f"untiled=True is for exact mode, but mode is {self.mode!r}: leave one of them out")
         _check_gather(self.gather)
@@ -109,8 +105,8 @@ class AllOptions(Options):
             _one_of("axis", self.axis, AXES, "a (rows, columns) pair")
         elif not isinstance(self.axis, tuple) or [type(n) is int and n > 0 for n in self.axis] != [True, True]:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"axis is {self.axis!r}: allowed are {', '.join(AXES)} or a pair of whole numbers from 1")
-        if self.size is not None and (type(self.size) is not int or self.size < 1):
-            raise InputError(f"size is {self.size!r}: give the number of ranks to use, at least 1, or None for all")
+        is_count = self.size is None or (type(self.size) is int and self.size >= 1)
+        _check("size", self.size, is_count, "the number of ranks to use, at least 1, or None for all")
 
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks in the group."""
@@ -131,8 +127,7 @@ def gather_of(gather: Gather | str, half: str) -> str:
 
 
 def _check_gather(gather: Gather) -> None:
-    if not isinstance(gather, (str, Mapping)):
-        raise InputError(f"gather is {gather!r}: give {', '.join(GATHERS)}, or one of them for each half")
+    _check("gather", gather, isinstance(gather, (str, Mapping)), f"{', '.join(GATHERS)}, or one of them for each half")
     if not isinstance(gather, str):
         for half in gather:
             _one_of("a half of gather", half, HALVES)
@@ -149,6 +144,16 @@ def checked_halves(halves: Sequence[Half]) -> tuple[Half, ...]:
     if not halves or isinstance(halves, str) or not set(halves) <= set(HALVES):
         raise InputError(f"halves is {halves!r}: give a list of 'encode', 'decode' or both")
     return tuple(half for half in HALVES if half in halves)
+
+
+def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
+    if not is_right:
+        raise InputError(f"{name} is {value!r}: give {wanted}")
+
+
+def _check_switches(options: Options, *names: str) -> None:
+    for name in names:
+        _check(name, getattr(options, name), type(getattr(options, name)) is bool, "True or False")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...], also: str = "") -> None:

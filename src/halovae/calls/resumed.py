@@ -37,6 +37,8 @@ class Held:
     """Of the calls that the stage before has run."""
     like: tuple[Tensor, ...] = ()
     """A result without a frame."""
+    owners: tuple[int, ...] = ()
+    """The rank that has each of the caches, where no rank has all of them."""
     is_used_up: bool = False
     """Whether the next stage gives up what it takes: it can't be run again then."""
 
@@ -72,6 +74,14 @@ class Resumed:
 
     def __call__(self, method: Function, *args: Any, **kwargs: Any) -> Any:
         """The new frames, as what the method returns."""
+        result = self._run(method, args, kwargs)
+        if (made := next(self._numbers)) != len(self.stage.calls):
+            raise NotExactError(f"the VAE called its network {made} times, not {len(self.stage.calls)} as planned")
+        self.held = self._left()
+        return new_frames(self.stage, result)
+
+    def _run(self, method: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the method returns for the clip of the stage."""
         self._device = pictures_in((args, kwargs))[0].device
         self._numbers, self._like = itertools.count(), self._before.like
         self._network = getattr(self._vae, NETWORKS[self._half])
@@ -82,44 +92,52 @@ class Resumed:
         snapshot = Snapshot(self.stages.facts, args, kwargs, values=False)
         try:
             with answering(self._vae, self._half, self._answer):
-                result = method(*args, **kwargs)
+                return method(*args, **kwargs)
         finally:
             snapshot.restore()
-        if (made := next(self._numbers)) != len(self.stage.calls):
-            raise NotExactError(f"the VAE called its network {made} times, not {len(self.stage.calls)} as planned")
-        caches = [self._caches.pop(number) for number in self.stage.gives]
-        self.held = Held(caches, tuple(self._results), self._like)
-        return self._new_frames(result)
+
+    def _left(self) -> Held:
+        """What is kept for the next stage."""
+        caches = [self._caches.pop(number, None) for number in self.stage.gives]
+        return Held(caches, tuple(self._results), self._like)
+
+    def _next(self) -> tuple[int, NetworkCall]:
+        """Which of the planned calls the VAE makes."""
+        number, calls = next(self._numbers), self.stage.calls
+        if number >= len(calls):
+            raise NotExactError(f"the VAE called its network more often than {len(calls)} times, as planned")
+        return number, calls[number]
 
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
-        number, stage = next(self._numbers), self.stage
-        if number >= len(stage.calls):
-            raise NotExactError(f"the VAE called its network more often than {len(stage.calls)} times, as planned")
-        call, takes, holds = stage.calls[number], dict(stage.takes), dict(stage.holds)
+        stage, (number, call) = self.stage, self._next()
         if number in stage.run:
             return self._real(number, call, args, kwargs)
-        others = None
-        if number in takes:
-            containers, modules, others = self._before.take(takes[number])
-            refill((args, kwargs), copied(containers))
-            self.stages.rest.set(copied(modules))
-            del containers, modules
+        holds, others = dict(stage.holds), self._gone_on(number, args, kwargs)
         if number in holds:
             used = list(map(copy, self._before.results[holds[number]]))
         else:
             used = [self._missing(place, spec, stage.blank * spec.shape[2]) for place, spec in enumerate(call.specs)]
         return call.result(used, others, device=self._device)
 
+    def _gone_on(self, number: int, args: Any, kwargs: Any) -> Any:
+        """Put the caches in place that a call has left when it was made; what else it gave then."""
+        takes = dict(self.stage.takes)
+        if number not in takes:
+            return None
+        containers, modules, others = self._before.take(takes[number])
+        refill((args, kwargs), copied(containers))
+        self.stages.rest.set(copied(modules))
+        return others
+
     def _real(self, number: int, call: NetworkCall, args: Any, kwargs: Any) -> Any:
         before = pytree.tree_map_only(Tensor, weakref.ref, copied((args, kwargs)))  # It may give up its caches.
-        result = self._network(*args, **kwargs)
+        result = self._called(number, args, kwargs)
         leaves, structure = pytree.tree_flatten(result)
         used = [leaves[place] for place in call.used]
         if [tensor.shape[2] for tensor in used] != [spec.shape[2] for spec in call.specs]:
             raise NotExactError(f"call {number} of the network gave other frames than planned")
         self._like = self._like or tuple(blank(tensor, 0) for tensor in used)
-        if self.stages.blends:
-            self._results.append(list(map(copy, used)))  # The VAE may write into what it gets.
+        self._keep(used)
         if number in self.stage.gives:
             for place in call.used:
                 leaves[place] = None
@@ -128,6 +146,13 @@ class Resumed:
             args, kwargs, modules, leaves = pytree.tree_map_only(Tensor, _kept, copied(kept))
             self._caches[number] = (args, kwargs), modules, pytree.tree_unflatten(leaves, structure)
         return result
+
+    def _called(self, number: int, args: Any, kwargs: Any) -> Any:
+        return self._network(*args, **kwargs)
+
+    def _keep(self, used: list[Tensor]) -> None:
+        if self.stages.blends:
+            self._results.append(list(map(copy, used)))  # The VAE may write into what it gets.
 
     def _first_promised(self) -> Tensor:
         call = self.stage.calls[self.stage.run[0]]
@@ -139,15 +164,17 @@ class Resumed:
             return absent(spec, frames, self._device)
         return blank(like, frames)
 
-    def _new_frames(self, result: Any) -> Any:
-        stage, frames = self.stage, pictures_in(result)[0].shape[2]
-        start = frames - stage.back
 
-        def cut(tensor: Tensor) -> Tensor:
-            is_video = tensor.ndim == 5 and tensor.shape[2] == frames
-            return tensor[:, :, start : start + stage.length] if is_video else tensor
+def new_frames(stage: Stage, result: Any) -> Any:
+    """Those of a stage, of what the method returns for its clip."""
+    frames = pictures_in(result)[0].shape[2]
+    start = frames - stage.back
 
-        return map_tensors(cut, result)
+    def cut(tensor: Tensor) -> Tensor:
+        is_video = tensor.ndim == 5 and tensor.shape[2] == frames
+        return tensor[:, :, start : start + stage.length] if is_video else tensor
+
+    return map_tensors(cut, result)
 
 
 def laid_out(stage: Stage, real: Tensor) -> Tensor:

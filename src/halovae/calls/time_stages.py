@@ -73,6 +73,8 @@ class Stage:
     """How many there are."""
     keeps: int
     """How many of the last frames later stages may need again."""
+    result: Any = None
+    """What the method returns for this clip, on the meta device."""
 
     def is_like(self, other: Stage) -> bool:
         """Whether it does the same after the same."""
@@ -275,7 +277,8 @@ class TimeStages:
             NotExactError: it can't.
         """
         few = self._trial(_BEYOND) if total is None else None  # It is needed below, and tells what a long clip would.
-        if not (few and len(few.calls) > 1) and len(self._calls(total or _MANY)) == 1:
+        many = total or _MANY
+        if not (few and _has_steps(few.calls, _BEYOND)) and not _has_steps(self._calls(many), many):
             raise NotExactError("it makes all frames at once")
         place, seen = self.start, set[Position]()
         while place not in seen and (total is None or place.frames < total):
@@ -360,7 +363,8 @@ class TimeStages:
         for blank, holds in itertools.product((False, True), ((), held)):
             stage = Stage(total, fresh, calls, run, takes, holds, gives, blank, 0, final - out, fresh)
             if (back := self._place_of(wanted, stage, trial)) is not None:
-                return replace(stage, calls=self._full(stage), back=back)
+                full = self._full(stage)
+                return replace(stage, calls=full.calls, result=full.result, back=back)
         raise NotExactError("its frames can't be made apart")
 
     def _gets_the_same(self, trial: _Trial, run: Sequence[int], frames: int, fresh: int) -> bool:
@@ -389,17 +393,17 @@ class TimeStages:
         start = next((s for s in places if torch.equal(part[:, :, s : s + length], wanted)), None)
         return None if start is None else part.shape[2] - start
 
-    def _full(self, stage: Stage) -> tuple[NetworkCall, ...]:
-        """The calls of the stage at full size.
+    def _full(self, stage: Stage) -> Recording:
+        """The stage at full size.
 
         Raises:
             NotExactError: they are others.
         """
         clip = self._clip.expand(-1, -1, stage.frames, -1, -1)
-        calls = self._recorded(clip).calls
-        if list(map(_in_time, calls)) != list(map(_in_time, stage.calls)):
+        full = self._recorded(clip)
+        if list(map(in_time, full.calls)) != list(map(in_time, stage.calls)):
             raise NotExactError("a large picture takes other steps in time than a small one")
-        return calls
+        return full
 
     # ---- trying ----------------------------------------------------------------------------------------------------
 
@@ -473,7 +477,13 @@ def _common(output: Tensor, others: Iterable[Tensor]) -> int:
     return length
 
 
-def _in_time(call: NetworkCall) -> tuple[Any, ...]:
+def _has_steps(calls: Sequence[NetworkCall], frames: int) -> bool:
+    """Whether some call does not get all frames."""
+    return len(calls) > 1 and any(call.inputs[0].shape[2] < frames for call in calls)
+
+
+def in_time(call: NetworkCall) -> tuple[Any, ...]:
+    """What calls for pictures of different sizes have in common."""
     return call.used, call.needs, *(spec.shape[2] for spec in call.specs)
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+import re
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from enum import Enum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from halovae.app import launch
 from halovae.app.run_options import check_written, parse_axis, parse_counts, parse_grid, parse_pair
-from halovae.base.errors import InputError
+from halovae.base.errors import Faults, InputError
 from halovae.base.files import DEMO, check_input, check_model, check_new_folder, check_output
-from halovae.cli import usage
 from halovae.pipelines.generation_settings import Setup
+from halovae.serve.server_settings import parse_keep, read_key
+
+if TYPE_CHECKING:
+    from halovae.media import FrameRange
+
+
+_ARGUMENTS = "Arguments"
 
 
 class Dtype(str, Enum):
@@ -46,6 +54,8 @@ class _Flag:
     most: float | None = None
     check: Callable[[Any], object] | None = None
     """Refuses a value that is wrong whatever the other flags say."""
+    read: Callable[[Any], Any] | None = None
+    """Makes of the words what the command gets, or refuses them."""
     is_slow: bool = False
     """Whether the check is left to the command's ranks, if nothing else is wrong."""
 
@@ -72,22 +82,25 @@ class _Flag:
             return tuple(one.value for one in self.kind)
         return tuple((self.metavar or "").split("|")) if "|" in (self.metavar or "") else ()
 
-    def check_value(self, value: Any) -> None:
-        """
+    def value(self, given: Any) -> Any:
+        """What the command gets for what the user has given.
+
         Raises:
             InputError: says which flag, which value, and what may be given.
         """
-        if self._allowed and value not in self._allowed:
-            raise InputError(f"{self.flag} {value}: give {self.gives}")
+        given = given.value if isinstance(given, Enum) else given
+        if self._allowed and given not in self._allowed:
+            raise InputError(f"{self.flag} {given}: give {self.gives}")
         if self.check is not None:
-            self.check(value)
+            self.check(given)
+        return given if self.read is None else self.read(given)
 
     def parameter(self, panel: str, default: Any) -> Parameter:
         """As typer wants it."""
-        option: Any = typer.Argument if panel == usage.ARGUMENTS else typer.Option
+        option: Any = typer.Argument if panel == _ARGUMENTS else typer.Option
         spelled = self.spelled.split() or [self.flag]
         described = option(
-            default, *(() if panel == usage.ARGUMENTS else spelled), metavar=self.metavar, help=self.words,
+            default, *(() if panel == _ARGUMENTS else spelled), metavar=self.metavar, help=self.words,
             show_default=self.shown or True, min=self.least, max=self.most, rich_help_panel=panel,
         )  # fmt: skip
         kind = self.kind | None if default is None else self.kind
@@ -104,7 +117,7 @@ def takes(command: str, **defaults: Any) -> Callable[[Callable[..., int]], Calla
         context = [Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
         own = [(panel, flag) for panel, flags in _TABLE.items() for flag in flags if command in flag.commands]
         chosen = [flag.parameter(panel, defaults.get(flag.name, flag.default)) for panel, flag in own]
-        function.flags = [flag for _, flag in own]  # type: ignore[attr-defined]  # For `usage.Command`.
+        function.flags = [flag for _, flag in own]  # type: ignore[attr-defined]  # For `Command`.
         function.__signature__ = Signature(context + chosen)  # type: ignore[attr-defined]
         function.__annotations__ = {one.name: one.annotation for one in context + chosen}
         return function
@@ -123,10 +136,10 @@ def _check_clip(output: Path) -> None:
     check_output(output, SUFFIXES)
 
 
-def _check_frames(text: str) -> None:
+def _frames(text: str) -> FrameRange:
     from halovae.media import FrameRange
 
-    FrameRange.parse(text)
+    return FrameRange.parse(text)
 
 
 def _check_ranks(ranks: int) -> None:
@@ -137,18 +150,6 @@ def _check_device(kind: str) -> None:
     from halovae.app.session import device_kind
 
     device_kind(kind)
-
-
-def _check_keep(text: str) -> None:
-    from halovae.serve.server_settings import parse_keep
-
-    parse_keep(text)
-
-
-def _check_key(path: Path) -> None:
-    from halovae.serve.server_settings import read_key
-
-    read_key(path)
 
 
 def _check_buckets(flag: str) -> Callable[[list[str]], None]:
@@ -188,7 +189,7 @@ _SIZE = "Use this many of the ranks for the VAE; the others wait, and share its 
 
 # fmt: off
 _TABLE: dict[str, tuple[_Flag, ...]] = {
-    usage.ARGUMENTS: (
+    _ARGUMENTS: (
         _Flag(_READ, "source", Path, "INPUT", "A video or an image.", ..., check=check_input),
         _Flag(_DECODE, "source", Path, "LATENTS", "A file that halovae encode has made.", ..., check=check_input),
         _Flag(_COMPARE, "one", Path, "A", "The reference: a video, an image, or latents.", ..., check=check_input),
@@ -197,7 +198,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "or .parquet), or .tar files of a WebDataset.", ...),
         _Flag(_DEMO, "folder", Path, "DIR", "Write here: a folder that is not there yet.", ..., check=check_new_folder),
     ),
-    usage.FILES: (
+    "Model and files": (
         _Flag(_WHOLE, "model", str, "DIR_OR_ID", "Use this pipeline: a folder in diffusers' format, or a hub id such "
               "as Wan-AI/Wan2.2-I2V-A14B-Diffusers.", ..., check=check_model),
         _Flag(_I2V | _I2I, "image", Path, "FILE", "Begin with this image.", ..., check=check_input),
@@ -227,20 +228,20 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_SERVE, "served_model_name", str, "NAME", "Let clients call the model so.", shown="as --model"),
         _Flag(_SERVE, "store", Path, "DIR", "Keep jobs and their files in this folder.", Path("halovae-jobs")),
         _Flag(_SERVE, "keep", str, "TIME", "Keep jobs for so long after their end: 90s, 30m, 12h, 7d.", "7d",
-              check=_check_keep),
+              read=parse_keep),
     ),
-    usage.CLIENTS: (
+    "Clients": (
         _Flag(_SERVE, "host", str, "ADDRESS", "Listen on this address; 0.0.0.0 is open to all machines.", "127.0.0.1"),
         _Flag(_SERVE, "port", int, "N", "Listen on this port; 0 takes any that is free.", 8000, least=0, most=65535),
-        _Flag(_SERVE, "api_key_file", Path, "FILE", "Refuse requests that don't show the key in this file.",
-              check=_check_key),
+        _Flag(_SERVE, "key", Path, "FILE", "Refuse requests that don't show the key in this file.",
+              spelled="--api-key-file", read=read_key),
         _Flag(_SERVE, "max_queue", int, "N", "Let so many jobs wait at the most.", 64, least=1),
         _Flag(_SERVE, "max_upload", int, "MIB", "Refuse requests larger than this.", 32, least=1),
         _Flag(_SERVE, "max_pixels", int, "N", "Refuse frames of more pixels than this.", 1920 * 1088, least=1),
         _Flag(_SERVE, "max_frames", int, "N", "Refuse videos of more frames than this.", 257, least=1),
         _Flag(_SERVE, "max_steps", int, "N", "Refuse more steps of denoising than this.", 100, least=1),
     ),
-    usage.CLIP: (
+    "Part and size of the clip": (
         _Flag(_PLAN | _WARM_UP, "height", int, "PIXELS", "For a clip this high.", ..., least=1),
         _Flag(_PLAN | _WARM_UP, "width", int, "PIXELS", "For a clip this wide.", ..., least=1),
         _Flag(_PLAN | _WARM_UP, "num_frames", int, "N", "For so many frames.", 1, least=1),
@@ -251,13 +252,13 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "area, from 3:1 to 1:3.", [], shown="none", check=_check_buckets("--bucket-area")),
         _Flag(_DATASET, "bucket_step", int, "PIXELS", "Let their sides be multiples of this.", 32, least=1),
         _Flag(_DATASET, "fps", float, "N", "Sample so many frames per second.", shown="every frame"),
-        _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all", check=_check_frames),
+        _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all", read=_frames),
         _Flag(_READ, "height", int, "PIXELS", "Make the clip this high: it is scaled to cover the size, and cropped "
               "around its centre.", shown="as in the file, or in proportion to --width", least=1),
         _Flag(_READ, "width", int, "PIXELS", "Make the clip this wide, in the same way.",
               shown="as in the file, or in proportion to --height", least=1),
     ),
-    usage.CONTENT: (
+    "What to make": (
         _Flag(_MADE, "prompt", str, "TEXT", "Show what this says."),
         _Flag(_MADE, "negative_prompt", str, "TEXT", "Keep away from what this says."),
         _Flag(_I2V | _I2I, "height", int, "PIXELS", "Make the result this high.", shown=_AS_IMAGE, least=1),
@@ -275,7 +276,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_VIDEO | _SERVE | _DECODE | _ROUNDTRIP, "lossless", bool, None,
               "Keep every pixel of an mp4, as RGB: a larger file, which few players show.", False),
     ),
-    usage.DENOISING: (
+    "Denoising": (
         _Flag(_MADE, "num_inference_steps", int, "N", "Denoise in so many steps.", shown=_ITS_OWN, least=1),
         _Flag(_MADE, "guidance_scale", float, "SCALE", "Let the prompt count so much.", shown=_ITS_OWN),
         _Flag(_VIDEO, "guidance_scale_high", float, "SCALE", "Let the prompt count so much for the second expert "
@@ -288,7 +289,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_WHOLE, "flow_shift", float, "SHIFT", "Shift the scheduler's noise levels by this factor.",
               shown="the model's own", check=lambda shift: Setup(flow_shift=shift)),
     ),
-    usage.RANKS: (
+    "Ranks": (
         _Flag(_RUN, "ranks", int, "N", "Start this many processes on this machine. Under torchrun leave it out: its "
               "processes are used.", shown="1", check=_check_ranks),
         _Flag(_DATASET, "devices", int, "N", "Encode on so many devices.", shown="all accelerators, or 1 cpu", least=1),
@@ -297,7 +298,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DOCTOR, "ranks", int, "N", "How many ranks to try. Under torchrun leave it out.", shown="2",
               check=_check_ranks),
         _Flag(_PLAN, "ranks", str, "N,N,...", "Plan for these numbers of ranks; none is started.", "1,2,4,8",
-              check=parse_counts),
+              read=parse_counts),
         _Flag(_PLAN, "link", str, "nvlink|pcie|ethernet|measured", "Take this link between ranks: nvlink, pcie, "
               "ethernet, or measured between 2 ranks here.", "pcie"),
         _Flag(_WHOLE, "ulysses_degree", int, "N", "Let so many ranks share a sequence by attention heads.", 1,
@@ -305,15 +306,15 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_WHOLE, "ring_degree", int, "N", "Let so many ranks share a sequence by passing on keys and values.", 1,
               check=lambda n: Setup(ring_degree=n)),
     ),
-    usage.VAE: (
+    "How the VAE runs": (
         _Flag(_ALONE, "mode", str, _MODES, _MODE, shown=_OWN_MODE),
         _Flag(_WHOLE, "vae_mode", str, _MODES, _MODE, shown=_OWN_MODE),
         _Flag(_ALONE, "untiled", bool, None, _UNTILED, False),
         _Flag(_WHOLE, "vae_untiled", bool, None, _UNTILED, False),
         _Flag(_ALONE, "tile_size", str, "H,W", "Make tiles this high and wide, in pixels.", shown="the VAE's own",
-              check=lambda text: parse_pair("--tile-size", text, least=1)),
+              read=lambda text: parse_pair("--tile-size", text, least=1)),
         _Flag(_ALONE, "tile_overlap", str, "H,W", "Let tiles overlap by so many pixels.", shown="the VAE's own",
-              check=lambda text: parse_pair("--tile-overlap", text, least=0)),
+              read=lambda text: parse_pair("--tile-overlap", text, least=0)),
         _Flag(_ALONE, "vae_use_tiling", bool, None, _TILING.format("--mode tile"), False,
               spelled="--vae-use-tiling --vae_use_tiling"),
         _Flag(_WHOLE, "vae_use_tiling", bool, None, _TILING.format("--vae-mode tile"), False),
@@ -326,9 +327,9 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               spelled="--vae-patch-parallel-size --vae_patch_parallel_size"),
         _Flag(_WHOLE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all"),
         _Flag(_RUN, "axis", str, "CUT", "Cut the picture like this in exact mode: auto, height, width, or ROWSxCOLS "
-              "such as 2x4.", "auto", check=parse_axis),
+              "such as 2x4.", "auto", read=parse_axis),
     ),
-    usage.DEVICE: (
+    "Device, precision and memory": (
         _Flag(_WHOLE, "enable_layerwise_offload", bool, None,
               "Keep weights on the host, and fetch each layer when it is due.", False),
         _Flag(_WHOLE, "enable_cpu_offload", bool, None,
@@ -355,12 +356,12 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DOCTOR, "clear_cache", bool, None, "Forget what trials have found out on this machine, and stop.",
               False),
     ),
-    usage.REPORTS: (
+    "What to tell": (
         _Flag(_COMPARE, "min_ssim", float, "VALUE", "Fail if a frame's SSIM is below this.", least=-1, most=1),
         _Flag(_COMPARE, "min_psnr", float, "DB", "Fail if a frame's PSNR is below this."),
         _Flag(_COMPARE, "max_l2", float, "VALUE", "Latents: fail if a frame's relative L2 is above.", least=0),
         _Flag(_COMPARE, "grid", str, "HxW[+O]", "Tiles every H rows and W columns, overlapping by O: measure seams "
-              "there.", shown="no seams are measured", check=parse_grid),
+              "there.", shown="no seams are measured", read=parse_grid),
         _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different lengths or sizes share: larger "
               "pictures are cropped around the centre, not scaled.", False),
         _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded.", False),
@@ -378,3 +379,116 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
     ),
 }
 # fmt: on
+
+
+# ---- what is told of wrong flags and values, all of it at once; what --help looks like -------------------------------
+#
+# Typer's own groups of options need its boxes, which cut the names of long options in a terminal of usual width.
+
+# Wrong flags and values. Typer has had click's errors under more than one name; this one is always its parent.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+_OTHER = "Options"
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
+_WIDTH = 100
+"""Of text, in a terminal that is wide enough."""
+
+
+class Command(TyperCommand):
+    """A command whose options are listed by their `rich_help_panel`, and its epilog as an example, line by line."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.context_settings["max_content_width"] = _WIDTH
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's, which stops at the first fault.
+
+        Raises:
+            InputError: one line for each flag, argument and value that is wrong by itself.
+        """
+        words, faults, rest = list(args), Faults(), list[str]()
+        try:
+            rest = super().parse_args(ctx, args)
+        except USAGE_ERROR as error:
+            self._note_all(ctx, words, faults)
+            if not faults:
+                faults.add(_one_line(error))
+        known: Iterable[Any] = getattr(self.callback, "flags", ())
+        for flag in sorted(known, key=lambda flag: flag.is_slow):
+            if ctx.params.get(flag.name) is not None and (faults or not flag.is_slow):
+                with faults.noted():
+                    ctx.params[flag.name] = flag.value(ctx.params[flag.name])
+        faults.check()
+        return rest
+
+    def _note_all(self, ctx: Any, words: list[str], faults: Faults) -> None:
+        """Read word by word what can't be read as a whole."""
+        while True:
+            try:
+                given, _, _ = self.make_parser(ctx).parse_args(args=list(words))
+                break
+            except USAGE_ERROR as error:
+                faults.add(_one_line(error))
+                # Where a flag is unknown, so is whether the next word belongs to it.
+                wrong = getattr(error, "option_name", None)
+                left = [word for word in words if word.partition("=")[0] != wrong]
+                if len(left) == len(words):
+                    return
+                words = left
+        gives = {flag.name: flag.gives for flag in getattr(self.callback, "flags", ())}
+        for parameter in self.get_params(ctx):
+            if parameter.is_eager or (faults and parameter.param_type_name == "argument"):
+                continue
+            try:
+                parameter.handle_parse_result(ctx, given, [])
+            except USAGE_ERROR as error:
+                value, wanted = given.get(parameter.name), gives.get(parameter.name)
+                told = (
+                    f"{parameter.opts[0]} {value}: give {wanted}" if value is not None and wanted else _one_line(error)
+                )
+                faults.add(told)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        records: list[tuple[str, tuple[str, str]]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                argument = parameter.param_type_name == "argument"
+                records.append((_ARGUMENTS if argument else _panel(parameter), record))
+        _write(formatter, records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        if self.epilog:
+            with formatter.section("Example"):
+                formatter.write(
+                    "".join(f"{' ' * formatter.current_indent}{line}\n" for line in self.epilog.splitlines())
+                )
+
+
+class CommandGroup(TyperGroup):
+    """A group whose commands are listed by their `rich_help_panel`, each with all that its summary says."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        _write(formatter, [(_panel(one), (name, (one.help or "").splitlines()[0])) for name, one in commands if one])
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(error.format_message().split())
+
+
+def _panel(item: Any) -> str:
+    panel = getattr(item, "rich_help_panel", None)
+    return panel if isinstance(panel, str) else _OTHER
+
+
+def _write(formatter: Any, records: Iterable[tuple[str, tuple[str, str]]]) -> None:
+    """Groups in the order of their first members."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for panel, record in records:
+        groups.setdefault(panel, []).append(record)
+    for panel, members in groups.items():
+        with formatter.section(panel):
+            # Names with hyphens are copied from here, so no line ends within one.
+            formatter.write_dl([(name, re.sub(r"(?<=\w)-(?=\w)", _HYPHEN, words)) for name, words in members])
+    formatter.buffer[:] = [text.replace(_HYPHEN, "-") for text in formatter.buffer]

@@ -12,10 +12,8 @@ import typer
 from halovae import __version__
 from halovae.app import launch
 from halovae.app.watch import Interrupted, failure_of, interruption, report
-from halovae.cli.look_commands import compare, doctor, plan
-from halovae.cli.pipeline_commands import image_to_image, image_to_video, make_demo_model, serve, text_to_video
-from halovae.cli.usage import USAGE_ERROR, Command, CommandGroup
-from halovae.cli.vae_commands import decode, encode, encode_dataset, roundtrip, warm_up
+from halovae.cli import commands
+from halovae.cli.flags import USAGE_ERROR, Command, CommandGroup
 
 app = typer.Typer(
     name="halovae",
@@ -42,40 +40,35 @@ def _options(
     """Options before a command."""
 
 
-_PIPELINES, _ALONE, _LOOK = "Whole pipelines", "The VAE alone", "Look and compare"
-COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
-    (
-        _PIPELINES,
-        image_to_video,
-        'halovae image-to-video --model demo --image media/coffee.png --prompt "" \\\n'
+COMMANDS: dict[str, dict[Callable[..., int], str]] = {
+    "Whole pipelines": {
+        commands.image_to_video: 'halovae image-to-video --model demo --image media/coffee.png --prompt "" \\\n'
         "  --height 128 --width 192 --num-frames 17 --num-inference-steps 4 --ranks 2",
-    ),
-    (
-        _PIPELINES,
-        text_to_video,
-        'halovae text-to-video --model demo-t2v --prompt "a cup of coffee" \\\n'
+        commands.text_to_video: 'halovae text-to-video --model demo-t2v --prompt "a cup of coffee" \\\n'
         "  --height 128 --width 192 --num-frames 17 --num-inference-steps 8 --ranks 2",
-    ),
-    (
-        _PIPELINES,
-        image_to_image,
-        'halovae image-to-image --model demo-i2i --image media/coffee.png --prompt "a cup of coffee" \\\n'
+        commands.image_to_image: "halovae image-to-image --model demo-i2i --image media/coffee.png "
+        '--prompt "a cup of coffee" \\\n'
         "  --strength 0.3 --height 256 --width 384 --num-inference-steps 8 --ranks 2",
-    ),
-    (_PIPELINES, serve, "halovae serve --model demo --ranks 2"),
-    (_PIPELINES, make_demo_model, "halovae make-demo-model demo-t2v --kind text-to-video"),
-    (_ALONE, roundtrip, "halovae roundtrip clip.mp4 -o out.mp4 --ranks 2 --compare"),
-    (_ALONE, encode, "halovae encode clip.mp4 -o latents.safetensors --frames 0:17 --ranks 2"),
-    (_ALONE, decode, "halovae decode latents.safetensors -o out.mp4 --ranks 2"),
-    (_ALONE, encode_dataset, "halovae encode-dataset clips -o latents --bucket 480x832x81 --fps 16"),
-    (_ALONE, warm_up, "halovae warm-up --height 480 --width 832 --num-frames 81 --ranks 2"),
-    (_LOOK, compare, "halovae compare clip.mp4 out.mp4 --min-ssim 0.7 --report report"),
-    (_LOOK, plan, "halovae plan --height 480 --width 832 --num-frames 81 --ranks 1,2,4,8 --link nvlink"),
-    (_LOOK, doctor, "halovae doctor --ranks 2"),
-)
-"""Group, function and example of each command."""
-for group, function, example in COMMANDS:
-    app.command(cls=Command, rich_help_panel=group, epilog=example)(function)
+        commands.serve: "halovae serve --model demo --ranks 2",
+        commands.make_demo_model: "halovae make-demo-model demo-t2v --kind text-to-video",
+    },
+    "The VAE alone": {
+        commands.roundtrip: "halovae roundtrip clip.mp4 -o out.mp4 --ranks 2 --compare",
+        commands.encode: "halovae encode clip.mp4 -o latents.safetensors --frames 0:17 --ranks 2",
+        commands.decode: "halovae decode latents.safetensors -o out.mp4 --ranks 2",
+        commands.encode_dataset: "halovae encode-dataset clips -o latents --bucket 480x832x81 --fps 16",
+        commands.warm_up: "halovae warm-up --height 480 --width 832 --num-frames 81 --ranks 2",
+    },
+    "Look and compare": {
+        commands.compare: "halovae compare clip.mp4 out.mp4 --min-ssim 0.7 --report report",
+        commands.plan: "halovae plan --height 480 --width 832 --num-frames 81 --ranks 1,2,4,8 --link nvlink",
+        commands.doctor: "halovae doctor --ranks 2",
+    },
+}
+"""By group, the functions of the commands, each with an example."""
+for group, members in COMMANDS.items():
+    for function, example in members.items():
+        app.command(cls=Command, rich_help_panel=group, epilog=example)(function)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.base.errors import InputError, RankFailedError
@@ -111,9 +110,10 @@ class GroupComm(Comm):
         if not sends and not receives:
             return Nothing()
         started = time.perf_counter()
-        landing = [(peer, self._landing(buffer)) for peer, buffer in receives]
-        staged = [(peer, self._staged(tensor)) for peer, tensor in sends]
-        lane = self._lanes[(landing or staged)[0][1].device.type]
+        lanes = self._lanes
+        landing = [(p, t if t.device.type in lanes else torch.empty_like(t, device="cpu")) for p, t in receives]
+        staged = [(p, t if t.device.type in lanes else t.cpu()) for p, t in sends]
+        lane = lanes[(landing or staged)[0][1].device.type]
         try:
             works = lane.post(staged, landing)
         except RuntimeError as error:
@@ -128,12 +128,6 @@ class GroupComm(Comm):
     def lane_of_graphs(self, device: torch.device) -> GraphLane | None:
         lane = self._lanes.get(device.type)
         return lane if lane and lane.has_graphs else None
-
-    def _staged(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.device.type in self._lanes else tensor.cpu()
-
-    def _landing(self, buffer: Tensor) -> Tensor:
-        return buffer if buffer.device.type in self._lanes else torch.empty_like(buffer, device="cpu")
 
     def blamed(self, error: RuntimeError) -> RuntimeError:
         """Why an exchange broke: the failure of another rank, of which news may still be under way, or `error`."""

@@ -14,20 +14,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import torch
 
 from halovae.app.launch import cores
 from halovae.base.errors import InputError
 from halovae.base.files import first_line
+from halovae.base.memory import free_bytes
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # What fails is told by what it returns.
+    # Each of its processes would measure itself all the time.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
 }
 _ANSWER = 10.0
 """Seconds that a cluster gets to answer."""
 _LEAST_STORE = 2**27
 """Bytes of the store that processes share clips by."""
+_SHARE = 0.3
+"""Of the free memory, that this store takes at the most. What does not fit goes to a disk for a while."""
 
 
 @contextmanager
@@ -53,7 +60,9 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     if address is None:
         workers = readers(devices, accelerators)
         # Three units for each device and reader: one in work, one before it and one behind it.
-        store = max(_LEAST_STORE, 3 * largest * (devices + workers))
+        store = 3 * largest * (devices + workers)
+        free = free_bytes(torch.device("cpu"))
+        store = max(_LEAST_STORE, store if free is None else min(store, int(_SHARE * free)))
         folder = tempfile.mkdtemp(prefix="halovae-ray-")
         # Ray lets only those in who know a word, which it would keep in the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

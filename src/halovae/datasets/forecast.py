@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 
 from halovae import comm
-from halovae.app.survey import Survey
+from halovae.app.survey import Row, Survey
 from halovae.app.tables import counted
 from halovae.base.memory import free_bytes
 from halovae.comm.bandwidth import LINKS
@@ -18,8 +18,7 @@ from halovae.datasets.buckets import Bucket
 from halovae.datasets.formats import Storage
 from halovae.datasets.units import Job, group_sizes
 from halovae.media import models, vae_limits
-from halovae.predict.measured_rates import MeasuredSpeed
-from halovae.predict.rates import GivenSpeed
+from halovae.predict.rates import GivenSpeed, MeasuredSpeed
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -75,9 +74,14 @@ def _need(
     alone = survey.exact("encode", 1).prediction
     if alone is None:  # A VAE in tiles: what it takes shows when it runs.
         return Need(ranks=1, bytes=0, more=0, room=room, seconds=None)
-    found = {ranks: row for ranks in sizes if (row := survey.exact("encode", ranks)).prediction is not None}
-    ranks = next((ranks for ranks, row in found.items() if row.memory <= room), None)
-    row = min(found.values(), key=lambda row: row.memory) if ranks is None else found[ranks]
+    tried: list[Row] = []
+    for row in (survey.exact("encode", ranks) for ranks in sizes):
+        if row.prediction is not None:
+            tried.append(row)
+            if row.memory <= room:
+                break
+    row = min(tried, key=lambda row: row.memory)
+    ranks = row.ranks if row.memory <= room else None
     seconds = row.prediction.seconds if timed and row.prediction is not None else None
     return Need(ranks=ranks, bytes=row.memory, more=alone.memory, room=room, seconds=seconds)
 

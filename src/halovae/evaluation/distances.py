@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halovae.base.errors import InputError
-from halovae.evaluation.scores import FrameScores, as_floats, finite, mean_known, psnr, score_frame
+from halovae.evaluation.scores import FrameScores, Scores, as_floats, finite, mean_known, psnr, score_frame
 from halovae.evaluation.seams import CutLines, Map, seam_energy
 
 Frames = Iterable[NDArray[Any]]
@@ -21,12 +21,10 @@ Frames = Iterable[NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipComparison:
+class ClipComparison(Scores):
     """How far a clip is from its reference."""
 
     frames: tuple[FrameScores, ...]
-    psnr: float
-    """In dB, of the mean squared error of all frames, as ffmpeg's filter has it; infinite for equal clips."""
     drift: float | None
     """Levels by which the mean difference grows from the first frame to the last, on the least-squares line; None for
     one frame."""
@@ -41,42 +39,6 @@ class ClipComparison:
     def is_identical(self) -> bool:
         """Whether no level of any frame differs."""
         return self.largest == 0
-
-    @property
-    def ssim(self) -> float | None:
-        """Mean over the frames."""
-        return mean_known([scores.ssim for scores in self.frames])
-
-    @property
-    def ms_ssim(self) -> float | None:
-        """Mean over the frames."""
-        return mean_known([scores.ms_ssim for scores in self.frames])
-
-    @property
-    def largest(self) -> float:
-        """Of all frames, in levels."""
-        return max(scores.largest for scores in self.frames)
-
-    @property
-    def mean(self) -> float:
-        """Mean absolute difference in levels."""
-        return fmean([scores.mean for scores in self.frames])
-
-    @property
-    def share_off(self) -> float:
-        """Share of pixels off by more than 1%."""
-        return fmean([scores.share_off for scores in self.frames])
-
-    @property
-    def flicker(self) -> float | None:
-        """Mean absolute change of the difference from frame to frame, in levels; None for one frame."""
-        return mean_known([scores.flicker for scores in self.frames])
-
-    @property
-    def colour_shift(self) -> tuple[float, float, float]:
-        """Mean of result - reference in red, green and blue, in levels."""
-        red, green, blue = (fmean([scores.colour_shift[i] for scores in self.frames]) for i in range(3))
-        return red, green, blue
 
     @property
     def worst(self) -> int:
@@ -94,7 +56,7 @@ class ClipComparison:
             "seam_energy": finite(self.seam),
             "grid": self.grid.to_dict(),
             "worst_frame": self.frames[self.worst].frame,
-            "frames": [{**asdict(scores), "psnr": finite(scores.psnr)} for scores in self.frames],
+            "frames": [{"frame": one.frame, **asdict(one), "psnr": finite(one.psnr)} for one in self.frames],
         }
 
 
@@ -115,9 +77,17 @@ def compare_clips(
     assert isinstance(energy, np.ndarray), "a clip has at least one frame"
     energy = energy / len(scores)
     grid = (grid or CutLines()).inside((energy.shape[0], energy.shape[1]))
+    means: dict[str, Any] = {
+        name: mean_known([getattr(one, name) for one in scores])
+        for name in ("ssim", "ms_ssim", "mean", "share_off", "flicker")
+    }
+    red, green, blue = (fmean(shifts) for shifts in zip(*(one.colour_shift for one in scores), strict=True))
     return ClipComparison(
+        **means,
         frames=tuple(scores),
         psnr=psnr(reference, result),
+        largest=max(one.largest for one in scores),
+        colour_shift=(red, green, blue),
         drift=_growth([one.mean for one in scores]),
         energy=energy,
         grid=grid,

@@ -35,19 +35,18 @@ _SMALLEST_MS_SSIM = _WINDOW * 2 ** (len(_SCALES) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameScores:
-    """How far one frame is from its reference."""
+class Scores:
+    """How far a frame, or a clip, is from its reference; of a clip the means over its frames, but for two."""
 
-    frame: int
-    """Counted from 0."""
     ssim: float | None
-    """Structural similarity, 1 for equal frames; None where the frame is smaller than its window."""
+    """Structural similarity, 1 for equal frames; None where a frame is smaller than its window."""
     ms_ssim: float | None
-    """The same over five scales; None where the frame is too small for them."""
+    """The same over five scales; None where a frame is too small for them."""
     psnr: float
-    """Peak signal-to-noise ratio in dB; infinite for equal frames."""
+    """Peak signal-to-noise ratio in dB, infinite for equal frames; of a clip that of the mean squared error of all
+    frames, as ffmpeg's filter has it."""
     largest: float
-    """Largest difference, in levels of 255."""
+    """Largest difference, in levels of 255; of a clip the largest of all frames."""
     mean: float
     """Mean absolute difference, in levels."""
     share_off: float
@@ -55,7 +54,15 @@ class FrameScores:
     colour_shift: tuple[float, float, float]
     """Mean of result - reference in red, green and blue, in levels."""
     flicker: float | None
-    """Mean absolute change of the difference since the frame before, in levels; None for the first."""
+    """Mean absolute change of the difference since the frame before, in levels; None for the first, and for one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameScores(Scores):
+    """How far one frame is from its reference."""
+
+    frame: int
+    """Counted from 0."""
 
 
 def score_frame(reference: Frame, result: Frame, number: int = 0, before: Frame | None = None) -> FrameScores:

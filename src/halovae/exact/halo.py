@@ -58,7 +58,8 @@ def extend(
         return deferred
     covered = {dim: covering(require_axis(layout, dim).cut, need) for dim, need in needs.items()}
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
-    buffer = _new_like(tensor, shape)
+    kept = memory_format(tensor.ndim, is_channels_last(tensor))
+    buffer = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kept)
     copies.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
@@ -194,12 +195,6 @@ def _rows(buffer: Tensor, dim: int, rows: Extent, start: int, valid: list[Extent
     return region_of(buffer, region)
 
 
-def _new_like(tensor: Tensor, shape: list[int]) -> Tensor:
-    """An uninitialised tensor of another shape in the same memory format."""
-    kept = memory_format(tensor.ndim, is_channels_last(tensor))
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kept)
-
-
 # ---- a halo that is under way while the inside is being computed -----------------------------------------------------
 #
 # What is made here is a recipe. The kernel that uses it writes rows, halo and padding straight into the buffer that it
@@ -252,7 +247,10 @@ def _begin(
     outgoing = [(peer, _copied(parts, dim, low - start, high - low)) for peer, (low, high) in sends]
     shape = list(parts[0].shape)
     shape[2] = sum(part.shape[2] for part in parts) if dim != 2 else shape[2]
-    incoming = [(peer, _empty(parts[0], shape, dim, high - low)) for peer, (low, high) in (*before, *after)]
+    incoming = [
+        (peer, parts[0].new_empty([*shape[:dim], high - low, *shape[dim + 1 :]]))
+        for peer, (low, high) in (*before, *after)
+    ]
     pending = mesh.comm.post(outgoing, incoming)
     landed = [tensor for _, tensor in incoming]
     first, last = (landed.pop(0) if side else None for side in (before, after))
@@ -265,7 +263,3 @@ def _copied(parts: tuple[Tensor, ...], dim: int, low: int, count: int) -> Tensor
     if len(rows) > 1:
         return torch.cat(rows, 2).contiguous(memory_format=_CONTIGUOUS)
     return rows[0].clone(memory_format=_CONTIGUOUS)
-
-
-def _empty(like: Tensor, shape: list[int], dim: int, count: int) -> Tensor:
-    return torch.empty([*shape[:dim], count, *shape[dim + 1 :]], dtype=like.dtype, device=like.device)

@@ -286,7 +286,7 @@ def _walk(pending: list[Factor], shape: Sequence[int], inwards: bool = False) ->
                 taken.append(factor)
                 size //= positions(factor)
                 continue
-            while positions(factor) % size and pending and _are_plain(factor, pending[-1]):
+            while positions(factor) % size and pending and not is_sharded((factor, pending[-1])):
                 factor = Factor(factor.size * pending.pop().size)
             parts = split_factor(factor, positions(factor) // size if inwards else size)
             taken.append(parts[1] if inwards else parts[0])
@@ -294,10 +294,6 @@ def _walk(pending: list[Factor], shape: Sequence[int], inwards: bool = False) ->
             size = 1
         dims.append(merge_factors(taken[::-1] if inwards else taken))
     return dims, pending[::-1]
-
-
-def _are_plain(*factors: Factor) -> bool:
-    return not any(isinstance(factor, AxisFactor) for factor in factors)
 
 
 @lru_cache(maxsize=4096)

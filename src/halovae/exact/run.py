@@ -83,12 +83,6 @@ def _gather_first(mesh: Mesh, shard: Tensor, layout: Layout) -> Tensor:
     return _unmarked(shard if any(mesh.coordinates) else tensor)
 
 
-def own_rows(mesh: Mesh, tensor: Tensor) -> Tensor:
-    """This rank's shard as an ordinary tensor."""
-    layout = layout_of(tensor)
-    return _unmarked(own(mesh, tensor, layout)[0]) if layout else tensor
-
-
 def _unmarked(tensor: Tensor) -> Tensor:
     """The tensor without a layout; another object, because the network may still hold this one."""
     return tensor.view(tensor.shape) if layout_of(tensor) else tensor
@@ -269,15 +263,11 @@ class GroupRun:
             check_whole(result)
             if self._spares:
                 _share_result(comm, result, written, self._spares, keep)
-        _write_back(written, self._args, self._kwargs)
+        # What the un-parallel network would have written into its arguments; after a call that has gone well.
+        theirs = tensors_in((self._args, self._kwargs)) if written else []
+        for place, tensor in written.items():
+            theirs[place].copy_(tensor)
         return result
-
-
-def _write_back(written: dict[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What the un-parallel network would have written into its arguments; after a call that has gone well."""
-    theirs = tensors_in((args, kwargs)) if written else []
-    for place, tensor in written.items():
-        theirs[place].copy_(tensor)
 
 
 def check_whole(result: Any) -> None:
@@ -292,7 +282,11 @@ def check_whole(result: Any) -> None:
 
 
 def _collect(mesh: Mesh, tensor: Tensor, keep: str) -> Tensor:
-    return own_rows(mesh, tensor) if keep == "shard" else gather(mesh, tensor, first_only=keep == "first")
+    """What this rank keeps of a tensor in a result: the whole, or its shard as an ordinary tensor."""
+    if keep != "shard":
+        return gather(mesh, tensor, first_only=keep == "first")
+    layout = layout_of(tensor)
+    return _unmarked(own(mesh, tensor, layout)[0]) if layout else tensor
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def open_pictures(path: Path) -> Iterator[OpenedFile | None]:
         count = getattr(image, "n_frames", 1)
         if count > 1:
             notes.append(f"of the {count} pictures in it the first is taken")
-        yield OpenedFile(size=size, pictures=_still(path, image), is_still=True, lossy=lossy, notes=notes)
+        still = (_shown(upright_rgb(path, only)) for only in (image,))  # Decoded when it is asked for.
+        yield OpenedFile(size=size, pictures=still, is_still=True, lossy=lossy, notes=notes)
 
 
 @contextmanager
@@ -77,10 +78,6 @@ def _opened(path: Path) -> Iterator[Image.Image | None]:
 def is_animated(image: Image.Image) -> bool:
     """Whether an opened image has several frames."""
     return image.format in _ANIMATED and _first(image) + 1 < getattr(image, "n_frames", 1)
-
-
-def _still(path: Path, image: Image.Image) -> Iterator[Shown]:
-    yield _shown(upright_rgb(path, image))
 
 
 def _shown(picture: Image.Image, begins: Fraction | None = None, lasts: Fraction | None = None) -> Shown:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,7 @@ from torch import Tensor
 
 from halovae.base.errors import InputError
 from halovae.base.files import atomic, check_input, first_line, reason
-
-if TYPE_CHECKING:
-    from halovae.media.vae_limits import Limits
+from halovae.media.vae_limits import Fit, Limits
 
 FORMAT = "halovae-latents-1"
 KEY, PARAMETERS = "latents", "parameters"
@@ -35,12 +33,13 @@ KEY, PARAMETERS = "latents", "parameters"
 SUFFIX = ".safetensors"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors names them."""
+_INTEGERS = tuple(Fit.__dataclass_fields__)
 _SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentsInfo:
-    """The metadata of a latents file."""
+class LatentsInfo(Fit):
+    """The metadata of a latents file. Of its sizes the padded ones went through the VAE: decode, then crop."""
 
     model: str
     """What `--model` was: "demo", a folder, or a hub id."""
@@ -49,13 +48,6 @@ class LatentsInfo:
     scaling: Mapping[str, Any]
     """`scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` of the VAE's config, those that it has."""
     fps: Fraction
-    frames: int
-    """Of the clip. The padded sizes below are those that went through the VAE: decode, then crop to these."""
-    height: int
-    width: int
-    padded_frames: int
-    padded_height: int
-    padded_width: int
     times: tuple[int, ...] = ()
     """As in `media.Clip`: where frames come unevenly, when each begins and the final one ends, in 1/90000 s."""
 
@@ -107,9 +99,6 @@ class LatentsInfo:
             model=metadata["model"], model_class=metadata["model_class"], scaling=scaling, fps=fps, times=tuple(times),
             **sizes,
         )  # fmt: skip
-
-
-_INTEGERS = ("frames", "height", "width", "padded_frames", "padded_height", "padded_width")
 
 
 def scaling_of(config: Mapping[str, Any]) -> dict[str, Any]:

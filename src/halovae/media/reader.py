@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.files import check_input
 from halovae.media.images import open_pictures
 from halovae.media.opened_file import MAX_CLIP_BYTES, MAX_FRAME_PIXELS, OpenedFile, Pace, Shown, pace_of
@@ -81,13 +81,8 @@ def inspect(path: Path) -> Header:
 
 
 def read(
-    path: Path,
-    *,
-    frames: FrameRange | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    advance: Callable[[], None] = lambda: None,
-) -> Clip:
+    path: Path, *, frames: FrameRange | None = None, height: int | None = None, width: int | None = None
+) -> Clip:  # fmt: skip
     """Read frames, scaled to cover `height` x `width` and cropped to it around the centre.
 
     Args:
@@ -95,31 +90,23 @@ def read(
         frames: which frames, all by default.
         height: in pixels; from `width` and the aspect ratio, or as in the file, when not given.
         width: in pixels; from `height` and the aspect ratio, or as in the file, when not given.
-        advance: called after each frame.
 
     Raises:
         InputError: the file can't be read whole, has not the frames asked for, or is too large.
     """
-    check_input(path)
-    with opened(path) as source:
-        wanted = _Wanted(path, source, frames, (height, width))
-        kept = bytearray()  # Grows in place, where a list of frames would be copied into an array at the end.
-        for shown in wanted:
-            kept += cover(shown.picture, wanted.size).data
-            if len(kept) > MAX_CLIP_BYTES:
-                raise InputError(
-                    f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels after {wanted.count} frames of "
-                    f"{wanted.size[1]}x{wanted.size[0]}: take fewer with --frames A:B, or a smaller --height"
-                )
-            advance()
-        pace = wanted.pace()
+    film = Film(path, frames=frames, height=height, width=width)
+    rows, columns = film.size
+    if film.count * rows * columns * 3 > MAX_CLIP_BYTES:
+        raise InputError(
+            f"{path}: over {MAX_CLIP_BYTES >> 30} GiB of pixels in {film.count} frames of {columns}x{rows}: take fewer "
+            "with --frames A:B, or a smaller --height"
+        )
+    kept = np.empty((film.count, rows, columns, 3), np.uint8)
+    for count, frame in enumerate(film):
+        kept[count] = frame
     return Clip(
-        frames=np.frombuffer(kept, np.uint8).reshape(-1, *wanted.size, 3),
-        fps=pace.fps,
-        times=pace.times,
-        source_size=wanted.source_size,
-        notes=(*source.notes, *pace.notes),
-    )
+        frames=kept, fps=film.pace.fps, times=film.pace.times, source_size=film.source_size, notes=film.notes
+    )  # fmt: skip
 
 
 class Film:
@@ -152,8 +139,8 @@ class Film:
                     shown.make()  # Whether its pixels can be converted; of the others the number is wanted only.
                 advance()
             self.pace = wanted.pace()
-        self.count, self.size = wanted.count, wanted.size
-        """`size`: height and width of every frame."""
+        self.count, self.size, self.source_size = wanted.count, wanted.size, wanted.source_size
+        """`size`: height and width of every frame; `source_size`: those in the file."""
         self._whole = self.size
         self.lossy = source.lossy
         """What it was compressed with, where that may have lost something."""
@@ -218,7 +205,7 @@ class _Wanted:
         if not seen:
             raise InputError(f"{path} has no frames")
         if not self.count or (wanted.stop is not None and seen < wanted.stop):
-            raise InputError(f"--frames {wanted} goes beyond {path}, which has {seen} frame{'s' * (seen > 1)}")
+            raise InputError(f"--frames {wanted} goes beyond {path}, which has {counted(seen, 'frame')}")
 
     def pace(self) -> Pace:
         return pace_of(self._source, self._begins, self._end)

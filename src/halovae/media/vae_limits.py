@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from halovae.base import verdicts
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.files import first_line
 from halovae.calls.blueprint import code_words
 from halovae.calls.dataflow import Remembered
 from halovae.calls.target import runs_in_tiles_only, tile_grid
 from halovae.media.models import skeleton
-from halovae.media.pixels import Pixels, pixels_of
 
 _SIZE = (128, 192)
 """Height and width of the trial's picture: multiples of every compression ratio in use, and large enough for every
@@ -51,8 +50,9 @@ class Fit:
         """One line for each kind of padding."""
         lines: list[str] = []
         if self.padded_frames != self.frames:
-            count = f"{self.frames} frame{'s' * (self.frames > 1)}"
-            lines.append(f"{count} padded to {self.padded_frames} for the VAE, cropped back after it")
+            lines.append(
+                f"{counted(self.frames, 'frame')} padded to {self.padded_frames} for the VAE, cropped back after it"
+            )
         if (self.padded_height, self.padded_width) != (self.height, self.width):
             padded = f"{self.padded_width}x{self.padded_height}"
             lines.append(f"{self.width}x{self.height} padded to {padded} for the VAE, cropped back after it")
@@ -367,4 +367,68 @@ def decode_arguments(vae: Any, latent: Tensor) -> dict[str, Any]:
 
 
 def _sizes(frames: int, height: int, width: int) -> str:
-    return f"{frames} frame{'s' * (frames != 1)} of {width}x{height}"
+    return f"{counted(frames, 'frame')} of {width}x{height}"
+
+
+# ---- the numbers of a picture ----------------------------------------------------------------------------------------
+
+
+_Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """(level / 255 - mean) / std, for red, green and blue."""
+
+    mean: _Triple
+    std: _Triple
+
+    def from_signed(self, clip: Tensor) -> Tensor:
+        """(3, frames, height, width) of -1 to 1, in these numbers."""
+        return self._scaled(clip, lambda frame, mean, std: ((frame + 1) / 2 - mean) / std)
+
+    def to_signed(self, clip: Tensor) -> Tensor:
+        """(3, frames, height, width) in these numbers, of -1 to 1."""
+        return self._scaled(clip, lambda frame, mean, std: (frame * std + mean) * 2 - 1)
+
+    def _scaled(self, clip: Tensor, scale: Any) -> Tensor:
+        if self == SIGNED:
+            return clip
+        # No numbers of less than 32 bits: they would be rounded at every step.
+        dtype = torch.promote_types(clip.dtype, torch.float32)
+        mean, std = (torch.tensor(v, dtype=dtype, device=clip.device)[:, None, None] for v in (self.mean, self.std))
+        scaled = torch.empty_like(clip)
+        for number in range(clip.shape[1]):  # Steps over the whole clip would take copies of it.
+            scaled[:, number] = scale(clip[:, number].to(dtype), mean, std)
+        return scaled
+
+
+SIGNED = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""-1 to 1: what diffusers' image processors make."""
+UNIT = Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""0 to 1."""
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+PIXELS = {
+    "AutoencoderKLMiniMaxH3": IMAGENET,
+    "AutoencoderRAE": UNIT,
+    **dict.fromkeys((
+        "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKL", "AutoencoderKLAllegro",
+        "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage",
+        "AutoencoderKLHunyuanImageRefiner", "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15",
+        "AutoencoderKLKVAE", "AutoencoderKLKVAEVideo", "AutoencoderKLLTX2Video", "LTX2VideoDiffusionDecoderModel",
+        "AutoencoderKLLTXVideo", "AutoencoderKLMagvit", "AutoencoderKLMochi", "AutoencoderKLQwenImage",
+        "AutoencoderKLQwenImage21", "AutoencoderKLTemporalDecoder", "AutoencoderKLWan", "AutoencoderTiny",
+        "AutoencoderVidTok", "ConsistencyDecoderVAE", "Kandinsky6SRVAE", "VQModel",
+    ), SIGNED),
+}  # fmt: skip
+"""By the class's documentation and by the processors of the pipelines that use it."""
+
+
+def pixels_of(vae: nn.Module) -> Pixels | None:
+    """What a VAE's class takes; None where nobody has looked it up."""
+    found = next((PIXELS[cls.__name__] for cls in type(vae).__mro__ if cls.__name__ in PIXELS), None)
+    config: Any = getattr(vae, "config", {})
+    if found is not None and config.get("lookup_from_codebook"):
+        return UNIT  # A quantiser whose indices are tokens of a language of pictures; its pipelines don't normalise.
+    return found

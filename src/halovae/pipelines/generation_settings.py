@@ -136,7 +136,15 @@ class Generation:
         faults.check()
 
 
-FLAGS = {"guidance_scale_2": "--guidance-scale-high", "frame_rate": "--fps"}
+FLAGS = {
+    "guidance_scale_2": "--guidance-scale-high",
+    "frame_rate": "--fps",
+    "vae_slicing": "--vae-use-slicing",
+    "vae_size": "--vae-patch-parallel-size",
+    "vae_axis": "--axis",
+    "layerwise_offload": "--enable-layerwise-offload",
+    "cpu_offload": "--enable-cpu-offload",
+}
 """Flags that are not named as their setting."""
 
 

@@ -23,8 +23,7 @@ from halovae.base.quiet import all_quiet
 from halovae.comm import Comm
 from halovae.comm.agreement import together
 from halovae.pipelines.generation_settings import Generation, Setup, arguments
-from halovae.pipelines.late_video import in_pieces
-from halovae.pipelines.parallel_vae import parallel_vae
+from halovae.pipelines.parallel_vae import in_pieces, parallel_vae
 from halovae.pipelines.scheduler import check_steps, prepare_scheduler
 from halovae.pipelines.stages import OTHER, PROBE, VAE_DECODE, StageTimeline, watched
 from halovae.pipelines.transformers import degree, denoisers, prepare_denoisers, shared_sequences

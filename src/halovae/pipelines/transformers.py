@@ -51,7 +51,7 @@ def prepare_denoisers(components: Mapping[str, Any], setup: Setup, ranks: int, d
         _spread(denoisers(components), setup, ranks, device)
     if setup.compile:
         for part in denoisers(components).values():
-            _compile(part)
+            (part.compile_repeated_blocks if repeats_blocks(part) else part.compile)()
 
 
 def degree(setup: Setup) -> int:
@@ -121,13 +121,6 @@ def _check_heads(part: Any, ulysses: int) -> None:
             f"--ulysses-degree {ulysses} does not divide the {heads} attention heads of {type(part).__name__}: "
             f"use one of {allowed}"
         )
-
-
-def _compile(part: Any) -> None:
-    if repeats_blocks(part):
-        part.compile_repeated_blocks()
-    else:
-        part.compile()
 
 
 @contextmanager

@@ -116,9 +116,11 @@ class Meter(OnShapes):
 
     def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on shapes, and count it."""
-        if not has_meta(args) and _has_values(func) and _is_constant(self._costs.shapes.run(func, args, kwargs)):
-            # Real, wherever it was asked for: code may look at the values of what doesn't depend on the picture.
-            return func(*args, **{**kwargs, "device": "cpu"})
+        if not has_meta(args) and _has_values(func):
+            made = self._costs.shapes.run(func, args, kwargs)
+            if isinstance(made, Tensor) and made.numel() <= _CONSTANT:
+                # Real, wherever it was asked for: code may look at the values of what doesn't depend on the picture.
+                return func(*args, **{**kwargs, "device": "cpu"})
         result, (seconds, flops, workspace) = self._costs.run(func, args, kwargs)
         if self._costs.shapes.makes(func):
             for tensor in tensors_of(result):
@@ -179,12 +181,7 @@ class Meter(OnShapes):
 
 
 _CONSTANT = 2**16
-"""Elements of a constant at the most; larger ones are work."""
-
-
-def _is_constant(result: Any) -> bool:
-    """Whether a small tensor of known values is made, or moved to the device: a table of positions, a mask."""
-    return isinstance(result, Tensor) and result.numel() <= _CONSTANT
+"""Elements of a constant at the most: a table of positions, a mask; larger ones are work."""
 
 
 @functools.cache

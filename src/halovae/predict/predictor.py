@@ -123,7 +123,7 @@ class Predictor:
             rank = schedule.loads.index(max(schedule.loads))
             comm = MeteredComm(rank, ranks, self._link, meter)
             mover = Mover(comm, calls, schedule, range(ranks if gather == "all" else 1), _META)
-            call = TileCall(self._target, half, calls, mover, blends, _META)
+            call = TileCall(self._target, half, calls, mover, blends)
             with meter.running(), echoing(vae, half, meter, comm, self._echoes):
                 call.run(schedule.calls_of(rank), args, kwargs)
                 mover.finish()

@@ -237,8 +237,13 @@ def _fields_of(model: type[BaseModel], sent: Mapping[str, Any], faults: FormFaul
 def _settings_of(sent: dict[str, Any], service: Service, faults: FormFaults) -> dict[str, Any]:
     given = _fields_of(VideoFields, sent, faults, prompt="")
     facts, limits = service.ranks.facts, service.options.limits
-    _check_model(given.pop("model", None), service.options)
-    _settle_size(given, given.pop("size", None), faults)
+    model, size, served = given.pop("model", None), given.pop("size", None), service.options.model
+    if model is not None and model != served:
+        why = f"model {model[:80]!r} is not here: this server has {served!r}"
+        raise ApiError(404, why, param="model", code="model_not_found")
+    for name, value in zip(("width", "height"), map(int, size.split("x") if size else ()), strict=False):
+        if given.setdefault(name, value) != value:
+            faults.add(name, f"size {size} and {name} {given[name]} contradict each other: give one")
     if "seconds" in given and "num_frames" in given:
         faults.add("seconds", "seconds and num_frames exclude each other: give one")
     _check_limits(given, limits, faults)
@@ -250,23 +255,6 @@ def _settings_of(sent: dict[str, Any], service: Service, faults: FormFaults) -> 
     if steps in facts.get("refused_steps", {}) and "flow_shift" not in given:  # It moves the noise levels.
         faults.add("num_inference_steps", facts["refused_steps"][steps])
     return given
-
-
-def _check_model(model: str | None, options: ServeOptions) -> None:
-    if model is not None and model != options.model:
-        raise ApiError(
-            404, f"model {model[:80]!r} is not here: this server has {options.model!r}", param="model",
-            code="model_not_found",
-        )  # fmt: skip
-
-
-def _settle_size(given: dict[str, Any], size: str | None, faults: FormFaults) -> None:
-    if size is None:
-        return
-    width, height = map(int, size.split("x"))
-    for name, value in (("width", width), ("height", height)):
-        if given.setdefault(name, value) != value:
-            faults.add(name, f"size {size} and {name} {given[name]} contradict each other: give one")
 
 
 def _check_limits(given: Mapping[str, Any], limits: ServerLimits, faults: FormFaults) -> None:

@@ -109,8 +109,8 @@ class Service:
         self._free_wanted = 0
         self._current: _Current | None = None
         self._stopped = False
-        self._changes = asyncio.Condition()
-        self._notices: set[asyncio.Task[None]] = set()
+        self._change = asyncio.Event()
+        """Of the next thing that changes."""
         self._tidying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -198,13 +198,12 @@ class Service:
         """The job now, and whenever something has changed or so many seconds have passed, until it is over or gone
         (None)."""
         while True:
-            found = self.store.get(job)
+            change, found = self._change, self.store.get(job)  # What changes while the caller is at this is not missed.
             yield found
             if found is None or found.is_over:
                 return
-            async with self._changes:
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changes.wait(), seconds)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(change.wait(), seconds)
 
     def health(self) -> dict[str, Any]:
         """Whether every rank answers, and what is going on."""
@@ -352,13 +351,8 @@ class Service:
         self._changed()
 
     def _changed(self) -> None:
-        async def notify() -> None:
-            async with self._changes:
-                self._changes.notify_all()
-
-        task = asyncio.get_running_loop().create_task(notify())
-        self._notices.add(task)
-        task.add_done_callback(self._notices.discard)
+        self._change.set()
+        self._change = asyncio.Event()
 
     async def _tidy(self) -> None:
         while True:

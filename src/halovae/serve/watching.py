@@ -6,15 +6,16 @@ import asyncio
 import io
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
 from fastapi.responses import StreamingResponse
 from PIL import Image
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
-from halovae.media.live import LivePictures, codec_words
 from halovae.media.reader import opened
+from halovae.media.video import LivePictures, codec_words
 from halovae.serve.service import ApiError, Service
 from halovae.serve.store import COMPLETED, ENCODE, PARTS_END, PARTS_TYPE, RUNNING, VIDEO, StoredJob, around_part
 
@@ -26,6 +27,11 @@ _LOOK = 0.2
 """Seconds between two looks at a file that grows, where nothing else tells."""
 _CHUNK = 2**16
 _QUALITY = 90
+After = Callable[[], object]
+
+
+def _nothing() -> None:
+    return
 
 
 def wanted(accept: str) -> str:
@@ -44,39 +50,55 @@ def wanted(accept: str) -> str:
     return max(found, key=lambda each: each[0])[1]
 
 
-def of_file(path: Path, kind: str, after: Callable[[], object] = lambda: None) -> StreamingResponse:
-    """A finished video as pictures; `after` is called at the end of the answer, however it ends."""
+class Watched(StreamingResponse):
+    """An answer without an end where what it tells of has none: so its client knows. What is to be done `after` it is
+    done in the event loop, however it ends."""
+
+    def __init__(self, words: AsyncIterator[bytes] | Iterator[bytes], kind: str, after: After) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
+        super().__init__(words, media_type=kind, headers=headers)
+        self._after = after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._after()
+
+    async def stream_response(self, send: Send) -> None:
+        with suppress(_BrokenOffError):
+            await super().stream_response(send)
+
+
+class _BrokenOffError(Exception):
+    """There will be no more of it."""
+
+
+def of_file(path: Path, kind: str, after: After = _nothing) -> Watched:
+    """A finished video as pictures."""
 
     def pictures() -> Iterator[Image.Image]:
-        try:
-            with opened(path) as source:
-                yield from (shown.picture for shown in source.pictures)
-        finally:
-            after()
+        with opened(path) as source:
+            yield from (shown.picture for shown in source.pictures)
 
-    return _in_parts(_in_threads(pictures()), kind)
+    return _in_parts(_in_threads(pictures()), kind, after)
 
 
-def in_one_part(path: Path, after: Callable[[], object]) -> StreamingResponse:
+def in_one_part(path: Path, after: After) -> Watched:
     """Finished latents as those that come in parts."""
 
     def parts() -> Iterator[bytes]:
-        try:
-            with path.open("rb") as file:
-                head, end = around_part(path.stat().st_size)
-                yield head
-                while words := file.read(_CHUNK):
-                    yield words
-                yield end + PARTS_END
-        finally:
-            after()
+        with path.open("rb") as file:
+            head, end = around_part(path.stat().st_size)
+            yield head
+            while words := file.read(_CHUNK):
+                yield words
+            yield end + PARTS_END
 
-    return _Watched(parts(), media_type=PARTS_TYPE, headers=_HEADERS)
+    return Watched(parts(), PARTS_TYPE, after)
 
 
-def of_job(
-    service: Service, job: StoredJob, kind: str, after: Callable[[], object] = lambda: None
-) -> StreamingResponse | None:  # fmt: skip
+def of_job(service: Service, job: StoredJob, kind: str, after: After = _nothing) -> Watched | None:
     """A video that is being made, from its beginning on; None where there is nothing of it yet."""
     try:
         file = service.store.stream(job.id).open("rb")
@@ -85,40 +107,21 @@ def of_job(
     job = service.store.get(job.id) or job  # It may have begun since it was looked up.
     beginning = file.read(_CHUNK)
     file.seek(0)
+    words = _growing(service, job, file)
     if job.kind == ENCODE and beginning:
-        return _Watched(_growing(service, job, file, after), media_type=PARTS_TYPE, headers=_HEADERS)
+        return Watched(words, PARTS_TYPE, after)
     codec = codec_words(beginning) if job.kind != ENCODE else None
     if not codec:
         file.close()
         return None
-    words = _growing(service, job, file, after)
     if kind == MP4:
-        return _Watched(words, media_type=f'{MP4}; codecs="{codec}"', headers=_HEADERS)
-    return _in_parts(_decoded(words), kind)
+        return Watched(words, f'{MP4}; codecs="{codec}"', after)
+    return _in_parts(_decoded(words), kind, after)
 
 
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
-
-
-class _BrokenOffError(Exception):
-    """There will be no more of it."""
-
-
-class _Watched(StreamingResponse):
-    """An answer without an end where what it tells of has none: so its client knows."""
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
-        except _BrokenOffError:
-            return
-
-
-async def _growing(
-    service: Service, job: StoredJob, file: IO[bytes], after: Callable[[], object]
-) -> AsyncIterator[bytes]:  # fmt: skip
+async def _growing(service: Service, job: StoredJob, file: IO[bytes]) -> AsyncIterator[bytes]:
     """What is in the file of a running job, and what comes, until the job is over."""
-    try:
+    with file:
         async for now in service.changes(job.id, _LOOK):
             while words := file.read(_CHUNK):
                 yield words
@@ -128,9 +131,6 @@ async def _growing(
                 return
             if now is None or now.status != RUNNING or now.attempts != job.attempts:
                 raise _BrokenOffError
-    finally:
-        file.close()
-        after()
 
 
 async def _decoded(chunks: AsyncIterator[bytes]) -> AsyncIterator[Image.Image]:
@@ -146,7 +146,7 @@ async def _in_threads(values: Iterator[T]) -> AsyncIterator[T]:
         yield value
 
 
-def _in_parts(pictures: AsyncIterator[Image.Image], kind: str) -> StreamingResponse:
+def _in_parts(pictures: AsyncIterator[Image.Image], kind: str, after: After) -> Watched:
     kind = PNG if kind == PNG else JPEG
 
     def part(picture: Image.Image) -> bytes:
@@ -160,4 +160,4 @@ def _in_parts(pictures: AsyncIterator[Image.Image], kind: str) -> StreamingRespo
             yield await asyncio.to_thread(part, picture)
         yield b"--frame--\r\n"
 
-    return _Watched(parts(), media_type=f"{PARTS}; boundary=frame", headers=_HEADERS)
+    return Watched(parts(), f"{PARTS}; boundary=frame", after)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from halovae.base.errors import TilingError
+from halovae.base.private_torch import pytree
 from halovae.calls.dataflow import flat, memory_order
 from halovae.calls.record import NetworkCall
 from halovae.comm import Comm, Message, Pending
@@ -27,14 +30,19 @@ class Mover:
         self, comm: Comm, calls: Sequence[NetworkCall], schedule: Schedule, holders: Sequence[int], device: torch.device
     ) -> None:
         self.results: dict[int, list[Tensor]] = {}
-        self._comm, self._calls, self._holders, self._device = comm, calls, holders, device
+        self._comm, self._calls, self.holders, self.device = comm, calls, holders, device
         self._chains = [schedule.of(rank) for rank in range(comm.size)]
         self._rounds = schedule.rounds
         self._posted: list[Pending] = []
         self._arriving: dict[int, list[Tensor]] = {}
 
-    def post_complete(self) -> None:
-        """Begin the rounds whose chain of this rank has been run."""
+    def take(self, found: Mapping[int, Any]) -> None:
+        """Take what this rank's network gave for some calls, and begin the rounds whose chain has been run.
+
+        Raises:
+            TilingError: it is not as planned.
+        """
+        self.results |= {number: _used(self._calls[number], result) for number, result in found.items()}
         mine = self._chains[self._comm.rank]
         while len(self._posted) < len(mine) and mine[len(self._posted)].calls[-1] in self.results:
             self._post()
@@ -49,19 +57,19 @@ class Mover:
             chain = chains[len(self._posted)]
             if rank == self._comm.rank:
                 sends = self._outgoing(chain)
-            elif self._comm.rank in self._holders:
+            elif self._comm.rank in self.holders:
                 receives += [(rank, buffer) for buffer in self._incoming(chain)]
         self._posted.append(self._comm.post(sends, receives))
 
     def _outgoing(self, chain: TileChain) -> list[Message]:
-        others = [rank for rank in self._holders if rank != self._comm.rank]
+        others = [rank for rank in self.holders if rank != self._comm.rank]
         tensors = [flat(tensor) for call in chain.calls for tensor in self.results[call]] if others else []
         return [(rank, tensor) for rank in others for tensor in tensors]
 
     def _incoming(self, chain: TileChain) -> list[Tensor]:
         for call in chain.calls:
             self._arriving[call] = [
-                torch.empty(spec.numel, dtype=spec.dtype, device=self._device) for spec in self._calls[call].specs
+                torch.empty(spec.numel, dtype=spec.dtype, device=self.device) for spec in self._calls[call].specs
             ]
         return [buffer for call in chain.calls for buffer in self._arriving[call]]
 
@@ -83,3 +91,13 @@ class Mover:
             self.results[call] = [
                 spec.laid(buffer, order) for spec, buffer, order in zip(specs, buffers, laid_out, strict=True)
             ]
+
+
+def _used(call: NetworkCall, result: Any) -> list[Tensor]:
+    """What the VAE goes on to use of a result, as it was planned."""
+    leaves = pytree.tree_leaves(result)
+    tensors = [(call.leaves[place], leaves[place]) for place in call.used]
+    for spec, tensor in tensors:
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise TilingError(f"the network gave {tuple(tensor.shape)} {tensor.dtype} where {spec} was planned")
+    return [tensor for _, tensor in tensors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Planner:
         if "use_tiling" not in vars(target.vae) or not hasattr(target.vae, NETWORKS[half]):
             raise TilingError(f"{target.name}.{half} has no tiles: use mode='exact'")
         self._target, self._half, self._ranks, self._fit = target, half, ranks, fit
-        self._checker = Checker(target, half, blends)
+        self.checker = Checker(target, half, blends)
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
         """Find the calls of the VAE's own tiled method and spread them.
@@ -80,17 +80,17 @@ class Planner:
         settings = {"use_tiling": True, **changes}
         try:
             with applied(self._target.vae, settings):
-                recording = self._checker.recorded(args, kwargs)
+                recording = self.checker.recorded(args, kwargs)
                 if not recording.calls:
                     raise TilingError("never calls its network")
                 if recording.keeps:
                     raise TilingError("goes on with what the call before has left in it")
-                self._checker.check(args, kwargs, recording)
+                self.checker.check(args, kwargs, recording)
         except Exception as error:
             if "meta device" in str(error):  # An operator that knows no shapes without values.
                 raise TilingError(f"can't be planned on shapes alone ({error})") from error
             # Where the call fails without tiles too, the tiles are not to blame: this lets the VAE's own error be seen.
-            self._checker.untiled(args, kwargs)
+            self.checker.untiled(args, kwargs)
             if isinstance(error, TilingError):
                 raise
             raise TilingError(f"fails ({type(error).__name__}: {error})") from error
@@ -196,17 +196,21 @@ class Schedule:
     @property
     def spread(self) -> float:
         """Largest over mean load: 1.0 is a perfect balance."""
-        return max(self.loads) * len(self.loads) / sum(self.loads)
+        return max(self.loads) * len(self.loads) / max(1, sum(self.loads))
 
     @property
     def rounds(self) -> int:
         """Most chains on one rank."""
-        return max(len(self.of(rank)) for rank in set(self.owners))
+        return max((len(self.of(rank)) for rank in set(self.owners)), default=0)
 
     def of(self, rank: int) -> list[TileChain]:
         """A rank's chains, in the order in which they get ready."""
         mine = [chain for chain, owner in zip(self.chains, self.owners, strict=True) if owner == rank]
         return sorted(mine, key=lambda chain: chain.calls[-1])
+
+    def owner_of(self, call: int) -> int:
+        """The rank that runs a call."""
+        return next(o for chain, o in zip(self.chains, self.owners, strict=True) if call in chain.calls)
 
     def calls_of(self, rank: int) -> set[int]:
         return {call for chain in self.of(rank) for call in chain.calls}
@@ -231,15 +235,17 @@ def find_chains(calls: Sequence[NetworkCall]) -> tuple[TileChain, ...]:
     return tuple(TileChain(tuple(group), sum(calls[call].cost for call in group)) for group in members.values())
 
 
-def assign(chains: Sequence[TileChain], ranks: int) -> Schedule:
+def assign(chains: Sequence[TileChain], ranks: int, known: Mapping[int, int] | None = None) -> Schedule:
     """Give the longest chain to the rank with the least to do, then the next.
 
     Args:
         ranks: how many ranks may work; those beyond the number of chains get nothing.
+        known: ranks of chains that go on where they have been so far.
     """
+    known = known or {}
     loads = [0] * ranks
     owners = [0] * len(chains)
-    for number in sorted(range(len(chains)), key=lambda n: (-chains[n].cost, n)):
-        owners[number] = loads.index(min(loads))
+    for number in sorted(range(len(chains)), key=lambda n: (n not in known, -chains[n].cost, n)):
+        owners[number] = known.get(number, loads.index(min(loads)))
         loads[owners[number]] += chains[number].cost
     return Schedule(tuple(chains), tuple(owners), tuple(loads))

@@ -5,22 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from halovae.base.errors import DisagreementError, InputError, TilingError
+from halovae.base.errors import DisagreementError, InputError, NotExactError, TilingError
 from halovae.base.options import HALVES, Gather, gather_of
-from halovae.base.private_torch import pytree
 from halovae.base.timeline import span
 from halovae.base.trees import contents, map_tensors, pictures_in, walk
 from halovae.calls.dataflow import repeat
 from halovae.calls.randomness import Generators
 from halovae.calls.record import NETWORKS, Function, NetworkCall, answering
+from halovae.calls.resumed import Held
 from halovae.calls.state import unchanged
 from halovae.calls.target import Target
+from halovae.calls.time_stages import Stage
 from halovae.comm import Comm
 from halovae.comm.agreement import together
 from halovae.kernels import autocast
@@ -29,6 +30,10 @@ from halovae.tiles.blend import Blends
 from halovae.tiles.move import Mover
 from halovae.tiles.tile_plan import Planner, TilePlan, packed, unpacked
 from halovae.tiles.tile_settings import applied, described
+from halovae.tiles.tile_stages import StageCall, TileStages
+
+MANY_FRAMES = 33
+"""Of a clip that stands for one which comes in parts, where tiles are planned."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +104,63 @@ class TileRunner:
             TilingError: the VAE's tiles can't be used.
             RankFailedError: another rank has failed.
         """
-        device = pictures_in((args, kwargs))[0].device
         plan = self.plan(half, args, kwargs)
-        vae, calls = self._target.vae, plan.recording.calls
-        generators = Generators(device, *args, *kwargs.values())
-        holders = range(self._comm.size if gather_of(self._gather, half) == "all" else 1)
-        mover = Mover(self._comm, calls, plan.schedule, holders, device)
-        call = TileCall(self._target, half, calls, mover, self._blends, device)
-        writes = plan.recording.writes
-        if writes and len(holders) < self._comm.size:
+        calls, mover = plan.recording.calls, self._mover(half, args, kwargs, plan)
+        if plan.recording.writes and len(mover.holders) < self._comm.size:
             raise TilingError(f"{half} writes into its arguments, which ranks without its result can't do")
+        return self._made(half, args, kwargs, plan, mover, TileCall(self._target, half, calls, mover, self._blends))
+
+    def run_stage(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TileStages, stage: Stage, held: Held
+    ) -> tuple[TileOutcome, Held]:  # fmt: skip
+        """A stage of a clip that comes in parts: the new frames, and what this rank keeps for the next one.
+
+        Raises:
+            TilingError: the VAE's tiles can't be used.
+            RankFailedError: another rank has failed.
+        """
+        plan = stages.plan(stage, self._ranks, held.owners)
+        mover = self._mover(half, args, kwargs, plan)
+        call = StageCall(self._target, half, stages, stage, held, mover, self._blends)
+        outcome = self._made(half, args, kwargs, plan, mover, call)
+        is_needed = stages.blends and self._comm.rank in mover.holders
+        kept = tuple(mover.results[number] for number in stage.run) if is_needed else ()
+        owners = tuple(map(plan.schedule.owner_of, stage.gives))
+        return outcome, replace(call.held, results=kept, owners=owners)
+
+    def stages(
+        self, half: str, frame: torch.Tensor, more: tuple[Any, ...], kwargs: dict[str, Any],
+        plan: TilePlan | None = None,
+    ) -> TileStages:  # fmt: skip
+        """The stages of clips of this size. No exchange.
+
+        Args:
+            plan: of such a clip; None: it comes in parts, and how long it will be is not known.
+
+        Raises:
+            NotExactError: there are none.
+            TilingError: the VAE's tiles can't be used.
+        """
+        planner = self._planner(half)
+        if plan is None:
+            if self._fit:
+                raise NotExactError("tiles that fit the ranks are chosen for a whole clip")
+            plan = planner.plan((frame.expand(-1, -1, MANY_FRAMES, -1, -1), *more), kwargs)
+        return TileStages(self._target, half, planner.checker, self._blends, frame, more, kwargs, plan)
+
+    def _mover(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TilePlan) -> Mover:
+        holders = range(self._comm.size if gather_of(self._gather, half) == "all" else 1)
+        device = pictures_in((args, kwargs))[0].device
+        return Mover(self._comm, plan.recording.calls, plan.schedule, holders, device)
+
+    def _made(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TilePlan, mover: Mover,
+        call: TileCall | StageCall,
+    ) -> TileOutcome:  # fmt: skip
+        device, vae = mover.device, self._target.vae
+        generators = Generators(device, *args, *kwargs.values())
         # The method runs twice, and is to write once.
-        given, named = map_tensors(torch.clone, (args, kwargs)) if writes else (args, kwargs)
+        given, named = map_tensors(torch.clone, (args, kwargs)) if plan.recording.writes else (args, kwargs)
         started = time.perf_counter()
         with applied(vae, plan.settings):
             if mine := plan.schedule.calls_of(self._comm.rank):
@@ -124,7 +174,7 @@ class TileRunner:
                         )
             worked = time.perf_counter()
             mover.finish()
-            if self._comm.rank in holders:
+            if self._comm.rank in mover.holders:
                 generators.rewind()
                 with span("blend"):
                     result = call.gather(args, kwargs)
@@ -169,9 +219,12 @@ class TileRunner:
             return plan or self._own_plan(half, args, kwargs)
 
     def _own_plan(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
+        return self._planner(half).plan(args, kwargs)
+
+    def _planner(self, half: str) -> Planner:
         if half not in self._planners:
             self._planners[half] = Planner(self._target, half, self._blends, self._ranks, self._fit)
-        return self._planners[half].plan(args, kwargs)
+        return self._planners[half]
 
 
 def _signature(value: Any) -> Any:
@@ -206,25 +259,12 @@ class Watched(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _used(call: NetworkCall, result: Any) -> list[torch.Tensor]:
-    """What the VAE goes on to use of a result, as it was planned."""
-    leaves = pytree.tree_leaves(result)
-    tensors = [(call.leaves[place], leaves[place]) for place in call.used]
-    for spec, tensor in tensors:
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise TilingError(f"the network gave {tuple(tensor.shape)} {tensor.dtype} where {spec} was planned")
-    return [tensor for _, tensor in tensors]
-
-
 class TileCall:
     """One half in tiles, as one rank takes part in it, by the own method of a VAE that is set to use them."""
 
-    def __init__(
-        self, target: Target, half: str, calls: tuple[NetworkCall, ...], mover: Mover, blends: Blends,
-        device: torch.device,
-    ) -> None:  # fmt: skip
+    def __init__(self, target: Target, half: str, calls: tuple[NetworkCall, ...], mover: Mover, blends: Blends) -> None:
         self._vae, self._half, self._method = target.vae, half, target.originals[half]
-        self._calls, self._mover, self._blends, self._device = calls, mover, blends, device
+        self._calls, self._mover, self._blends, self._device = calls, mover, blends, mover.device
 
     def run(
         self, mine: set[int], args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -247,8 +287,7 @@ class TileCall:
             if number in mine:
                 found = batches.run(number, args, kwargs)
                 real = found.get(number)
-                self._mover.results |= {one: _used(self._calls[one], result) for one, result in found.items()}
-                self._mover.post_complete()
+                self._mover.take(found)
             else:
                 repeat(call.draws, device)
             if number + 1 == len(self._calls):

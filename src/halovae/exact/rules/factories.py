@@ -108,30 +108,22 @@ def sizes_of(mesh: Mesh, layout: Layout) -> torch.Size:
     return known
 
 
-@rule(getattr(Tensor, "shape").__get__)  # noqa: B009
-def shape(mesh: Mesh, func: Any, tensor: Tensor) -> torch.Size:
-    return sizes_of(mesh, require_layout(tensor))
+_SHAPE, _NBYTES = (getattr(Tensor, name).__get__ for name in ("shape", "nbytes"))
 
 
-@rule(Tensor.size)
+@rule(_SHAPE, Tensor.size)
 def size(mesh: Mesh, func: Any, tensor: Tensor, dim: SupportsIndex | None = None) -> Any:
-    layout = require_layout(tensor)
-    return sizes_of(mesh, layout) if dim is None else sizes_of(mesh, layout)[dim]
+    sizes = sizes_of(mesh, require_layout(tensor))
+    return sizes if dim is None else sizes[dim]
 
 
-@rule(Tensor.__len__)
-def rows(mesh: Mesh, func: Any, tensor: Tensor) -> int:
-    return int(require_layout(tensor).whole[0])
-
-
-@rule(Tensor.numel, Tensor.nelement, torch.numel)
-def numel(mesh: Mesh, func: Any, tensor: Tensor) -> int:
-    return prod(require_layout(tensor).whole)
-
-
-@rule(getattr(Tensor, "nbytes").__get__)  # noqa: B009
-def nbytes(mesh: Mesh, func: Any, tensor: Tensor) -> int:
-    return prod(require_layout(tensor).whole) * tensor.element_size()
+@rule(Tensor.__len__, Tensor.numel, Tensor.nelement, torch.numel, _NBYTES)
+def count(mesh: Mesh, func: Any, tensor: Tensor) -> int:
+    """Rows, elements or bytes."""
+    whole = require_layout(tensor).whole
+    if func is Tensor.__len__:
+        return int(whole[0])
+    return prod(whole) * (tensor.element_size() if func == _NBYTES else 1)
 
 
 @rule(Tensor.stride)

@@ -159,7 +159,8 @@ def indexed(layout: Layout, index: Any, shape: tuple[int, ...]) -> Layout:
         if isinstance(entry, slice) and entry == _ALL:
             dims.append(dim)
         elif isinstance(entry, slice):
-            if is_sharded(dim) and not _takes_all(entry, global_length(dim)):
+            whole = global_length(dim)
+            if is_sharded(dim) and entry.indices(whole) != (0, whole, 1):
                 raise NotExactError(f"it takes {entry} of a sharded dimension")
             dims.append(dim if is_sharded(dim) else plain(len(range(*entry.indices(length(dim))))))
         elif is_sharded(dim):
@@ -181,11 +182,6 @@ def _slices_what_is_whole(layout: Layout, index: tuple[Any, ...]) -> bool:
         if not isinstance(entry, slice) or (is_sharded(layout.dims[dim]) and entry != _ALL):
             return False
     return not any(isinstance(dim[0], GatheredFactor) for dim in layout.dims)
-
-
-def _takes_all(entry: slice, size: int) -> bool:
-    """Whether a slice is of the whole picture's positions."""
-    return entry.indices(size) == (0, size, 1)
 
 
 def _entries(index: Any, ndim: int) -> list[Any]:

@@ -1,6 +1,7 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
+const once = (target, name) => new Promise((resolve) => { target.addEventListener(name, resolve, { once: true }); });
 const over = (job) => job.status === "completed" || job.status === "failed";
 let shown = null; // The id of the job on the screen.
 let following = null; // Ends the stream of its events.
@@ -20,18 +21,22 @@ async function ask(path, options = {}) {
   }
   if (!answer.ok) {
     const body = await answer.json().catch(() => null);
-    throw new Error(body?.error?.message ?? `${answer.status} ${answer.statusText}`);
+    const problem = new Error(body?.error?.message ?? `${answer.status} ${answer.statusText}`);
+    throw Object.assign(problem, { status: answer.status });
   }
   return answer;
 }
 
-// What is pressed in a dialog; nothing when it is left by Escape.
+// What is pressed in a dialog; nothing when it is left by Escape. One at a time: a dialog is shut before it tells so,
+// and one that opened in between would take the end of the last one for its own.
+let answered = Promise.resolve();
 function pressed(id) {
-  at(id).returnValue = "";
-  at(id).showModal();
-  return new Promise((resolve) => {
-    at(id).addEventListener("close", () => resolve(at(id).returnValue), { once: true });
-  });
+  answered = answered.then(() => {
+    at(id).returnValue = "";
+    at(id).showModal();
+    return once(at(id), "close");
+  }).then(() => at(id).returnValue);
+  return answered;
 }
 
 let asking = null;
@@ -173,7 +178,10 @@ async function follow(id) {
         draw(job);
         if (over(job)) return list();
       }
-    } catch { /* The server may be starting again: the job is still there then. */ }
+    } catch (error) {
+      if (error.status === 404) { clear(); return list(); }
+      if (declined) return; // Else the server may be starting again: the job is still there then.
+    }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
 }
@@ -188,7 +196,7 @@ function draw(job) {
   at("download").hidden = job.status !== "completed";
   at("video").hidden = job.status !== "completed" && !plays;
   if (job.status === "completed") return play(job, plays);
-  if (!plays) at("video").removeAttribute("src");
+  if (!plays) unload();
   if (!plays && job.status === "in_progress" && job.frames_ready) watch(job.id);
   at("percent").textContent = `${job.progress} %`;
   at("progress").value = job.progress;
@@ -231,8 +239,6 @@ function begin(source) {
   at("video").play().catch(() => { /* Playing by itself may be switched off: there are controls. */ });
 }
 
-const once = (target, name) => new Promise((resolve) => { target.addEventListener(name, resolve, { once: true }); });
-
 // Plays a video while its later frames are decoded.
 async function watch(id) {
   watching = id;
@@ -258,24 +264,33 @@ function clear() {
   history.replaceState(null, "", " ");
   following?.abort();
   for (const id of ["video", "running", "caption"]) at(id).hidden = true;
-  at("video").removeAttribute("src");
+  unload();
   at("empty").hidden = false;
   at("empty").textContent = "Your video will play here.";
+}
+
+// Without the second step it would go on loading and playing, unseen.
+function unload() {
+  if (!at("video").hasAttribute("src")) return;
+  at("video").removeAttribute("src");
+  at("video").load();
 }
 
 // ---- the history ---------------------------------------------------------------------------------------------------
 
 const PAGE = 50; // Jobs that one answer lists.
 let wanted = PAGE; // How many the history shows, if there are so many.
+let listing = null; // The last question for it: what was asked before may be answered later.
 
 async function list() {
-  const jobs = [];
+  const jobs = [], turn = (listing = {});
   let found;
   do {
     const after = jobs.length ? `&after=${jobs.at(-1).id}` : "";
     found = await (await ask(`v1/videos?limit=${PAGE}${after}`)).json();
     jobs.push(...found.data);
   } while (found.has_more && jobs.length < wanted);
+  if (turn !== listing) return;
   at("history-title").hidden = !jobs.length;
   at("older").hidden = !found.has_more;
   at("history").replaceChildren(...jobs.map(entry));
@@ -321,12 +336,14 @@ async function remove(job) {
   at("remove-words").textContent = job.prompt;
   at("remove-yes").textContent = done ? "Delete it" : over(job) ? "Forget it" : "Cancel it";
   if (!await pressed("remove-dialog")) return;
+  const seen = shown === job.id;
+  if (seen) clear(); // Before it is gone: what plays and what follows it would ask for it still.
   try {
     await ask(`v1/videos/${job.id}`, { method: "DELETE" });
   } catch (error) {
     say(error.message);
+    if (seen && error.status !== 404) show(job);
   }
-  if (shown === job.id) clear();
   await list();
 }
 
