@@ -19,8 +19,12 @@ from halovae.kernels import kept as store
 from halovae.kernels.convolution import Convolution, on_gpu
 from halovae.kernels.fill import Fill, fill_outside
 from halovae.kernels.gpu import (
-    dispatch,
+    convolutions,
+    copies,
+    fused,
     operators,
+    room_around,
+    support,
     triton_chain,
     triton_convolution,
     triton_copy,
@@ -126,13 +130,13 @@ def test_pixels_and_channels_change_places(channels: int, to_pixels: bool):
 def test_a_border_is_filled_in_one_pass(
     shape: tuple[int, ...], modes: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dispatch, "supports", lambda _: True)
-    monkeypatch.setattr(dispatch, "_MANY", 1)
+    monkeypatch.setattr(support, "supports", lambda _: True)
+    monkeypatch.setattr(copies, "_MANY", 1)
     dims = range(2, len(shape))
     fills = {dim: Fill(modes[dim > 2], 0.5 * dim) for dim in dims}
     valid = [(0, shape[0]), (0, shape[1]), *((1 + (dim == 3), shape[dim] - (dim > 2)) for dim in dims)]
     found, expected = channels_last(frames(*shape)), channels_last(frames(*shape))
-    assert dispatch.fill(found, valid, fills)
+    assert copies.fill(found, valid, fills)
     there = list(valid)
     for dim, each in fills.items():
         fill_outside(expected, dim, there, each)
@@ -151,7 +155,7 @@ def test_rows_with_gaps_are_not_copied_as_rows():
 def test_a_batch_of_videos(batch: int, first_tap: int):
     source, weight, bias = video(batch, 16, 3, 6, 8), frames(20, 16, 3, 3, 3), frames(20)
     expected = F.conv3d(source, weight[:, :, first_tap:], bias, padding=(0, 1, 1))
-    found = dispatch.convolve(source, weight, bias, first_tap=first_tap, stride=1, before=(1, 1), size=(6, 8))
+    found = convolutions.convolve(source, weight, bias, first_tap=first_tap, stride=1, before=(1, 1), size=(6, 8))
     assert error(found, expected) < TOLERANCE
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
@@ -159,7 +163,7 @@ def test_a_batch_of_videos(batch: int, first_tap: int):
 def test_a_batch_of_pictures_upsampled():
     source, weight, bias = frames(2, 16, 4, 5), frames(20, 16, 3, 3), frames(20)
     expected = F.conv2d(F.interpolate(source, scale_factor=2, mode="nearest"), weight, bias, padding=1)
-    assert error(dispatch.convolve_upsampled(source, weight, bias), expected) < TOLERANCE
+    assert error(convolutions.convolve_upsampled(source, weight, bias), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("bordered", [(2,), (3,), (2, 3)])
@@ -167,12 +171,12 @@ def test_a_picture_upsampled_with_its_neighbours_rows(bordered: tuple[int, ...])
     source, weight, bias = frames(1, 16, 6, 5), frames(20, 16, 3, 3), frames(20)
     whole = F.conv2d(F.interpolate(source, scale_factor=2, mode="nearest"), weight, bias, padding=1)
     rows, cols = (slice(2, -2) if dim in bordered else slice(None) for dim in (2, 3))
-    assert error(dispatch.convolve_upsampled(source, weight, bias, bordered), whole[:, :, rows, cols]) < TOLERANCE
+    assert error(convolutions.convolve_upsampled(source, weight, bias, bordered), whole[:, :, rows, cols]) < TOLERANCE
 
 
 @pytest.mark.parametrize("pads", [{}, {2: (2, 0), 3: (1, 1), 4: (1, 1)}, {3: (0, 1), 4: (0, 1)}])
 def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dispatch, "FEW_POSITIONS", 1)
+    monkeypatch.setattr(convolutions, "FEW_POSITIONS", 1)
     parts = (video(1, 24, 2, 10, 12, dtype=torch.float16), video(1, 24, 1, 10, 12, dtype=torch.float16))
     weight, bias = frames(8, 24, 3, 3, 3).half(), frames(8).half()
     stride = (1, 2, 2) if pads.get(3) == (0, 1) else (1, 1, 1)
@@ -184,7 +188,7 @@ def test_joined_and_padded_in_low_precision(pads: dict[int, tuple[int, int]], mo
 
 
 def test_a_bias_waits_for_what_follows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dispatch, "convolves", lambda *_: False)
+    monkeypatch.setattr(convolutions, "convolves", lambda *_: False)
     source, weight, bias = video(1, 16, 3, 6, 8), frames(8, 16, 3, 3, 3), frames(8)
     found = on_gpu(Joined((source,)), Convolution(weight, bias, (1, 1, 1), (1, 1, 1)))
     assert isinstance(recipe_of(found), Chain)
@@ -198,7 +202,7 @@ def test_a_chain_of_a_picture(shape: tuple[int, ...], dtype: torch.dtype):
     gamma = frames(24, *[1] * (len(shape) - 2))
     steps = [Step("normalize", (1, 1e-12)), Step("times", 3 * gamma), Step("plus", 0.5), Step("silu")]
     expected = F.silu(F.normalize(source.float(), dim=1) * 3 * gamma + 0.5)
-    found = dispatch.chain(source, dtype, torch.float32, steps)
+    found = fused.chain(source, dtype, torch.float32, steps)
     assert error(found.float(), expected) < (1e-6 if dtype == torch.float32 else 2**-7)
     assert found.dtype == dtype
 
@@ -208,11 +212,11 @@ def test_a_bias_and_a_sum_before_the_norm():
     bias, gamma = frames(24, 1, 1, 1), frames(24, 1, 1, 1) + 2
     steps = [Step("plus", bias), Step("normalize", (1, 1e-12)), Step("times", gamma), Step("plus", 0.5), Step("silu")]
     expected = F.silu(F.normalize(source + bias, dim=1) * gamma + 0.5)
-    assert error(dispatch.chain(source, torch.float32, torch.float32, steps), expected) < 1e-6
-    found = dispatch.sum_of(source, torch.float32, torch.float32, steps[:1], other)
+    assert error(fused.chain(source, torch.float32, torch.float32, steps), expected) < 1e-6
+    found = fused.sum_of(source, torch.float32, torch.float32, steps[:1], other)
     assert found is not None
     assert error(found, source + bias + other) < 1e-6
-    assert dispatch.sum_of(source, torch.float32, torch.float32, steps, other) is None
+    assert fused.sum_of(source, torch.float32, torch.float32, steps, other) is None
 
 
 def test_a_promise_that_was_read_is_its_value():
@@ -227,15 +231,15 @@ def test_a_promise_that_was_read_is_its_value():
 def test_a_chain_of_another_form_is_computed_step_by_step():
     source = frames(1, 4, 2, 3)
     steps = [Step("silu"), Step("times", 2.0)]
-    assert error(dispatch.chain(source, torch.float32, torch.float32, steps), F.silu(source) * 2) < 1e-6
+    assert error(fused.chain(source, torch.float32, torch.float32, steps), F.silu(source) * 2) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2, 3, 5), (1, 4, 1, 3, 5), (1, 20, 3, 4, 6), (2, 8, 5, 7)])
 @pytest.mark.parametrize("fill", [Fill(), Fill("replicate")])
 def test_what_a_chain_gives_is_joined_and_padded_where_it_lies(shape: tuple[int, ...], fill: Fill):
     def made() -> Tensor:
-        with dispatch.leaving_room():
-            return dispatch.chain(channels_last(frames(*shape)), torch.float32, torch.float32, [Step("silu")])
+        with room_around.leaving_room():
+            return fused.chain(channels_last(frames(*shape)), torch.float32, torch.float32, [Step("silu")])
 
     def around(dim: int, size: int) -> Tensor:
         return channels_last(frames(*(size if d == dim else length for d, length in enumerate(shape))) + dim)
@@ -256,7 +260,7 @@ def test_what_a_chain_gives_is_joined_and_padded_where_it_lies(shape: tuple[int,
             assert torch.equal(padded.settled(), expected)  # by a copy; the next one has room
             roomy = made()
             assert torch.equal(roomy, whole)
-            alone = dispatch.chain(source, torch.float32, torch.float32, [Step("silu")])
+            alone = fused.chain(source, torch.float32, torch.float32, [Step("silu")])
             assert alone.is_contiguous(memory_format=memory_format(len(shape), True))
             parts = tuple(roomy if part is whole else part for part in padded.parts)
             found = replace(padded, parts=parts).settled()
@@ -311,10 +315,10 @@ def test_operators_of_statistics_tell_their_shapes(found: str):
 def test_three_channels_are_read_with_their_neighbours():
     source, weight, bias = video(2, 3, 4, 6, 8), frames(20, 3, 3, 3, 3), frames(20)
     expected = F.conv3d(source, weight[:, :, 1:], bias, padding=(0, 1, 1))
-    found = dispatch.convolve(source, weight, bias, first_tap=1, stride=1, before=(1, 1), size=(6, 8))
+    found = convolutions.convolve(source, weight, bias, first_tap=1, stride=1, before=(1, 1), size=(6, 8))
     assert error(found, expected) < TOLERANCE
     expected = F.conv3d(F.pad(source, (2, 0)), weight, bias)
-    found = dispatch.convolve(source, weight, bias, first_tap=0, stride=1, before=(0, 2), size=(4, 8))
+    found = convolutions.convolve(source, weight, bias, first_tap=0, stride=1, before=(0, 2), size=(4, 8))
     assert error(found, expected) < TOLERANCE
 
 
@@ -339,12 +343,14 @@ def test_patches_do_what_the_other_kernel_does(kernel: int, up: int, before: tup
     assert error(out.float(), expected.float()) < 2**-7  # one rounding
 
 
-def test_kernels_compile_for_a_device():
+@pytest.mark.parametrize("program", ["compile_gpu_kernels.py", "compile_ahead.py"])
+def test_kernels_compile_for_a_device(program: str, tmp_path: Path):
     """The interpreter takes what the compiler refuses; the compiler needs no device."""
-    folder = Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if program == "compile_ahead.py":
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = subprocess.run(
-        [sys.executable, folder / "compile_gpu_kernels.py"],
+        [sys.executable, Path(__file__).parent / program],
         env=environment,
         capture_output=True,
         text=True,

@@ -23,7 +23,10 @@ from halovae.kernels import convolution as kernels_convolution
 from halovae.kernels import fast_arithmetic, fast_rules, fast_views, group_norm
 from halovae.kernels.fast_mode import FastMode, finished
 from halovae.kernels.gpu import (
-    dispatch,
+    convolutions,
+    copies,
+    fused,
+    support,
     triton_attention,
     triton_chain,
     triton_shuffled,
@@ -38,10 +41,10 @@ from halovae.kernels.lazy.joined import Joined
 @pytest.fixture
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules take the kernels of an accelerator, which the interpreter runs."""
-    monkeypatch.setattr(dispatch, "supports", lambda _: True)
-    monkeypatch.setattr(dispatch, "FEW_QUERIES", 1)
+    monkeypatch.setattr(support, "supports", lambda _: True)
+    monkeypatch.setattr(fused, "FEW_QUERIES", 1)
     monkeypatch.setattr(upsampled, "LOW", (torch.float32, torch.bfloat16, torch.float16))
-    for module in (chain, dispatch, fast_arithmetic, fast_rules, fast_views, upsampled):
+    for module in (chain, support, fast_arithmetic, fast_rules, fast_views, upsampled):
         monkeypatch.setattr(module, "device_type", lambda _: "cuda")
 
 
@@ -341,8 +344,8 @@ def test_frames_are_joined_to_their_video_where_it_lies(maker: str, as_on_gpu: N
     kept().rooms.clear()
     source, weight, bias = video(1, 16, 4, 5, 6), frames(8, 16, 3, 3, 3), frames(16)
     copied: list[int] = []
-    copy = dispatch.copy
-    monkeypatch.setattr(dispatch, "copy", lambda out, part: copied.append(part.shape[2]) or copy(out, part))
+    copy = copies.copy
+    monkeypatch.setattr(copies, "copy", lambda out, part: copied.append(part.shape[2]) or copy(out, part))
 
     def call() -> Tensor:
         if maker == "sum":
@@ -354,10 +357,10 @@ def test_frames_are_joined_to_their_video_where_it_lies(maker: str, as_on_gpu: N
 
     expected = call()
     with torch.no_grad(), FastMode():
-        for copies in ([2, 4, 1], [2, 1]):
+        for frames_of_copies in ([2, 4, 1], [2, 1]):
             copied.clear()
             assert error(finished(call()), expected) < TOLERANCE
-            assert copied == copies
+            assert copied == frames_of_copies
 
 
 def by_rows(length: int, block: int) -> Tensor:
@@ -440,13 +443,13 @@ def test_frames_are_normed_one_by_one_without_a_copy(as_on_gpu: None):
 def test_frames_of_several_videos_are_normed_where_they_are_padded(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
     """Without a pass for a bias, or a copy from the second call on."""
     monkeypatch.setattr(kernels_convolution, "device_type", lambda _: "cuda")
-    monkeypatch.setattr(dispatch, "_MANY", 1)
+    monkeypatch.setattr(copies, "_MANY", 1)
     kept().rooms.clear()
     source, first, second = video(2, 8, 3, 4, 5), frames(16, 8, 1, 1, 1), frames(16, 16, 3, 3, 3)
     weight, bias = frames(16), frames(16) + 1
     passes: list[str] = []
-    copy, run = dispatch.copy, triton_chain.run
-    monkeypatch.setattr(dispatch, "copy", lambda *args: passes.append("copy") or copy(*args))
+    copy, run = copies.copy, triton_chain.run
+    monkeypatch.setattr(copies, "copy", lambda *args: passes.append("copy") or copy(*args))
     monkeypatch.setattr(triton_chain, "run", lambda *args, **form: passes.append("chain") or run(*args, **form))
 
     def call(source: Tensor, first: Tensor, second: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -483,8 +486,8 @@ def test_a_value_around_a_mirrored_picture_comes_in_the_same_copy(as_on_gpu: Non
 
 def test_parameters_with_gaps_and_of_other_sizes(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch):
     """The kernels read rows of as many values as there are channels: torch says where there are none."""
-    monkeypatch.setattr(dispatch, "FEW_POSITIONS", 1)
-    monkeypatch.setattr(dispatch, "convolves", lambda *_: True)
+    monkeypatch.setattr(convolutions, "FEW_POSITIONS", 1)
+    monkeypatch.setattr(convolutions, "convolves", lambda *_: True)
     source, weight = channels_last(frames(1, 32, 6, 8)), frames(24, 32, 3, 3)
     scale, bias = frames(64)[::2], frames(48)[::2]
     calls = [lambda: F.group_norm(source, 8, scale, scale), lambda: F.conv2d(source, weight, bias, padding=1)]

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from halovae.kernels.fast_mode import FastMode
-from halovae.kernels.gpu import dispatch, triton_tokens
+from halovae.kernels.gpu import support, triton_tokens
 from halovae.kernels.lazy import tokens as lazy
 from halovae.kernels.lazy.deferred import computed, recipe_of
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 @pytest.fixture
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules take the kernels of an accelerator, which the interpreter runs."""
-    monkeypatch.setattr(dispatch, "supports", lambda _: True)
+    monkeypatch.setattr(support, "supports", lambda _: True)
 
 
 def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,7 +17,7 @@ from halovae.exact.layout import AxisFactor, Dim, Factor, Layout, global_length,
 from halovae.exact.mesh import Mesh, Transfer, transfers
 from halovae.kernels.fast_rules import fits
 from halovae.kernels.fill import Fill, fill_outside, region_of
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import copies
 from halovae.kernels.lazy.deferred import Deferred
 from halovae.kernels.lazy.joined import Halo, Joined, parts_in
 from halovae.kernels.memory_format import is_channels_last, memory_format
@@ -60,7 +60,7 @@ def extend(
     starts, shape, valid = _frame(mesh, tensor, layout, covered, pads)
     kept = memory_format(tensor.ndim, is_channels_last(tensor))
     buffer = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kept)
-    dispatch.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered))
+    copies.copy(region_of(buffer, valid), _narrow_to(mesh, tensor, layout, covered))
     for dim, need in needs.items():
         _fetch(mesh, buffer, layout, dim, need, starts[dim], valid)
         fill_outside(buffer, dim, valid, fill)

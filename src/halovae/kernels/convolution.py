@@ -14,7 +14,7 @@ from halovae.kernels.cpu.packed import Geometry, convolve, prepared
 from halovae.kernels.cpu.pieces import Line, line_of
 from halovae.kernels.cpu.slabs import WINDOW_BYTES
 from halovae.kernels.fill import Fill
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import convolutions
 from halovae.kernels.kept import derived, make_room
 from halovae.kernels.lazy.chain import Chain
 from halovae.kernels.lazy.deferred import Deferred, plain
@@ -114,8 +114,8 @@ def on_gpu(joined: Joined, window: Convolution) -> Tensor:
     (top, bottom), (left, right) = (joined.pads.get(dim, (0, 0)) for dim in (n, n + 1))
     zeros = joined.fill == Fill()
     frames = replace(joined, pads={dim: pad for dim, pad in joined.pads.items() if dim < n})
-    if zeros and dispatch.convolves(window.weight, window.stride, window.dilation, joined.shape[0] * prod(size)):
-        return dispatch.convolve(
+    if zeros and convolutions.convolves(window.weight, window.stride, window.dilation, joined.shape[0] * prod(size)):
+        return convolutions.convolve(
             frames.settled(), window.weight, window.bias, first_tap=window.first_tap, stride=window.stride[-1],
             before=(top, left), size=(size[-2], size[-1]),
         )  # fmt: skip

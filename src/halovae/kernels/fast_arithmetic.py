@@ -14,7 +14,7 @@ from halovae.base.functions import named, writes
 from halovae.kernels import group_norm as norms
 from halovae.kernels.convolution import convolution
 from halovae.kernels.fast_rules import fits, has_kernels, rule
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import fused
 from halovae.kernels.lazy import shuffled, tokens
 from halovae.kernels.lazy.chain import Chain, MeanSquare, Seen, Step, uncut_by
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
@@ -241,7 +241,7 @@ def attention(
     plainly = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
     if not plainly or query.ndim != 4 or not has_kernels(query) or device_type(query.device) == "cpu":
         return None
-    return dispatch.attention(plain(query), plain(key), plain(value), scale)
+    return fused.attention(plain(query), plain(key), plain(value), scale)
 
 
 @rule(*(f for f in named("mul") if not f.__name__.startswith("__i") and not f.__name__.endswith("l_")))
@@ -289,7 +289,7 @@ def _sum(one: Any, other: Any) -> Tensor | None:
         biases = steps[0].value, second.steps[0].value
         if second.steps[0].kind == "plus" and all(isinstance(bias, Tensor) for bias in biases):
             steps, other = (Step("plus", sum(biases)),), second.base
-    return dispatch.sum_of(chain.base, chain.dtype, chain.wide, steps, plain(other))
+    return fused.sum_of(chain.base, chain.dtype, chain.wide, steps, plain(other))
 
 
 def _with_parameter(one: Any, other: Any, how: str) -> Any:

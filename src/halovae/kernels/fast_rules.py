@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halovae.base.functions import registrar
 from halovae.kernels.convolution import DTYPES
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import support
 from halovae.kernels.shapes_only import device_type
 
 Rule = Callable[..., Any]
@@ -32,5 +32,5 @@ def has_kernels(tensor: Tensor) -> bool:
     """Whether its device and dtype have kernels, and nobody asks for its gradient."""
     if tensor.requires_grad and torch.is_grad_enabled():
         return False
-    is_known = device_type(tensor.device) == "cpu" or dispatch.supports(tensor.device)
+    is_known = device_type(tensor.device) == "cpu" or support.supports(tensor.device)
     return is_known and tensor.dtype in DTYPES and 0 not in tensor.shape

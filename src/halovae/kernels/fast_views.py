@@ -15,7 +15,7 @@ from torch import Tensor
 from halovae.base.functions import named
 from halovae.kernels.fast_rules import fits, has_kernels, rule
 from halovae.kernels.fill import Fill
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import copies
 from halovae.kernels.lazy import tokens
 from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
@@ -257,7 +257,7 @@ def _regrouped(input: Tensor, shape: tuple[int, ...]) -> Any:
     out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=source.dtype, device=source.device).movedim(-1, 1)
     if (apart := _view(out, given)) is None:
         return None
-    dispatch.shuffle(apart, source)
+    copies.shuffle(apart, source)
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import fused, support
 from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import read
@@ -26,19 +26,19 @@ _CHUNK_BYTES = 1 << 26
 
 def on_gpu(picture: Tensor) -> bool:
     """Whether kernels of this package normalise `[N, C, ...]`."""
-    return picture.ndim in (3, 4, 5) and picture.dtype in (torch.float32, *LOW) and dispatch.supports(picture.device)
+    return picture.ndim in (3, 4, 5) and picture.dtype in (torch.float32, *LOW) and support.supports(picture.device)
 
 
 def group_norm(picture: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """As torch.nn.functional.group_norm, of what `on_gpu` says yes to; may be deferred."""
     source = _source(picture)
-    return _scaled(source, picture, dispatch.affine(_parts(source, groups), groups, source.shape[1], weight, bias, eps))
+    return _scaled(source, picture, fused.affine(_parts(source, groups), groups, source.shape[1], weight, bias, eps))
 
 
 def moments(picture: Tensor, groups: int) -> Tensor:
     """`[3, N, groups]`, in float32 or better: count, mean, sum of squared deviations of `[N, C, ...]`."""
     if on_gpu(picture):
-        return dispatch.merged_moments(_parts(_source(picture), groups), groups)
+        return fused.merged_moments(_parts(_source(picture), groups), groups)
     picture = plain(picture)
     wide = torch.float64 if picture.dtype == torch.float64 else torch.float32
     rows = picture.shape[1] // groups
@@ -61,7 +61,7 @@ def normalized(
     """The picture normalised by the union of `parts`, moments as above; may be deferred."""
     groups, channels = parts[0].shape[-1], picture.shape[1]
     if on_gpu(picture):
-        affine = dispatch.affine(torch.stack(list(parts)), groups, channels, weight, bias, eps)
+        affine = fused.affine(torch.stack(list(parts)), groups, channels, weight, bias, eps)
         return _scaled(_source(picture), picture, affine)
     picture = plain(picture)
     count, mean, deviation = _union(parts)
@@ -124,7 +124,7 @@ def _shift(source: Chain) -> Any:
 
 
 def _parts(source: Chain, groups: int) -> Tensor:
-    return dispatch.moments(source.base, groups, _shift(source))
+    return fused.moments(source.base, groups, _shift(source))
 
 
 def _scaled(source: Chain, picture: Tensor, affine: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ picture.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
-from torch import Tensor
 from triton.experimental import gluon  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon import language as gl  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignore[reportMissingImports]
@@ -29,6 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # pyright: ignore[reportMissingImports]
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTPUTS = 96
 _SIDE = 16
@@ -70,7 +73,7 @@ def run(
     )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("length", "rows", "cols", "across"))
 def _convolve(
     wide, narrow, most, rest, bias, out, length, rows, cols, across, C: gl.constexpr, KT: gl.constexpr,
     KH: gl.constexpr, KW: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr, UP: gl.constexpr, BIAS: gl.constexpr,

@@ -14,11 +14,14 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,7 @@ def _patches() -> ModuleType | None:
         return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("height", "width", "rows", "cols", "count"))
 def _convolve(
     x, w, bias, out, height, width, rows, cols, count,
     C: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,

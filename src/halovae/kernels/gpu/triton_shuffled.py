@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ELEMENTS = 4096
 """Of a tile, as it is read: enough to keep the memory busy, few enough for the registers."""
@@ -21,7 +23,7 @@ _MOST_CHANNELS = 512
 
 
 def run(terms: Sequence[Any], out: Tensor) -> None:
-    """Write the sum of one or two terms, each a `dispatch.Term`, into a dense channels-last video `[B, C, T, H, W]`.
+    """Write the sum of one or two terms, each a `copies.Term`, into a dense channels-last video `[B, C, T, H, W]`.
 
     It is calculated in float32 and rounded once.
     """
@@ -50,7 +52,7 @@ def _arguments(term: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
                      "SHIFT": term.shift is not None, "BEFORE": term.before is not None}  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("length0", "length1", "frames", "height", "width"))
 def _sum(
     x0, shift0, batch0, row0, deep0, down0, length0, back0,
     x1, shift1, batch1, row1, deep1, down1, length1, back1,

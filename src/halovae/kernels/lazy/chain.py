@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import fused
 from halovae.kernels.lazy.deferred import OfBase, Recipe
 from halovae.kernels.memory_format import is_channels_last, is_dense_channels_last, memory_format, memory_of, strides_of
 from halovae.kernels.precision import LOW
@@ -147,7 +147,7 @@ class Chain(OfBase):
         if device_type(self.device) != "cpu":
             if self.uncut == frozenset((self.base.ndim - 1,)):  # channels that are last in shape too
                 return self.moved(-1, 1).compute().movedim(1, -1)
-            return dispatch.chain(self.base, self.dtype, self.wide, self.steps)
+            return fused.chain(self.base, self.dtype, self.wide, self.steps)
         base = self.base
         out = torch.empty(
             self.shape, dtype=self.dtype, device=base.device, memory_format=memory_format(base.ndim, self.channels_last)
@@ -214,7 +214,7 @@ class Seen:
         chain = self.chain
         in_order = isinstance(chain, Chain) and chain.channels_last and is_dense_channels_last(self.example)
         if isinstance(chain, Chain) and in_order and device_type(chain.device) != "cpu":
-            return dispatch.chain(chain.base, chain.dtype, chain.wide, chain.steps, self.shape)
+            return fused.chain(chain.base, chain.dtype, chain.wide, chain.steps, self.shape)
         tensor = chain.compute()
         if not isinstance(self.chain, Chain):  # in the order that the views were tried on
             tensor = tensor.contiguous(memory_format=memory_format(tensor.ndim, self.chain.channels_last))

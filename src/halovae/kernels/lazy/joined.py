@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halovae.base.geometry import Extent
 from halovae.kernels.fill import Fill, fill_outside, region_of
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import copies, room_around
 from halovae.kernels.lazy.deferred import plain, recipe_of
 from halovae.kernels.lazy.promise import kept
 from halovae.kernels.memory_format import is_channels_last, memory_format
@@ -133,7 +133,7 @@ class Joined:
         place = 1 if len(lengths) == 2 else sizes.index(max(sizes))
         main, starts = list(self._blocks())[place]
         starts = [start + low for start, (low, _) in zip(starts, valid, strict=True)]
-        if (room := dispatch.room_of(main, starts, self.shape)) is None:
+        if (room := room_around.room_of(main, starts, self.shape)) is None:
             return None
         self._copy(region_of(room, valid), 2, 0, self.inner[2], but=main)
         self._fill(room, valid)
@@ -163,7 +163,7 @@ class Joined:
     def _fill(self, buffer: Tensor, valid: list[Extent]) -> None:
         """Write the padding."""
         fills = {dim: self.beyond.get(dim, self.fill) for dim in sorted(self.pads)}
-        if dispatch.fill(buffer, valid, fills):
+        if copies.fill(buffer, valid, fills):
             return
         for dim, fill in fills.items():
             fill_outside(buffer, dim, valid, fill)
@@ -185,7 +185,7 @@ class Joined:
                 self.halo.wait()
             region = [(start, start + size) for start, size in zip(starts, block.shape, strict=True)]
             region[dim] = (low - first, high - first)
-            dispatch.copy(region_of(inside, region), block.narrow(dim, low - starts[dim], high - low))
+            copies.copy(region_of(inside, region), block.narrow(dim, low - starts[dim], high - low))
 
     def _blocks(self) -> Iterator[tuple[Tensor, list[int]]]:
         """Each tensor it is made of, and where that begins in the unpadded whole; those that are here first."""
@@ -211,7 +211,7 @@ def joined_in(tensor: Tensor) -> Joined:
 
 def to_join(tensor: Tensor) -> Tensor:
     """The tensor with memory of its own; with room around, if it is to be made now by a kernel that leaves some."""
-    with dispatch.leaving_room():
+    with room_around.leaving_room():
         return plain(tensor)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import copies
 from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import plain, recipe_of
 from halovae.kernels.lazy.joined import Joined
@@ -69,7 +69,7 @@ class Shuffled:
         source = self.source.compute() if isinstance(self.source, Seen) else self.source
         batch, *pixels = source.shape[:5]
         out = torch.empty((batch, *source.shape[5:], prod(pixels)), dtype=self.dtype, device=self.device)
-        dispatch.shuffle(out.movedim(-1, 1).unflatten(1, pixels), source)
+        copies.shuffle(out.movedim(-1, 1).unflatten(1, pixels), source)
         out = out.movedim(-1, 1)
         if self.group is None:
             return out
@@ -104,14 +104,14 @@ def _gathered(parts: Sequence[Shuffled]) -> Tensor | None:
     terms = [term for part in parts if (term := _term(part)) is not None]
     if len(terms) < len(parts) or parts[0].dtype not in (torch.float32, *LOW):
         return None
-    return dispatch.sum_of_shuffled(parts[0].shape, parts[0].dtype, terms)
+    return copies.sum_of_shuffled(parts[0].shape, parts[0].dtype, terms)
 
 
-def _term(part: Shuffled) -> dispatch.Term | None:
+def _term(part: Shuffled) -> copies.Term | None:
     """How the kernel reads it; None where it can't."""
     source, group = part.source, part.group or 1
     if isinstance(source, Tensor):
-        return dispatch.Term(source, source.stride(), source.shape, group)
+        return copies.Term(source, source.stride(), source.shape, group)
     base, before, shift = source.chain, None, None
     if isinstance(base, Joined):
         parts = list(base.parts)
@@ -126,7 +126,7 @@ def _term(part: Shuffled) -> dispatch.Term | None:
         base = base.base.contiguous(memory_format=memory_format(base.base.ndim, True))
     if not isinstance(base, Tensor) or not is_channels_last(base) or not _are_blocks(source):
         return None
-    return dispatch.Term(base, _steps(base.stride(), source.shape), source.shape, group, shift, before)
+    return copies.Term(base, _steps(base.stride(), source.shape), source.shape, group, shift, before)
 
 
 def _are_blocks(seen: Seen) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import fused, support
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.precision import LOW
 
@@ -30,7 +30,7 @@ def are_tokens(tensor: Any) -> bool:
         and tensor.ndim >= 3
         and tensor.dtype in _DTYPES
         and not tensor.is_meta
-        and dispatch.supports(tensor.device)
+        and support.supports(tensor.device)
         and not (tensor.requires_grad and torch.is_grad_enabled())
         and 0 < tensor.shape[-1] <= WIDEST
         and tensor.numel() > 0
@@ -83,7 +83,7 @@ class Sum(_Tokens):
 
     def compute(self) -> Tensor:
         total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        dispatch.add_and_norm(self.tokens, other=self.other, scale=self.scale, total=total)
+        fused.add_and_norm(self.tokens, other=self.other, scale=self.scale, total=total)
         return total
 
 
@@ -103,10 +103,10 @@ class Normed(_Tokens):
         pending = recipe_of(self.tokens)
         if isinstance(self.tokens, Deferred) and isinstance(pending, Sum):
             total = torch.empty(self.shape, dtype=pending.dtype, device=self.device)
-            dispatch.add_and_norm(pending.tokens, other=pending.other, scale=pending.scale, total=total, **norm)
+            fused.add_and_norm(pending.tokens, other=pending.other, scale=pending.scale, total=total, **norm)
             self.tokens.fulfil(total)
         else:
-            dispatch.add_and_norm(plain(self.tokens), **norm)
+            fused.add_and_norm(plain(self.tokens), **norm)
         return normed
 
 
@@ -126,7 +126,7 @@ class Gated(_Tokens):
 
     def compute(self) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        dispatch.gate(self.tokens, self.gates, out)
+        fused.gate(self.tokens, self.gates, out)
         return out
 
 
@@ -178,9 +178,9 @@ class Turned(_Tokens):
         angles: dict[str, Any] = dict(zip(("cosines", "sines"), rows, strict=True))
         norm = recipe_of(self.tokens)
         if isinstance(norm, Normed) and norm.dtype == self.dtype:
-            dispatch.rotate(plain(norm.tokens), out, **angles, normed=True, weight=norm.weight, eps=norm.eps)
+            fused.rotate(plain(norm.tokens), out, **angles, normed=True, weight=norm.weight, eps=norm.eps)
         else:
-            dispatch.rotate(plain(self.tokens).contiguous(), out, **angles)
+            fused.rotate(plain(self.tokens).contiguous(), out, **angles)
         return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halovae.kernels.cpu.slabs import WINDOW_BYTES
 from halovae.kernels.fill import Fill
-from halovae.kernels.gpu import dispatch
+from halovae.kernels.gpu import convolutions
 from halovae.kernels.kept import derived
 from halovae.kernels.lazy.deferred import OfBase, Recipe, plain, recipe_of
 from halovae.kernels.lazy.joined import joined_in
@@ -195,7 +195,7 @@ def _convolved(
     recipe: Upsampled, weight: Tensor, bias: Tensor | None, base: Tensor, bordered: Collection[int]
 ) -> Tensor:  # fmt: skip
     if device_type(recipe.device) != "cpu" and recipe.dtype in LOW:
-        return dispatch.convolve_upsampled(plain(base).to(recipe.dtype), weight, bias, bordered)
+        return convolutions.convolve_upsampled(plain(base).to(recipe.dtype), weight, bias, bordered)
     weight, dtype = alike(weight, base), recipe.dtype
     work = torch.float32 if dtype in LOW else dtype  # Sums of weights are not exact enough in less.
     folded = derived(weight, ("upsampled", work), lambda: _folded(weight.to(work)))

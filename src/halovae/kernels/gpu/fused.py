@@ -1,0 +1,265 @@
+"""Chains of steps, norms, tokens and attention: one pass each where a kernel has that form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from halovae.base.private_torch import without_functions
+from halovae.kernels.gpu import operators, support
+from halovae.kernels.gpu.room_around import with_room
+from halovae.kernels.memory_format import memory_format
+from halovae.kernels.precision import LOW
+from halovae.kernels.shapes_only import alike
+
+FEW_QUERIES = 1 << 12
+"""Below, the pieces are too small for the library's products."""
+
+NARROW_WIDTH = 128
+"""The widest head for which the vendor has its fastest kernels."""
+
+FEW_TOKENS = 1 << 9
+"""Below, any kernel is fast enough."""
+
+_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+FUSED_WIDTH = 256
+"""The widest head for which the vendor has fast fused kernels."""
+
+
+def chain(
+    base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any], shape: Sequence[int] | None = None
+) -> Tensor:
+    """The steps of a `Chain`, calculated in `wide`, rounded once to `dtype`: in one pass where they are of one form.
+
+    The result may be asked for in another shape, whose positions follow each other in the same order.
+    """
+    if (form := _one_pass(base, wide, steps)) is None:
+        work = base.to(wide, copy=True)
+        for step in steps:
+            step.run(work)
+        found = work.to(dtype)
+        if shape is None:
+            return found
+        return found.movedim(1, -1).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return _run_chain(base, with_room(shape or base.shape, dtype, base.device), form)
+
+
+def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any], other: Tensor) -> Tensor | None:
+    """The steps of a `Chain`, and `other` added, in one pass; None where that is more than a bias and a sum."""
+    form = _one_pass(base, wide, steps)
+    if form is None or form.keys() - {"shift"}:
+        return None
+    out = with_room(base.shape, dtype, base.device, "sum")
+    other = other.contiguous(memory_format=memory_format(base.ndim, True))
+    return _run_chain(base, out, {**form, "other": flat_positions(other)})
+
+
+def add_and_norm(
+    tokens: Tensor, *, other: Tensor | None = None, scale: Tensor | None = None, total: Tensor | None = None,
+    normed: Tensor | None = None, weight: Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """As `triton_tokens.add_and_norm`, of dense tokens `[..., C]`."""
+    from halovae.kernels.gpu import triton_tokens
+
+    rows = (None if t is None else t.view(-1, t.shape[-1]) for t in (tokens, other, total, normed))
+    positions, term, together, divided = rows
+    assert positions is not None
+    triton_tokens.add_and_norm(
+        positions, other=term, scale=scale, total=together, normed=divided, weight=weight, eps=eps
+    )
+
+
+def rotate(
+    tokens: Tensor, out: Tensor, *, cosines: Tensor, sines: Tensor, normed: bool = False, weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:  # fmt: skip
+    """As `triton_tokens.rotate`, of dense tokens `[N, places, heads, C]`."""
+    from halovae.kernels.gpu import triton_tokens
+
+    heads, channels = tokens.shape[-2:]
+    triton_tokens.rotate(
+        tokens.view(-1, channels), out.view(-1, channels), cosines=cosines, sines=sines, heads=heads, normed=normed,
+        weight=weight, eps=eps,
+    )  # fmt: skip
+
+
+def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
+    """As `triton_tokens.gate`, of tokens `[..., C]` that step alike."""
+    from halovae.kernels.gpu import triton_tokens
+
+    triton_tokens.gate(*(t.view(-1, t.shape[-1]) for t in (tokens, gates, out)))
+
+
+def moments(picture: Tensor, groups: int, shift: Tensor | None) -> Tensor:
+    """As `triton_norms.moments`, of a picture."""
+    positions = _positions_of_each(picture)
+    if positions.is_meta:
+        return operators.moments(positions, groups, shift)
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.moments(positions, groups, shift)
+
+
+def merged_moments(parts: Tensor, groups: int) -> Tensor:
+    """As `triton_norms.merged`."""
+    if parts.is_meta:
+        return operators.merged(parts, groups)
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.merged(parts, groups)
+
+
+def affine(
+    parts: Tensor, groups: int, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    """As `triton_norms.affine`."""
+    weight, bias = (None if p is None else alike(p, parts).contiguous() for p in (weight, bias))
+    if parts.is_meta:
+        return operators.affine(parts, groups, channels, weight, bias, eps)
+    from halovae.kernels.gpu import triton_norms
+
+    return triton_norms.affine(parts, groups, channels, weight, bias, eps)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
+    """Of `[N, heads, L, D]` by what is fastest; None where that is torch's own choice.
+
+    One head that is too wide for the vendor's fused kernels goes through the library's products. For narrow heads the
+    vendor's own kernel is asked for, which on Hopper is faster than the one that torch prefers (measured for 1,797
+    tokens and heads of 64: 320 TFLOP/s beside 223).
+    """
+    if query.dtype not in LOW or query.is_meta or not support.supports(query.device):
+        return None
+    if (
+        query.shape[3] <= NARROW_WIDTH
+        and support.are_many(query.shape[2], FEW_TOKENS)
+        and support.is_hopper(query.device)
+    ):
+        with sdpa_kernel(_BACKENDS, set_priority=True), without_functions():
+            return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    wide = query.shape[3] > FUSED_WIDTH and query.shape[1] == key.shape[1] == value.shape[1] == 1
+    if not wide or not support.are_many(query.shape[2], FEW_QUERIES):
+        return None
+    from halovae.kernels.gpu import triton_attention
+
+    if not triton_attention.has_wide_products():
+        return None
+    return triton_attention.run(query.squeeze(1), key.squeeze(1), value.squeeze(1), scale).unsqueeze(1)
+
+
+def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
+    base = base.contiguous(memory_format=memory_format(base.ndim, True))
+    last = memory_format(out.ndim, True)
+    if out.is_meta:
+        whole = out if out.is_contiguous(memory_format=last) else getattr(out, "room", out)
+        operators.chain(flat_positions(base), flat_positions(whole)[: len(flat_positions(base))], **form)
+        return out
+    from halovae.kernels.gpu import triton_chain
+
+    if out.is_contiguous(memory_format=last):
+        triton_chain.run(flat_positions(base), flat_positions(out), **form)
+    else:
+        height, width = out.shape[-2:]
+        frames = (out.shape[2], out.stride(0), out.stride(2)) if out.ndim == 5 else (len(out), 0, out.stride(0))
+        room = Places(height, width, *frames, out.stride(-2))
+        triton_chain.run(flat_positions(base), out, **form, room=room)
+    return out
+
+
+def flat_positions(picture: Tensor) -> Tensor:
+    """A channels-last picture as `[positions, C]`."""
+    return picture.movedim(1, -1).reshape(-1, picture.shape[1])
+
+
+def _positions_of_each(pictures: Tensor) -> Tensor:
+    """Pictures as `[N, positions, C]`, dense."""
+    last = pictures.contiguous(memory_format=memory_format(pictures.ndim, True)).movedim(1, -1)
+    return last.reshape(len(pictures), -1, pictures.shape[1])
+
+
+class Spread(NamedTuple):
+    """How positions of a video stand for those of a larger one."""
+
+    frames: int
+    """Of the larger one, as the next two."""
+    height: int
+    width: int
+    small_frames: int
+    first: bool
+    """Whether the first frame stands for one only."""
+    time: int
+    """The binary logarithm of the repeats in time, and so on."""
+    down: int
+    across: int
+
+
+class Places(NamedTuple):
+    """Where the positions of pictures lie in memory that has room around them."""
+
+    height: int
+    """Of a picture, as the next one."""
+    width: int
+    length: int
+    """Of a video, in pictures."""
+    video: int
+    """Elements from the beginning of one video to that of the next."""
+    frame: int
+    """Elements from the beginning of one picture to that of the next."""
+    row: int
+    """Likewise of rows."""
+
+
+_SLOTS = (
+    ("shift", {"plus"}), ("normalize", {"normalize", "rms"}), ("times", {"times"}), ("plus", {"plus"}),
+    ("by", {"times picture"}), ("more", {"plus picture"}), ("silu", {"silu"}),
+)  # fmt: skip
+"""Arguments of `gpu_chain.run` in the order in which it uses them, and the kind of step that each of them is."""
+
+
+def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str, Any] | None:
+    """Arguments for `gpu_chain.run`; None where it does something else than these steps, or in another order."""
+    if wide != torch.float32 or base.shape[1] == 1:
+        return None
+    form: dict[str, Any] = {}
+    slots = iter(_SLOTS)
+    for step in steps:
+        name = next((name for name, kinds in slots if step.kind in kinds), None)
+        value: Any = step.value
+        if step.kind in ("normalize", "rms"):
+            dim, value = value
+            if dim != 1:
+                return None
+            form["mean"] = step.kind == "rms"
+        elif step.kind == "silu":
+            value = True
+        elif step.kind.endswith("picture"):
+            (frames, height, width), (time, down, across) = value.shape[2:], value.shifts
+            spread = Spread(frames, height, width, value.base.shape[2], value.first, time, down, across)
+            if form.setdefault("spread", spread) != spread:
+                return None
+            value = flat_positions(value.base.contiguous(memory_format=memory_format(base.ndim, True)))
+        elif isinstance(value, Tensor):
+            value = by_channel(value, base)
+        if name is None or value is None:
+            return None
+        form[name] = value
+    return form
+
+
+def by_channel(parameter: Tensor, base: Tensor) -> Tensor | None:
+    """A parameter that broadcasts along everything but channels, as `[C]`, or for each picture, as `[N, C]`."""
+    if parameter.ndim == base.ndim and parameter.shape[:2] == base.shape[:2] and {*parameter.shape[2:]} == {1}:
+        return parameter.reshape(-1 if len(base) == 1 else len(base), base.shape[1])[
+            0 if len(base) == 1 else slice(None)
+        ]
+    place = parameter.ndim - (base.ndim - 1)
+    varies = parameter.numel() > 1
+    if varies and (place < 0 or parameter.shape[place] != parameter.numel()):
+        return None
+    return parameter.flatten().expand(base.shape[1]).contiguous()
