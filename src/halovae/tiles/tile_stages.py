@@ -116,6 +116,8 @@ class TileStages(TimeStages):
                 frame[..., :1, :1].expand(*frame.shape[:-2], *(ratio * length for length in size)) for size in sizes
             )
             changes = tiles.changes(self._target.vae)
+            if frame.shape[-2:] in (few.shape[-2:], small.shape[-2:]):  # It is as small itself.
+                few, small, changes = frame, frame, {}
             for count in _FRAMES:
                 clips = (picture.expand(-1, -1, count, -1, -1) for picture in (frame, small))
                 try:
