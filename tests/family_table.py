@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from families import FAMILIES, OUT_OF_SCOPE, Family
 
@@ -25,6 +26,16 @@ PIECES: dict[str, tuple[int, int, bool, list[int], list[int]]] = {
     "minimax_h3": (39, 0, False, [2, 5, 5], []),
 }
 """Frames and latent frames of a stream, whether their number is told, and frames of each piece of both halves."""
+TEMPORAL = {"use_framewise_decoding": True, "tile_sample_min_num_frames": 16, "tile_sample_stride_num_frames": 8}
+IN_TILES: dict[str, tuple[int, dict[str, Any], list[int]]] = {
+    "minimax_h3": (17, {}, [18, 17, 21]),
+    "wan21": (3, {}, [1, 4, 4]),
+    "hunyuan_video_framewise": (9, {}, [14, 12, 7]),
+    "ltx": (5, TEMPORAL, [10, 8, 15]),
+    "cogvideox": (5, {}, [9, 8]),
+    "hunyuan_video15": (2, {}, [5]),  # All frames of a tile at once.
+}
+"""Latent frames of a stream in tiles, settings, and frames of each decoded piece."""
 LEFT_OUT = "| not in the table | why |\n|---|---|\n"
 
 
@@ -61,6 +72,8 @@ def _streams(rows: list[Family]) -> str:
     for half, pieces in zip(("encode", "decode"), halves, strict=True):
         steps = ", then ".join(map(str, dict.fromkeys(pieces[:2])))
         words.append("-" if _verdict(rows, half) != "exact" else steps if len(pieces) > 1 else "whole")
+    for *_, pieces in (IN_TILES[row.name] for row in rows if row.name in IN_TILES and words[1] == "-"):
+        words[1] = f"{pieces[0]}, then {pieces[1]} in tiles"
     return " / ".join(words) + (", with `count`" if is_told else "")
 
 

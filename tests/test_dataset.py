@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -32,6 +33,7 @@ from halovae.base.files import write_json
 from halovae.cli.main import main
 from halovae.datasets import Latents, groups, workers
 from halovae.datasets.buckets import Bucket, take
+from halovae.datasets.cluster import store_bytes
 from halovae.datasets.forecast import needs, plan
 from halovae.datasets.formats import Storage
 from halovae.datasets.items import Item, find_items
@@ -342,6 +344,13 @@ class TestWithoutRay:
         layout.write(item, Bucket(64, 96, 5), taken, torch.zeros(1, 16, 2, 8, 12))
         _, info = latents_file.load(layout.place(item, Bucket(64, 96, 5)))
         assert info.fps == Fraction(24000, 1001)
+
+
+def test_the_store_of_clips_leaves_memory_free() -> None:
+    """Ray refuses to start where it would not."""
+    assert store_bytes(2, 2**20) == 2**27
+    assert store_bytes(48, 2**26) <= 48 * 3 * 2**26
+    assert store_bytes(48, 2**40) < psutil.virtual_memory().available / 2
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, clips: Path, model: str) -> None:

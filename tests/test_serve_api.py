@@ -247,6 +247,26 @@ def test_no_change_is_missed(opened: Open, image: bytes) -> None:
     assert client.portal.call(in_time) == ["queued", None]  # type: ignore[union-attr]
 
 
+def test_who_waits_hears_that_the_server_ends(opened: Open, image: bytes) -> None:
+    """At once: a stream of events ends, and a job that waits for its turn is answered."""
+    client = opened()
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    job = create(client, image).json()["id"]
+    changes = service.changes
+
+    def ends(*arguments: Any) -> Any:
+        asyncio.get_running_loop().call_later(0.1, service.leave)
+        return changes(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service, "changes", ends)
+        assert client.get(f"/v1/videos/{job}/events").text.count("data: ") == 1
+        answer = client.post("/v1/vae/encode", files={"clip": b"clip"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.json()["error"]["message"].startswith("the server is ending")
+    assert [each["id"] for each in client.get("/v1/videos").json()["data"]] == [job]
+
+
 def test_too_much_is_refused(opened: Open, image: bytes) -> None:
     client = opened(limits=ServerLimits(upload_bytes=100_000))
     large, kind = image + bytes(200_000), "multipart/form-data; boundary=x"
@@ -293,16 +313,25 @@ def test_the_page_needs_nothing_from_elsewhere(opened: Open) -> None:
         assert "//" not in answer.text.replace("// ", "").replace("http://www.w3.org", "")
 
 
-def test_errors_of_every_kind_have_one_shape(opened: Open) -> None:
+def test_errors_of_every_kind_have_one_shape(opened: Open, image: bytes) -> None:
     client = opened()
-    for method, path, status in (
-        ("GET", "/nothing", 404),
-        ("PUT", "/v1/videos", 405),
-        ("GET", "/v1/videos?limit=0", 400),
+    sent = f"/v1/videos/{create(client, image).json()['id']}/content?variant=input_reference"
+    for method, path, status, param, words in (
+        ("GET", "/nothing", 404, None, "there is no GET /nothing: /openapi.json tells what there is"),
+        ("GET", "/v1/vae/encode", 405, None, "there is no GET /v1/vae/encode: use POST"),
+        ("GET", "/v1/videos?limit=0", 400, "limit", "limit ('0'): Input should be greater than or equal to 1"),
+        ("GET", "/v1/videos?after=x", 404, "after", "there is no video 'x'"),
+        ("POST", "/v1/vae/encode", 400, None, "the body is of type '': send multipart/form-data"),
+        ("GET", sent, 416, None, "Range: 'bytes=9999999-' can't be used: ask for bytes=FIRST-LAST of the "),
     ):
-        answer = client.request(method, path)
+        answer = client.request(method, path, headers={"Range": "bytes=9999999-"})
         assert answer.status_code == status
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["param"], error["message"][: len(words)]) == (param, words)
+    assert client.get(sent, headers={"Range": "bytes=1-3"}).content == image[1:4]
+    many = create(client, image, **{f"field{number}": "1" for number in range(900)})
+    assert many.json()["error"]["message"].endswith("; 'field19' is no field here; and 880 more faults")
     document = client.get("/openapi.json").json()
     assert "HTTPValidationError" not in document["components"]["schemas"]
     for path in document["paths"].values():

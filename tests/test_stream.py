@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -166,6 +168,67 @@ def test_streams_end_alike_on_all_ranks(two_ranks: Ranks) -> None:
     two_ranks.run(ends)
 
 
+def unbegun(rank: int, leaver: int) -> None:
+    """One rank leaves a stream before it has asked for a piece: before or after the others begin to wait for it."""
+    vae, latent = FAMILIES["wan21"].build().to(torch.float64), latents("wan21", 2)
+    clip = torch.linspace(-1, 1, 3 * 5 * 48 * 48, dtype=torch.float64).reshape(1, 3, 5, 48, 48)
+    expected, is_late = run_decode(FAMILIES["wan21"], vae, latent), False
+
+    def wait(leaves: bool) -> None:
+        if leaves is is_late:
+            time.sleep(0.2)
+
+    with halovae.parallelize(vae, verify=False, axis="height") as handle:
+
+        def left_by(leave: Callable[[Any], None], words: str = "") -> None:
+            nonlocal is_late
+            for make in (
+                lambda: handle.decode_stream(latent),
+                lambda: handle.decode_stream(latent.split(1, 2)),
+                lambda: handle.encode_stream([clip]),
+            ):
+                is_late = not is_late
+                wait(rank == leaver)
+                if rank == leaver:
+                    leave(make())
+                elif words:
+                    with pytest.raises(halovae.RankFailedError, match=words), make() as stream:
+                        next(stream)
+                else:
+                    assert list(make()) == []
+                if is_late:  # Else the others come to the next stream with nothing in between.
+                    assert torch.allclose(run_decode(FAMILIES["wan21"], vae, latent), expected, rtol=0, atol=1e-5)
+
+        def fail(stream: Any) -> None:
+            with pytest.raises(OSError, match="no space left"), stream:
+                raise OSError("no space left")
+
+        left_by(lambda stream: stream.close())
+        left_by(fail, "no space left")
+        with pytest.raises(halovae.DisagreementError):  # After a failed call ranks connect anew.
+            vae.decode(latent[:, :, : 1 + (rank == leaver)])
+        left_by(lambda stream: None)  # Nobody holds it any more.
+        with pytest.raises(halovae.DisagreementError, match="ranks disagree on call"):
+            next(handle.decode_stream(latent)) if rank == leaver else vae.decode(latent)
+
+        comm: Any = handle._comm
+        said = comm._link._agreements
+        for number in range(3):  # All leave theirs, when they like.
+            if rank == number:
+                time.sleep(0.1)
+            with handle.decode_stream(latent), handle.encode_stream([clip]):
+                pass
+        assert comm._link._agreements == said
+        vae.decode(latent)
+        assert len(comm._link._forgone) <= 1  # Of the stream that the others have not made.
+        assert not any(comm._link._said.values())
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_who_never_begins_is_not_waited_for(three_ranks: Ranks, leaver: int) -> None:
+    three_ranks.run(unbegun, leaver)
+
+
 def ways(rank: int) -> None:
     """Who gets the pieces, ranks without a shard, several steps in a call, tiles."""
     family = FAMILIES["wan21"]
@@ -185,7 +248,7 @@ def ways(rank: int) -> None:
             steps = handle.last.steps
             pieces = list(handle.decode_stream(latent))
             assert handle.last.steps == steps
-            expected = 1 if options.get("mode") == "tile" else len(steps) or count
+            expected = len(steps) or count
             assert handle.last.pieces == len(pieces) == expected, options
             parts = list(handle.decode_stream(latent.split((count + 1) // 2, 2)))
             assert handle.last.pieces == len(parts) == expected

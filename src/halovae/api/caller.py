@@ -25,7 +25,7 @@ from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.randomness import rewound_by_failure
 from halovae.calls.state import undone_by_failure
 from halovae.calls.target import Target, in_words
-from halovae.comm import Comm, Traffic
+from halovae.comm import Comm, Forgone, Start, Traffic
 from halovae.comm.agreement import Glance, Tally, one_call, together
 from halovae.kernels import autocast
 from halovae.kernels.kept import Kept
@@ -69,10 +69,10 @@ class Caller:
 
     def _attempt(
         self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float, emit: Emit | None = None,
-        pieces: Sequence[float] = (),
+        pieces: Sequence[float] = (), start: Start | None = None,
     ) -> Any:  # fmt: skip
         begun = time.perf_counter()
-        with self._one_call(half, args, kwargs):
+        with self._one_call(half, args, kwargs, start):
             args, kwargs = self._dtypes.given(half, args, kwargs)
             picture = self._agree_on_call(half, args, kwargs, how=", in pieces" if emit else "")
             with torch.no_grad(), self._reported(half, picture.device, started, begun, pieces) as report:
@@ -84,14 +84,22 @@ class Caller:
                 return report(ran)
 
     @contextmanager
-    def _one_call(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """What every call is in: it ends alike on all ranks, and leaves no trace where it fails."""
+    def _one_call(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], start: Start | None = None
+    ) -> Iterator[None]:
+        """What every call is in: it ends alike on all ranks, and leaves no trace where it fails. `start` is the
+        stream that begins with it."""
         device = next((picture.device for picture in pictures_in((args, kwargs))), torch.device("cpu"))
         undone = rewound_by_failure(device, *args, *kwargs.values())
         eagerly, ours = self._eagerly(half), self._kept.in_use()
-        with eagerly, ours, undone_by_failure(self._target.facts, args, kwargs), undone, one_call(self._comm):
-            self._comm.traffic = Traffic()
-            yield
+        undone_too, calls = undone_by_failure(self._target.facts, args, kwargs), self._calls
+        try:
+            with eagerly, ours, undone_too, undone, one_call(self._comm, start):
+                self._comm.traffic = Traffic()
+                yield
+        except Forgone:
+            self._calls = calls
+            raise
 
     def _eagerly(self, half: str) -> AbstractContextManager[None]:
         """Within it, parts of the VAE that are compiled run as they are written; said once."""

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -29,7 +29,7 @@ from halovae.calls.dtypes import HalfDtypes
 from halovae.calls.randomness import rewound_by_failure
 from halovae.calls.state import undone_by_failure
 from halovae.calls.target import Target
-from halovae.comm import Comm, SoloComm
+from halovae.comm import Comm, Forgone, SoloComm, Start
 from halovae.comm.agreement import together
 from halovae.kernels.gpu.ready import get_ready
 from halovae.kernels.kept import Kept
@@ -51,6 +51,7 @@ class Handle(Caller):
         self._stream: Callable[[], Stream | None] = _no_stream
         """The one that is open."""
         self._opened = 0
+        self._start: Start = (0, 0)
         self._sessions: weakref.WeakSet[ClipSession] = weakref.WeakSet()
         self._halves: set[str] = set(target.originals)
         self._running = False
@@ -231,7 +232,18 @@ class Handle(Caller):
         if count is not None and (type(count) is not int or count < 1):
             raise InputError(f"count is {count!r}: give the number of all frames, or None where it is not known")
         self._opened += 1
-        return Parts(self, half, frames, PartialClip(half, kwargs, f"{half} of stream {self._opened}", count))
+        words = f"{half} of stream {self._opened}"
+        return Parts(self, half, frames, PartialClip(half, kwargs, words, self._next_start(), count))
+
+    def _next_start(self) -> Start:
+        """Of a new stream: how many there are since the last call, which ranks have agreed on."""
+        calls, count = self._start
+        self._start = self._calls, count + 1 if calls == self._calls else 0
+        return self._start
+
+    def forgo(self, start: Start, leaving: Leaving) -> None:
+        """See `Runs`."""
+        self._comm.forgo(start, leaving)
 
     def run_part(
         self, clip: PartialClip, frames: Tensor | None, *, ends: bool = False, goes_on: bool = True,
@@ -249,7 +261,7 @@ class Handle(Caller):
                 raise InputError(f"{clip.words} can't go on within a call of its handle")
             self._running, started = True, time.perf_counter()
             try:
-                with self._one_call(half, args, clip.kwargs):
+                with self._one_call(half, args, clip.kwargs, clip.start):
                     if not all(self._comm.all_gather_object(goes_on)):
                         return CLOSED
 
@@ -268,6 +280,12 @@ class Handle(Caller):
                         result, went_on = self._next_part(clip, args, kwargs, ends, report)
                 went_on()  # On all ranks.
                 return result
+            except Forgone as gone:
+                clip.start = None
+                if problem:
+                    raise problem from None
+                self._tell_who_left({gone.rank: gone.why}, 0)
+                return CLOSED
             finally:
                 self._running = False
 
@@ -327,12 +345,13 @@ class Handle(Caller):
         Latents that come from an iterator themselves are read as `encode_stream` reads frames.
 
         The pieces, joined in time, are what one call gives, bit for bit. They come after each step in time of a VAE
-        that walks through time in steps (exact mode); any other one gives one piece, and so do tiles: `last.pieces`
-        tells. No rank holds the whole output unless the caller keeps it. One piece is computed ahead of the reader.
+        that walks through time in steps, in tiles after those of all tiles; any other one gives one piece:
+        `last.pieces` tells. No rank holds the whole output unless the caller keeps it. One piece is computed ahead of
+        the reader.
 
         Every rank goes through its own stream. Before each piece all ranks agree to go on: where one has closed its
-        stream (by leaving the loop, too), the streams of all end there, and the handle can be used again. Until its
-        end the handle makes no other call.
+        stream (by leaving the loop, too, and also before it has asked for the first piece), the streams of all end
+        there, and the handle can be used again. Until its end the handle makes no other call.
 
         Args:
             args: as for `decode`; in place of the latents, an iterable of latents of any number of frames each.
@@ -360,53 +379,67 @@ class Handle(Caller):
             if self._running:
                 raise InputError("a stream can't begin within a call of its handle")
 
-        def work(give: Give) -> None:
-            self._run_stream("decode", args, kwargs, stream, give)
+        start = self._next_start()
 
-        made = Stream(work, device)
+        def work(give: Give) -> None:
+            self._run_stream("decode", args, kwargs, start, stream, give)
+
+        made = Stream(work, device, functools.partial(self.forgo, start))
         stream = weakref.ref(made)  # One that nobody reads any more ends.
         return made
 
     def _run_stream(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Callable[[], Stream | None], give: Give
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], start: Start,
+        stream: Callable[[], Stream | None], give: Give,
     ) -> None:  # fmt: skip
-        self._check_no_stream()
-        with self._lock:
-            if half not in self._halves:
-                raise InputError(f"this handle does not run {half} any more")
-            self._running, self._stream, started = True, stream, time.perf_counter()
-            pieces, said = list[float](), list[Leaving | None]()
+        pieces, said, started = list[float](), dict[int, Leaving](), time.perf_counter()
 
-            def emit(frames: Tensor) -> None:
-                pieces.append(time.perf_counter() - started)
-                leaving = give(frames)
-                del frames
-                said[:] = self._comm.all_gather_object(leaving)
-                if any(said):
-                    raise StreamClosed
+        def emit(frames: Tensor) -> None:
+            pieces.append(time.perf_counter() - started)
+            leaving = give(frames)
+            del frames
+            everyone = self._comm.all_gather_object(leaving)
+            said.update((rank, each) for rank, each in enumerate(everyone) if each)
+            if said:
+                raise StreamClosed
 
+        def attempt() -> bool:
             try:
-                while True:
-                    try:
-                        self._attempt(half, args, kwargs, started, emit, pieces)
-                        break
-                    except BaseException as error:
-                        given = self._dtypes.given(half, args, kwargs)
-                        if pieces or not self._engine.retreat(half, *given, error):
-                            raise
-                    gc.collect()
-                if any(said) and said[self._comm.rank] is None:
-                    self._tell_who_left(said, len(pieces))
-            finally:
-                self._running, self._stream = False, _no_stream
+                self._attempt(half, args, kwargs, started, emit, pieces, start)
+            except Forgone as gone:
+                said[gone.rank] = gone.why
+            except BaseException as error:
+                given = self._dtypes.given(half, args, kwargs)
+                if pieces or not self._engine.retreat(half, *given, error):
+                    raise
+                return False
+            return True
 
-    def _tell_who_left(self, said: Sequence[Leaving | None], pieces: int) -> None:
+        try:
+            self._check_no_stream()
+            with self._lock:
+                if half not in self._halves:
+                    raise InputError(f"this handle does not run {half} any more")
+                self._running, self._stream = True, stream
+                try:
+                    while not attempt():
+                        gc.collect()
+                finally:
+                    self._running, self._stream = False, _no_stream
+        except BaseException as error:
+            if not pieces:
+                self.forgo(start, Leaving.by(error))
+            raise
+        if self._comm.rank not in said:
+            self._tell_who_left(said, len(pieces))
+
+    def _tell_who_left(self, said: Mapping[int, Leaving], pieces: int) -> None:
         """On a rank that would have gone on."""
-        for rank, leaving in enumerate(said):
-            if leaving and leaving.failure:
+        for rank, leaving in said.items():
+            if leaving.failure:
                 raise failed_elsewhere(rank, *leaving.failure)
-        for rank, leaving in enumerate(said):
-            if leaving and not leaving.is_closed:
+        for rank, leaving in said.items():
+            if not leaving.is_closed:
                 LOG.warning(
                     "rank %d has left its stream without closing it: the streams of all ranks end after %d pieces",
                     rank, pieces,

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from halovae.api.stream import Leaving
 from halovae.base.errors import InputError
 from halovae.base.options import Half
 from halovae.calls.resumed import Held, laid_out
 from halovae.calls.time_stages import Position, Stage, TimeStages
+from halovae.comm import Start
 from halovae.exact.run import first_tensor
 
 
@@ -27,6 +29,8 @@ class PartialClip:
     kwargs: dict[str, Any]
     words: str
     """What an agreement calls it."""
+    start: Start | None = None
+    """Of a stream that has not begun."""
     count: int | None = None
     """Of all frames, where that is known."""
     stages: TimeStages | None = None
@@ -51,7 +55,7 @@ class PartialClip:
 
     def opened(self, stages: TimeStages | None, short: int | None) -> None:
         """Know the steps of it."""
-        self.stages, self.short, self.is_opened = stages, short, True
+        self.stages, self.short, self.is_opened, self.start = stages, short, True, None
         self.place = stages.start if stages else Position()
 
     def check(self, frames: Tensor | None, ends: bool = False) -> None:
@@ -121,6 +125,10 @@ class Runs(Protocol):
             What the half returns for the frames that are final, None where there are none; `CLOSED` where a rank
             wants no more.
         """
+        ...
+
+    def forgo(self, start: Start, leaving: Leaving) -> None:
+        """This rank will not begin this stream. Waits for nobody."""
         ...
 
 
@@ -198,8 +206,9 @@ class Parts(Iterator[Any]):
     iterable of latents, by `Handle.decode_stream`.
 
     Nothing is read or computed ahead. Every rank takes its own to the end, or closes it; who leaves a loop early closes
-    it too. Closing waits until every rank has asked for its next piece or has closed. An exception that leaves its
-    `with` block is a failure: other ranks raise `RankFailedError` for it.
+    it too. Closing waits until every rank has asked for its next piece or has closed; before the first one is asked
+    for, it waits for nobody. An exception that leaves its `with` block is a failure: other ranks raise
+    `RankFailedError` for it.
     """
 
     def __init__(self, handle: Runs, half: Half, frames: Iterable[Tensor], clip: PartialClip) -> None:
@@ -220,8 +229,8 @@ class Parts(Iterator[Any]):
         while not self._has_ended:
             try:
                 result = self._step()
-            except BaseException:
-                self._finish()
+            except BaseException as error:
+                self._forgo(Leaving.by(error))
                 raise
             if result is CLOSED:
                 self._finish()
@@ -284,7 +293,15 @@ class Parts(Iterator[Any]):
                 self._handle.run_part(self._clip, None, goes_on=False)
             finally:
                 self._finish()
-        self._has_ended = True
+        else:
+            self._forgo(Leaving())
+
+    def _forgo(self, leaving: Leaving) -> None:
+        """End it here; the others learn of it if it has not begun."""
+        start = self._clip.start
+        self._finish()
+        if start:
+            self._handle.forgo(start, leaving)
 
     def __enter__(self) -> Parts:
         return self
@@ -296,8 +313,10 @@ class Parts(Iterator[Any]):
             with suppress(Exception):  # What the block failed by is raised on; the other ranks get it here.
                 self._handle.run_part(self._clip, None, problem=error)
             self._finish()
+        else:
+            self._forgo(Leaving.by(error))
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():
             with suppress(Exception):
-                self.close()
+                self.close() if self.is_open else self._forgo(Leaving(is_closed=False))

@@ -41,15 +41,16 @@ class Stream(Iterator[Tensor]):
 
     While the reader is at one piece, the next one is computed, and no more. Every rank of the group takes its own
     stream to the end, or closes it; who leaves a loop early closes it too. Closing waits until every rank has asked for
-    its next piece or has closed. An exception that leaves its `with` block is a failure: other ranks raise
-    `RankFailedError` for it.
+    its next piece or has closed; before the first one is asked for, it waits for nobody. An exception that leaves its
+    `with` block is a failure: other ranks raise `RankFailedError` for it.
 
     Args:
         work: makes the pieces, in a thread.
         device: where they are made.
+        forgo: tells the other ranks that it will not begin here.
     """
 
-    def __init__(self, work: Callable[[Give], None], device: torch.device) -> None:
+    def __init__(self, work: Callable[[Give], None], device: torch.device, forgo: Callable[[Leaving], None]) -> None:
         self._asked: SimpleQueue[Leaving | None] = SimpleQueue()
         self._asked.put(None)  # For the piece that is computed ahead.
         self._given: SimpleQueue[Any] = SimpleQueue()
@@ -57,6 +58,7 @@ class Stream(Iterator[Tensor]):
         self._start: Callable[[], threading.Thread] | None = lambda: _thread(work, self._asked, self._given, device)
         self._thread: threading.Thread | None = None
         self._ended_by: BaseException | None = None
+        self._forgo = forgo
 
     @property
     def is_open(self) -> bool:
@@ -105,7 +107,9 @@ class Stream(Iterator[Tensor]):
             self._leave(Leaving.by(error))
 
     def _leave(self, leaving: Leaving) -> None:
-        self._start = None
+        if self._start:
+            self._start = None
+            self._forgo(leaving)
         with suppress(StopIteration):
             while self._is_open and self._thread and self._thread.is_alive():  # In a forked child it is not.
                 self._asked.put(leaving)

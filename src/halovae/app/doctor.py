@@ -44,9 +44,10 @@ def clear_cache() -> None:
 
 def prove(session: Session) -> None:
     """Measure the link between ranks, and compare them with one rank. Called on every rank."""
-    links = measure_all(session.group, session.device)
+    links, count = measure_all(session.group, session.device), torch.accelerator.device_count()
+    accelerator = torch.accelerator.current_accelerator() if count else None
     rows = [
-        ("devices", _devices()),
+        ("devices", "cpu" if accelerator is None else f"cpu, {count} {accelerator.type}"),
         ("ranks", f"{session.group.size} on {session.device.type}, backend {comm.backend_name()}"),
         *(("link", f"rank {one} to {one + 1}: {link}") for one, link in enumerate(links)),
     ]
@@ -59,12 +60,6 @@ def prove(session: Session) -> None:
     worst = max(errors.values())
     if not worst <= limit:
         raise VerificationError(f"{session.group.size} ranks differ from one by {worst:.1e}, more than {limit:.0e}")
-
-
-def _devices() -> str:
-    count = torch.accelerator.device_count()
-    accelerator = torch.accelerator.current_accelerator() if count else None
-    return "cpu" if accelerator is None else f"cpu, {count} {accelerator.type}"
 
 
 def _exactness(session: Session) -> tuple[dict[str, float], float, str]:

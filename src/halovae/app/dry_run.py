@@ -109,7 +109,7 @@ def _halves(
     try:
         rates = rates_of(torch.device(device), dtypes["decode"])
         survey = Survey(vae, limits, fit, dtypes, rates, LINKS["pcie"])
-        rows = list(survey.rows(dict.fromkeys(HALVES, ways)))
+        rows = [survey.row(half, way) for half in HALVES for way in ways]
     except HalovaeError as error:
         rows = [Row(half=half, mode="exact", ranks=workers, prediction=None, refusal=str(error)) for half in HALVES]
     return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +70,7 @@ def _plan(session: Session, job: PlanJob, link: LinkSpeed) -> None:
         speed = given or MeasuredSpeed(session.device, session.dtype)
         survey = Survey(vae, limits, padded, session.dtypes, speed, link)
     typer.echo(_heading(session, name, type(vae).__name__, job, survey, link, room))
-    ways = {half: survey.ways(half, job.ranks) for half in HALVES}
-    rows_in_order = survey.rows(ways)
-    found = {half: _rows(session, rows_in_order, half, ways[half], room) for half in HALVES}
+    found = {half: _rows(session, survey, half, survey.ways(half, job.ranks), room) for half in HALVES}
     rows = [row.to_dict() | {"fits": row.memory <= room} for half in HALVES for row in found[half]]
     unsteady = speed.unsteady if isinstance(speed, MeasuredSpeed) else 0.0
     if job.json is not None:
@@ -84,13 +81,13 @@ def _plan(session: Session, job: PlanJob, link: LinkSpeed) -> None:
     _check_room(survey, found, room)
 
 
-def _rows(session: Session, rows: Iterator[Row], half: str, ways: list[Way], room: float) -> list[Row]:
+def _rows(session: Session, survey: Survey, half: str, ways: list[Way], room: float) -> list[Row]:
     """All ways to run a half, each printed when it is known."""
     typer.echo(f"\n{half}\n{_line(_HEADS)}")
     found: list[Row] = []
     for number, way in enumerate(ways):
         with session.stages.stage(f"{half}, {way.mode} on {way.ranks} ({number + 1} of {len(ways)})"):
-            row = next(rows)
+            row = survey.row(half, way)
         found.append(row)
         if row.prediction:
             fits = row.memory <= room

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
@@ -80,11 +80,9 @@ class Survey:
         exact = [Way(mode="exact", ranks=count, axis=axis) for (count, _), axis in cuts.items()]
         return [*exact, *(Way(mode="tile", ranks=count) for count in ranks)]
 
-    def rows(self, ways: Mapping[str, Sequence[Way]]) -> Iterator[Row]:
-        """What each way to run each half takes, in this order."""
-        for half, all_of_it in ways.items():
-            for way in all_of_it:
-                yield self.exact(half, way.ranks, way.axis) if way.mode == "exact" else self.tile(half, way.ranks)
+    def row(self, half: str, way: Way) -> Row:
+        """What a way to run a half takes."""
+        return self.exact(half, way.ranks, way.axis) if way.mode == "exact" else self.tile(half, way.ranks)
 
     def exact(self, half: str, ranks: int, axis: Axis = "auto") -> Row:
         key = half, ranks, self._plan(half, ranks, axis)

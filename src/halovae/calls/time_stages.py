@@ -159,6 +159,8 @@ class TimeStages:
         self._next: dict[Any, Part | None] = {}
         self._rows: dict[Any, Part] = {}
         self._places: list[Position] = []
+        self._least = 0
+        """Real frames that a step needs, as far as it is known."""
         self.start, self.most = Position(), one_step
         self.rest = ModuleState(getattr(vae, NETWORKS[half]))
 
@@ -205,7 +207,7 @@ class TimeStages:
             place: where the clip is.
             total: frames of the whole clip, where that is known.
         """
-        step = self._next_step(place, total)
+        step = self.step(place, total)
         if step is None or len(step[1].run) != 1 or self.blends:
             return step
         most = self.most(step[1].calls[step[1].run[0]])
@@ -214,16 +216,19 @@ class TimeStages:
             self._rows[key] = self._row(place, step, total, most)
         return self._rows[key]
 
-    def _next_step(self, place: Position, total: int | None) -> Part | None:
+    def step(self, place: Position, total: int | None) -> Part | None:
+        """As `next_part`, of one step."""
         key = place, total
         if key not in self._next:
-            self._next[key] = None
-            left = _LONGEST if total is None else total
-            for frames in range(1, min(_STEP, left - place.frames) + 1):
-                if found := self.part(place, frames, total):
-                    self._next[key] = frames, *found
-                    break
+            self._next[key] = self._next_step(place, total)
         return self._next[key]
+
+    def _next_step(self, place: Position, total: int | None) -> Part | None:
+        left = _LONGEST if total is None else total
+        for frames in range(1, min(_STEP, left - place.frames) + 1):
+            if found := self.part(place, frames, total):
+                return frames, *found
+        return None
 
     def _row(self, place: Position, first: Part, total: int | None, most: int) -> Part:
         """A step, and those that follow it and go in one call with it."""
@@ -231,7 +236,7 @@ class TimeStages:
         step, last = first, first
         while step and step[1].is_like(first[1]) and count < most:
             frames, length, count, last = frames + step[0], length + step[1].length, count + 1, step
-            step = self._next_step(step[2], total)
+            step = self.step(step[2], total)
         trial = self._trial(place.frames + frames) if count > 1 else None
         if trial is None or place.output is None or not place.done <= set(trial.names):
             return first
@@ -254,11 +259,26 @@ class TimeStages:
         """
         if total is None or total <= _SHORT:
             return total
-        steps = self._steps(total)
-        for frames in range(_SHORT // 2, 2 * _SHORT + 1):
-            if self._trial(frames) and self._steps(frames) == steps:
-                return frames
-        raise NotExactError("its steps in time are others for each length")
+        steps, found = self._steps(total), None
+        for lengths in (range(_SHORT // 2, _SHORT), range(2 * _SHORT, _SHORT - 1, -1)):
+            alike = (frames for frames in lengths if self._trial(frames) and self._steps(frames) == steps)
+            found = next(alike, found)
+            if found and self._comes_again(found):
+                break
+        if found is None:
+            raise NotExactError("its steps in time are others for each length")
+        return found
+
+    def _comes_again(self, total: int) -> bool:
+        """Whether a clip of this length is at some time where it has been before, as a longer one is, too."""
+        place, seen = self.start, set[Position]()
+        while place not in seen:
+            seen.add(place)
+            part = self.next_part(place, total)
+            if part is None:
+                return False
+            place = part[2]
+        return True
 
     def _steps(self, frames: int) -> list[Any]:
         """The kinds of calls of a clip, each once where it comes again at once."""
@@ -319,8 +339,12 @@ class TimeStages:
 
     def _ends(self, frames: int, total: int | None) -> list[_Trial]:
         """Clips that one of so many frames may become."""
-        longest = range(frames, frames + _BEYOND + 1) if total is None else [total]
-        return [trial for trial in map(self._trial, longest) if trial]
+        lengths = self._lengths(frames) if total is None else [total]
+        return [trial for trial in map(self._trial, lengths) if trial]
+
+    def _lengths(self, frames: int) -> Sequence[int]:
+        """Of the longer clips that tell what is final after so many frames."""
+        return range(frames, frames + _BEYOND + 1)
 
     def _after(self, place: Position, frames: int, ready: frozenset[Any], final: int) -> tuple[Stage, Position]:
         trial = self._trial(place.frames + frames)
@@ -358,7 +382,8 @@ class TimeStages:
         total = place.frames + frames
         if not run and final == out:
             return Stage(total, 0, (), (), (), (), (), False, 0, 0, 0)
-        fresh = next(f for f in range(frames, total + 1) if self._gets_the_same(trial, run, total, f))
+        least = min(max(frames, self._least), total)
+        fresh = next(f for f in range(least, total + 1) if self._gets_the_same(trial, run, total, f))
         wanted = trial.output[:, :, out:final]
         for blank, holds in itertools.product((False, True), ((), held)):
             stage = Stage(total, fresh, calls, run, takes, holds, gives, blank, 0, final - out, fresh)
@@ -371,11 +396,17 @@ class TimeStages:
         """Whether calls need no more than the last real frames."""
         if fresh == frames:
             return True
+
+        def used(number: int, name: Any) -> Any:
+            if number in run and name[:2] != trial.names[number][:2]:
+                raise NotExactError("it gets something else")
+            return _noise(trial.calls[number], trial.names[number])
+
         try:
-            names, _ = self._make(trial.calls, frames, lambda n, _: _noise(trial.calls[n], trial.names[n]), fresh)
+            self._make(trial.calls, frames, used, fresh)
         except Exception:  # Whatever a model's code raises on blank frames.
             return False
-        return all(names[number][:2] == trial.names[number][:2] for number in run)
+        return True
 
     def _place_of(self, wanted: Tensor, stage: Stage, trial: _Trial) -> int | None:
         """How many frames before the end of what the stage gives the wanted frames begin; None where they are not."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
-from enum import Enum
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +24,8 @@ if TYPE_CHECKING:
 
 
 _ARGUMENTS = "Arguments"
-
-
-class Dtype(str, Enum):
-    """Names of the number formats, as torch has them."""
-
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+_METAVARS = {"TYPE": "float32|float64|bfloat16|float16"}
+"""What stands for a few words, where these are more than a line of help has room for."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +70,8 @@ class _Flag:
 
     @property
     def _allowed(self) -> tuple[str, ...]:
-        if self.kind is not str and isinstance(self.kind, type) and issubclass(self.kind, Enum):
-            return tuple(one.value for one in self.kind)
-        return tuple((self.metavar or "").split("|")) if "|" in (self.metavar or "") else ()
+        words = _METAVARS.get(self.metavar or "", self.metavar or "").split("|")
+        return tuple(words) if len(words) > 1 else ()
 
     def value(self, given: Any) -> Any:
         """What the command gets for what the user has given.
@@ -88,7 +79,6 @@ class _Flag:
         Raises:
             InputError: says which flag, which value, and what may be given.
         """
-        given = given.value if isinstance(given, Enum) else given
         if self._allowed and given not in self._allowed:
             raise InputError(f"{self.flag} {given}: give {self.gives}")
         if self.check is not None:
@@ -334,17 +324,17 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "Keep weights on the host, and fetch each layer when it is due.", False),
         _Flag(_WHOLE, "enable_cpu_offload", bool, None,
               "Keep weights on the host, and fetch each part of the pipeline when it is due.", False),
-        _Flag(_RUN | _PLAN | _DATASET, "dtype", Dtype, "TYPE", "Compute with this number format: float32, float64, "
+        _Flag(_RUN | _PLAN | _DATASET, "dtype", str, "TYPE", "Compute with this number format: float32, float64, "
               "bfloat16 or float16.", shown="float32 on cpu, else bfloat16"),
-        _Flag(_WHOLE, "vae_dtype", Dtype, "TYPE", "Let the VAE compute with this number format.", shown="as --dtype"),
-        _Flag(_WHOLE - _T2V | _ROUNDTRIP | _PLAN, "vae_encode_dtype", Dtype, "TYPE",
+        _Flag(_WHOLE, "vae_dtype", str, "TYPE", "Let the VAE compute with this number format.", shown="as --dtype"),
+        _Flag(_WHOLE - _T2V | _ROUNDTRIP | _PLAN, "vae_encode_dtype", str, "TYPE",
               "Let the VAE encode in this number format.", shown="as the VAE"),
-        _Flag(_WHOLE | _ROUNDTRIP | _PLAN, "vae_decode_dtype", Dtype, "TYPE",
+        _Flag(_WHOLE | _ROUNDTRIP | _PLAN, "vae_decode_dtype", str, "TYPE",
               "Let the VAE decode in this number format.", shown="as the VAE"),
         _Flag(_WHOLE, "attention_backend", str, "NAME", "Use this attention in the transformer, by diffusers' name "
               "for it.", shown="diffusers' own"),
         _Flag(_WHOLE, "compile", bool, None, "Compile the transformer's blocks.", False),
-        _Flag(_DATASET, "store_dtype", Dtype, "TYPE", "Keep latents in this number format.", shown="as --dtype"),
+        _Flag(_DATASET, "store_dtype", str, "TYPE", "Keep latents in this number format.", shown="as --dtype"),
         _Flag(_RUN | _PLAN | _DOCTOR | _DATASET, "device", str, "KIND",
               "Run on this kind of device: cpu, cuda, npu, xpu, ...", shown="the accelerator if there is one",
               check=_check_device, is_slow=True),

@@ -13,16 +13,18 @@ from halovae.comm.environment import (
     shutdown,
 )
 from halovae.comm.group import Group, GroupComm, connect, world
-from halovae.comm.protocol import Comm, GraphLane, Message, Pending, SoloComm, Traffic, all_gather
+from halovae.comm.protocol import Comm, Forgone, GraphLane, Message, Pending, SoloComm, Start, Traffic, all_gather
 
 __all__ = [
     "Comm",
+    "Forgone",
     "GraphLane",
     "Group",
     "GroupComm",
     "Message",
     "Pending",
     "SoloComm",
+    "Start",
     "Traffic",
     "all_gather",
     "backend_name",

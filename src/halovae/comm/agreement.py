@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halovae.base import verdicts
 from halovae.base.errors import DisagreementError, failed_elsewhere
-from halovae.comm import Comm
+from halovae.comm import Comm, Forgone, Start
 
 _LOOKED_AT = 64
 _NEAR = 0.05
@@ -68,19 +68,29 @@ Message = str | Glance | Tally
 
 
 @contextmanager
-def one_call(comm: Comm) -> Iterator[None]:
+def one_call(comm: Comm, start: Start | None = None) -> Iterator[None]:
     """A call on all ranks: an exception on one of them ends it on each, at once, and the next call finds all in order.
+
+    Args:
+        start: what begins with it, where a rank may forgo that.
 
     Raises:
         RankFailedError: on the ranks on which nothing was wrong.
+        Forgone: a rank does not begin it. To the others there was no such call.
     """
+    outer = comm.starting
+    comm.starting = start
     try:
         comm.begin()
         yield
         comm.finish()
+    except Forgone:
+        raise
     except BaseException as error:
         comm.fail(error)
         raise
+    finally:
+        comm.starting = outer
 
 
 @contextmanager

@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from halovae.base.errors import InputError, RankFailedError, failed_elsewhere
 from halovae.base.forks import owned_here
 from halovae.comm.handshake import Share, give_up_sending, limit_sending, star
+from halovae.comm.protocol import Forgone, Start
 
 PATIENCE = 60.0
 """Seconds without a sign of life, by default, after which a rank counts as stopped."""
@@ -57,8 +59,12 @@ class Link:
         self._news = threading.Condition(threading.RLock())
         self._sending = {peer: threading.Lock() for peer in self._peers}
         self._agreements = 0
-        self._said: dict[Place, dict[int, bytes]] = {}
-        self._complete: dict[Place, list[bytes]] = {}
+        self._said: dict[Place, dict[int, tuple[bytes, Start | None]]] = {}
+        self._complete: dict[Place, list[bytes] | Forgone] = {}
+        self._forgone: dict[Start, tuple[Forgone, set[int]]] = {}
+        """On the hub: the first that was told, and the ranks that know of one."""
+        self._forgoing: SimpleQueue[tuple[Start, Forgone]] = SimpleQueue()
+        self._telling = threading.Lock()
         self._failures: dict[int, RankFailedError] = {}
         self._dead: RankFailedError | None = None
         self._left: set[int] = set()
@@ -83,21 +89,43 @@ class Link:
 
     # ---- for the ranks' own work -------------------------------------------------------------------------------------
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, start: Start | None = None) -> list[Any]:
         """Every rank's value, in rank order.
+
+        Args:
+            start: what begins with it, if a rank may forgo that.
 
         Raises:
             RankFailedError: a rank has failed, died, stopped, left or never come.
+            Forgone: a rank has forgone it: this one leaves its place to whatever comes next.
         """
         self.check()  # Who comes after the others have given up must not find their answers.
+        self._tell_forgone()  # Before what comes after it.
         data = pickle.dumps(value)
         with self._news:
             place = self.era, self._agreements
             self._agreements += 1
-        self._tell("say", place, self._rank, data)
+        self._tell("say", place, self._rank, data, start)
         self.wait_for(lambda: place in self._complete, lambda: self._tell("missing", place))
         with self._news:
-            return [pickle.loads(each) for each in self._complete.pop(place)]
+            found = self._complete.pop(place)
+            if isinstance(found, Forgone):
+                self._agreements -= 1
+                self.busy = False
+                raise Forgone(found.rank, found.why)
+            return [pickle.loads(each) for each in found]
+
+    def forgo(self, start: Start, why: Any) -> None:
+        """Tell all ranks that this one will not begin something."""
+        self._forgoing.put((start, Forgone(self._rank, why)))
+        with suppress(OSError):
+            self._end.send_bytes(b"")
+
+    def _tell_forgone(self) -> None:
+        """Not by `forgo` itself: a finalizer may have interrupted whatever this thread was telling."""
+        with self._telling:
+            while not self._forgoing.empty():
+                self._tell("forgo", self._rank, *self._forgoing.get())
 
     def note(self, name: str, value: bytes) -> None:
         """Put a value where every rank can read it, in this era."""
@@ -213,18 +241,43 @@ class Link:
     def _take_beat(self) -> None:
         return
 
-    def _take_say(self, place: Place, rank: int, data: bytes) -> None:
+    def _take_say(self, place: Place, rank: int, data: bytes, start: Start | None) -> None:
+        if start is not None and start in self._forgone:
+            self._excuse(start, [(rank, place)])
+            return
         said = self._said.setdefault(place, {})
-        said[rank] = data
+        said[rank] = data, start
         if len(said) == self._size:
-            everything = [said[each] for each in range(self._size)]
+            everything = [said[each][0] for each in range(self._size)]
             del self._said[place]
-            self._complete[place] = everything
-            for peer in self._peers:
-                self._send(peer, ("all", place, everything))
+            for each in range(self._size):
+                self._answer(each, place, everything)
 
-    def _take_all(self, place: Place, everything: list[bytes]) -> None:
+    def _take_all(self, place: Place, everything: list[bytes] | Forgone) -> None:
         self._complete[place] = everything
+
+    def _answer(self, rank: int, place: Place, everything: list[bytes] | Forgone) -> None:
+        if rank == self._rank:
+            self._complete[place] = everything
+        else:
+            self._send(rank, ("all", place, everything))
+
+    def _take_forgo(self, rank: int, start: Start, forgone: Forgone) -> None:
+        """On the hub, where it comes before or after what others say, and not both."""
+        self._forgone.setdefault(start, (forgone, set()))[1].add(rank)
+        said = self._said.items()
+        waiting = [(who, place) for place, by in said for who, (_, begun) in by.items() if begun == start]
+        for who, place in waiting:
+            del self._said[place][who]
+        self._excuse(start, waiting)
+
+    def _excuse(self, start: Start, waiting: list[tuple[int, Place]]) -> None:
+        forgone, knowing = self._forgone[start]
+        for rank, place in waiting:
+            knowing.add(rank)
+            self._answer(rank, place, forgone)
+        if len(knowing) == self._size:
+            del self._forgone[start]
 
     def _take_note(self, name: str, value: bytes) -> None:
         self._notes[name] = value
@@ -269,6 +322,7 @@ class Link:
             if self._awake in ready:
                 with suppress(EOFError, OSError):
                     self._awake.recv_bytes()
+                self._tell_forgone()
             for rank, peer in [(r, p) for r, p in alive.items() if p in ready]:
                 if not self._read(rank, peer):
                     del alive[rank]

@@ -22,7 +22,7 @@ from halovae.base.functions import outside_modes
 from halovae.comm.backends import DeviceLane, HostLane, TensorLane, store_of
 from halovae.comm.control import Link
 from halovae.comm.environment import default_device, launched_ranks
-from halovae.comm.protocol import Comm, GraphLane, Message, Nothing, Pending, SoloComm
+from halovae.comm.protocol import Comm, GraphLane, Message, Nothing, Pending, SoloComm, Start
 
 Group = dist.ProcessGroup | DeviceMesh
 """What callers name their ranks by; a mesh of one dimension."""
@@ -143,13 +143,16 @@ class GroupComm(Comm):
     # ---- calls -----------------------------------------------------------------------------------------------------
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return self._link.gather(value)
+        return self._link.gather(value, self.starting)
+
+    def forgo(self, start: Start, why: Any) -> None:
+        self._link.forgo(start, why)
 
     def begin(self) -> None:
         self._link.check()
         self._link.busy = True
         if self.era != self._link.era:
-            self._link.gather(None)  # Who does not come is named by it; lanes can't tell.
+            self._link.gather(None, self.starting)  # Who does not come is named by it; lanes can't tell.
             self._connect()
 
     def check(self) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from halovae.base.timeline import note
 
 Message = tuple[int, Tensor]
+Start = tuple[int, int]
+"""Names what ranks are to begin together; the same on all of them."""
 
 
 @dataclass
@@ -69,6 +71,14 @@ class GraphLane(Protocol):
         ...
 
 
+class Forgone(Exception):
+    """A rank will not begin what this one has begun: it is not waited for. Says which, and why."""
+
+    def __init__(self, rank: int, why: Any) -> None:
+        super().__init__(rank, why)
+        self.rank, self.why = rank, why
+
+
 class Comm:
     """What the layers above need of a group of ranks. What stands here is enough for a group of one.
 
@@ -77,11 +87,13 @@ class Comm:
         size: number of ranks in the group.
         traffic: counters of this rank, replaced by who counts anew.
         era: how many calls of the group have failed; graphs with messages in them are void in the next.
+        starting: what this rank is about to begin, where others may `forgo` that.
     """
 
     rank: int = 0
     size: int = 1
     era: int = 0
+    starting: Start | None = None
 
     def __init__(self) -> None:
         self.traffic = Traffic()
@@ -116,8 +128,17 @@ class Comm:
 
         Raises:
             RankFailedError: another rank has failed, or has left the group.
+            Forgone: what is `starting` will not begin on another rank. It is as if this had not been called.
         """
         return [value]
+
+    def forgo(self, start: Start, why: Any) -> None:
+        """Tell the others that this rank will not begin something. Waits for nobody; a finalizer may call it, at any
+        time. What one rank has forgone, each other one begins or forgoes, once.
+
+        Args:
+            why: what the others get of it; picklable.
+        """
 
     def begin(self) -> None:
         """Begin a call, which all ranks make; after a failed one this connects the ranks anew."""

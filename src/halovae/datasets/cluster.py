@@ -32,9 +32,8 @@ _QUIET = {
 _ANSWER = 10.0
 """Seconds that a cluster gets to answer."""
 _LEAST_STORE = 2**27
-"""Bytes of the store that processes share clips by."""
 _SHARE = 0.3
-"""Of the free memory, that this store takes at the most. What does not fit goes to a disk for a while."""
+"""Of the free memory, for the store at the most."""
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     Raises:
         InputError: there is no cluster at this address.
     """
-    _quiet_data()
+    data = _data_context()
     if ray.is_initialized():
         yield
         return
@@ -58,17 +57,14 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     folder = None
     if address is None:
+        data.override_object_store_memory_limit_fraction = 0.9  # Nobody else puts anything into this store.
         workers = readers(devices, accelerators)
-        # Three units for each device and reader: one in work, one before it and one behind it.
-        store = 3 * largest * (devices + workers)
-        free = free_bytes(torch.device("cpu"))
-        store = max(_LEAST_STORE, store if free is None else min(store, int(_SHARE * free)))
         folder = tempfile.mkdtemp(prefix="halovae-ray-")
         # Ray lets only those in who know a word, which it would keep in the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options |= {
-            "num_cpus": devices + workers + 1, "num_gpus": accelerators, "object_store_memory": store,
-            "include_dashboard": False, "_temp_dir": folder,
+            "num_cpus": devices + workers + 1, "num_gpus": accelerators, "include_dashboard": False,
+            "object_store_memory": store_bytes(devices + workers, largest), "_temp_dir": folder,
         }  # fmt: skip
     else:
         _check_address(address)
@@ -84,6 +80,14 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def store_bytes(processes: int, largest: int) -> int:
+    """Of the store that processes share clips by, three units of `largest` bytes for each device and reader: one in
+    work, one before it and one behind it. Ray does not start where it leaves too little memory; what does not fit into
+    it goes to a disk for a while."""
+    free = free_bytes(torch.device("cpu"))
+    return max(_LEAST_STORE, min(3 * largest * processes, int(_SHARE * (free or sys.maxsize))))
 
 
 def _check_address(address: str) -> None:
@@ -122,12 +126,16 @@ def readers(devices: int, accelerators: int) -> int:
     return max(1, cores() - accelerators if accelerators else cores() // 2)
 
 
-def _quiet_data() -> None:
+def _data_context() -> Any:
     from ray.data import DataContext
 
-    context = DataContext.get_current()
+    context: Any = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # A large clip on a slow device takes its time.
+    # Ray keeps half of the store in equal parts for all steps, also for those whose results are small: too little is
+    # left for the clips that have to be read at once, and devices wait.
+    context.op_resource_reservation_ratio = 0.1
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    return context

@@ -9,6 +9,7 @@ Example:
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,19 +30,11 @@ __all__ = [
     "make_demo_model",
 ]
 
-_HOMES = {
-    "generation_settings": ("TASKS", "Generation", "Setup"),
-    "load": ("PipelineSource", "find_pipeline", "load_pipeline"),
-    "runner": ("Result", "Runner"),
-    "demo": ("make_demo_model",),
-}
-
 
 def __getattr__(name: str) -> Any:
     """Import diffusers only when it is needed."""
-    home = next((home for home, names in _HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module 'halovae.pipelines' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"halovae.pipelines.{home}"), name)
+    for home in ("generation_settings", "load", "runner", "demo") if name in __all__ else ():
+        module = import_module(f"halovae.pipelines.{home}")
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module 'halovae.pipelines' has no attribute {name!r}")

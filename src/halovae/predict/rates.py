@@ -207,7 +207,9 @@ class MeasuredSpeed:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self._known: dict[Any, _Trial] = {}
-        self._size = _size_on(device)
+        self._size = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
+        if device.type != "cpu" and (free := free_bytes(device)) is not None:
+            self._size = replace(_ON_ACCELERATOR, bytes=min(_ON_ACCELERATOR.bytes, free // _SHARE))
         self.rates = rates_of(device, dtype)
 
     def seconds(self, job: Operation) -> float:
@@ -287,15 +289,6 @@ class MeasuredSpeed:
             if enough and small.bytes <= size.bytes and small.flops <= size.flops:
                 return small
         return None
-
-
-def _size_on(device: torch.device) -> _Size:
-    if device.type == "cpu":
-        return _ON_CPU
-    free = free_bytes(device)
-    return (
-        _ON_ACCELERATOR if free is None else replace(_ON_ACCELERATOR, bytes=min(_ON_ACCELERATOR.bytes, free // _SHARE))
-    )
 
 
 def rates_of(device: torch.device, dtype: torch.dtype) -> GivenSpeed:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ from halovae.serve.store import DECODE, ENCODE, VIDEO, Store, StoredJob
 _TEXT = 20_000
 """Characters of a prompt."""
 _FPS = 16
+_TOLD = 20
+"""Faults that one answer tells."""
 _ONE_BY_ONE = asyncio.Semaphore(1)
 """A picture takes much memory while it is looked at."""
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -119,8 +121,10 @@ class FormFaults:
     def check(self) -> None:
         """Tell them all, if there are any."""
         if self.found:
-            messages = itertools.chain.from_iterable(self.found.values())
-            raise ApiError(400, "; ".join(messages), param=next(iter(self.found)), code="invalid_value")
+            messages = [*itertools.chain.from_iterable(self.found.values())]
+            more = [f"and {len(messages) - _TOLD} more faults"] if len(messages) > _TOLD else []
+            told = "; ".join(messages[:_TOLD] + more)
+            raise ApiError(400, told, param=next(iter(self.found)), code="invalid_value")
 
 
 async def accepted(request: Request) -> StoredJob:
@@ -129,7 +133,7 @@ async def accepted(request: Request) -> StoredJob:
     service.check_room()
     faults = FormFaults()
     async with _closing(request):
-        sent = await _body(request, faults)
+        sent = await _body(request, faults, (*_FORMS, "application/json"))
         image = _image_of(sent.pop(FILES[VIDEO], None), service.options, faults)
         settings = _settings_of(sent, service, faults)
         with _new_folder(service.store, VIDEO) as job:
@@ -149,7 +153,7 @@ async def accepted_file(request: Request, kind: str, meanwhile: bool) -> StoredJ
     service.check_room()
     faults, limits, name = FormFaults(), service.options.limits, FILES[kind]
     async with _closing(request):
-        sent = await _body(request, faults)
+        sent = await _body(request, faults, _FORMS[:1])
         file = sent.pop(name, None)
         if not isinstance(file, UploadFile) or not file.size:
             what = "empty" if isinstance(file, UploadFile) else "missing"
@@ -171,17 +175,17 @@ async def _closing(request: Request) -> AsyncIterator[None]:
         await request.close()
 
 
-async def _body(request: Request, faults: FormFaults) -> dict[str, Any]:
-    """The fields of a request, by name."""
+async def _body(request: Request, faults: FormFaults, kinds: Sequence[str]) -> dict[str, Any]:
+    """The fields of a request, by name, from a body of one of these kinds."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in kinds:
+        raise ApiError(400, f"the body is of type {kind[:80]!r}: send {' or '.join(kinds)}")
     if kind in _FORMS:
         form = await request.form()
         for name, count in Counter(name for name, _ in form.multi_items()).items():
             if count > 1:
                 faults.add(name, f"{name[:80]!r} is given {count} times: give it once")
         return dict(form)
-    if kind != "application/json":
-        raise ApiError(400, f"the body is of type {kind[:80]!r}: send {_FORMS[0]} or application/json")
     try:
         found = await request.json()
     except (ValueError, RecursionError) as error:

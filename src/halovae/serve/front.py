@@ -10,7 +10,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import h11
@@ -68,7 +69,7 @@ async def _serve(options: ServeOptions, store: Store, listener: socket.socket, r
         limit_concurrency=most,
         backlog=min(most, 128),
     )
-    server = _Server(config)
+    server = _Server(config, service.leave)
     address = listener.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     log.info("serving %s on http://%s:%d", options.model, shown, address[1])
@@ -80,6 +81,7 @@ async def _serve(options: ServeOptions, store: Store, listener: socket.socket, r
         await asyncio.wait((working, serving), return_when=asyncio.FIRST_COMPLETED)
     finally:
         # Before the web server: what waits for a job must hear that there will be none.
+        service.leave()
         server.should_exit = True
         ranks.stop()
     await serving
@@ -88,7 +90,15 @@ async def _serve(options: ServeOptions, store: Store, listener: socket.socket, r
 
 
 class _Server(uvicorn.Server):
-    """Ends at the first signal, in order, and then lets the process go on to its own end."""
+    """Ends at the first signal, in order, and then lets the process go on to its own end; calls `leave` before."""
+
+    def __init__(self, config: uvicorn.Config, leave: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._leave = leave
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._leave()
+        super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -47,6 +47,13 @@ class ApiError(HTTPException):
         self.code = code
 
 
+class EndingError(ApiError):
+    """Nobody can wait for a change any more."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the server is ending: ask again when it is there again", headers={"Retry-After": "5"})
+
+
 class Metrics:
     """Counters of one server."""
 
@@ -108,7 +115,7 @@ class Service:
         self._unwritten: deque[Callable[[], object]] = deque()
         self._free_wanted = 0
         self._current: _Current | None = None
-        self._stopped = False
+        self._stopped = self._leaving = False
         self._change = asyncio.Event()
         """Of the next thing that changes."""
         self._tidying: asyncio.Task[None] | None = None
@@ -117,6 +124,11 @@ class Service:
         if waiting := self.store.count(QUEUED):
             log.info("recovered %s", _count(waiting, "job"))
         self._tidying = asyncio.create_task(self._tidy())
+
+    def leave(self) -> None:
+        """The server is about to end: who waits for a change hears it now."""
+        self._leaving = True
+        self._changed()
 
     async def stop(self) -> None:
         """Leave what the ranks work on for the next start."""
@@ -196,12 +208,18 @@ class Service:
 
     async def changes(self, job: str, seconds: float) -> AsyncIterator[StoredJob | None]:
         """The job now, and whenever something has changed or so many seconds have passed, until it is over or gone
-        (None)."""
+        (None).
+
+        Raises:
+            EndingError: the server ends before that.
+        """
         while True:
             change, found = self._change, self.store.get(job)  # What changes while the caller is at this is not missed.
             yield found
             if found is None or found.is_over:
                 return
+            if self._leaving:
+                raise EndingError
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(change.wait(), seconds)
 

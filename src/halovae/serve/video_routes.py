@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Path as InPath
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
 from halovae.serve import watching as watch
-from halovae.serve.forms import accepted, accepted_file, body_of, video_document
-from halovae.serve.service import ApiError, Service
+from halovae.serve.forms import FILES, accepted, accepted_file, body_of, video_document
+from halovae.serve.service import ApiError, EndingError, Service
 from halovae.serve.store import COMPLETED, DECODE, ENCODE, FAILED, QUEUED, VIDEO, StoredJob
 
 _HEARTBEAT = 10.0
@@ -34,7 +39,7 @@ Serving = Annotated[Service, Depends(_service)]
 """The service behind a request."""
 
 
-async def _video(service: Serving, video_id: Annotated[str, Path(max_length=100, pattern=r"^[ -~]*$")]) -> StoredJob:
+async def _video(service: Serving, video_id: Annotated[str, InPath(max_length=100, pattern=r"^[ -~]*$")]) -> StoredJob:
     return _known(service, video_id)
 
 
@@ -63,7 +68,7 @@ async def list_videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
     """Videos by the time they were asked for."""
-    start = None if after is None else _known(service, after)
+    start = None if after is None else _known(service, after, "after")
     jobs = service.store.videos(start, limit + 1, newest_first=order == "desc")
     data = [_document(service, job) for job in jobs[:limit]]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
@@ -121,10 +126,11 @@ async def events(service: Serving, video: Video) -> StreamingResponse:
 
 async def _events(service: Service, video_id: str) -> AsyncIterator[str]:
     last = ""
-    async for job in service.changes(video_id, _HEARTBEAT):
-        line = json.dumps(_gone(video_id) if job is None else _document(service, job))
-        yield ": still here\n\n" if line == last else f"data: {line}\n\n"
-        last = line
+    with suppress(EndingError):
+        async for job in service.changes(video_id, _HEARTBEAT):
+            line = json.dumps(_gone(video_id) if job is None else _document(service, job))
+            yield ": still here\n\n" if line == last else f"data: {line}\n\n"
+            last = line
 
 
 @vae.post("/encode", openapi_extra=body_of(ENCODE))
@@ -183,7 +189,8 @@ async def _progress(request: Request, service: Service, job: str) -> AsyncIterat
         if now.status == FAILED:
             error = now.error or {}
             refused = error.get("code") == "invalid_request"
-            raise ApiError(400 if refused else 500, str(error.get("message")), code=error.get("code"))
+            param = FILES[now.kind] if refused and now.kind != VIDEO else None
+            raise ApiError(400 if refused else 500, str(error.get("message")), param=param, code=error.get("code"))
         yield now
         if now.status != COMPLETED and await request.is_disconnected():
             service.remove(now.id)
@@ -197,10 +204,10 @@ async def _finished(request: Request, service: Service, job: str) -> StoredJob:
     raise ApiError(409, "the job has no end", code="cancelled")
 
 
-def _known(service: Service, video_id: str) -> StoredJob:
+def _known(service: Service, video_id: str, param: str = "video_id") -> StoredJob:
     job = service.store.get(video_id)
     if job is None or job.kind != VIDEO:
-        raise ApiError(404, f"there is no video {video_id!r}", param="video_id", code="not_found")
+        raise ApiError(404, f"there is no video {video_id!r}", param=param, code="not_found")
     return job
 
 
@@ -210,6 +217,20 @@ def _gone(video_id: str) -> dict[str, Any]:
 
 def _document(service: Service, job: StoredJob) -> dict[str, Any]:
     return video_document(job, service.progress(job), service.frames_ready(job), service.store, service.options)
+
+
+class _File(FileResponse):
+    """Says in the shape of all errors that there is no such part of it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def checked(message: Message) -> None:
+            if message.get("status", 200) >= 400:
+                asked, size = Headers(scope=scope).get("range", "")[:80], Path(self.path).stat().st_size
+                why = f"Range: {asked!r} can't be used: ask for bytes=FIRST-LAST of the {size} bytes that there are"
+                raise ApiError(416, why, headers={"Content-Range": f"bytes */{size}"})
+            await send(message)
+
+        await super().__call__(scope, receive, checked)
 
 
 def _content(service: Service, job: StoredJob, variant: str = "video") -> FileResponse:
@@ -226,7 +247,7 @@ def _content(service: Service, job: StoredJob, variant: str = "video") -> FileRe
         raise ApiError(409, f"this video is {job.status}: wait until it is completed", code="not_ready")
     if not path.exists():
         raise ApiError(404, f"this job has no {variant} in the server's store", code="not_found")
-    return FileResponse(
+    return _File(
         path,
         media_type=kind,
         filename=f"{job.id}{path.suffix}",

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from halovae.media.reader import opened
 from halovae.media.video import LivePictures, codec_words
-from halovae.serve.service import ApiError, Service
+from halovae.serve.service import ApiError, EndingError, Service
 from halovae.serve.store import COMPLETED, ENCODE, PARTS_END, PARTS_TYPE, RUNNING, VIDEO, StoredJob, around_part
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def wanted(accept: str) -> str:
     return max(found, key=lambda each: each[0])[1]
 
 
-class Watched(StreamingResponse):
+class LiveAnswer(StreamingResponse):
     """An answer without an end where what it tells of has none: so its client knows. What is to be done `after` it is
     done in the event loop, however it ends."""
 
@@ -66,7 +66,7 @@ class Watched(StreamingResponse):
             self._after()
 
     async def stream_response(self, send: Send) -> None:
-        with suppress(_BrokenOffError):
+        with suppress(_BrokenOffError, EndingError):
             await super().stream_response(send)
 
 
@@ -74,7 +74,7 @@ class _BrokenOffError(Exception):
     """There will be no more of it."""
 
 
-def of_file(path: Path, kind: str, after: After = _nothing) -> Watched:
+def of_file(path: Path, kind: str, after: After = _nothing) -> LiveAnswer:
     """A finished video as pictures."""
 
     def pictures() -> Iterator[Image.Image]:
@@ -84,7 +84,7 @@ def of_file(path: Path, kind: str, after: After = _nothing) -> Watched:
     return _in_parts(_in_threads(pictures()), kind, after)
 
 
-def in_one_part(path: Path, after: After) -> Watched:
+def in_one_part(path: Path, after: After) -> LiveAnswer:
     """Finished latents as those that come in parts."""
 
     def parts() -> Iterator[bytes]:
@@ -95,10 +95,10 @@ def in_one_part(path: Path, after: After) -> Watched:
                 yield words
             yield end + PARTS_END
 
-    return Watched(parts(), PARTS_TYPE, after)
+    return LiveAnswer(parts(), PARTS_TYPE, after)
 
 
-def of_job(service: Service, job: StoredJob, kind: str, after: After = _nothing) -> Watched | None:
+def of_job(service: Service, job: StoredJob, kind: str, after: After = _nothing) -> LiveAnswer | None:
     """A video that is being made, from its beginning on; None where there is nothing of it yet."""
     try:
         file = service.store.stream(job.id).open("rb")
@@ -109,13 +109,13 @@ def of_job(service: Service, job: StoredJob, kind: str, after: After = _nothing)
     file.seek(0)
     words = _growing(service, job, file)
     if job.kind == ENCODE and beginning:
-        return Watched(words, PARTS_TYPE, after)
+        return LiveAnswer(words, PARTS_TYPE, after)
     codec = codec_words(beginning) if job.kind != ENCODE else None
     if not codec:
         file.close()
         return None
     if kind == MP4:
-        return Watched(words, f'{MP4}; codecs="{codec}"', after)
+        return LiveAnswer(words, f'{MP4}; codecs="{codec}"', after)
     return _in_parts(_decoded(words), kind, after)
 
 
@@ -146,7 +146,7 @@ async def _in_threads(values: Iterator[T]) -> AsyncIterator[T]:
         yield value
 
 
-def _in_parts(pictures: AsyncIterator[Image.Image], kind: str, after: After) -> Watched:
+def _in_parts(pictures: AsyncIterator[Image.Image], kind: str, after: After) -> LiveAnswer:
     kind = PNG if kind == PNG else JPEG
 
     def part(picture: Image.Image) -> bytes:
@@ -160,4 +160,4 @@ def _in_parts(pictures: AsyncIterator[Image.Image], kind: str, after: After) -> 
             yield await asyncio.to_thread(part, picture)
         yield b"--frame--\r\n"
 
-    return Watched(parts(), f"{PARTS}; boundary=frame", after)
+    return LiveAnswer(parts(), f"{PARTS}; boundary=frame", after)

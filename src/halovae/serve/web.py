@@ -53,7 +53,7 @@ def make_app(service: Service) -> FastAPI:
         await service.stop()
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _response(_told(service, error))
+        return _response(_told(service, request, error))
 
     kind = {"model": Problem, "description": "Error"}
     app = FastAPI(
@@ -136,10 +136,15 @@ class Problem(BaseModel):
     error: _Error
 
 
-def _told(service: Service, error: Exception) -> HTTPException:
+def _told(service: Service, request: Request, error: Exception) -> HTTPException:
     """What to answer when a request has failed."""
-    if isinstance(error, HTTPException):
+    if isinstance(error, ApiError):
         return error
+    if isinstance(error, HTTPException):
+        asked = f"there is no {request.method} {request.url.path[:80]}: "
+        allowed = (error.headers or {}).get("Allow")
+        words = {405: f"{asked}use {allowed}", 404: f"{asked}/openapi.json tells what there is"}
+        return ApiError(error.status_code, words.get(error.status_code, error.detail), headers=error.headers)
     if isinstance(error, RequestValidationError):
         faults = [described({**each, "loc": each["loc"][1:]}) for each in error.errors()]
         message = "; ".join(message for _, message in faults)

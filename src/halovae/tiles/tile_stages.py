@@ -5,7 +5,7 @@ The stages are those of the VAE's own tiled method, found on a picture of as man
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -19,7 +19,7 @@ from halovae.base.errors import NotExactError, TilingError
 from halovae.calls.record import NETWORKS, NetworkCall, Recording
 from halovae.calls.resumed import Held, Resumed, new_frames
 from halovae.calls.target import Target
-from halovae.calls.time_stages import Stage, TimeStages, in_time
+from halovae.calls.time_stages import Part, Position, Stage, TimeStages, in_time
 from halovae.tiles.batches import Batches, BatchVerdict
 from halovae.tiles.blend import Blends
 from halovae.tiles.check import Checker
@@ -52,16 +52,41 @@ class TileStages(TimeStages):
     ) -> None:  # fmt: skip
         self.settings, self._tiles = plan.settings, plan.tiles
         self._target, self._checker = target, checker
-        small, changes = self._smaller(half, frame, more, kwargs)
+        few, small, changes = self._smaller(half, frame, more, kwargs)
 
         def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-            return self._calls_of(args, kwargs, changes if args[0].shape[-2:] == small.shape[-2:] else {})
+            is_small = args[0].shape[-2:] in (few.shape[-2:], small.shape[-2:])
+            return self._calls_of(args, kwargs, changes if is_small else {})
 
         def method(*args: Any, **kwargs: Any) -> Any:
             with applied(target.vae, self.settings | changes), blends.fast():
                 return target.originals[half](*args, **kwargs)
 
         super().__init__(target.vae, half, method, record, frame, small, more, kwargs)
+        self._few = TimeStages(target.vae, half, method, record, few, few, more, kwargs)
+        """Of a picture of few tiles: with all of them, trying clips of each length would take long."""
+        self._alike = {self.start: self._few.start}
+        """Its positions by those of the clip."""
+
+    def short(self, total: int | None) -> int | None:
+        return self._few.short(total)
+
+    def _next_step(self, place: Position, total: int | None) -> Part | None:
+        step = self._few.step(self._alike[place], total)
+        if step is None:
+            return None
+        self._least = step[1].fresh
+        found = self.part(place, step[0], total)
+        self._least = 0
+        if found is None:
+            return None
+        self._alike[found[1]] = step[2]
+        return step[0], *found
+
+    def _lengths(self, frames: int) -> Sequence[int]:
+        """The others were tried with few tiles."""
+        lengths = super()._lengths(frames)
+        return lengths[0], lengths[-1]
 
     def plan(self, stage: Stage, ranks: int, owners: tuple[int, ...]) -> TilePlan:
         """Who runs which calls of a stage.
@@ -81,13 +106,15 @@ class TileStages(TimeStages):
 
     def _smaller(
         self, half: str, frame: Tensor, more: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """A picture of as many tiles, and the settings for these."""
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A small picture of few tiles, one of as many as the frame has, and the settings for these."""
         if self._tiles is None:
             raise NotExactError("its names for sizes of tiles are not known")
         ratio = 1 if half == "decode" else self._tiles.ratio
-        for tiles, size in _candidates(self._tiles, [ceil(length / ratio) for length in frame.shape[-2:]]):
-            small = frame[..., :1, :1].expand(*frame.shape[:-2], *(ratio * length for length in size))
+        for tiles, *sizes in _candidates(self._tiles, [ceil(length / ratio) for length in frame.shape[-2:]]):
+            few, small = (
+                frame[..., :1, :1].expand(*frame.shape[:-2], *(ratio * length for length in size)) for size in sizes
+            )
             changes = tiles.changes(self._target.vae)
             for count in _FRAMES:
                 clips = (picture.expand(-1, -1, count, -1, -1) for picture in (frame, small))
@@ -99,7 +126,7 @@ class TileStages(TimeStages):
                 except Exception:  # Whatever a model's code raises for a size that does not suit it.
                     continue
                 if [*map(in_time, found[0])] == [*map(in_time, found[1])]:
-                    return small, changes
+                    return few, small, changes
         raise NotExactError("no small picture has as many tiles")
 
     def _calls_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], changes: dict[str, Any]) -> Recording:
@@ -107,8 +134,8 @@ class TileStages(TimeStages):
             return self._checker.recorded(args, kwargs)
 
 
-def _candidates(tiles: TileSettings, picture: list[int]) -> Iterator[tuple[TileSettings, tuple[int, ...]]]:
-    """Smaller tiles, and sizes in latents of pictures that may have as many of them."""
+def _candidates(tiles: TileSettings, picture: list[int]) -> Iterator[tuple[TileSettings, list[int], tuple[int, ...]]]:
+    """Smaller tiles, and sizes in latents of pictures: with two tiles or few, and with as many as there may be."""
     sizes = [length / tiles.ratio for length in tiles.size]
     overlaps = [length / tiles.ratio for length in tiles.overlap]
     for latents in _LATENTS:
@@ -123,7 +150,10 @@ def _candidates(tiles: TileSettings, picture: list[int]) -> Iterator[tuple[TileS
             covering, beginning = max(1, ceil((length - o) / (old - o))), ceil(length / (old - o))
             found.append([*dict.fromkeys((lap + covering * step, beginning * step))])
         smaller = replace(tiles, size=_pixels(size, tiles), overlap=_pixels(overlap, tiles))
-        yield from ((smaller, chosen) for chosen in product(*found))
+        for chosen in product(*found):
+            few, axis = [min(pair) for pair in zip(chosen, size, strict=True)], int(chosen[1] > size[1])
+            few[axis] = min(chosen[axis], size[axis] + steps[axis])
+            yield smaller, few, chosen
 
 
 def _pixels(latents: list[int], tiles: TileSettings) -> tuple[int, int]:
@@ -159,6 +189,7 @@ class StageCall(Resumed):
         device, network = args[0].device, getattr(self._vae, NETWORKS[self._half])
         known = {} if verdicts is None else verdicts
         self._batches = Batches(network, self.stage.calls, mine, device, known, verdicts is None)
+        self._here = {number for number, place in self.stage.takes if self._before.caches[place] is not None}
         self._mine = mine
         with suppress(_Finished), self._blends.skipped():
             self._run(self._method, args, kwargs)
@@ -178,8 +209,11 @@ class StageCall(Resumed):
 
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
         number, call = self._next()
-        made = self._real(number, call, args, kwargs) if number in self._mine else None
-        others = self._gone_on(number, args, kwargs) if made is None else made
+        others = None
+        if number in self._mine:
+            others = self._real(number, call, args, kwargs)
+        elif number in self._here:
+            others = self._gone_on(number, args, kwargs)
         if number == max(self._mine):
             raise _Finished
         return _zeros(call, others, self._device)
