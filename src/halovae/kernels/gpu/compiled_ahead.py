@@ -136,17 +136,18 @@ def serve(workers: int) -> None:
     _end_with_parent()
     sys.modules["torch"] = ModuleType("torch")  # It takes seconds to load, and only who launches kernels uses it.
     import_module("triton.runtime.cache").triton_key()  # It reads all of Triton's library: once, for all children.
-    call, target, (place, launcher), jobs = json.load(sys.stdin)
+    call, target, (place, name), jobs = json.load(sys.stdin)
     device = _Described(import_module("triton.backends.compiler").GPUTarget(*target))
     import_module("triton.runtime.driver").driver.set_active(device)
-    kernels = [(getattr(import_module(module), name), data) for module, name, data in jobs]
+    kernels = [(getattr(import_module(module), kernel), data) for module, kernel, data in jobs]
     kernels.sort(key=lambda kernel: -len(kernel[0].src))  # What takes longest begins first.
+    launcher = getattr(import_module(place), name)
 
     def make(number: int) -> None:
         kernel, data = kernels[number]
         compiled = kernel.preload(data)
         # What passes arguments on to it is a program in C, which takes as long again.
-        getattr(import_module(place), launcher)(compiled.src, compiled.metadata)
+        launcher(compiled.src, compiled.metadata)
 
     _share(make, len(kernels[:_MOST]), min(workers, len(kernels)))
     _folder(call).put("", _MARK, binary=False)
