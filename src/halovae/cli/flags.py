@@ -89,6 +89,8 @@ class _Flag:
             InputError: says which flag, which value, and what may be given.
         """
         given = given.value if isinstance(given, Enum) else given
+        if self.kind is Path:  # Some versions of typer make it one when the command is called, after this.
+            given = Path(given)
         if self._allowed and given not in self._allowed:
             raise InputError(f"{self.flag} {given}: give {self.gives}")
         if self.check is not None:
