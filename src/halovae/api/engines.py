@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol, TypeVar, cast
 
-import torch
 from torch import Tensor
 
 from halovae.base import timeline, verdicts
@@ -20,7 +19,6 @@ from halovae.base.memory import PeakMemory, is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.blueprint import words_of
-from halovae.calls.compile_kernels import compile_kernels
 from halovae.calls.contest import Contest
 from halovae.calls.device_graphs import Outlet, can_record
 from halovae.calls.exact_call import ExactCall
@@ -226,7 +224,6 @@ class ExactEngine(Engine):
 
     Attributes:
         verified: halves and grids whose probe has gone well.
-        compiled: halves, cuts and dtypes whose kernels are compiled.
         room: what is known of memory.
         merger: what is known of steps in time.
         graphs: the recordings.
@@ -238,7 +235,6 @@ class ExactEngine(Engine):
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self.comm, self.target, self.options = comm, target, options
         self.verified: set[tuple[str, tuple[int, int]]] = set()
-        self.compiled: set[tuple[str, ShardPlan, torch.dtype]] = set()
         self.room = Room(target)
         self.merger = Merger(comm, target, options.frames_per_call)
         self.graphs = Graphs(comm, target, always=options.graphs is True)
@@ -365,13 +361,6 @@ class _OnRanks(ExactCall[Ran]):
         if self._has_shard:
             room, given = self._engine.room, (self.picture, self.args, self.kwargs)
             room.check(self.half, self.shards, self.ratio(), self._keep, *given)
-
-    def compile(self) -> None:
-        key = self.half, self.shards, self.picture.dtype
-        if not self._has_shard or key in self._engine.compiled:
-            return
-        self._engine.compiled.add(key)
-        compile_kernels(self.target, self.half, self.comm.rank, self.shards, self.ratio, self.args, self.kwargs)
 
     def probe(self) -> None:
         """The first time a half runs on a grid of this shape; every rank learns how it ended."""

@@ -53,7 +53,6 @@ class ExactCall(ABC, Generic[Told]):
         """All steps, in their order."""
         self.plan()
         self.memory()
-        self.compile()
         self.probe()
         self.join_steps()
         with self.watched():
@@ -68,9 +67,6 @@ class ExactCall(ABC, Generic[Told]):
 
     def memory(self) -> None:
         """Whether there is enough of it. On shapes that is no question."""
-
-    def compile(self) -> None:
-        """The kernels, side by side. On shapes there are none."""
 
     def probe(self) -> None:
         """Whether shards give what the VAE gives. Shapes alone tell nothing of that."""

@@ -9,14 +9,12 @@ The vendor library's kernel starts one block for each group, thirty-two for a pi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 _ELEMENTS = 4096
 """Of a tile: enough to keep the memory busy, few enough for the registers."""
@@ -26,10 +24,6 @@ _PROGRAMS = 2048
 
 _MOST_CHANNELS = 256
 """Of a tile."""
-
-
-_MERGED = 1024
-"""Moments, or channels, that a program takes at a time: one number, since each is another kernel to compile."""
 
 
 class Division(NamedTuple):
@@ -86,7 +80,7 @@ def merged(parts: Tensor, groups: int) -> Tensor:
     out = torch.empty(3, batch, groups, dtype=torch.float32, device=parts.device)
     _merge[(batch, groups)](
         parts, out, None, None, count, 0.0, CELLS=cells, EACH=cells // groups, CHANNELS=0, WEIGHT=False, BIAS=False,
-        BLOCK=_MERGED, num_warps=4,
+        BLOCK=_block(count * (cells // groups)), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -99,12 +93,16 @@ def affine(
     out = torch.empty(2, batch, channels, dtype=torch.float32, device=parts.device)
     _merge[(batch, groups)](
         parts, out, weight, bias, count, eps, CELLS=cells, EACH=cells // groups, CHANNELS=channels // groups,
-        WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=_MERGED, num_warps=4,
+        WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=_block(count * (cells // groups)), num_warps=4,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=("count", "length"))
+def _block(elements: int) -> int:
+    return min(1024, int(triton.next_power_of_2(elements)))
+
+
+@triton.jit
 def _moments(
     x, shift, out, count, length, C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -147,7 +145,7 @@ def _moments(
         tl.store(place + 2 * batch * C, deviation, mask=channel < C)
 
 
-@triton.jit(do_not_specialize=("count",))
+@triton.jit
 def _merge(
     parts, out, weight, bias, count, eps, CELLS: tl.constexpr, EACH: tl.constexpr, CHANNELS: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,

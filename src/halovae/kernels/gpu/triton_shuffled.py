@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 _ELEMENTS = 4096
 """Of a tile, as it is read: enough to keep the memory busy, few enough for the registers."""
@@ -52,7 +50,7 @@ def _arguments(term: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
                      "SHIFT": term.shift is not None, "BEFORE": term.before is not None}  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("length0", "length1", "frames", "height", "width"))
+@triton.jit
 def _sum(
     x0, shift0, batch0, row0, deep0, down0, length0, back0,
     x1, shift1, batch1, row1, deep1, down1, length1, back1,

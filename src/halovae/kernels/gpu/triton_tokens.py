@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 _ELEMENTS = 4096
 """Of a tile: enough to keep the memory busy, few enough for the registers."""
@@ -93,7 +89,7 @@ def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
     )
 
 
-@triton.jit(do_not_specialize=("count",))
+@triton.jit
 def _add_and_norm(
     x, other, scale, total, normed, weight, count, eps, C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     OTHER: tl.constexpr, SCALE: tl.constexpr, TOTAL: tl.constexpr, NORMED: tl.constexpr, WEIGHT: tl.constexpr,
@@ -119,7 +115,7 @@ def _add_and_norm(
         tl.store(normed + place, value.to(normed.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=("count", "places", "heads"))
+@triton.jit
 def _rotate(
     x, out, cosines, sines, weight, count, places, heads, eps, C: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, NORMED: tl.constexpr, WEIGHT: tl.constexpr,
