@@ -14,10 +14,10 @@ picture.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
+from torch import Tensor
 from triton.experimental import gluon  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon import language as gl  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignore[reportMissingImports]
@@ -29,9 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # pyright: ignore[reportMissingImports]
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 OUTPUTS = 96
 _SIDE = 16

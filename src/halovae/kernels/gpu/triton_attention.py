@@ -13,14 +13,11 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 _SCORE_BYTES = 1 << 28
 """Of the float32 scores of one piece of queries: large enough for products to be at their full speed."""

@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 _ELEMENTS = 4096
 """Of a tile: enough to keep the memory busy, few enough for the registers."""
@@ -57,7 +53,7 @@ def run(
     count, channels = positions.shape
     padded = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // padded)
-    each = count // max(len(p) if isinstance(p, torch.Tensor) and p.ndim == 2 else 1 for p in (shift, times, plus))
+    each = count // max(len(p) if isinstance(p, Tensor) and p.ndim == 2 else 1 for p in (shift, times, plus))
     frames, height, width, small, first, time, down, across = spread or (1,) * 8
     height, width, length, video_step, frame_step, row_step = room or (height, width, 1, 0, 0, 0)
     _chain[(triton.cdiv(count, rows),)](
@@ -71,7 +67,7 @@ def run(
 
 def _kind(parameter: Tensor | float | None) -> int:
     """0: none, 1: a number, 2: one for each channel, 3: also for each picture."""
-    return 1 + parameter.ndim if isinstance(parameter, torch.Tensor) else int(parameter is not None)
+    return 1 + parameter.ndim if isinstance(parameter, Tensor) else int(parameter is not None)
 
 
 @triton.jit(do_not_specialize=("count", "each", "frames", "height", "width", "small", "length"))
