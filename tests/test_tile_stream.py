@@ -14,6 +14,7 @@ from tiles import CUTS, Cut, tensor_of
 
 import halovae
 from halovae.base.memory import allocated_by
+from halovae.tiles import batches
 
 
 def build(cut: Cut, half: str, count: int, settings: dict[str, Any]) -> tuple[Any, torch.Tensor]:
@@ -49,6 +50,22 @@ def test_pieces_are_one_call(three_ranks: Ranks, name: str) -> None:
     for frames, equal in three_ranks.run(streams, name):
         assert frames == IN_TILES[name][-1]
         assert equal
+
+
+@pytest.mark.parametrize("name", ["wan21", "cogvideox"])
+@torch.no_grad()
+def test_what_a_stage_leaves_for_the_next_is_not_batched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where equal tiles go together in one call: not those whose caches go on."""
+    monkeypatch.setattr(batches, "_by_itself", lambda device: False)
+    monkeypatch.setattr(batches.Batches, "_seconds", lambda self, run: (run(), 1.0)[1])
+    (count, settings, _), cut = IN_TILES[name], CUTS[name]
+    vae, clip = build(cut, "decode", count, settings)
+    kwargs = cut.family.decode_kwargs(clip)
+    with halovae.parallelize(vae, mode="tile") as handle:
+        whole = vae.decode(clip, **kwargs)[0]
+        pieces = list(handle.decode_stream(clip, **kwargs))
+    assert len(pieces) > 1
+    assert torch.equal(torch.cat(pieces, 2), whole)
 
 
 def test_memory_does_not_grow_with_the_clip() -> None:

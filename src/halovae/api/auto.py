@@ -56,9 +56,8 @@ class AutoEngine(Engine):
         self._comm, self._target = comm, target
         frugal = replace(options, mode="exact", frames_per_call=1, graphs=False, alone=False)
         # From the one that takes most memory to the one that takes least.
-        self._exact = ExactEngine(comm, target, replace(options, mode="exact"))
         self._ways: dict[str, ExactEngine | TileEngine] = {
-            "exact": self._exact,
+            "exact": ExactEngine(comm, target, replace(options, mode="exact")),
             "exact step by step": ExactEngine(comm, target, frugal),
             "exact on all ranks": ExactEngine(comm, target, replace(frugal, size=None, axis="auto")),
         }
@@ -111,14 +110,13 @@ class AutoEngine(Engine):
             engine.forget()
 
     def free(self) -> None:
-        self._exact.free()
+        self._ways["exact"].free()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
         """Every rank comes here, whatever it failed by; they agree on what to do by an exchange."""
         said = None if isinstance(error, RankFailedError) else _told(error)
         try:
             with one_call(self._comm):  # All of it: who is interrupted here tells those that wait.
-                has_freed = self._exact.graphs.has_kept
                 self.free()
                 picture = next(iter(pictures_in((args, kwargs))), None)
                 key = None if picture is None else self._key(half, picture)
@@ -133,8 +131,6 @@ class AutoEngine(Engine):
                 engine = self._ways[choice.way]
                 if isinstance(engine, ExactEngine) and engine.contest and engine.contest.give_up():
                     return True
-                if choice.way == "exact" and has_freed and kinds == {_SHORT}:
-                    return True  # There is more memory now.
                 next_ways = self._tiles if _REFUSED in kinds else self._leaner
                 way = next(next_ways(choice.way, half, args, kwargs), None)
         except Exception:  # A rank has died: the first error says more.

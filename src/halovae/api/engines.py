@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import Tensor
 
 from halovae.base import timeline, verdicts
-from halovae.base.errors import NotExactError
+from halovae.base.errors import NotExactError, TooLittleMemoryError
 from halovae.base.memory import PeakMemory, is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.base.trees import pictures_in
@@ -40,6 +40,9 @@ from halovae.tiles.tile_runner import TileOutcome, TileRunner
 from halovae.tiles.tile_stages import TileStages
 
 LOG = logging.getLogger("halovae")
+_CLIPS = 8
+"""Kinds of clips in tiles whose steps are remembered."""
+
 Emit = Callable[[Tensor], None]
 """Takes the next frames of the output, whole, on every rank; raises `StreamClosed` on all of them or on none."""
 
@@ -150,11 +153,13 @@ class TileEngine(Engine):
             with together(self._comm) as said:
 
                 def find() -> tuple[TileStages, tuple[Part, ...]]:
-                    stages = self._runner.stages(half, picture[:, :, :1], args[1:], kwargs, plan)
+                    stages = self._runner.stages(half, picture[:, :, :1].clone(), args[1:], kwargs, plan)
                     return stages, stages.whole(picture.shape[2])
 
                 found = _found(self._target, half, args, picture, find)
                 said["pieces of the stream"] = [(count, stage.length) for count, stage, _ in found[1]] if found else []
+            for old in list(self._parts)[: 1 - _CLIPS]:
+                del self._parts[old]
             self._parts[kind] = found
         return self._parts[kind]
 
@@ -303,19 +308,15 @@ class ExactEngine(Engine):
             self.solo.free()
 
     def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
-        has_freed = self.graphs.has_kept
         self.free()
-        is_at_risk = self.contest is not None and self.contest.is_at_risk
-        if not has_freed and not is_at_risk:
+        if self.contest is None or not self.contest.is_at_risk:
             return False
         try:
             with one_call(self.comm):
                 is_short = any(self.comm.all_gather_object(is_shortage(error)))
         except Exception:  # A rank has died: the first error says more.
             return False
-        if is_short and is_at_risk and self.contest:
-            self.contest.give_up()
-        return is_short
+        return is_short and self.contest.give_up()
 
     def compression(self, half: str, picture: Tensor) -> int:
         """Pixels per latent for encode, 1 for decode."""
@@ -359,8 +360,15 @@ class _OnRanks(ExactCall[Ran]):
 
     def memory(self) -> None:
         if self._has_shard:
-            room, given = self._engine.room, (self.picture, self.args, self.kwargs)
-            room.check(self.half, self.shards, self.ratio(), self._keep, *given)
+            engine, given = self._engine, (self.picture, self.args, self.kwargs)
+            check = functools.partial(engine.room.check, self.half, self.shards, self.ratio(), self._keep, *given)
+            try:
+                check()
+            except TooLittleMemoryError:
+                if not engine.graphs.kept:
+                    raise
+                engine.graphs.clear()  # The other ranks learn of it when they ask for a replay.
+                check()
 
     def probe(self) -> None:
         """The first time a half runs on a grid of this shape; every rank learns how it ended."""

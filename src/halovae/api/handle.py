@@ -286,6 +286,10 @@ class Handle(Caller):
                     raise problem from None
                 self._tell_who_left({gone.rank: gone.why}, 0)
                 return CLOSED
+            except Exception as error:
+                if is_shortage(error):
+                    self._free()  # The next try may have what recordings keep.
+                raise
             finally:
                 self._running = False
 
@@ -461,7 +465,7 @@ class Handle(Caller):
         except Exception as error:
             if not is_shortage(error):
                 raise
-        self._solo.free()
+        self._free()
         gc.collect()  # What the attempt held: its frames are in a cycle with its exception.
         return None
 

@@ -213,8 +213,8 @@ class Parts(Iterator[Any]):
 
     def __init__(self, handle: Runs, half: Half, frames: Iterable[Tensor], clip: PartialClip) -> None:
         self._handle, self._half, self._clip = handle, half, clip
-        self._source, self._read = iter(frames), list[Tensor]()
         self._is_begun = self._has_ended = self._is_all_read = False
+        self._source, self._read = iter(frames), list[Tensor]()  # What it fails by is told to the others at the end.
 
     @property
     def is_open(self) -> bool:

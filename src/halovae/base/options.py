@@ -46,9 +46,9 @@ class Options:
     graphs: bool | Literal["auto"] = "auto"
     """Record the second of two calls of the same kind, and replay that from the third on (exact mode where each rank
     has a shard, on accelerators with CUDA graphs or the like; elsewhere nothing changes). The replay leaves Python out,
-    and keeps the memory of a call; four kinds are kept, and given up when a call lacks memory. "auto": where the replay
-    is faster, all that is kept is at most a quarter of what is free, and no hooks hang on the VAE, since these do
-    nothing in a replay. True: always."""
+    and keeps the memory of a call. Four kinds are kept, and given up for a call that is known to lack memory. "auto":
+    where the replay is faster, all that is kept is at most a quarter of what is free, and no hooks hang on the VAE,
+    since these do nothing in a replay. True: always."""
     alone: bool | Literal["auto"] = "auto"
     """Let each rank that gets the result run the whole picture by itself where that is faster than shards: a picture
     may be too small for its ranks (exact mode, calls of encode and decode that gather the result, where `axis` and

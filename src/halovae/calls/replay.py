@@ -93,7 +93,6 @@ class Graphs:
         way: how the last call went: "plain", "record" or "replay".
         growth: bytes of what was replayed that the device does not count as in use.
         replayed: what was replayed in the last call, in words, or nothing.
-        has_kept: whether a recording has been kept since `clear`, on this rank as on all.
     """
 
     def __init__(self, comm: Comm, target: Target, always: bool = True) -> None:
@@ -104,7 +103,6 @@ class Graphs:
         """Kinds of calls that were not replayed, and by how many bytes the peak of one was above what was in use."""
         self._refused: set[Any] = set()
         self._calls, self._used = 0, dict[Any, int]()
-        self.has_kept = False
         self.begin()
 
     def begin(self) -> None:
@@ -116,7 +114,6 @@ class Graphs:
         """Free what is kept."""
         self._recordings.clear()
         self._seen.clear()
-        self.has_kept = False
 
     def learn(self, growth: int) -> None:
         """Take in by how many bytes the peak of this call, not a replay, was above what was in use before."""
@@ -189,9 +186,10 @@ class Graphs:
         if free is None or taken is None or is_hooked(self._target.vae):
             return False
         idle = [old for old in self._recordings if self._calls - self._used[old] > _IDLE]
+        lasting = self.kept - sum(self._recordings[old].growth for old in idle)
+        if _FREE_SHARE * (lasting + taken) > free + self.kept:
+            return False
         while _FREE_SHARE * (self.kept + taken) > free + self.kept:
-            if not idle:
-                return False
             free += self._recordings.pop(idle.pop(0)).growth
         return True
 
@@ -238,7 +236,7 @@ class Graphs:
         if self._always or max(replayed) < _GAIN * max(plain):
             for old in list(self._recordings)[: 1 - _MOST]:
                 del self._recordings[old]
-            self._recordings[key], self.has_kept = recording, True
+            self._recordings[key] = recording
             self._refused.discard(key)
         else:
             LOG.info("%s of %s takes as long replayed: it goes on as before", half, self._target.name)

@@ -35,6 +35,8 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
 
+    __str__ = str.__str__
+
 
 @dataclass(frozen=True)
 class _Flag:
@@ -105,7 +107,9 @@ class _Flag:
             default, *(() if panel == _ARGUMENTS else spelled), metavar=self.metavar, help=self.words,
             show_default=self.shown or True, min=self.least, max=self.most, rich_help_panel=panel,
         )  # fmt: skip
-        kind = self.kind | None if default is None else self.kind
+        # What is read here is no path any more when typer looks at it again.
+        kind = str if self.kind is Path and self.read else self.kind
+        kind = kind | None if default is None else kind
         return Parameter(self.name, Parameter.KEYWORD_ONLY, default=described, annotation=kind)
 
 

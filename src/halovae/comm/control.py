@@ -202,6 +202,8 @@ class Link:
 
     def close(self) -> None:
         """Tell the others, end the thread, close the sockets."""
+        with suppress(OSError):
+            self._tell_forgone()  # Why a stream was left says more than that its rank is gone.
         for rank in self._peers:
             self._send(rank, ("leave", self._rank))
         with self._news:

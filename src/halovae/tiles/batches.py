@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,21 +89,22 @@ class _Waiting:
 class Batches:
     """Runs the calls of one rank, several of a kind in one.
 
-    Calls that go on with what others have left, or that draw random numbers, are run by themselves, as are all on a
-    CPU and those of a network with hooks, which would see other tensors.
+    Calls that go on with what others have left or leave something for others, or that draw random numbers, are run by
+    themselves, as are all on a CPU and those of a network with hooks, which would see other tensors.
 
     Args:
         calls: of the whole encode or decode.
         mine: the numbers of those that this rank runs.
         verdicts: what is known already, by kind of call; it grows.
+        gives: the numbers of those that leave something for calls of a later stage.
     """
 
     def __init__(
         self, network: nn.Module, calls: tuple[NetworkCall, ...], mine: set[int], device: torch.device,
-        verdicts: dict[Any, BatchVerdict], same_bits: bool = False,
+        verdicts: dict[Any, BatchVerdict], same_bits: bool = False, gives: Collection[int] = (),
     ) -> None:  # fmt: skip
         self._network, self._calls, self._device, self._verdicts = network, calls, device, verdicts
-        needed = {earlier for call in calls for earlier in call.needs}
+        needed = {earlier for call in calls for earlier in call.needs} | {*gives}
         free = {n for n in mine if n not in needed and not calls[n].needs and not calls[n].draws}
         self._free = set[int]() if same_bits or _by_itself(device) or has_hooks(network) else free
         self._left = Counter(calls[n].kind for n in self._free)

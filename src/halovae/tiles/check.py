@@ -84,6 +84,8 @@ class Checker:
             if not tiled.calls:
                 failure = TilingError("no tile is as small")
                 continue
+            if whole is None and frames not in (1, None):
+                continue  # Tiles in time may leave out frames of a short clip, and there is nothing to compare with.
             if whole is None:  # only tiles: those of an even picture must make an even picture
                 found = self._point_by_point(map_tensors(torch.ones_like, small), small_kwargs, tiled)
                 first = 2 if self._half == "encode" else 1  # Nothing comes after a decoder that tells channels apart.

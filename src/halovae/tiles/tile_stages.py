@@ -190,7 +190,9 @@ class StageCall(Resumed):
         """As `TileCall.run`."""
         device, network = args[0].device, getattr(self._vae, NETWORKS[self._half])
         known = {} if verdicts is None else verdicts
-        self._batches = Batches(network, self.stage.calls, mine, device, known, verdicts is None)
+        self._batches = Batches(
+            network, self.stage.calls, mine, device, known, verdicts is None, self.stage.gives
+        )  # fmt: skip
         self._here = {number for number, place in self.stage.takes if self._before.caches[place] is not None}
         self._mine = mine
         with suppress(_Finished), self._blends.skipped():

@@ -179,6 +179,7 @@ async function follow(id) {
         if (over(job)) return list();
       }
     } catch (error) {
+      if (ending.signal.aborted) return; // Another job is shown by now.
       if (error.status === 404) { clear(); return list(); }
       if (declined) return; // Else the server may be starting again: the job is still there then.
     }
