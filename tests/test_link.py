@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +165,35 @@ def test_strangers_are_not_let_in() -> None:
         return len(peers) == 1
 
     assert on_threads(2, work) == [True, True]
+
+
+AFTER_A_FAILURE = """
+import torch, torch.distributed as dist
+from families import FAMILIES
+import halovae
+
+dist.init_process_group("gloo")
+vae, latent = FAMILIES["kl"].build(), FAMILIES["kl"].latent(torch.float32)
+halovae.parallelize(vae.requires_grad_())
+try:
+    vae.decode(latent)  # With gradients.
+except halovae.InputError:
+    print("caught")
+"""
+
+
+def test_a_process_may_end_right_after_a_failure() -> None:
+    """What breaks the connections is waited for: Python would end it within the backend, and so abort."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", AFTER_A_FAILURE], env=os.environ | given | {"RANK": str(rank), "PYTHONPATH": path},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    ends = [(rank.communicate(timeout=120), rank.returncode) for rank in ranks]
+    assert [(said, code) for (said, _), code in ends] == 2 * [("caught\n", 0)], ends

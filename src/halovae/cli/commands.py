@@ -165,7 +165,7 @@ def _front(chosen: ServeOptions, arguments: list[str]) -> int:
     try:
         from halovae.serve.front import serve as run_front
     except ModuleNotFoundError as error:
-        raise InputError(f"halovae serve needs {error.name}: pip install 'halovae[serve]'") from error
+        raise InputError(f"halovae serve needs {error.name}: in a checkout, pip install '.[serve]'") from error
     return run_front(chosen, arguments)
 
 
@@ -264,7 +264,9 @@ def encode_dataset(
     try:
         import ray.data as _data  # pyright: ignore[reportUnusedImport]  # Before signals are taken care of: it takes some.
     except ModuleNotFoundError as error:
-        raise InputError(f"halovae encode-dataset needs {error.name}: pip install 'halovae[dataset]'") from error
+        raise InputError(
+            f"halovae encode-dataset needs {error.name}: in a checkout, pip install '.[dataset]'"
+        ) from error
     del _data
     with guarded("the same command goes on from there"):
         from halovae.datasets.progress import summary

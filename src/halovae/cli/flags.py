@@ -296,8 +296,9 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               shown="the model's own", check=lambda shift: Setup(flow_shift=shift)),
     ),
     "Ranks": (
-        _Flag(_RUN, "ranks", int, "N", "Start this many processes on this machine. Under torchrun leave it out: its "
-              "processes are used.", shown="1", check=_check_ranks),
+        _Flag(_RUN - _SERVE, "ranks", int, "N", "Start this many processes on this machine. Under torchrun leave it "
+              "out: its processes are used.", shown="1", check=_check_ranks),
+        _Flag(_SERVE, "ranks", int, "N", "Start this many processes on this machine.", shown="1", check=_check_ranks),
         _Flag(_DATASET, "devices", int, "N", "Encode on so many devices.", shown="all accelerators, or 1 cpu", least=1),
         _Flag(_DATASET, "ray_address", str, "ADDRESS", "Use the Ray cluster at this address: auto, or HOST:PORT.",
               shown="a local Ray that ends with the command"),

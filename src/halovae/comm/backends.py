@@ -6,9 +6,11 @@ its own and makes new ones after a failure. The user's group is only used to fin
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -116,14 +118,34 @@ class TensorLane:
         with self._capture:
             self._broken = True
             # It ends what a graph waits for, and then waits for the graphs.
-            breaking = threading.Thread(target=self._break, name="halovae-break", daemon=True)
-            breaking.start()
+            breaking = begun(self._break, "halovae-break")
         with self._turn:
             _reset(self._graphs)
         breaking.join()
 
     def _break(self) -> None:
         raise NotImplementedError
+
+
+_begun: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_LAST_SECONDS = 5.0
+"""That the end of the process waits for connections to be broken."""
+
+
+def begun(run: Callable[[], object], name: str) -> threading.Thread:
+    """A thread that waits in a backend, and that nobody has to wait for but the end of the process."""
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    _begun.add(thread)
+    thread.start()
+    return thread
+
+
+@atexit.register
+def _wait_for_begun() -> None:
+    """Python ends its threads wherever they are: in a backend's C++, that aborts the process."""
+    until = time.monotonic() + _LAST_SECONDS
+    for thread in list(_begun):
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 def _reset(graphs: weakref.WeakSet[Any]) -> None:

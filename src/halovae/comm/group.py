@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 import traceback
 import weakref
@@ -19,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from halovae.base.errors import InputError, RankFailedError
 from halovae.base.forks import owned_here
 from halovae.base.functions import outside_modes
-from halovae.comm.backends import DeviceLane, HostLane, TensorLane, store_of
+from halovae.comm.backends import DeviceLane, HostLane, TensorLane, begun, store_of
 from halovae.comm.control import Link
 from halovae.comm.environment import default_device, launched_ranks
 from halovae.comm.protocol import Comm, GraphLane, Message, Nothing, Pending, SoloComm, Start
@@ -212,7 +211,7 @@ class GroupComm(Comm):
         """Without waiting for this rank's own work, which may be about to ask who has failed."""
         lanes = list(self._lanes.values())  # Those of now: the next era has others.
         with suppress(RuntimeError):  # Python is ending.
-            threading.Thread(target=lambda: [lane.abort() for lane in lanes], name="halovae-abort", daemon=True).start()
+            begun(lambda: [lane.abort() for lane in lanes], "halovae-abort")
 
 
 def connect(group: Group | None = None) -> Comm:
