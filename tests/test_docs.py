@@ -190,7 +190,7 @@ REPLACED = {
     "ulysses_degree=8, layerwise_offload=True": "ulysses_degree=2, layerwise_offload=True",
     "axis=(2, 4)": "axis=(1, 2)",
     "Qwen/Qwen-Image": "demo-i2i",
-    ', dtype=torch.bfloat16).to("cuda")': ")",
+    ', torch_dtype=torch.bfloat16).to("cuda")': ")",
     "torch.accelerator.set_device_index(dist.get_rank())\n": "\n",
     'pipe("a cup of coffee", gen': 'pipe("a cup of coffee", height=64, width=96, num_inference_steps=2, gen',
 }
