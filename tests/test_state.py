@@ -15,7 +15,7 @@ from ranks import Ranks
 from torch import Tensor, nn
 
 import halovae
-from halovae.api import engines
+from halovae.api import exact_engine
 from halovae.base.errors import RankFailedError, TilingError
 from halovae.calls import verify
 from halovae.calls.record import Recorder
@@ -244,7 +244,7 @@ def hooks(rank: int) -> None:
     expected = vae.encode(clip[0]), vae.decode(latents[0])
     vae.clear()
     heard: list[Any] = []
-    with patch.object(engines, "verify", wraps=verify.verify) as verified:
+    with patch.object(exact_engine, "verify", wraps=verify.verify) as verified:
         vae.decoder[4].register_forward_hook(lambda *_: heard.append(1))
         with halovae.parallelize(vae):
             vae.decode(latents[0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import halovae
-from halovae.api import engines
+from halovae.api import exact_engine
 from halovae.base import verdicts
 from halovae.base.errors import TooLittleMemoryError
 from halovae.calls import blueprint
@@ -227,7 +227,7 @@ def first_calls(rank: int, folders: list[str], off: int = -1) -> tuple[int, list
     if rank > 1:
         return 0, []
     vae, switch = kl(), {verdicts.SWITCH: "off" if rank == off else "on"}
-    counted = patch.object(engines, "verify", wraps=engines.verify)
+    counted = patch.object(exact_engine, "verify", wraps=exact_engine.verify)
     with switched_on(folders[rank]), patch.dict(os.environ, switch), counted as probe:
         with halovae.parallelize(vae, group, axis="width"):
             found = [vae.encode(pixels())[0].parameters, vae.decode(latents())[0]]

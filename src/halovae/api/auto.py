@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from halovae.api.engines import Emit, Engine, ExactEngine, Ran, TileEngine
+from halovae.api.engine import Emit, Engine, Ran
+from halovae.api.exact_engine import ExactEngine
+from halovae.api.tile_engine import TileEngine
 from halovae.base.errors import NotExactError, RankFailedError, TilingError
 from halovae.base.files import first_line
 from halovae.base.memory import is_shortage

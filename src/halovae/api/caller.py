@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.api.advice import advised
 from halovae.api.auto import make_engine
-from halovae.api.engines import Emit, Engine, Ran
+from halovae.api.engine import Emit, Engine, Ran
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled
 from halovae.base.errors import InputError, NotExactError

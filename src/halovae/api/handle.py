@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halovae.api.caller import Caller
-from halovae.api.engines import Ran, StreamClosed
+from halovae.api.engine import Ran, StreamClosed
 from halovae.api.parts import CLOSED, ClipSession, PartialClip, Parts
 from halovae.api.stream import Give, Leaving, Stream
 from halovae.base.compiled import never_compiled

@@ -1,30 +1,30 @@
-"""The two ways to run a half on a group: exactly on shards, or in the VAE's own tiles."""
+"""Exactly, on shards of the picture: the engine, and its kinds of calls."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, cast
 
 from torch import Tensor
 
+from halovae.api.engine import Emit, Engine, Ran, StreamClosed, clip_first, emit_whole, found_parts, note_phases
 from halovae.base import timeline, verdicts
 from halovae.base.errors import NotExactError, TooLittleMemoryError
 from halovae.base.memory import PeakMemory, is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
-from halovae.base.trees import pictures_in
 from halovae.calls.blueprint import words_of
 from halovae.calls.contest import Contest
 from halovae.calls.device_graphs import Outlet, can_record
 from halovae.calls.exact_call import ExactCall
 from halovae.calls.merge_steps import Merger, Steps
 from halovae.calls.replay import Graphs
-from halovae.calls.resumed import Held, Resumed, WholeClip, laid_out
+from halovae.calls.resumed import Held, Resumed, WholeClip
 from halovae.calls.state import settle, undone_by_failure
 from halovae.calls.target import Target
 from halovae.calls.time_stages import Part, Stage, TimeStages, one_step
@@ -32,196 +32,11 @@ from halovae.calls.verify import Probe, compression, make_probe, run_alone, scal
 from halovae.comm import Comm, SoloComm, Traffic, backend_name
 from halovae.comm.agreement import one_call, together, verdict_of_all
 from halovae.exact.mesh import Mesh, ShardPlan
-from halovae.exact.run import GroupRun, Runner, first_tensor, on_shards
+from halovae.exact.run import GroupRun, Runner, on_shards
 from halovae.kernels.kept import apart
 from halovae.predict.memory_check import Room
-from halovae.tiles.tile_plan import TilePlan
-from halovae.tiles.tile_runner import TileOutcome, TileRunner
-from halovae.tiles.tile_stages import TileStages
 
 LOG = logging.getLogger("halovae")
-_CLIPS = 8
-"""Kinds of clips in tiles whose steps are remembered."""
-
-Emit = Callable[[Tensor], None]
-"""Takes the next frames of the output, whole, on every rank; raises `StreamClosed` on all of them or on none."""
-
-
-class StreamClosed(BaseException):
-    """Nobody wants the frames that are left."""
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A result, and what the engine has to report of it."""
-
-    result: Any
-    report: CallReport
-    """But for what only the whole call tells: its time, messages and memory."""
-    recorded: int = 0
-    """Bytes of a recording that was replayed: the device does not count them as in use."""
-
-
-class Engine(Protocol):
-    """Runs one half; called on every rank of the group with the same arguments."""
-
-    def run(
-        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
-    ) -> Ran:  # fmt: skip
-        """The half; where there is an `emit`, that gets the frames of the output, and nothing is returned of them."""
-        ...
-
-    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
-        """The steps of a clip that comes in parts, of which this is a frame. No exchange.
-
-        Raises:
-            NotExactError: it has to be there at once.
-        """
-        ...
-
-    def run_stage(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
-    ) -> tuple[Ran, Held]:
-        """One of them: the new frames, and what is kept for the next one."""
-        ...
-
-    def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
-        """After a call has failed on all ranks: whether all are to make it again, in another way."""
-        return False
-
-    def settled(self) -> int:
-        """How many things this rank remembers that all ranks have settled together."""
-        ...
-
-    def forget(self) -> None:
-        """Settle them anew in the next call."""
-        ...
-
-    def free(self) -> None:
-        """Give back the memory that is kept between calls."""
-        return
-
-
-def _note(network_seconds: float, gather_seconds: float) -> None:
-    """Keep the two phases that have just ended in the timeline."""
-    ended = time.perf_counter()
-    timeline.note("network", ended - gather_seconds - network_seconds, ended - gather_seconds)
-    timeline.note("gather", ended - gather_seconds, ended)
-
-
-class TileEngine(Engine):
-    """The VAE's own tiles, spread over the ranks."""
-
-    def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
-        self._comm, self._target, self._gather = comm, target, options.gather
-        self._ranks, fit = options.size or comm.size, options.tiles == "fit"
-        self._runner = TileRunner(
-            comm, target, ranks=self._ranks, gather=options.gather, fit=fit, same_bits=options.same_bits
-        )
-        self._room = Room(target)
-        self._stages: dict[Any, TileStages] = {}
-        self._parts: dict[Any, tuple[TileStages, tuple[Part, ...]] | None] = {}
-
-    def run(
-        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit | None = None
-    ) -> Ran:  # fmt: skip
-        plan = self._runner.plan(half, args, kwargs)
-        if emit:
-            given = _clip_first(args, kwargs)
-            if found := self._in_parts(half, picture, *given, plan):
-                return self._run_parts(half, *given, *found, plan, emit)
-        keep = gather_of(self._gather, half)
-        if self._comm.rank < self._ranks:
-
-            def ratio() -> int:
-                return 1 if half == "decode" else compression(self._target, picture)
-
-            self._room.check_tiles(half, plan.settings, self._ranks, ratio, keep, picture, args, kwargs)
-        outcome = self._runner.run(half, args, kwargs)
-        ran = self._told(half, outcome)
-        if emit:
-            _emit_whole(emit, ran.result)
-            ran = replace(ran, result=None)
-        return ran
-
-    def _in_parts(
-        self, half: str, picture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TilePlan
-    ) -> tuple[TileStages, tuple[Part, ...]] | None:
-        """The stages of a clip that leaves in pieces, and its parts; None where there is one piece."""
-        kind = self._target.kind(half, args, kwargs)
-        if kind not in self._parts:
-            with together(self._comm) as said:
-
-                def find() -> tuple[TileStages, tuple[Part, ...]]:
-                    stages = self._runner.stages(half, picture[:, :, :1].clone(), args[1:], kwargs, plan)
-                    return stages, stages.whole(picture.shape[2])
-
-                found = _found(self._target, half, args, picture, find)
-                said["pieces of the stream"] = [(count, stage.length) for count, stage, _ in found[1]] if found else []
-            for old in list(self._parts)[: 1 - _CLIPS]:
-                del self._parts[old]
-            self._parts[kind] = found
-        return self._parts[kind]
-
-    def _run_parts(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TileStages, parts: tuple[Part, ...],
-        plan: TilePlan, emit: Emit,
-    ) -> Ran:  # fmt: skip
-        clip, held, frames, reports = args[0], Held(), 0, list[CallReport]()
-        with suppress(StreamClosed):
-            for count, stage, _ in parts:
-                frames, held.is_used_up = frames + count, True
-                given = laid_out(stage, clip[:, :, :frames]), *args[1:]
-                one, held = self.run_stage(half, given, kwargs, stages, stage, held)
-                reports.append(one.report)
-                if stage.length:
-                    emit(first_tensor(one.result))
-                del one
-        phases = {name: sum(report.phases[name] for report in reports) for name in reports[-1].phases}
-        report = replace(
-            reports[-1], seconds=sum(phases.values()), phases=phases, tiles=len(plan.schedule.chains),
-            spread=max(report.spread for report in reports),
-        )  # fmt: skip
-        return Ran(None, report)
-
-    def _told(self, half: str, outcome: TileOutcome) -> Ran:
-        """A result with its report."""
-        _note(outcome.network_seconds, outcome.gather_seconds)
-        phases = {"network": outcome.network_seconds, "gather": outcome.gather_seconds}
-        report = CallReport(
-            half=cast("Half", half), mode="tile", reference="tiles", seconds=sum(phases.values()), phases=phases,
-            tiles=outcome.tiles, spread=outcome.spread, tile_sizes=outcome.cut,
-            tiles_per_call=outcome.together.tiles, same_bits=outcome.together.same_bits,
-        )  # fmt: skip
-        return Ran(outcome.result, report)
-
-    def stages(self, half: str, frame: Tensor, kwargs: dict[str, Any]) -> TimeStages:
-        kind = self._target.kind(half, (frame,), kwargs)
-        if kind not in self._stages:
-            self._stages[kind] = self._runner.stages(half, frame.clone(), (), kwargs)
-        return self._stages[kind]
-
-    def run_stage(
-        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], stages: TimeStages, stage: Stage, held: Held
-    ) -> tuple[Ran, Held]:
-        assert isinstance(stages, TileStages), "the steps are those of tiles"
-        outcome, held = self._runner.run_stage(half, args, kwargs, stages, stage, held)
-        return self._told(half, outcome), held
-
-    def settled(self) -> int:
-        return len(self._runner.plans) + len(self._parts)
-
-    def forget(self) -> None:
-        self._runner.plans.clear()
-        self._parts.clear()
-
-    def settings(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the VAE's settings for tiles are changed to. Called on every rank.
-
-        Raises:
-            TilingError: the VAE's tiles can't be used.
-        """
-        return self._runner.plan(half, args, kwargs).settings
 
 
 class ExactEngine(Engine):
@@ -435,7 +250,7 @@ class _OnRanks(ExactCall[Ran]):
 
     def report(self) -> Ran:
         work, graphs = self.work, self._engine.graphs
-        _note(work.network_seconds, work.gather_seconds)
+        note_phases(work.network_seconds, work.gather_seconds)
         timeline.note("probe", self._started, self._probed)
         phases = {
             "probe": self._probed - self._started,
@@ -496,7 +311,7 @@ class _InPieces(_InStages):
     def __init__(
         self, engine: ExactEngine, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], emit: Emit
     ) -> None:  # fmt: skip
-        super().__init__(engine, half, *_clip_first(args, kwargs))
+        super().__init__(engine, half, *clip_first(args, kwargs))
         self._emit = emit
         self._outlet = Outlet(self._part)
 
@@ -529,7 +344,7 @@ class _InPieces(_InStages):
                 raise NotExactError("its steps go together, and its frames are made of several of them")
             return stages, parts
 
-        found = _found(self.target, self.half, self.args, self.picture, find)
+        found = found_parts(self.target, self.half, self.args, self.picture, find)
         return found[1] if found else ()
 
     def _learn(self, growth: int) -> None:
@@ -557,7 +372,7 @@ class _InPieces(_InStages):
         if not self._parts:
             super().gather()
             result, self.result = self.result, None
-            _emit_whole(self._emit, result)
+            emit_whole(self._emit, result)
 
 
 class _OneStage(_InStages):
@@ -582,34 +397,3 @@ class _OneStage(_InStages):
     def run(self) -> None:
         self.work = GroupRun(self.comm, self.shards, self.args, self.kwargs, self._keep)
         self.work.run(functools.partial(self.resumed, functools.partial(self.target.run_untiled, self.half)))
-
-
-def _clip_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments, with the clip as the first one also where it is given by name."""
-    if args:
-        return args, kwargs
-    clip = pictures_in(kwargs)[0]
-    return (clip,), {name: value for name, value in kwargs.items() if value is not clip}
-
-
-Stages = TypeVar("Stages", bound=TimeStages)
-
-
-def _found(
-    target: Target, half: str, args: tuple[Any, ...], picture: Tensor,
-    find: Callable[[], tuple[Stages, tuple[Part, ...]]],
-) -> tuple[Stages, tuple[Part, ...]] | None:  # fmt: skip
-    """The stages and parts of a clip that leaves in pieces; None where it leaves in one."""
-    if args[0] is not picture:
-        return None
-    try:
-        stages, parts = find()
-    except Exception as error:  # Whatever a model's code raises on frames that are not there.
-        LOG.debug("%s of %s gives its output in one piece: %s", half, target.name, error)
-        return None
-    return (stages, parts) if sum(stage.length > 0 for _, stage, _ in parts) > 1 else None
-
-
-def _emit_whole(emit: Emit, result: Any) -> None:
-    with suppress(StreamClosed):
-        emit(first_tensor(result))
