@@ -109,9 +109,8 @@ def patches() -> None:
 
 def shuffles() -> None:
     numbers = dict.fromkeys((f"{name}{place}" for name in "nab" for place in range(4)), "i32")
-    sides = {"A": (32, 16, 1 << 20), "B": (4, 2, 1)}
-    constants = {f"{name}{place}": step for name, steps in sides.items() for place, step in enumerate(steps)}
-    constants |= {"P0": 2, "P1": 2, "P2": 2, "INSIDE": 1, "OUTSIDE": 8, "PIXELS": 8, "BLOCK": 128}
+    numbers |= dict.fromkeys((f"{name}{place}" for name in "ij" for place in range(3)), "i32")
+    constants = {"P1": 2, "P2": 2, "INSIDE": 1, "OUTSIDE": 8, "PIXELS": 8, "BLOCK": 128}
     compiled(triton_copy._shuffle, constants, 4, source=PICTURE, out=PICTURE, channels="i32", **numbers)
 
 

@@ -343,11 +343,14 @@ def test_patches_do_what_the_other_kernel_does(kernel: int, up: int, before: tup
     assert error(out.float(), expected.float()) < 2**-7  # one rounding
 
 
-def test_kernels_compile_for_a_device():
+@pytest.mark.parametrize("program", ["compile_gpu_kernels.py", "compile_ahead.py"])
+def test_kernels_compile_for_a_device(program: str, tmp_path: Path):
     """The interpreter takes what the compiler refuses; the compiler needs no device."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if program == "compile_ahead.py":
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = subprocess.run(
-        [sys.executable, Path(__file__).parent / "compile_gpu_kernels.py"],
+        [sys.executable, Path(__file__).parent / program],
         env=environment,
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from halovae.api.engine import Emit, Engine, Ran, StreamClosed, clip_first, emit_whole, found_parts, note_phases
@@ -19,6 +20,7 @@ from halovae.base.errors import NotExactError, TooLittleMemoryError
 from halovae.base.memory import PeakMemory, is_shortage
 from halovae.base.options import AllOptions, CallReport, Half, gather_of
 from halovae.calls.blueprint import words_of
+from halovae.calls.compile_kernels import compile_kernels
 from halovae.calls.contest import Contest
 from halovae.calls.device_graphs import Outlet, can_record
 from halovae.calls.exact_call import ExactCall
@@ -44,6 +46,7 @@ class ExactEngine(Engine):
 
     Attributes:
         verified: halves and grids whose probe has gone well.
+        compiled: halves, cuts and dtypes whose kernels are compiled.
         room: what is known of memory.
         merger: what is known of steps in time.
         graphs: the recordings.
@@ -55,6 +58,7 @@ class ExactEngine(Engine):
     def __init__(self, comm: Comm, target: Target, options: AllOptions) -> None:
         self.comm, self.target, self.options = comm, target, options
         self.verified: set[tuple[str, tuple[int, int]]] = set()
+        self.compiled: set[tuple[str, ShardPlan, torch.dtype]] = set()
         self.room = Room(target)
         self.merger = Merger(comm, target, options.frames_per_call)
         self.graphs = Graphs(comm, target, always=options.graphs is True)
@@ -172,6 +176,13 @@ class _OnRanks(ExactCall[Ran]):
     @property
     def _has_shard(self) -> bool:
         return self.comm.rank < prod(self.shards.shape)
+
+    def compile(self) -> None:
+        key = self.half, self.shards, self.picture.dtype
+        if not self._has_shard or key in self._engine.compiled:
+            return
+        self._engine.compiled.add(key)
+        compile_kernels(self.target, self.half, self.comm.rank, self.shards, self.ratio, self.args, self.kwargs)
 
     def memory(self) -> None:
         if self._has_shard:

@@ -44,8 +44,11 @@ def folder() -> Path | None:
 
 def name_of(device: torch.device, *words: object) -> str | None:
     """The name of a verdict: of the question in words that are the same in every process, and of where it is asked."""
-    if folder() is None:
-        return None
+    return None if folder() is None else digest(device, *words)
+
+
+def digest(device: torch.device, *words: object) -> str:
+    """Of words, and of what is run and where, in hexadecimal digits."""
     return hashlib.sha256("\n".join([*_program(), *_place(device), *map(str, words)]).encode()).hexdigest()
 
 

@@ -52,6 +52,7 @@ class ExactCall(ABC, Generic[Told]):
     def make(self) -> Told:
         """All steps, in their order."""
         self.plan()
+        self.compile()
         self.memory()
         self.probe()
         self.join_steps()
@@ -64,6 +65,9 @@ class ExactCall(ABC, Generic[Told]):
         """How the picture is cut."""
         height, width = self.picture.shape[-2:]
         self.shards = plan_shards(height, width, self.ratio(), self._ranks, self._axis)
+
+    def compile(self) -> None:
+        """Begin to compile the kernels, side by side with the next steps. On shapes there are none."""
 
     def memory(self) -> None:
         """Whether there is enough of it. On shapes that is no question."""

@@ -185,24 +185,31 @@ def make_probe(
     Args:
         scales: by how much the noise of each picture is multiplied (`scales_of`); without them it is of variance one.
     """
-    main = pictures_in((args, kwargs))[0]
     rows, cols = 2 * shape[0] + 1, 2 * shape[1] + 2
+    plan = plan_shards(ratio * rows, ratio * cols, ratio, shape[0] * shape[1], shape)
+    return shrunk(plan.bounds, args, kwargs, more_frames, scales)
+
+
+def shrunk(
+    bounds: Bounds, args: tuple[Any, ...], kwargs: dict[str, Any], more_frames: int = 0, scales: Sequence[float] = ()
+) -> Probe:  # fmt: skip
+    """Noise of a few frames, so large as the last bounds, in place of the pictures in the arguments."""
+    main = pictures_in((args, kwargs))[0]
     generator = torch.Generator().manual_seed(0)
     factors = iter(scales)
 
     def shrink(value: Tensor) -> Tensor:
         if not is_picture(value):
             return value
-        size = [max(1, ratio * n * value.shape[d] // main.shape[d]) for n, d in ((rows, -2), (cols, -1))]
+        size = [max(1, cuts[-1] * value.shape[d] // main.shape[d]) for cuts, d in zip(bounds, (-2, -1), strict=True)]
         middle = [min(value.shape[2], _short(value.shape[2]) + more_frames)] if value.ndim == 5 else []
         # By name, as the caller may have set another default device.
         noise = torch.randn((*value.shape[:2], *middle, *size), generator=generator, device="cpu")
         noise = noise * next(factors, 1.0) if value.is_floating_point() else noise > 0
         return noise.to(device=value.device, dtype=value.dtype)
 
-    plan = plan_shards(ratio * rows, ratio * cols, ratio, shape[0] * shape[1], shape)
     small_args, small_kwargs = map_tensors(shrink, (args, kwargs))
-    return Probe(small_args, small_kwargs, plan.bounds)
+    return Probe(small_args, small_kwargs, bounds)
 
 
 def scales_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:

@@ -24,6 +24,7 @@ from halovae.exact.mesh import Mesh, ShardPlan
 from halovae.exact.rules import attention, elementwise, factories, indexing, norms, views, windows
 from halovae.exact.shard_mode import ShardMode
 from halovae.kernels.fast_mode import FastMode, finished
+from halovae.kernels.gpu import compiled_ahead
 
 RULE_MODULES = attention, elementwise, factories, indexing, norms, views, windows
 """Imported for their rules."""
@@ -167,6 +168,7 @@ def run_sharded(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str,
 
 def on_shards(mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As `run_sharded`, with arguments that are cut already."""
+    compiled_ahead.wait()
     # Rules call torch functions; the fast mode, entered first, receives them.
     with FastMode(), ShardMode(mesh) if mesh.size > 1 else nullcontext(), attention.flex_attention_by_rule(mesh):
         result = call(*args, **kwargs)

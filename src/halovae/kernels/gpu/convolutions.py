@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.kernels.gpu import operators
+from halovae.kernels.gpu import operators, support
 from halovae.kernels.kept import derived
 from halovae.kernels.memory_format import memory_format
 from halovae.kernels.precision import LOW
@@ -30,7 +30,7 @@ def convolves(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], po
     _, inputs, *taps = weight.shape
     fits = weight.dtype in LOW and stride[-1] == stride[-2] and {*dilation} == {1} and (*stride[:-2], 1)[0] == 1
     wins = (16 < inputs <= 128 and inputs % 64 > 0) or stride[-1] == 2 or _is_sample(weight, stride[-1])
-    return fits and wins and taps[-1] == taps[-2] == 3 and positions >= FEW_POSITIONS
+    return fits and wins and taps[-1] == taps[-2] == 3 and support.are_many(positions, FEW_POSITIONS)
 
 
 def convolve(

@@ -51,7 +51,7 @@ def fill(buffer: Tensor, valid: Sequence[Extent], fills: Mapping[int, Fill]) -> 
         return False
     videos = _frames(buffer)
     known = buffer.ndim in (4, 5) and buffer.dtype in (torch.float32, *LOW) and min(fills) >= 2
-    if not known or buffer.numel() < _MANY or not _has_whole_rows(videos):
+    if not known or not support.are_many(buffer.numel(), _MANY) or not _has_whole_rows(videos):
         return False
     for dim, each in fills.items():
         low, high = valid[dim]
@@ -69,7 +69,7 @@ def shuffle(target: Tensor, source: Tensor) -> None:
     """As `target.copy_(source)`, of views whose pixels and channels have changed places."""
     found = None
     known = support.supports(target.device) and target.dtype == source.dtype and not target.is_meta
-    if known and target.numel() >= _MANY:
+    if known and support.are_many(target.numel(), _MANY):
         from halovae.kernels.gpu import triton_copy
 
         found = triton_copy.shuffle_of(target.shape, source.stride(), target.stride())
@@ -144,4 +144,4 @@ def _has_whole_rows(videos: Tensor) -> bool:
 
 
 def _is_large_picture(tensor: Tensor) -> bool:
-    return tensor.numel() >= _MANY and tensor.ndim in (4, 5)
+    return support.are_many(tensor.numel(), _MANY) and tensor.ndim in (4, 5)

@@ -136,11 +136,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     """
     if query.dtype not in LOW or query.is_meta or not support.supports(query.device):
         return None
-    if query.shape[3] <= NARROW_WIDTH and query.shape[2] >= FEW_TOKENS and support.is_hopper(query.device):
+    if (
+        query.shape[3] <= NARROW_WIDTH
+        and support.are_many(query.shape[2], FEW_TOKENS)
+        and support.is_hopper(query.device)
+    ):
         with sdpa_kernel(_BACKENDS, set_priority=True), without_functions():
             return F.scaled_dot_product_attention(query, key, value, scale=scale)
     wide = query.shape[3] > FUSED_WIDTH and query.shape[1] == key.shape[1] == value.shape[1] == 1
-    if not wide or query.shape[2] < FEW_QUERIES:
+    if not wide or not support.are_many(query.shape[2], FEW_QUERIES):
         return None
     from halovae.kernels.gpu import triton_attention
 

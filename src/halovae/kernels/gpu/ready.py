@@ -22,9 +22,12 @@ def _get_ready(device: torch.device) -> None:
     with suppress(Exception), torch.no_grad():  # Whatever fails here fails where it is needed, or is not needed.
         # Before its first kernel Triton reads all of its own library, of some hundred megabytes, to name its cache.
         from triton.runtime.cache import triton_key  # pyright: ignore[reportMissingImports]
+        from triton.runtime.driver import driver  # pyright: ignore[reportMissingImports]
 
         triton_key()
         # The convolutions of cuDNN are loaded by the first one.
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            # On a new machine Triton first compiles a program in C that asks the device for things.
+            driver.active.get_current_target()
             picture = torch.zeros(1, 8, 3, 4, 4, dtype=torch.bfloat16, device=device)
             torch.nn.functional.conv3d(picture, picture[:, :, :1, :1, :1])

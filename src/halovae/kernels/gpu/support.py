@@ -1,9 +1,12 @@
-"""Whether there are kernels for a device."""
+"""Whether there are kernels for a device, and whether they pay for so much work."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -23,3 +26,21 @@ def is_hopper(device: torch.device) -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def are_many(count: int, least: int) -> bool:
+    """Whether there is so much work that a kernel pays."""
+    return count >= least or _is_large.get()
+
+
+_is_large: ContextVar[bool] = ContextVar("_is_large", default=False)
+
+
+@contextmanager
+def as_if_large() -> Iterator[None]:
+    """Within it, a small picture gets the kernels of a large one."""
+    token = _is_large.set(True)
+    try:
+        yield
+    finally:
+        _is_large.reset(token)

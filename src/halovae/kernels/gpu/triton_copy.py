@@ -110,17 +110,17 @@ def run_shuffle(source: Tensor, out: Tensor, shuffle: Shuffle) -> None:
     small, (channels, inside, outside) = prod(size for size, *_ in pixels), shuffle.channels
     block = min(triton.next_power_of_2(channels), max(16, _ELEMENTS // small))
     _shuffle[(prod(size for size, *_ in rows), triton.cdiv(channels, block))](
-        source, out, *(number for row in rows for number in row), channels, INSIDE=inside, OUTSIDE=outside,
-        **{f"{name}{place}": pixel[i] for place, pixel in enumerate(pixels) for i, name in enumerate("PAB")},
-        PIXELS=small, BLOCK=block, num_warps=4,
+        source, out, *(number for row in rows for number in row), channels,
+        *(step for _, *steps in pixels for step in steps), INSIDE=inside, OUTSIDE=outside, P1=pixels[1][0],
+        P2=pixels[2][0], PIXELS=small, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n0", "n1", "n2", "n3"))
 def _shuffle(
-    source, out, n0, a0, b0, n1, a1, b1, n2, a2, b2, n3, a3, b3, channels, INSIDE: tl.constexpr, OUTSIDE: tl.constexpr,
-    P0: tl.constexpr, A0: tl.constexpr, B0: tl.constexpr, P1: tl.constexpr, A1: tl.constexpr, B1: tl.constexpr,
-    P2: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    source, out, n0, a0, b0, n1, a1, b1, n2, a2, b2, n3, a3, b3, channels, i0, j0, i1, j1, i2, j2,
+    INSIDE: tl.constexpr, OUTSIDE: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip  # pyright: ignore
     """All pixels of one place, and some channels: read in the order of one side, written in that of the other."""
     row = tl.program_id(0).to(tl.int64)
@@ -130,14 +130,14 @@ def _shuffle(
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     z, y, x = pixel // (P2 * P1), pixel // P2 % P1, pixel % P2
     # The side where pixels are next to each other is said plainly, so that the compiler sees that they are.
-    there = pixel if INSIDE == PIXELS else z * A0 + y * A1 + x * A2
-    here = pixel if OUTSIDE == PIXELS else z * B0 + y * B1 + x * B2
+    there = pixel if INSIDE == PIXELS else z * i0 + y * i1 + x * i2
+    here = pixel if OUTSIDE == PIXELS else z * j0 + y * j1 + x * j2
     live = channel < channels
     value = tl.load(begin + there + channel * INSIDE, mask=live)
     tl.store(end + here + channel * OUTSIDE, value, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("height",))
 def _copy_rows(
     source, out, height, length, source_frame, source_row, out_frame, out_row, ELEMENTS: tl.constexpr
 ):  # fmt: skip  # pyright: ignore
@@ -148,7 +148,7 @@ def _copy_rows(
     tl.store(out + frame * out_frame + row * out_row + element, value, mask=element < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("frames", "height", "width", "t0", "t1", "y0", "y1", "x0", "x1"))
 def _fill(
     videos, frames, height, width, video_step, frame_step, row_step, t0, t1, y0, y1, x0, x1, before, around, beside,
     C: tl.constexpr, TIME: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, ELEMENTS: tl.constexpr,

@@ -26,6 +26,10 @@ _MOST_CHANNELS = 256
 """Of a tile."""
 
 
+_MERGED = 1024
+"""Moments, or channels, that a program takes at a time: one number, since each is another kernel to compile."""
+
+
 class Division(NamedTuple):
     """How positions are divided over programs."""
 
@@ -80,7 +84,7 @@ def merged(parts: Tensor, groups: int) -> Tensor:
     out = torch.empty(3, batch, groups, dtype=torch.float32, device=parts.device)
     _merge[(batch, groups)](
         parts, out, None, None, count, 0.0, CELLS=cells, EACH=cells // groups, CHANNELS=0, WEIGHT=False, BIAS=False,
-        BLOCK=_block(count * (cells // groups)), num_warps=4,
+        BLOCK=_MERGED, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -93,16 +97,12 @@ def affine(
     out = torch.empty(2, batch, channels, dtype=torch.float32, device=parts.device)
     _merge[(batch, groups)](
         parts, out, weight, bias, count, eps, CELLS=cells, EACH=cells // groups, CHANNELS=channels // groups,
-        WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=_block(count * (cells // groups)), num_warps=4,
+        WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=_MERGED, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _block(elements: int) -> int:
-    return min(1024, int(triton.next_power_of_2(elements)))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=("count", "length"))
 def _moments(
     x, shift, out, count, length, C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -145,7 +145,7 @@ def _moments(
         tl.store(place + 2 * batch * C, deviation, mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _merge(
     parts, out, weight, bias, count, eps, CELLS: tl.constexpr, EACH: tl.constexpr, CHANNELS: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,

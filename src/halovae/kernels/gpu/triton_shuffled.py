@@ -50,7 +50,7 @@ def _arguments(term: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
                      "SHIFT": term.shift is not None, "BEFORE": term.before is not None}  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("length0", "length1", "frames", "height", "width"))
 def _sum(
     x0, shift0, batch0, row0, deep0, down0, length0, back0,
     x1, shift1, batch1, row1, deep1, down1, length1, back1,

@@ -89,7 +89,7 @@ def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _add_and_norm(
     x, other, scale, total, normed, weight, count, eps, C: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     OTHER: tl.constexpr, SCALE: tl.constexpr, TOTAL: tl.constexpr, NORMED: tl.constexpr, WEIGHT: tl.constexpr,
@@ -115,7 +115,7 @@ def _add_and_norm(
         tl.store(normed + place, value.to(normed.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "places", "heads"))
 def _rotate(
     x, out, cosines, sines, weight, count, places, heads, eps, C: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, NORMED: tl.constexpr, WEIGHT: tl.constexpr,
