@@ -22,6 +22,7 @@ from halovae.base.errors import InputError, RankFailedError
 from halovae.calls import contest
 from halovae.calls.contest import needs_more
 from halovae.comm import default_device
+from halovae.exact.run import GroupRun
 
 FORCED = halovae.Options(alone=True)
 
@@ -159,9 +160,15 @@ def replayed(rank: int) -> None:
     gain, small = patch.object(contest, "_GAIN", 1e9), patch.object(contest, "_SMALL", 1e9)
     options, found = halovae.Options(graphs=True), list[tuple[bool, bool, str]]()
     with recorder(), gain, small, torch.no_grad(), halovae.parallelize(vae, verify=False, options=options) as handle:
+        other = torch.cat([z, z], -1)
+        with patch.object(contest, "_GAIN", 0.0):
+            assert not any(found_alone(handle, lambda: vae.decode(other)))
+        assert last(handle).replayed
         for _ in range(5):
             assert error(vae.decode(z)[0], expected) <= EXACT
             found.append((bool(last(handle).alone), last(handle).replayed, last(handle).recording))
+        vae.decode(other)
+        assert last(handle).replayed  # What another kind of call goes on with is not freed.
     assert [kind[:2] for kind in found] == [
         (False, False),
         (False, False),
@@ -215,6 +222,19 @@ def failing(rank: int, mode: str) -> None:
         # One that has too little memory alone lets all go back to shards, at once and for good.
         if rank:
             Fault(vae, 1, short)
+        assert found_alone(handle, right) == [False] * 4
+
+    # Nor does it where the other rank has begun with the trial by then.
+    gather, results = GroupRun.gather, iter((1, 2, short))
+
+    def run_out(work: GroupRun) -> Any:
+        found = gather(work)
+        if rank and isinstance(problem := next(results, 0), Exception):
+            raise problem
+        return found
+
+    short_of_memory = patch.object(GroupRun, "gather", run_out)
+    with halovae.parallelize(vae, mode=mode, verify=False, options=FORCED) as handle, short_of_memory:
         assert found_alone(handle, right) == [False] * 4
 
     # Alone in the trial, any failure is an answer. Too little memory on shards in the trial costs no result either.

@@ -118,6 +118,24 @@ def test_what_a_first_call_leaves_in_the_vae_is_no_other_kind_of_call() -> None:
     assert found == [False, False, True]
 
 
+class Asks(torch.nn.Module):
+    """A decoder that can't be replayed: it asks for a value."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z * z.sum().item()
+
+
+@pytest.mark.usefixtures("records")
+def test_kinds_of_calls_that_do_not_come_again_are_forgotten() -> None:
+    vae: Any = Asks()
+    with halovae.optimize(vae, options=halovae.Options(graphs=True)) as handle:
+        for width in range(2, graphs._SEEN + 6):
+            for _ in range(2):
+                vae.decode(torch.ones(1, 4, 2, width, device=default_device()))
+        kept: Any = handle._engine.graphs  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    assert all(0 < len(keys) <= graphs._SEEN + 1 for keys in (kept._seen, kept._refused, kept._used))
+
+
 @pytest.mark.usefixtures("records")
 def test_recordings_give_their_memory_to_a_call_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, (tensor, *_) = placed("kl", "decode")

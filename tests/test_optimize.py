@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -119,3 +120,30 @@ def test_what_has_no_two_dtypes_is_refused() -> None:
     vae.enable_layerwise_casting(storage_dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"weights that hooks fetch or cast, as those of .* in AutoencoderKL"):
         halovae.optimize(vae, dtype=torch.float64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["kl", "wan21"])
+def test_what_the_vae_does_not_take_is_told_in_one_line(name: str) -> None:
+    family = FAMILIES[name]
+    vae, sample, latent = family.build(), family.sample(torch.float32), family.latent(torch.float32)
+    other = sample[0] if sample.ndim == 5 else sample[:, :, None]
+    with halovae.optimize(vae):
+        for call, fault in (
+            (lambda: vae.decode(latent[:, :3]), "decode itself takes no 3 channels: use 4"),
+            (lambda: vae.encode(torch.cat([sample, sample], 1)), "encode itself takes no 6 channels: use 3"),
+            (lambda: vae.decode(latent.double()), "decode itself takes no float64: use float32, as its weights are"),
+            (lambda: vae.encode(sample.byte()), "encode itself takes no uint8: use float32, as its weights are"),
+            (lambda: vae.encode(other), f"encode itself takes no {other.ndim}-dimensional picture: give (batch, "),
+        ):  # fmt: skip
+            with pytest.raises(halovae.InputError, match=re.escape(fault)) as caught:
+                call()
+            assert "\n" not in str(caught.value)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("bad weather")
+
+        hook = vae.decoder.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match=r"^bad weather$"):  # What fails for another reason says so itself.
+            vae.decode(latent)
+        hook.remove()

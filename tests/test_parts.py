@@ -158,7 +158,7 @@ def ends(rank: int) -> None:
     with halovae.parallelize(vae, verify=False, axis="height") as handle:
 
         def works() -> None:
-            pieces = [parameters(piece) for piece in handle.encode_stream([clip])]
+            pieces = [parameters(piece) for piece in handle.encode_stream(clip)]
             assert [piece.shape[2] for piece in pieces] == [1, 1, 1, 1]
             assert torch.allclose(torch.cat(pieces, 2), expected, rtol=0, atol=1e-5)
 
@@ -177,6 +177,12 @@ def ends(rank: int) -> None:
         fails(halovae.InputError, "but count is 9", [clip], count=9)
         fails(halovae.InputError, "got a int", [3])
         fails(halovae.InputError, "got a tensor of shape", [clip[0]])
+        with handle.session() as session:
+            for make in (lambda frames: list(handle.encode_stream(frames)), session.encode):
+                with pytest.raises(halovae.InputError, match=r"takes no 2 channels, on one rank either: use 3$"):
+                    make(clip[:, :2])
+                with pytest.raises(halovae.InputError, match=r"use float64, as its weights are$"):
+                    make(clip.float())
         with pytest.raises(halovae.InputError, match="count is 0"):
             handle.encode_stream([clip], count=0)
         works()

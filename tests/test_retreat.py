@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf, prod
@@ -22,6 +23,7 @@ from halovae.base.errors import RankFailedError
 from halovae.calls.randomness import rewound_by_failure
 from halovae.comm.agreement import one_call
 from halovae.exact.layout import shape_of
+from halovae.exact.run import GroupRun
 from halovae.tiles.tile_settings import applied
 
 CUT = CUTS["wan21"]
@@ -175,6 +177,84 @@ def test_after_the_last_way_all_fail(two_ranks: Ranks) -> None:
 @pytest.mark.parametrize("spoiler", [0, 1])
 def test_other_failures_are_raised_at_once(two_ranks: Ranks, spoiler: int) -> None:
     two_ranks.run(to_the_end, spoiler)
+
+
+def in_streams(rank: int) -> None:
+    """One rank runs out of memory, and the others may have handed out the piece already: all do the same."""
+    vae, latent = CUT.build(), torch.cat([CUT.picture("decode")] * 3, 2)[:, :, :3]
+    tiled = run_alone(CUT, vae, "decode", latent)
+    vae.use_tiling = False
+    limit = 0.47 * largest(vae, lambda: run_decode(CUT.family, vae, latent)) if rank == 1 else inf
+    gather_part = GroupRun.gather_part
+
+    def short_at(piece: int) -> Any:
+        """Within it, the second rank can't hold a piece that all have put together."""
+        pieces = iter(range(1, 99))
+
+        def run_out(work: GroupRun, part: Tensor | None) -> Tensor:
+            found = gather_part(work, part)
+            if rank == 1 and next(pieces) == piece:
+                allocate_too_much()
+            return found
+
+        return patch.object(GroupRun, "gather_part", run_out)
+
+    with halovae.parallelize(vae, mode="auto", axis="height", verify=False) as handle:
+        whole = run_decode(CUT.family, vae, latent)
+        for piece in (1, 2):
+            with short_at(piece), handle.decode_stream(latent) as stream:
+                got = 0
+                with raises(RuntimeError, "can't allocate memory"):
+                    for _ in stream:
+                        got += 1
+            assert got == piece - rank
+            assert torch.equal(torch.cat([*handle.decode_stream(latent)], 2), whole)
+            assert last(handle).choice == "exact: it gives the un-tiled result"
+        comm: Any = handle._comm
+        assert not comm._link._forgone
+
+        # Before any rank has a piece, it is not too late for another way.
+        with limited(vae, limit):
+            assert torch.equal(torch.cat([*handle.decode_stream(latent)], 2), tiled)
+        assert last(handle).choice.startswith("tile: exact was too large for rank 1 (RuntimeError: ")
+
+
+def test_streams_give_way_as_long_as_no_piece_is_out(two_ranks: Ranks) -> None:
+    two_ranks.run(in_streams)
+
+
+def with_little_left(rank: int) -> None:
+    """What the failed attempt held is gone before the arguments are cast anew; where that fails too, all fail."""
+    vae, latent = CUT.build(), CUT.picture("decode")
+    dtype = {"decode": torch.float64}
+    seen, alive = list[Any](), list[bool]()
+    with halovae.parallelize(vae, mode="auto", axis="height", verify=False, dtype=dtype) as handle:
+        expected = run_decode(CUT.family, vae, latent)
+        given, is_short = handle._dtypes.given, iter([False, rank == 1])
+
+        def run_out(module: Any, args: Any) -> None:
+            seen.append(weakref.ref(args[0]))
+            allocate_too_much()
+
+        def watch(*args: Any) -> Any:
+            alive.extend(ref() is not None for ref in seen)
+            if next(is_short, False):
+                allocate_too_much()
+            return given(*args)
+
+        with patch.object(handle._dtypes, "given", watch):
+            hook = vae.decoder.register_forward_pre_hook(run_out)
+            with raises(RuntimeError, "can't allocate memory"):
+                run_decode(CUT.family, vae, latent)
+            hook.remove()
+        assert alive
+        assert not any(alive)
+        assert torch.equal(run_decode(CUT.family, vae, latent), expected)
+        assert last(handle).choice == "exact: it gives the un-tiled result"
+
+
+def test_a_retreat_needs_no_memory_that_the_attempt_still_holds(two_ranks: Ranks) -> None:
+    two_ranks.run(with_little_left)
 
 
 @contextmanager

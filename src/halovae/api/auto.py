@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from halovae.api.engine import Emit, Engine, Ran
+from halovae.api.engine import Emit, Engine, Given, Ran
 from halovae.api.exact_engine import ExactEngine
 from halovae.api.tile_engine import TileEngine
 from halovae.base.errors import NotExactError, RankFailedError, TilingError
 from halovae.base.files import first_line
-from halovae.base.memory import is_shortage
+from halovae.base.memory import drop_frames, is_shortage
 from halovae.base.options import HALVES, AllOptions, gather_of
 from halovae.base.trees import pictures_in
 from halovae.calls.resumed import Held
@@ -114,24 +114,27 @@ class AutoEngine(Engine):
     def free(self) -> None:
         self._ways["exact"].free()
 
-    def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
+    def retreat(self, half: str, given: Given, error: BaseException, is_out: bool = False) -> bool:
         """Every rank comes here, whatever it failed by; they agree on what to do by an exchange."""
         said = None if isinstance(error, RankFailedError) else _told(error)
         try:
             with one_call(self._comm):  # All of it: who is interrupted here tells those that wait.
                 self.free()
+                if said is None or said[0] == _SHORT:
+                    drop_frames(error)
+                args, kwargs = given()
                 picture = next(iter(pictures_in((args, kwargs))), None)
                 key = None if picture is None else self._key(half, picture)
                 choice = self._choices.get(key)
-                everyone = self._comm.all_gather_object((choice, said))
-                problems = {rank: problem for rank, (_, problem) in enumerate(everyone) if problem}
-                if picture is None or choice is None or any(other != choice for other, _ in everyone):
+                everyone = self._comm.all_gather_object((choice, said, is_out))
+                problems = {rank: problem for rank, (_, problem, _) in enumerate(everyone) if problem}
+                if picture is None or choice is None or any(other != choice or out for other, _, out in everyone):
                     return False
                 kinds = {kind for kind, _ in problems.values()}
                 if not kinds or _OTHER in kinds:
                     return False
                 engine = self._ways[choice.way]
-                if isinstance(engine, ExactEngine) and engine.contest and engine.contest.give_up():
+                if _SHORT in kinds and isinstance(engine, ExactEngine) and engine.contest and engine.contest.give_up():
                     return True
                 next_ways = self._tiles if _REFUSED in kinds else self._leaner
                 way = next(next_ways(choice.way, half, args, kwargs), None)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.api.advice import advised
+from halovae.api.advice import explained
 from halovae.api.auto import make_engine
 from halovae.api.engine import Emit, Engine, Ran
 from halovae.base import timeline
 from halovae.base.compiled import as_written, is_compiled
-from halovae.base.errors import InputError, NotExactError
+from halovae.base.errors import InputError
 from halovae.base.memory import PeakMemory
 from halovae.base.options import AllOptions, CallReport, Mode
 from halovae.base.trees import pictures_in, tensors_in
@@ -76,12 +76,20 @@ class Caller:
             args, kwargs = self._dtypes.given(half, args, kwargs)
             picture = self._agree_on_call(half, args, kwargs, how=", in pieces" if emit else "")
             with torch.no_grad(), self._reported(half, picture.device, started, begun, pieces) as report:
-                try:
+                with self._explained(half, args, kwargs):
                     ran = self._engine.run(half, picture, args, kwargs, emit)
-                except NotExactError as error:
-                    ranks = self._options.size or self._comm.size
-                    raise advised(error, self._target, half, ranks, args, kwargs) from error
                 return report(ran)
+
+    @contextmanager
+    def _explained(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Within it, a failure is told as what is wrong with the call, where that is so."""
+        try:
+            yield
+        except Exception as error:
+            told = explained(error, self._target, half, self._options.size or self._comm.size, args, kwargs)
+            if told is error:
+                raise
+            raise told from error
 
     @contextmanager
     def _one_call(

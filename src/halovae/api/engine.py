@@ -21,6 +21,8 @@ from halovae.exact.run import first_tensor
 
 LOG = logging.getLogger("halovae")
 
+Given = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+"""Makes the arguments of a call."""
 Emit = Callable[[Tensor], None]
 """Takes the next frames of the output, whole, on every rank; raises `StreamClosed` on all of them or on none."""
 
@@ -63,8 +65,15 @@ class Engine(Protocol):
         """One of them: the new frames, and what is kept for the next one."""
         ...
 
-    def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
-        """After a call has failed on all ranks: whether all are to make it again, in another way."""
+    def retreat(self, half: str, given: Given, error: BaseException, is_out: bool = False) -> bool:
+        """After a call has failed on all ranks: whether all are to make it again, in another way.
+
+        Args:
+            half: of the call.
+            given: makes the arguments that `run` got. That takes memory.
+            error: what this rank failed by.
+            is_out: whether this rank has handed out a piece of the output already.
+        """
         return False
 
     def settled(self) -> int:

@@ -14,7 +14,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from halovae.api.engine import Emit, Engine, Ran, StreamClosed, clip_first, emit_whole, found_parts, note_phases
+from halovae.api.engine import (
+    Emit,
+    Engine,
+    Given,
+    Ran,
+    StreamClosed,
+    clip_first,
+    emit_whole,
+    found_parts,
+    note_phases,
+)
 from halovae.base import timeline, verdicts
 from halovae.base.errors import NotExactError, TooLittleMemoryError
 from halovae.base.memory import PeakMemory, is_shortage
@@ -90,7 +100,7 @@ class ExactEngine(Engine):
             trial=lambda *given: _OnRanks(solo, half, *given).make(),
         )  # fmt: skip
         if contest.seconds:  # It has just been decided.
-            (self if contest.is_alone else solo).graphs.drop(half)
+            (self if contest.is_alone else solo).graphs.drop(self.target.kind(half, args, kwargs))
         phases = ran.report.phases | ({"trial": contest.seconds} if contest.seconds else {})
         return replace(ran, report=replace(ran.report, phases=phases, alone=contest.words))
 
@@ -126,7 +136,7 @@ class ExactEngine(Engine):
         if self.solo:
             self.solo.free()
 
-    def retreat(self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> bool:
+    def retreat(self, half: str, given: Given, error: BaseException, is_out: bool = False) -> bool:
         self.free()
         if self.contest is None or not self.contest.is_at_risk:
             return False

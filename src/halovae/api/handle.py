@@ -164,7 +164,8 @@ class Handle(Caller):
                     args, kwargs = self._dtypes.given(half, args, kwargs)
                     picture = self._agree_on_call(half, args, kwargs, alike=False)
                     with torch.no_grad(), self._reported(half, picture.device, started, started) as report:
-                        ran = self._run_alone(half, picture, args, kwargs)
+                        with self._explained(half, args, kwargs):
+                            ran = self._run_alone(half, picture, args, kwargs)
                         for rank, is_left in enumerate(self._comm.all_gather_object(ran is None)):
                             if is_left:
                                 ran = self._run_for(rank, half, picture, args, kwargs) or ran
@@ -172,7 +173,7 @@ class Handle(Caller):
             finally:
                 self._running = False
 
-    def encode_stream(self, frames: Iterable[Tensor], *, count: int | None = None, **kwargs: Any) -> Parts:
+    def encode_stream(self, frames: Tensor | Iterable[Tensor], *, count: int | None = None, **kwargs: Any) -> Parts:
         """Encode a video that comes from an iterator. Called on every rank.
 
         Latents come as soon as they are final, and no rank holds all frames. Joined in time, the pieces are what one
@@ -184,7 +185,8 @@ class Handle(Caller):
         by sizes and some values. Nothing is read ahead of the step that is asked for.
 
         Args:
-            frames: yields tensors `(batch, channels, frames, height, width)`, of any number of frames each.
+            frames: yields tensors `(batch, channels, frames, height, width)`, of any number of frames each; or one
+                such tensor, of all frames.
             count: of all frames. Some VAEs cut a clip by it, and give one piece where it is not known.
             kwargs: as for `encode`.
 
@@ -226,7 +228,9 @@ class Handle(Caller):
         self._sessions.add(session)
         return session
 
-    def _parts(self, half: Half, frames: Iterable[Tensor], count: int | None, kwargs: dict[str, Any]) -> Parts:
+    def _parts(self, half: Half, frames: Tensor | Iterable[Tensor], count: int | None, kwargs: dict[str, Any]) -> Parts:
+        if isinstance(frames, Tensor):
+            frames = [frames]
         if not isinstance(frames, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"{half}_stream got a {type(frames).__name__}: give an iterable of tensors")
         if count is not None and (type(count) is not int or count < 1):
@@ -274,10 +278,11 @@ class Handle(Caller):
                     given = args or tuple(filter(torch.is_tensor, (clip.tail,)))
                     how = f", {clip.words}, {len(args)}{', its end' if ends else ''}"
                     picture = self._agree_on_call(half, given, kwargs, how=how, check=check)
-                    if not clip.is_opened:
-                        return self._open(clip, picture, kwargs)
-                    with torch.no_grad(), self._reported(half, picture.device, started, started) as report:
-                        result, went_on = self._next_part(clip, args, kwargs, ends, report)
+                    with self._explained(half, given, kwargs):
+                        if not clip.is_opened:
+                            return self._open(clip, picture, kwargs)
+                        with torch.no_grad(), self._reported(half, picture.device, started, started) as report:
+                            result, went_on = self._next_part(clip, args, kwargs, ends, report)
                 went_on()  # On all ranks.
                 return result
             except Forgone as gone:
@@ -397,12 +402,15 @@ class Handle(Caller):
         stream: Callable[[], Stream | None], give: Give,
     ) -> None:  # fmt: skip
         pieces, said, started = list[float](), dict[int, Leaving](), time.perf_counter()
+        shared = 0
 
         def emit(frames: Tensor) -> None:
+            nonlocal shared
             pieces.append(time.perf_counter() - started)
             leaving = give(frames)
             del frames
             everyone = self._comm.all_gather_object(leaving)
+            shared += 1
             said.update((rank, each) for rank, each in enumerate(everyone) if each)
             if said:
                 raise StreamClosed
@@ -413,8 +421,8 @@ class Handle(Caller):
             except Forgone as gone:
                 said[gone.rank] = gone.why
             except BaseException as error:
-                given = self._dtypes.given(half, args, kwargs)
-                if pieces or not self._engine.retreat(half, *given, error):
+                # An exchange that has ended on one rank has ended on all. Pieces are not as many on each of them.
+                if shared or not self._goes_again(half, args, kwargs, error, is_out=bool(pieces)):
                     raise
                 return False
             return True
@@ -431,7 +439,7 @@ class Handle(Caller):
                 finally:
                     self._running, self._stream = False, _no_stream
         except BaseException as error:
-            if not pieces:
+            if not shared:
                 self.forgo(start, Leaving.by(error))
             raise
         if self._comm.rank not in said:
@@ -491,11 +499,17 @@ class Handle(Caller):
                     try:
                         return self._attempt(half, args, kwargs, started)
                     except BaseException as error:
-                        if not self._engine.retreat(half, *self._dtypes.given(half, args, kwargs), error):
+                        if not self._goes_again(half, args, kwargs, error):
                             raise
                     gc.collect()  # What the attempt held: its frames are in a cycle with its exception.
             finally:
                 self._running = False
+
+    def _goes_again(
+        self, half: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, is_out: bool = False
+    ) -> bool:  # fmt: skip
+        """See `Engine.retreat`."""
+        return self._engine.retreat(half, lambda: self._dtypes.given(half, args, kwargs), error, is_out)
 
 
 def _no_stream() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -94,6 +95,16 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     lines = _MEMINFO.read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def drop_frames(error: BaseException) -> None:
+    """Let go of what the frames hold in which an exception was raised. Its traceback can be read as before."""
+    known = set[int]()
+    following: BaseException | None = error
+    while following is not None and id(following) not in known:
+        known.add(id(following))
+        traceback.clear_frames(following.__traceback__)
+        following = following.__cause__ or following.__context__
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -97,7 +97,7 @@ class Contest:
 
     @property
     def is_at_risk(self) -> bool:
-        """Whether the last call needed memory beyond what shards need; the same on all ranks."""
+        """Whether the last call may have needed memory beyond what shards need; the same on all ranks."""
         return self._at_risk is not None
 
     def give_up(self) -> bool:
@@ -129,15 +129,16 @@ class Contest:
             trial: as `alone`, without an exchange. Called on the ranks that get the result.
         """
         kind = self._kind(half, args, kwargs, keep)
-        if kind.is_alone:
-            self._at_risk, self.is_alone, self.words = kind, True, kind.words
-            return alone(args, kwargs)
-        if kind.is_alone is not None or kind.calls < _SETTLED:
+        if kind.is_alone is False or (kind.is_alone is None and kind.calls < _SETTLED):
             return shards(args, kwargs)
+        self._at_risk = kind  # Before anything that may fail on one rank alone: the others know no less.
+        if kind.is_alone:
+            self.is_alone, self.words = True, kind.words
+            return alone(args, kwargs)
         given, device = (args, kwargs), tensors_in((args, kwargs))[0].device
         ran, seconds = timed(self._comm, device, lambda: shards(args, kwargs))
         kind.is_alone = False  # Until it has turned out well: what fails in here is not to fail each time.
-        self._at_risk, traffic = kind, self._comm.traffic
+        traffic = self._comm.traffic
 
         def compare() -> None:
             problem = self._compare(kind, keep, shards, trial, given, ran, seconds)

@@ -55,7 +55,6 @@ _GAIN = 0.97
 class KernelRecording:
     """A call that can be replayed: the tape, and where on the device its arguments and its result are."""
 
-    half: str
     tape: Tape
     arguments: Any
     result: Any
@@ -120,9 +119,9 @@ class Graphs:
         if self._last in self._seen:
             self._seen[self._last] = growth
 
-    def drop(self, half: str) -> None:
-        """Free what is kept of one half."""
-        for key in [key for key, recording in self._recordings.items() if recording.half == half]:
+    def drop(self, call: Any) -> None:
+        """Free what is kept of calls of which `Target.kind` says this."""
+        for key in [key for key in self._recordings if key[0][-1] == call]:
             del self._recordings[key]
 
     @property
@@ -137,7 +136,8 @@ class Graphs:
         """As `on_shards`; all ranks replay, record, or do neither.
 
         Args:
-            kind: tells what the call depends on besides the weights and the values of its tensors.
+            kind: tells what the call depends on besides the weights and the values of its tensors; at its end, what
+                `Target.kind` says of it.
             outlet: gets what the call leaves before its end.
         """
         key = self._key(kind)
@@ -212,14 +212,15 @@ class Graphs:
         pairs = zip(tensors_in(arguments), tensors_in(copies), strict=True)
         able = not before.has_gone_on() and all(torch.equal(*pair) for pair in pairs)
         problem = self._first("" if able else "it leaves something behind")
-        self._refused.add(key)  # Until it has turned out well: what fails in here is not to fail each time.
+        # Until it has turned out well: what fails in here is not to fail each time.
+        self._refused = (self._refused & self._seen.keys()) | {key}
         self._comm.traffic = Traffic()  # What the trial sends is not the call's.
         lane = self._comm.lane_of_graphs(device)
         recording, replay_seconds, ways = None, 0.0, (lane, None) if lane else (None,)
         with frozen_generators(device), unchanged(self._target.facts):
             for way in () if problem else ways:
                 recording = None  # The memory of one that did not go well.
-                recording, problem = self._record(half, outlet, mesh, call, args, kwargs, way, problem)
+                recording, problem = self._record(outlet, mesh, call, args, kwargs, way, problem)
                 problem = self._first(problem)  # Before anything of it is launched.
                 if recording and not problem:
                     found, replay_seconds = timed(self._comm, device, functools.partial(_replayed, recording, copies))
@@ -248,7 +249,7 @@ class Graphs:
         return next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), "")
 
     def _record(
-        self, half: str, outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, outlet: Outlet, mesh: Mesh, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any],
         lane: GraphLane | None, note: str,
     ) -> tuple[KernelRecording | None, str]:  # fmt: skip
         """A recording, or why there is none. Sends nothing, so a rank may fail in it by itself."""
@@ -265,7 +266,7 @@ class Graphs:
             LOG.info("a call of %s can't be recorded: %s", self._target.name, error)
             return None, str(error).split("\n", 1)[0] or type(error).__name__
         held = sum(tensor.nbytes for tensor in tensors_in(result))
-        return KernelRecording(half, tape, (args, kwargs), result, max(0, memory.growth - held), note), ""
+        return KernelRecording(tape, (args, kwargs), result, max(0, memory.growth - held), note), ""
 
 
 def timed(comm: Comm, device: torch.device, run: Callable[[], T]) -> tuple[T, float]:

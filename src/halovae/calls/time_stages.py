@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.base.errors import InputError, NotExactError
+from halovae.base.files import first_line
 from halovae.base.trees import map_tensors, pictures_in, tensors_in
 from halovae.calls.dataflow import Spec
 from halovae.calls.merge_steps import Most, Steps, row_of, sizes
@@ -155,6 +156,8 @@ class TimeStages:
         self._clip, self._small, self._more, self._kwargs = clip, small, more, kwargs
         self.facts = ModuleFacts(vae)
         self._trials: dict[int, _Trial | None] = {}
+        self._failures: dict[int, Exception] = {}
+        """Why there is no trial."""
         self._known: dict[Any, tuple[Stage, Position]] = {}
         self._next: dict[Any, Part | None] = {}
         self._rows: dict[Any, Part] = {}
@@ -196,7 +199,9 @@ class TimeStages:
         if key not in self._known:
             trial = self._trial(place.frames + frames)
             if trial is None:
-                raise InputError(f"{self._half} does not take {place.frames + frames} frames")
+                why = self._failures.get(place.frames + frames)
+                words = f": {first_line(why)}" if why else ""
+                raise InputError(f"{self._half} does not take {place.frames + frames} frames{words}") from why
             self._known[key] = self._after(place, frames, frozenset(trial.names), trial.output.shape[2])
         return self._known[key]
 
@@ -445,7 +450,7 @@ class TimeStages:
                 self._trials[frames] = self._tried(frames) if 0 < frames <= _LONGEST else None
             except Exception as error:
                 LOG.debug("%s takes no clip of %d frames: %s", self._half, frames, error)
-                self._trials[frames] = None
+                self._trials[frames], self._failures[frames] = None, error.with_traceback(None)
         return self._trials[frames]
 
     def _tried(self, frames: int) -> _Trial:
