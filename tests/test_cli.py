@@ -106,8 +106,8 @@ class TestHelp:
 
 
 BAD_USE = {
-    "no command": (["bogus"], "No such command 'bogus'"),
-    "no flag": (["roundtrip", CLIP, "-o", "o.mp4", "--nope"], "No such option: --nope"),
+    "no command": (["bogus"], "No such command 'bogus'; see halovae --help"),
+    "no flag": (["roundtrip", CLIP, "-o", "o.mp4", "--nope"], "No such option: --nope; see halovae roundtrip --help"),
     "no input": (["roundtrip", "-o", "o.mp4"], "Missing argument 'INPUT'"),
     "no output": (["roundtrip", CLIP], "Missing option '-o'"),
     "missing file": (["roundtrip", "none.mp4", "-o", "o.mp4"], "none.mp4 does not exist"),
@@ -139,6 +139,7 @@ BAD_USE = {
     "device": (["roundtrip", CLIP, "-o", "o.mp4", "--device", "abacus"], "--device abacus: this machine has"),
     "no model": (["roundtrip", "o.png", "-o", "p.png", "--model", "none"], "--model none: no such folder"),
     "model without a VAE": (["roundtrip", "o.png", "-o", "p.png", "--model", "."], "has no VAE"),
+    "folder named demo": (["roundtrip", "o.png", "-o", "p.png", "--model", "demo"], "./demo has no VAE"),
     "many frames, one image": (
         ["roundtrip", CLIP, "-o", "o.png", "--frames", "0:2", "--height", "36"],
         "one image, but there are 2 frames",
@@ -151,6 +152,7 @@ BAD_USE = {
 @pytest.mark.parametrize("name", BAD_USE)
 def test_bad_use_is_one_line(name: str, in_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("empty.mp4").touch()
+    Path("demo").mkdir()
     Path("text.mp4").write_text("hello\n" * 50)
     media.write(Path("o.png"), bars(1), Fraction(1))
     media.write(Path("small.mp4"), bars(5), Fraction(25))

@@ -136,6 +136,11 @@ def _check_vae(model: str) -> None:
         check_model(model)
 
 
+def _named_vae(model: str) -> str:
+    """A folder that is there is meant, also where it has the name of the shipped VAE."""
+    return f"./{DEMO}" if model == DEMO and Path(DEMO).is_dir() else model
+
+
 def _check_clip(output: Path) -> None:
     from halovae.media import SUFFIXES
 
@@ -217,11 +222,12 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DATASET, "output", Path, "DIR", "Write to this folder; a run that was interrupted goes on in it.", ...,
               spelled=_OUTPUT),
         _Flag(_READ | _WARM_UP | _DATASET, "model", str, "DIR_OR_ID", "Use this VAE: the folder of a diffusers VAE "
-              "or pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.", shown=_SHIPPED, check=_check_vae),
+              "or pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers. 'demo' is the shipped one, unless a "
+              "folder ./demo is there.", shown=_SHIPPED, check=_check_vae, read=_named_vae),
         _Flag(_DECODE, "model", str, "DIR_OR_ID", "As for encode.", shown="the one that the latents were made with",
-              check=_check_vae),
+              check=_check_vae, read=_named_vae),
         _Flag(_PLAN, "model", str, "DIR_OR_ID_OR_CONFIG", "Plan for this VAE: as for roundtrip, or the config.json of "
-              "a VAE. Only configs are read.", shown=_SHIPPED, check=_check_vae),
+              "a VAE. Only configs are read.", shown=_SHIPPED, check=_check_vae, read=_named_vae),
         _Flag(_DEMO, "kind", str, "image-to-video|text-to-video|image-to-image",
               "Make a pipeline for the command of this name.", "image-to-video"),
         _Flag(_DATASET, "format", str, "safetensors|webdataset|parquet|musubi", "Write safetensors (a file for each "
@@ -419,7 +425,7 @@ class Command(TyperCommand):
         except USAGE_ERROR as error:
             self._note_all(ctx, words, faults)
             if not faults:
-                faults.add(_one_line(error))
+                faults.add(one_line(error))
         known: Iterable[Any] = getattr(self.callback, "flags", ())
         for flag in sorted(known, key=lambda flag: flag.is_slow):
             if ctx.params.get(flag.name) is not None and (faults or not flag.is_slow):
@@ -435,7 +441,7 @@ class Command(TyperCommand):
                 given, _, _ = self.make_parser(ctx).parse_args(args=list(words))
                 break
             except USAGE_ERROR as error:
-                faults.add(_one_line(error))
+                faults.add(one_line(error))
                 # Where a flag is unknown, so is whether the next word belongs to it.
                 wrong = getattr(error, "option_name", None)
                 left = [word for word in words if word.partition("=")[0] != wrong]
@@ -451,7 +457,7 @@ class Command(TyperCommand):
             except USAGE_ERROR as error:
                 value, wanted = given.get(parameter.name), gives.get(parameter.name)
                 told = (
-                    f"{parameter.opts[0]} {value}: give {wanted}" if value is not None and wanted else _one_line(error)
+                    f"{parameter.opts[0]} {value}: give {wanted}" if value is not None and wanted else one_line(error)
                 )
                 faults.add(told)
 
@@ -480,8 +486,11 @@ class CommandGroup(TyperGroup):
         _write(formatter, [(_panel(one), (name, (one.help or "").splitlines()[0])) for name, one in commands if one])
 
 
-def _one_line(error: Any) -> str:
-    return " ".join(error.format_message().split())
+def one_line(error: Any) -> str:
+    """What is wrong with the words of a command line, and for a word that is not known where the known ones are."""
+    told = " ".join(error.format_message().split())
+    is_unknown = told.startswith("No such ") and error.ctx
+    return f"{told.rstrip('.')}; see {error.ctx.command_path} --help" if is_unknown else told
 
 
 def _panel(item: Any) -> str:

@@ -13,7 +13,7 @@ from halovae import __version__
 from halovae.app import launch
 from halovae.app.watch import Interrupted, failure_of, interruption, report
 from halovae.cli import commands
-from halovae.cli.flags import USAGE_ERROR, Command, CommandGroup
+from halovae.cli.flags import USAGE_ERROR, Command, CommandGroup, one_line
 
 app = typer.Typer(
     name="halovae",
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = typer.main.get_command(app).main(words, prog_name="halovae", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0
     except USAGE_ERROR as error:
-        return _complain(" ".join(error.format_message().split()), error.exit_code)
+        return _complain(one_line(error), error.exit_code)
     except KeyboardInterrupt as error:
         known = error if isinstance(error, Interrupted) else None
         sys.stderr.write(interruption(known.then if known else ""))
