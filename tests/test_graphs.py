@@ -133,7 +133,7 @@ def test_kinds_of_calls_that_do_not_come_again_are_forgotten() -> None:
             for _ in range(2):
                 vae.decode(torch.ones(1, 4, 2, width, device=default_device()))
         kept: Any = handle._engine.graphs  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-    assert all(0 < len(keys) <= graphs._SEEN + 1 for keys in (kept._seen, kept._refused, kept._used))
+        assert all(0 < len(keys) <= graphs._SEEN + 1 for keys in (kept._seen, kept._refused, kept._used))
 
 
 @pytest.mark.usefixtures("records")

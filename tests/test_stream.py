@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, run_decode
 from ranks import Ranks
+from tiles import CUTS
 
 import halovae
 from halovae.base.memory import allocated_by
@@ -87,6 +88,21 @@ def test_frames_that_are_cropped_at_the_beginning() -> None:
             pieces = list(handle.decode_stream(given))
             assert [piece.shape[2] for piece in pieces] == [7, 12, 6]
             assert torch.equal(torch.cat(pieces, 2), whole)
+
+
+@pytest.mark.parametrize("name", ["allegro_tiled", "hunyuan_video15", "ltx", "wan21"])
+def test_tiles_that_do_not_stream_are_one_piece(name: str) -> None:
+    """Their VAE makes all frames at once, or tiles are chosen for a whole clip."""
+    cut = CUTS[name]
+    vae, latent = cut.build(), cut.picture("decode")
+    fit = halovae.Options(tiles="fit" if name == "wan21" else "own")
+    with torch.no_grad(), halovae.parallelize(vae, mode="tile", options=fit) as handle:
+        whole = run_decode(cut.family, vae, latent)
+        for given in (iter(latent.split(1, 2)), *([] if name == "wan21" else [latent])):
+            [piece] = handle.decode_stream(given)
+            assert torch.equal(piece, whole)
+            assert handle.last
+            assert handle.last.pieces == 1
 
 
 def ends(rank: int) -> None:
