@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--devices", default="1", help="such as 1,2,4")
     parser.add_argument("--dtype", help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", default=["memory", "loop", "dataset", "in process"], help="default: all")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for a way in a round")
     parser.add_argument("--in-process", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -337,17 +338,17 @@ def main() -> None:
         }  # fmt: skip
         devices = {f"{name}, {n} {given.device}": n for n in counts}
         ways |= {way: lambda n=n: ours(given, folder, bucket, n) for way, n in devices.items()}
-        found: dict[str, list[Spent]] = {way: [] for way in ways}
+        found: dict[str, list[Spent]] = {way: [] for way in ways if way.split(",")[0] in given.ways}
         for _ in range(given.rounds):
-            for way, run in ways.items():
-                found[way].append(run())
-                report(title, [_row(way, found, devices) for way in ways if found[way]], given.json)
+            for way, those in found.items():
+                those.append(ways[way]())
+                report(title, [_row(way, found, devices) for way in found if found[way]], given.json)
                 sys.stdout.flush()
 
 
 def _row(way: str, found: Mapping[str, list[Spent]], devices: Mapping[str, int]) -> dict[str, Any]:
     def over(other: str) -> float:
-        pairs = list(zip(found[way], found[other], strict=False))  # The last round may not be over.
+        pairs = list(zip(found[way], found.get(other, ()), strict=False))  # The last round may not be over.
         return statistics.median(mine.rate / its.rate for mine, its in pairs) if pairs else float("nan")
 
     rate, start, processor = map(statistics.median, zip(*found[way], strict=True))
