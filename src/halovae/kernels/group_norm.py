@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.gpu import fused, support
+from halovae.kernels.gpu import fused, operators, support
 from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import read
@@ -38,7 +38,7 @@ def group_norm(picture: Tensor, groups: int, weight: Tensor | None, bias: Tensor
 def moments(picture: Tensor, groups: int) -> Tensor:
     """`[3, N, groups]`, in float32 or better: count, mean, sum of squared deviations of `[N, C, ...]`."""
     if on_gpu(picture):
-        return fused.merged_moments(_parts(_source(picture), groups), groups)
+        return operators.merged(_parts(_source(picture), groups), groups)
     picture = plain(picture)
     wide = torch.float64 if picture.dtype == torch.float64 else torch.float32
     rows = picture.shape[1] // groups

@@ -1,4 +1,4 @@
-"""Chains of steps, norms, tokens and attention: one pass each where a kernel has that form."""
+"""Chains of steps, norms and attention: one pass each where a kernel has that form."""
 
 from __future__ import annotations
 
@@ -60,59 +60,10 @@ def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[
     return _run_chain(base, out, {**form, "other": flat_positions(other)})
 
 
-def add_and_norm(
-    tokens: Tensor, *, other: Tensor | None = None, scale: Tensor | None = None, total: Tensor | None = None,
-    normed: Tensor | None = None, weight: Tensor | None = None, eps: float = 0.0,
-) -> None:  # fmt: skip
-    """As `triton_tokens.add_and_norm`, of dense tokens `[..., C]`."""
-    from halovae.kernels.gpu import triton_tokens
-
-    rows = (None if t is None else t.view(-1, t.shape[-1]) for t in (tokens, other, total, normed))
-    positions, term, together, divided = rows
-    assert positions is not None
-    triton_tokens.add_and_norm(
-        positions, other=term, scale=scale, total=together, normed=divided, weight=weight, eps=eps
-    )
-
-
-def rotate(
-    tokens: Tensor, out: Tensor, *, cosines: Tensor, sines: Tensor, normed: bool = False, weight: Tensor | None = None,
-    eps: float = 0.0,
-) -> None:  # fmt: skip
-    """As `triton_tokens.rotate`, of dense tokens `[N, places, heads, C]`."""
-    from halovae.kernels.gpu import triton_tokens
-
-    heads, channels = tokens.shape[-2:]
-    triton_tokens.rotate(
-        tokens.view(-1, channels), out.view(-1, channels), cosines=cosines, sines=sines, heads=heads, normed=normed,
-        weight=weight, eps=eps,
-    )  # fmt: skip
-
-
-def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
-    """As `triton_tokens.gate`, of tokens `[..., C]` that step alike."""
-    from halovae.kernels.gpu import triton_tokens
-
-    triton_tokens.gate(*(t.view(-1, t.shape[-1]) for t in (tokens, gates, out)))
-
-
 def moments(picture: Tensor, groups: int, shift: Tensor | None) -> Tensor:
-    """As `triton_norms.moments`, of a picture."""
-    positions = _positions_of_each(picture)
-    if positions.is_meta:
-        return operators.moments(positions, groups, shift)
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.moments(positions, groups, shift)
-
-
-def merged_moments(parts: Tensor, groups: int) -> Tensor:
-    """As `triton_norms.merged`."""
-    if parts.is_meta:
-        return operators.merged(parts, groups)
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.merged(parts, groups)
+    """As `triton_norms.moments`, of pictures."""
+    last = picture.contiguous(memory_format=memory_format(picture.ndim, True)).movedim(1, -1)
+    return operators.moments(last.reshape(len(picture), -1, picture.shape[1]), groups, shift)
 
 
 def affine(
@@ -120,11 +71,7 @@ def affine(
 ) -> Tensor:  # fmt: skip
     """As `triton_norms.affine`."""
     weight, bias = (None if p is None else alike(p, parts).contiguous() for p in (weight, bias))
-    if parts.is_meta:
-        return operators.affine(parts, groups, channels, weight, bias, eps)
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.affine(parts, groups, channels, weight, bias, eps)
+    return operators.affine(parts, groups, channels, weight, bias, eps)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
@@ -175,12 +122,6 @@ def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
 def flat_positions(picture: Tensor) -> Tensor:
     """A channels-last picture as `[positions, C]`."""
     return picture.movedim(1, -1).reshape(-1, picture.shape[1])
-
-
-def _positions_of_each(pictures: Tensor) -> Tensor:
-    """Pictures as `[N, positions, C]`, dense."""
-    last = pictures.contiguous(memory_format=memory_format(pictures.ndim, True)).movedim(1, -1)
-    return last.reshape(len(pictures), -1, pictures.shape[1])
 
 
 class Spread(NamedTuple):
