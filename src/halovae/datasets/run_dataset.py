@@ -30,7 +30,7 @@ from halovae.datasets.formats import BEGUN, PACKED, Storage, check_format, check
 from halovae.datasets.groups import Encoder, release
 from halovae.datasets.items import Item, digest, find_items
 from halovae.datasets.manifest import Fault, Folder, fingerprint
-from halovae.datasets.progress import Done, Progress
+from halovae.datasets.progress import Done, progress
 from halovae.datasets.shards import Shards
 from halovae.datasets.units import Job, Unit, group_sizes, together, units_of
 from halovae.media import codec, models, vae_limits
@@ -164,10 +164,12 @@ class DatasetRun:
             blocks = min(1 + len(rows) // _AT_ONCE, 8 * readers(self.devices, 0))
             data: Any = ray.data.from_items(rows, override_num_blocks=blocks)
             looked = data.map(workers.look_at, fn_kwargs={"fps": self.job.fps, "marks": begun}, num_cpus=1)
-            for row in self._shown(looked.iter_rows(), len(rows), "looking"):
-                found = json.loads(row["seen"])
-                mark = marks[found["key"]]
-                seen[mark] = {"mark": mark, **found}
+            with self.notes.stage("looking", len(rows)) as advance:
+                for row in looked.iter_rows():
+                    advance()
+                    found = json.loads(row["seen"])
+                    mark = marks[found["key"]]
+                    seen[mark] = {"mark": mark, **found}
             if keep:
                 self.folder.write_seen([seen[mark] for mark in marks.values() if "why" not in seen[mark]])
         clips: list[tuple[Item, Bucket]] = []
@@ -183,12 +185,6 @@ class DatasetRun:
                 faults[item.key] = Fault(key=item.key, path=item.path, why=str(error))
         check_names(self.job.layout, clips)
         return clips, faults
-
-    def _shown(self, rows: Any, count: int, name: str) -> Iterator[Any]:
-        with self.notes.stage(name, count) as advance:
-            for row in rows:
-                advance()
-                yield row
 
     def needs(self, buckets: Sequence[Bucket], *, timed: bool = False) -> dict[Bucket, Need]:
         """What a clip of each bucket takes.
@@ -250,7 +246,7 @@ class DatasetRun:
         waiting = self._by_size(units)
         paths = {item.key: item.path for item in self.items}
         busy = 0.0
-        with Progress(self.notes, units) as progress:
+        with progress(self.notes, units) as advance:
             while size := next((size for size, those in waiting.items() if those), None):
                 those, waiting[size] = waiting[size], []
                 for unit, told in self._through(those, size):
@@ -271,7 +267,7 @@ class DatasetRun:
                          for key, result in results.items() if result["what"] == workers.FAILED}
                     )  # fmt: skip
                     shards.note(key for key, result in results.items() if result["what"] != workers.MEMORY)
-                    progress.advance(unit, kinds[workers.DONE] + kinds[workers.FAILED], told["frames"])
+                    advance((kinds[workers.DONE] + kinds[workers.FAILED]) * unit.bucket.frames)
                 if size > 1:
                     release()
         return busy
