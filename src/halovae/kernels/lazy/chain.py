@@ -1,4 +1,4 @@
-"""Chains of functions that act on each position by itself, run piece by piece while the piece is in the cache.
+"""Chains of functions that act on each position by itself, run in one memory, or by one kernel.
 
 Norms over channels, scales, shifts, activations and casts, as VAEs write them: one function after the other. In low
 precision the chain runs in float32 and is rounded once, at its end, which is nearer to the truth than rounding after
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of
 from halovae.kernels.gpu import fused
 from halovae.kernels.lazy.deferred import OfBase, Recipe
 from halovae.kernels.memory_format import is_channels_last, is_dense_channels_last, memory_format, memory_of, strides_of
 from halovae.kernels.precision import LOW
-from halovae.kernels.shapes_only import device_type, in_turn
+from halovae.kernels.shapes_only import device_type
 
 
 @dataclass(frozen=True)
@@ -144,25 +143,11 @@ class Chain(OfBase):
         return parameter.to(self.wide) if isinstance(parameter, Tensor) else parameter
 
     def compute(self) -> Tensor:
-        if device_type(self.device) != "cpu":
-            if self.uncut == frozenset((self.base.ndim - 1,)):  # channels that are last in shape too
-                return self.moved(-1, 1).compute().movedim(1, -1)
-            return fused.chain(self.base, self.dtype, self.wide, self.steps)
-        base = self.base
-        out = torch.empty(
-            self.shape, dtype=self.dtype, device=base.device, memory_format=memory_format(base.ndim, self.channels_last)
-        )
-        inner = {1} if self.channels_last else set[int]()  # a piece is one run of memory
-        cut = pieces(self.shape, self.uncut | inner, CHAIN_ELEMENTS * torch.get_num_threads())
-        for piece in in_turn(cut, base, size_of):
-            source, target = cut_out(base, piece), cut_out(out, piece)
-            # Where no rounding is due, the result's own memory is the workspace.
-            work = target.copy_(source) if self.dtype == self.wide else source.to(self.wide, copy=True)
-            for step in self.steps:
-                step.run(work)
-            if work is not target:
-                target.copy_(work)
-        return out
+        if device_type(self.device) == "cpu":
+            return fused.step_by_step(self.base, self.dtype, self.wide, self.steps)
+        if self.uncut == frozenset((self.base.ndim - 1,)):  # channels that are last in shape too
+            return self.moved(-1, 1).compute().movedim(1, -1)
+        return fused.chain(self.base, self.dtype, self.wide, self.steps)
 
 
 @dataclass(frozen=True)
