@@ -131,7 +131,7 @@ def _by_library(source: Tensor, window: Convolution, padding: Sequence[int]) -> 
     if result.is_meta:  # where torch knows nothing of the library's order
         result = result.as_strided(result.shape, strides_of(tuple(result.shape), channels_last=True))
     wide = derived(bias, "wide", lambda: bias.float().view(-1, *[1] * (source.ndim - 2)))
-    return Deferred(Chain(result, result.dtype).plus(wide, frozenset((1,))))
+    return Deferred(Chain(result, result.dtype).plus(wide))
 
 
 def _is_alone(joined: Joined) -> bool:

@@ -108,7 +108,7 @@ def _seen(seen: Seen) -> Chain | None:
     for view in seen.views:
         base = view(base)
     found = Chain(base, chain.dtype)
-    return found if bias is None else found.plus(bias.view(-1, *[1] * (len(shape) - 2)), frozenset((1,)))
+    return found if bias is None else found.plus(bias.view(-1, *[1] * (len(shape) - 2)))
 
 
 def _shift(source: Chain) -> Any:
@@ -129,6 +129,5 @@ def _parts(source: Chain, groups: int) -> Tensor:
 
 def _scaled(source: Chain, picture: Tensor, affine: Tensor) -> Tensor:
     factor, term = (each.reshape(*each.shape, *[1] * (source.base.ndim - 2)) for each in affine.unbind())
-    varies = frozenset((0, 1))
-    scaled = source.times(factor, varies).plus(term, varies)
+    scaled = source.times(factor).plus(term)
     return Deferred(scaled) if picture.ndim > 3 else scaled.compute().squeeze(-1)

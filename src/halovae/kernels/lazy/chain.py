@@ -50,6 +50,12 @@ class Step:
         else:
             F.silu(piece, inplace=True)
 
+    def along(self, ndim: int) -> frozenset[int]:
+        """The dimensions along which it looks at several positions, or has parameters."""
+        if self.kind in ("normalize", "rms"):
+            return frozenset((self.value[0],))
+        return varies_along(self.value, ndim) if isinstance(self.value, Tensor) else frozenset()
+
     def moved(self, ndim: int, source: int, destination: int) -> Step:
         """The same of a tensor one of whose dimensions is moved."""
         if self.kind in ("normalize", "rms"):
@@ -75,8 +81,6 @@ class Chain(OfBase):
     base: Tensor
     dtype: torch.dtype
     steps: tuple[Step, ...] = ()
-    uncut: frozenset[int] = frozenset()
-    """Dimensions along which a function looks at several positions, or has parameters."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,46 +102,43 @@ class Chain(OfBase):
         return torch.float32 if self.base.dtype in LOW else self.base.dtype
 
     def cast(self, dtype: torch.dtype) -> Chain:
-        return Chain(self.base, dtype, self.steps, self.uncut)
+        return Chain(self.base, dtype, self.steps)
 
     def normalized(self, dim: int, least: float) -> Chain:
         """Divide by the Euclidean length over one dimension, or by `least` where that is more."""
-        return self._then(Step("normalize", (dim, least)), frozenset((dim,)))
+        return self._then(Step("normalize", (dim, least)))
 
     def by_rms(self, dim: int, added: float) -> Chain:
         """Divide by the root of (the mean square over one dimension + `added`)."""
-        return self._then(Step("rms", (dim, added)), frozenset((dim,)))
+        return self._then(Step("rms", (dim, added)))
 
     def moved(self, source: int, destination: int) -> Chain:
         """The same of the tensor with one dimension moved."""
-        ndim = self.base.ndim
-        order = _moved(ndim, source, destination)
-        steps = tuple(step.moved(ndim, source, destination) for step in self.steps)
-        uncut = frozenset(order.index(dim) for dim in self.uncut)
-        return Chain(self.base.movedim(source, destination), self.dtype, steps, uncut)
+        steps = tuple(step.moved(self.base.ndim, source, destination) for step in self.steps)
+        return Chain(self.base.movedim(source, destination), self.dtype, steps)
 
     def activated(self) -> Chain:
         """x * sigmoid(x)."""
         return self._then(Step("silu"))
 
-    def times(self, factor: Tensor | float, uncut: frozenset[int]) -> Chain:
+    def times(self, factor: Tensor | float) -> Chain:
         """Multiply; factors that follow each other become one."""
         factor, steps = self._widened(factor), self.steps
         if steps and steps[-1].kind == "times":
             factor, steps = factor * steps[-1].value, steps[:-1]
-        return Chain(self.base, self.dtype, (*steps, Step("times", factor)), self.uncut | uncut)
+        return Chain(self.base, self.dtype, (*steps, Step("times", factor)))
 
-    def plus(self, term: Tensor | float, uncut: frozenset[int]) -> Chain:
+    def plus(self, term: Tensor | float) -> Chain:
         if not isinstance(term, Tensor) and term == 0:
             return self
-        return self._then(Step("plus", self._widened(term)), uncut)
+        return self._then(Step("plus", self._widened(term)))
 
     def with_picture(self, how: str, picture: Recipe) -> Chain:
         """Multiply ("times") by, or add ("plus"), another picture of this shape. On accelerators only."""
-        return self._then(Step(f"{how} picture", picture), frozenset(range(self.base.ndim)))
+        return self._then(Step(f"{how} picture", picture))
 
-    def _then(self, step: Step, uncut: frozenset[int] = frozenset()) -> Chain:
-        return Chain(self.base, self.dtype, (*self.steps, step), self.uncut | uncut)
+    def _then(self, step: Step) -> Chain:
+        return Chain(self.base, self.dtype, (*self.steps, step))
 
     def _widened(self, parameter: Any) -> Any:
         return parameter.to(self.wide) if isinstance(parameter, Tensor) else parameter
@@ -145,7 +146,9 @@ class Chain(OfBase):
     def compute(self) -> Tensor:
         if device_type(self.device) == "cpu":
             return fused.step_by_step(self.base, self.dtype, self.wide, self.steps)
-        if self.uncut == frozenset((self.base.ndim - 1,)):  # channels that are last in shape too
+        last = self.base.ndim - 1
+        along = {dim for step in self.steps for dim in step.along(last + 1)}
+        if along == {last} and not self.pictures:  # channels that are last in shape too
             return self.moved(-1, 1).compute().movedim(1, -1)
         return fused.chain(self.base, self.dtype, self.wide, self.steps)
 
@@ -208,7 +211,7 @@ class Seen:
         return tensor
 
 
-def uncut_by(parameter: Tensor, ndim: int) -> frozenset[int]:
+def varies_along(parameter: Tensor, ndim: int) -> frozenset[int]:
     """The dimensions along which a broadcast parameter varies."""
     return frozenset(ndim - 1 - i for i, size in enumerate(reversed(parameter.shape)) if size > 1)
 
