@@ -26,6 +26,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import statistics
@@ -245,7 +246,7 @@ def in_process(given: argparse.Namespace, folder: Path, bucket: Bucket, devices:
         collector.start()
         for unit in units:
             window.acquire()
-            reading = pool.submit(_read, unit.to_json(), job)
+            reading = pool.submit(_read, pickle.dumps(unit), job)
             reading.add_done_callback(lambda done: inbox.put(done.result()))
         collector.join()
         told = [json.loads(future.result()["told"]) for future in written]
@@ -267,7 +268,7 @@ def readers(devices: int, device: str) -> int:
     return max(1, cores() // 2 if device == "cpu" else cores() - devices)
 
 
-def _read(unit: str, job: Job) -> dict[str, Any]:
+def _read(unit: bytes, job: Job) -> dict[str, Any]:
     row = workers.read_unit({"unit": unit}, job)
     with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".npy", delete=False) as file:
         np.save(file, row.pop("pixels"))

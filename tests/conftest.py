@@ -119,7 +119,6 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels' pieces so small that even a test's picture is cut into several."""
-    monkeypatch.setattr("halovae.kernels.lazy.chain.CHAIN_ELEMENTS", 100)
     for module in (convolution, upsampled):
         monkeypatch.setattr(module, "WINDOW_BYTES", 1)
     monkeypatch.setattr(pieces, "MANY", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import resource
 import signal
@@ -111,7 +112,7 @@ def undisturbed(folder: Path, model: str, clips: Path) -> dict[str, bytes]:
     device = workers.Device(job)
     items = [item for item in find_items(str(clips)) if item.key != "broken.mp4"]
     for unit in units_of([(item, Bucket(64, 96, 5 if item.key.endswith("mp4") else 1)) for item in items], set()):
-        row = workers.read_unit({"unit": unit.to_json()}, job)
+        row = workers.read_unit({"unit": pickle.dumps(unit)}, job)
         made = device.encode(row.pop("pixels"))
         told = workers.write_unit({**row, "latents": made.pop("latents"), "made": json.dumps(made)}, job)
         assert {result["what"] for result in json.loads(told["told"])["results"]} == {workers.DONE}
@@ -292,7 +293,7 @@ class TestWithoutRay:
             unit = Unit(bucket=Bucket(64, 96, 5), items=(find_items(str(clips))[0],), wanted=(True,))
             latents = np.zeros((1, 80 * 2**20), np.uint8)
             row = {
-                "unit": unit.to_json(), "latents": latents,
+                "unit": pickle.dumps(unit), "latents": latents,
                 "read": json.dumps({"told": [{"fps": "25", "times": [], "done": {}}], "why": [None]}),
                 "made": json.dumps({"shape": [1, 16, 2, 8, 80 * 2**10], "dtype": "float32", "seconds": 1.0}),
             }  # fmt: skip
@@ -312,7 +313,7 @@ class TestWithoutRay:
             ([], "--bucket is missing"),
             (["--bucket", "64x96", "--format", "zip"], "--format zip: give safetensors, webdataset"),
             (["--bucket", "64x96", "--store", "all"], "--store all: give mode or parameters"),
-            (["--bucket", "64x96", "--fps", "0"], "--fps 0: give more than 0"),
+            (["--bucket", "64x96", "--fps", "0"], "--fps 0: give a number above 0 to 1000"),
             (["--bucket", "64x96", "--device", "tpu"], "--device tpu: this machine has cpu"),
             (["--bucket", "64x96", "--devices", "99999"], "--devices 99999:"),
             (["--bucket", "64x96", "--model", "none"], "--model none"),

@@ -294,10 +294,10 @@ def test_operators_of_the_kernels_do_what_these_do():
     assert torch.equal(copied, source)
 
     moments = triton_norms.moments(rows[None], 4)
-    assert torch.equal(operators.moments(rows[None], 4, None), moments)
-    assert torch.equal(operators.merged(moments, 4), triton_norms.merged(moments, 4))
+    assert torch.equal(torch.ops.halovae.gpu_moments(rows[None], 4, None), moments)
+    assert torch.equal(torch.ops.halovae.gpu_merged_moments(moments, 4), triton_norms.merged(moments, 4))
     affine = triton_norms.affine(moments, 4, 16, scale, None, 1e-6)
-    assert torch.equal(operators.affine(moments, 4, 16, scale, None, 1e-6), affine)
+    assert torch.equal(torch.ops.halovae.gpu_affine(moments, 4, 16, scale, None, 1e-6), affine)
 
 
 @pytest.mark.parametrize("found", ["moments", "merged", "affine"])

@@ -72,7 +72,7 @@ def test_group_norm_and_what_follows(shape: tuple[int, ...], groups: int, as_on_
 
 def test_group_norm_takes_the_bias_that_waits(as_on_gpu: None):
     source, bias, weight = video(2, 32, 2, 5, 6), frames(32), frames(32)
-    waiting = Chain(source, source.dtype).plus(bias.view(-1, 1, 1, 1), frozenset((1,)))
+    waiting = Chain(source, source.dtype).plus(bias.view(-1, 1, 1, 1))
     found = group_norm.group_norm(Deferred(waiting), 8, weight, None, 1e-6)
     recipe = recipe_of(found)
     assert isinstance(recipe, Chain)

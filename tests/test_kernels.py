@@ -12,7 +12,6 @@ from shards import EXACT, GRID, assert_same, draw, image, on_shards, video
 from torch import Tensor
 
 from halovae.kernels import convolution
-from halovae.kernels.cpu import slabs
 from halovae.kernels.fast_mode import FastMode, finished
 from halovae.kernels.lazy.deferred import Deferred, computed, recipe_of
 from halovae.kernels.lazy.joined import Joined
@@ -253,14 +252,6 @@ def test_a_deferred_tensor_is_a_tensor_outside_the_mode() -> None:
     with FastMode():
         padded = F.pad(x, (1, 1))
     assert_same(padded + 1, F.pad(x, (1, 1)) + 1)
-
-
-def test_pieces_cover_everything_once() -> None:
-    for shape, uncut in (((2, 5, 7), set[int]()), ((2, 5, 7), {0, 2}), ((1, 1), {0})):
-        count = torch.zeros(shape)
-        for piece in slabs.pieces(shape, uncut, 4):
-            slabs.cut_out(count, piece).add_(1)
-        assert count.eq(1).all()
 
 
 @pytest.mark.parametrize("sizes", [(6, 8), (4, 6, 8)], ids=["picture", "video"])

@@ -244,8 +244,8 @@ class TestPictures:
         energy = np.zeros((40, 60))
         energy[10:20, 30:50] = 16
         found = heat_map(energy)
-        assert found.largest == 4
-        with Image.open(io.BytesIO(base64.b64decode(found.picture.split(",")[1]))) as image:
+        assert found["largest"] == 4
+        with Image.open(io.BytesIO(base64.b64decode(found["picture"].split(",")[1]))) as image:
             light = np.asarray(image.convert("L")).astype(int)
         assert light[15, 40] > 200 > 50 > light[30, 10]
 
@@ -254,15 +254,15 @@ class TestCurves:
     def test_points(self) -> None:
         plot = curve("PSNR", "dB", {"": [30.0, 40.0, 35.0]})
         assert plot is not None
-        assert plot.lines[0].pieces == ("0.0,100.0 50.0,0.0 100.0,50.0",)
-        assert [text for _, text in plot.ticks] == ["30", "35", "40"]
-        assert plot.words == "PSNR over 3 frames, from 30 to 40 dB"
+        assert plot["lines"][0]["pieces"] == ["0.0,100.0 50.0,0.0 100.0,50.0"]
+        assert [text for _, text in plot["ticks"]] == ["30", "35", "40"]
+        assert plot["words"] == "PSNR over 3 frames, from 30 to 40 dB"
 
     def test_gaps(self) -> None:
         plot = curve("PSNR", "dB", {"": [1.0, None, 2.0, 1.0, None]})
         assert plot is not None
-        assert len(plot.lines[0].pieces) == 1
-        assert plot.lines[0].dots == ((0.0, 100.0),)
+        assert len(plot["lines"][0]["pieces"]) == 1
+        assert plot["lines"][0]["dots"] == [(0.0, 100.0)]
 
     @pytest.mark.parametrize("values", [[], [1.0], [None, None]])
     def test_nothing_to_draw(self, values: list[float | None]) -> None:
@@ -273,9 +273,9 @@ class TestCurves:
     def test_all_is_inside(self, values: list[float], with_zero: bool) -> None:
         plot = curve("x", "", {"": values}, with_zero)
         assert plot is not None
-        places = [float(pair.split(",")[1]) for pair in plot.lines[0].pieces[0].split()]
+        places = [float(pair.split(",")[1]) for pair in plot["lines"][0]["pieces"][0].split()]
         assert all(0 <= place <= 100 for place in places)
-        assert len({text for _, text in plot.ticks}) == len(plot.ticks) >= 2
+        assert len({text for _, text in plot["ticks"]}) == len(plot["ticks"]) >= 2
 
 
 def test_figures_of_equal_clips() -> None:

@@ -1,4 +1,4 @@
-"""What the kernels make of weights: anew when they change, for each order in memory, and not too much of it."""
+"""What the kernels make of weights: anew when they change, and for each size of a piece."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("shape", [(5, 4, 3, 3), (5, 3, 3, 3)])
 def test_a_changed_weight_is_noticed(
-    room: Callable[[int], None], change: str, inference: bool, shape: tuple[int, ...]
+    kept: Callable[[], int], change: str, inference: bool, shape: tuple[int, ...]
 ) -> None:
     """Folded into an upsampling, packed, and in another order in memory."""
     with torch.inference_mode(inference):
@@ -47,11 +47,10 @@ def test_a_changed_weight_is_noticed(
                 F.conv2d(x, w) for w in weights
             ]
 
-        room(1 << 20)
         with FastMode():
             run(weight, last)
-            assert weights.kept_bytes()
-        assert not weights.kept_bytes()
+            assert kept()
+        assert not kept()
         for each in (weight, last):
             CHANGES[change](each)
         with FastMode():
@@ -82,28 +81,28 @@ def test_a_weight_that_is_more_than_its_memory_answers_for_itself() -> None:
     assert_same(folded, 2 * F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1), 1e-5)
 
 
-def test_a_prediction_and_another_handle_leave_alone_what_is_kept(room: Callable[[int], None]) -> None:
+def test_a_prediction_and_another_handle_leave_alone_what_is_kept(kept: Callable[[], int]) -> None:
     """Interleaved in one thread and in another one: each begins with nothing, and finds its own again."""
-    weight, calls = draw(64, 64, 3, 3, dtype=torch.float32), list[int]()
-    room(1 << 20)
-    prepare(weight, 20, 34, calls)
-    before = weights.kept_bytes()
+    weight, calls = draw(4, 4), list[int]()
+
+    def ask() -> None:
+        weights.derived(weight, "kind", lambda: (calls.append(1), weight + 1)[1])
 
     def other() -> None:
         with Kept().in_use():
-            assert weights.kept_bytes() == 0
-            room(1 << 20)
-            prepare(weight, 20, 34, calls)
+            assert kept() == 0
+            ask()
             weights.end_call()
 
+    ask()
     with apart():
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
         other()
-        prepare(weight, 20, 34, calls)
-    assert weights.kept_bytes() == before
-    prepare(weight, 20, 34, calls)
+        ask()
+    assert kept() == 1
+    ask()
     assert len(calls) == 4
 
 
@@ -112,72 +111,32 @@ def geometry(weight: Tensor, rows: int, columns: int) -> packed.Geometry:
     return packed.Geometry(tuple(weight.shape), weight.dtype, source, (1, 1), (0, 0), (1, 1))
 
 
-def prepare(weight: Tensor, rows: int, columns: int, calls: list[int]) -> Tensor:
-    """As a convolution of one piece, which notes its rows where it makes a weight."""
-    made: dict[bytes | None, Tensor] = {}
-    return packed.prepared(
-        weight, "kind", lambda: (calls.append(rows), weight)[1], geometry(weight, rows, columns), made
-    )
-
-
 @pytest.fixture
-def room() -> Iterator[Callable[[int], None]]:
-    """Room for weights alone, from none on."""
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Weights are kept, as on an accelerator, from none on: how many things there are."""
+    monkeypatch.setattr(weights, "device_type", lambda device: "cuda")
     with Kept().in_use():
-        yield weights.make_room
+        yield lambda: sum(len(made.by_kind) for made in weights.kept().weights.values())
 
 
-def test_weights_are_packed_once_for_all_sizes_that_ask_for_the_same_order(room: Callable[[int], None]) -> None:
-    weight, calls = draw(64, 64, 3, 3, dtype=torch.float32), list[int]()
-    room(1 << 20)
-    for rows in (20, 30, 20, 41, 30):
-        prepare(weight, rows, 34, calls)
-    orders = {packed.order_of(geometry(weight, rows, 34), torch.get_num_threads()) for rows in (20, 30, 41)}
-    assert len(calls) == len(orders)
-
-
-def test_a_weight_in_another_order_is_not_taken(room: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe's tiny picture may ask for an order that makes a real one many times slower."""
-    weight, calls = draw(64, 64, 3, 3, dtype=torch.float32), list[int]()
-    room(1 << 20)
-    monkeypatch.setattr(packed, "order_of", lambda geometry, threads: bytes(geometry.source[2] < 5))
-    for rows in (4, 20, 3, 30):
-        prepare(weight, rows, 34, calls)
-    assert calls == [4, 20]
-
-
-def test_what_is_kept_of_weights_takes_no_more_than_the_largest_picture(room: Callable[[int], None]) -> None:
-    some = [draw(64, 64, 3, 3, dtype=torch.float32) for _ in range(4)]
-    for picture_bytes in (0, some[0].nbytes, 3 * some[0].nbytes, 2 * some[0].nbytes):
-        room(picture_bytes)
-        for weight in some:
-            prepare(weight, 20, 34, [])
-    assert weights.kept_bytes() == 3 * some[0].nbytes
-    calls: list[int] = []
-    for weight in some:
-        prepare(weight, 20, 34, calls)
-    assert len(calls) == 1
-
-
-def test_pieces_of_one_picture_share_what_was_made_for_them(room: Callable[[int], None]) -> None:
-    weight, calls, made = draw(64, 64, 3, 3, dtype=torch.float32), list[int](), dict[bytes | None, Tensor]()
-    for _ in range(3):
-        packed.prepared(weight, "kind", lambda: (calls.append(1), weight)[1], geometry(weight, 20, 34), made)
-    assert calls == [1]
+def test_pieces_of_one_size_share_what_was_made_for_them() -> None:
+    """One in the order that another size asks for may make a convolution many times slower."""
+    weight, calls, made = draw(64, 64, 3, 3, dtype=torch.float32), list[int](), dict[packed.Geometry, Tensor]()
+    for rows in (20, 20, 20, 7):
+        packed.prepared(weight, "kind", lambda: (calls.append(1), weight)[1], geometry(weight, rows, 34), made)
+    assert len(calls) == 2
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("taps", [(3, 3), (3, 3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_that_outweighs_the_picture_is_left_as_it_is(
-    room: Callable[[int], None], taps: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_a_weight_that_outweighs_the_picture_is_left_as_it_is(taps: tuple[int, ...], dtype: torch.dtype) -> None:
     weight, x = draw(40, 48, *taps, dtype=dtype), draw(2, 48, *(1 for _ in taps), dtype=dtype)
     ones, padding = (1,) * len(taps), (1,) * len(taps)
     shape = packed.Geometry(tuple(weight.shape), dtype, tuple(x.shape), ones, padding, ones)
     assert shape.is_light
     assert not replace(shape, source=(2, 48, *(9 for _ in taps))).is_light
     convolution = F.conv2d if len(taps) == 2 else F.conv3d
-    room(weight.nbytes)
     made = packed.prepared(weight, "kind", lambda: weight, shape, {})
     assert made is weight
     found = packed.convolve(x, made, None, ones, padding, ones)

@@ -179,7 +179,8 @@ class TimeStages:
         """
         key = place, frames, total
         if key not in self._known:
-            ends = self._ends(place.frames + frames, total)
+            lengths = self._lengths(place.frames + frames) if total is None else [total]
+            ends = [trial for trial in map(self._trial, lengths) if trial]
             here = self._trial(place.frames + frames)
             if not ends or here is None:
                 return None
@@ -225,15 +226,10 @@ class TimeStages:
         """As `next_part`, of one step."""
         key = place, total
         if key not in self._next:
-            self._next[key] = self._next_step(place, total)
+            longest = min(_STEP, (_LONGEST if total is None else total) - place.frames)
+            steps = ((n, *found) for n in range(1, longest + 1) if (found := self.part(place, n, total)))
+            self._next[key] = next(steps, None)
         return self._next[key]
-
-    def _next_step(self, place: Position, total: int | None) -> Part | None:
-        left = _LONGEST if total is None else total
-        for frames in range(1, min(_STEP, left - place.frames) + 1):
-            if found := self.part(place, frames, total):
-                return frames, *found
-        return None
 
     def _row(self, place: Position, first: Part, total: int | None, most: int) -> Part:
         """A step, and those that follow it and go in one call with it."""
@@ -341,11 +337,6 @@ class TimeStages:
     def blends(self) -> bool:
         """Whether frames are made of results of several stages, as far as it is known."""
         return any(place.stage and place.stage.holds for place in self._places)
-
-    def _ends(self, frames: int, total: int | None) -> list[_Trial]:
-        """Clips that one of so many frames may become."""
-        lengths = self._lengths(frames) if total is None else [total]
-        return [trial for trial in map(self._trial, lengths) if trial]
 
     def _lengths(self, frames: int) -> Sequence[int]:
         """Of the longer clips that tell what is final after so many frames."""

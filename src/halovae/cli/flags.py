@@ -263,7 +263,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DATASET, "bucket_area", list[str], "HxWxF", "Make buckets of so many frames in all shapes of about this "
               "area, from 3:1 to 1:3.", [], shown="none", check=_check_buckets("--bucket-area")),
         _Flag(_DATASET, "bucket_step", int, "PIXELS", "Let their sides be multiples of this.", 32, least=1),
-        _Flag(_DATASET, "fps", float, "N", "Sample so many frames per second.", shown="every frame"),
+        _Flag(_DATASET, "fps", float, "N", "Sample so many frames per second.", shown="every frame",
+              least=1e-6, most=1000),
         _Flag(_READ, "frames", str, "A:B", "Take frames A to B - 1, counted from 0.", shown="all", read=_frames),
         _Flag(_READ, "height", int, "PIXELS", "Make the clip this high: it is scaled to cover the size, and cropped "
               "around its centre.", shown="as in the file, or in proportion to --width", least=1),

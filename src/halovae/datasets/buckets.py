@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.datasets.items import Item
 from halovae.media import FrameRange
 from halovae.media.images import open_pictures
@@ -149,8 +149,7 @@ def choose(seen: ClipSize, buckets: Sequence[Bucket]) -> Bucket:
     able = [bucket for bucket in buckets if bucket.frames <= seen.frames]
     if not able:
         least = min(bucket.frames for bucket in buckets)
-        count = f"{seen.frames} frame{'s' * (seen.frames != 1)}"
-        raise InputError(f"it has {count} at this rate, and the shortest bucket has {least}")
+        raise InputError(f"it has {counted(seen.frames, 'frame')} at this rate, and the shortest bucket has {least}")
     able = [bucket for bucket in able if bucket.frames > 1] or able
 
     def order(bucket: Bucket) -> tuple[float, int, bool, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import secrets
 import socket
 import threading
@@ -21,7 +22,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from halovae.datasets.units import Job
+from halovae.datasets.units import Job, Unit
 from halovae.datasets.workers import FAILED, MEMORY, Device, Row, reason_of
 
 _TRIES = 3
@@ -51,7 +52,8 @@ class Encoder:
         self._encode = (Device(job) if ranks == 1 else _Group(job, ranks)).encode
 
     def __call__(self, row: Row) -> Row:
-        made = self._encode(row["pixels"], row["unit"]) if len(row["pixels"]) else {}
+        unit: Unit = pickle.loads(row["unit"])
+        made = self._encode(row["pixels"], f"encode {unit.keys}") if len(row["pixels"]) else {}
         latents = made.pop("latents", np.zeros((0, 0), np.uint8))
         return {"unit": row["unit"], "read": row["read"], "made": json.dumps(made), "latents": latents}
 

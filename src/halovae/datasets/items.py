@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,15 +54,6 @@ class Item:
         except OSError:
             file = []
         return json.dumps([self.path, self.member, self.frames, *file])
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Item:
-        values: dict[str, Any] = dict(given)
-        member = values.pop("member")
-        return cls(**values, member=None if member is None else (member[0], member[1]))
 
     @contextmanager
     def file(self) -> Iterator[Path]:

@@ -181,11 +181,10 @@ class Folder:
 
     def tidy(self) -> None:
         """Remove what is of no use to who reads the results."""
-        for folder in sorted((self.root / PARTS).rglob("*"), reverse=True) if (self.root / PARTS).exists() else []:
+        parts = self.root / PARTS
+        for folder in [*sorted(parts.rglob("*"), reverse=True), parts]:
             with suppress(OSError):
                 folder.rmdir()
-        with suppress(OSError):
-            (self.root / PARTS).rmdir()
 
     def read_seen(self) -> dict[str, dict[str, Any]]:
         """What an earlier run has found out of the clips."""

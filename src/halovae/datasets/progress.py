@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 from halovae.app.session import Stages
 from halovae.app.tables import counted
@@ -49,47 +46,27 @@ class Done:
         return {**vars(self), "frames_per_second": self.rate}
 
 
-class Progress:
-    """Items, frames per second and the time that is left: a bar in a terminal, else a line now and then."""
+@contextmanager
+def progress(notes: Stages, units: Sequence[Unit]) -> Iterator[Callable[[int], None]]:
+    """Within it, a terminal shows how many frames are done; where there is none, a line tells it now and then.
 
-    def __init__(self, notes: Stages, units: Sequence[Unit]) -> None:
-        self._notes = notes
-        self._items = sum(len(unit.keys) for unit in units)
-        self._work = sum(unit.bucket.pixels * len(unit.keys) for unit in units)
-        self._done, self._worked, self._frames = 0, 0, 0
-        self._started = self._said = time.perf_counter()
-        self._bar: Bar | None = None
+    Yields what to call with the number of frames that are done more.
+    """
+    total, done = sum(len(unit.keys) * unit.bucket.frames for unit in units), 0
+    started = said = time.perf_counter()
+    with notes.stage("encode", total, "frames") as advance:
 
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            columns = TextColumn("encode"), BarColumn(), TextColumn("{task.description}")
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self._words(), total=self._work)
-        return self
+        def tell(frames: int) -> None:
+            nonlocal done, said
+            advance(frames)
+            done += frames
+            now = time.perf_counter()
+            if done and now - said > _SAY_EVERY and not sys.stderr.isatty():
+                rate, said = done / (now - started), now
+                left = timedelta(seconds=round((total - done) / rate))
+                notes.note(f"{done} of {total} frames, {rate:.1f} frames/s, {left} left")
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, unit: Unit, items: int, frames: int) -> None:
-        self._done += items
-        self._worked += items * unit.bucket.pixels
-        self._frames += frames
-        now = time.perf_counter()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._worked, description=self._words())
-        elif now - self._said > _SAY_EVERY:
-            self._said = now
-            self._notes.note(self._words())
-
-    def _words(self) -> str:
-        seconds = time.perf_counter() - self._started
-        words = f"{self._done} of {counted(self._items, 'item')}"
-        if self._worked:
-            left = timedelta(seconds=round(seconds * (self._work - self._worked) / self._worked))
-            words += f", {self._frames / seconds:.1f} frames/s, {left} left"
-        return words
+        yield tell
 
 
 def summary(done: Done, output: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from halovae.datasets.formats import BEGUN, PACKED, Storage, check_format, check
 from halovae.datasets.groups import Encoder, release
 from halovae.datasets.items import Item, digest, find_items
 from halovae.datasets.manifest import Fault, Folder, fingerprint
-from halovae.datasets.progress import Done, Progress
+from halovae.datasets.progress import Done, progress
 from halovae.datasets.shards import Shards
 from halovae.datasets.units import Job, Unit, group_sizes, together, units_of
 from halovae.media import codec, models, vae_limits
@@ -79,8 +80,6 @@ class DatasetRun:
         given, shapes = parse_buckets(asked.bucket), parse_areas(asked.bucket_area, asked.bucket_step)
         self.buckets = sorted({*given, *shapes})
         self.fps = None if asked.fps is None else Fraction(asked.fps).limit_denominator(100_000)
-        if asked.fps is not None and not 0 < asked.fps <= 1000:
-            raise InputError(f"--fps {asked.fps:g}: give more than 0, and 1000 at the most")
         self.items = find_items(asked.source)
         self.source = models.find(asked.model)
         check_format(asked.format, asked.store, self.source.class_name)
@@ -160,15 +159,17 @@ class DatasetRun:
         marks = {item.key: f"{item.state} at {self.job.fps}" for item in self.items}
         unknown = [item for item in self.items if marks[item.key] not in seen]
         if unknown:
-            rows = [{"item": json.dumps(item.to_dict())} for item in unknown]
+            rows = [{"item": pickle.dumps(item)} for item in unknown]
             # A process takes longer to start than to look at a few clips.
             blocks = min(1 + len(rows) // _AT_ONCE, 8 * readers(self.devices, 0))
             data: Any = ray.data.from_items(rows, override_num_blocks=blocks)
             looked = data.map(workers.look_at, fn_kwargs={"fps": self.job.fps, "marks": begun}, num_cpus=1)
-            for row in self._shown(looked.iter_rows(), len(rows), "looking"):
-                found = json.loads(row["seen"])
-                mark = marks[found["key"]]
-                seen[mark] = {"mark": mark, **found}
+            with self.notes.stage("looking", len(rows)) as advance:
+                for row in looked.iter_rows():
+                    advance()
+                    found = json.loads(row["seen"])
+                    mark = marks[found["key"]]
+                    seen[mark] = {"mark": mark, **found}
             if keep:
                 self.folder.write_seen([seen[mark] for mark in marks.values() if "why" not in seen[mark]])
         clips: list[tuple[Item, Bucket]] = []
@@ -184,12 +185,6 @@ class DatasetRun:
                 faults[item.key] = Fault(key=item.key, path=item.path, why=str(error))
         check_names(self.job.layout, clips)
         return clips, faults
-
-    def _shown(self, rows: Any, count: int, name: str) -> Iterator[Any]:
-        with self.notes.stage(name, count) as advance:
-            for row in rows:
-                advance()
-                yield row
 
     def needs(self, buckets: Sequence[Bucket], *, timed: bool = False) -> dict[Bucket, Need]:
         """What a clip of each bucket takes.
@@ -251,7 +246,7 @@ class DatasetRun:
         waiting = self._by_size(units)
         paths = {item.key: item.path for item in self.items}
         busy = 0.0
-        with Progress(self.notes, units) as progress:
+        with progress(self.notes, units) as advance:
             while size := next((size for size, those in waiting.items() if those), None):
                 those, waiting[size] = waiting[size], []
                 for unit, told in self._through(those, size):
@@ -272,7 +267,7 @@ class DatasetRun:
                          for key, result in results.items() if result["what"] == workers.FAILED}
                     )  # fmt: skip
                     shards.note(key for key, result in results.items() if result["what"] != workers.MEMORY)
-                    progress.advance(unit, kinds[workers.DONE] + kinds[workers.FAILED], told["frames"])
+                    advance((kinds[workers.DONE] + kinds[workers.FAILED]) * unit.bucket.frames)
                 if size > 1:
                     release()
         return busy
@@ -314,7 +309,7 @@ class DatasetRun:
             units: to encode.
             size: devices of the group that encodes each.
         """
-        rows = [{"unit": unit.to_json()} for unit in units]
+        rows = [{"unit": pickle.dumps(unit)} for unit in units]
         groups = min(self.devices // size, len(rows))
         if self.kind == "cpu":
             share = {"num_cpus": 1 if size == 1 else 0}
@@ -330,7 +325,7 @@ class DatasetRun:
         data = data.map(Encoder, fn_constructor_args=(self.job, size), compute=pool, **share)
         data = data.map(workers.write_unit, fn_kwargs={"job": self.job}, num_cpus=0.5)
         for row in data.iter_rows():
-            yield Unit.from_json(row["unit"]), json.loads(row["told"])
+            yield pickle.loads(row["unit"]), json.loads(row["told"])
 
     def plan(self) -> str:
         """What a run would do, in lines of text. Nothing is kept."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from halovae.datasets.buckets import Bucket
 from halovae.datasets.formats import Storage
@@ -49,18 +47,6 @@ class Unit:
         """Its clips one by one, for a device with too little memory for all of them."""
         pairs = zip(self.items, self.wanted, strict=True)
         return [Unit(bucket=self.bucket, items=(item,), wanted=(True,)) for item, wanted in pairs if wanted]
-
-    def to_json(self) -> str:
-        sizes = self.bucket.height, self.bucket.width, self.bucket.frames
-        return json.dumps({"bucket": sizes, "items": [i.to_dict() for i in self.items], "wanted": self.wanted})
-
-    @classmethod
-    def from_json(cls, text: str) -> Unit:
-        given: Mapping[str, Any] = json.loads(text)
-        return cls(
-            bucket=Bucket(*given["bucket"]), items=tuple(map(Item.from_dict, given["items"])),
-            wanted=tuple(given["wanted"]),
-        )  # fmt: skip
 
 
 def together(bucket: Bucket) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,7 @@ def begun(folder: Path, name: str, most: int = _ENDS) -> Iterator[None]:
 
 def look_at(row: Row, fps: str | None, marks: Path) -> Row:
     """What the header of an item says, or why it can't be read."""
-    item = Item.from_dict(json.loads(row["item"]))
+    item: Item = pickle.loads(row["item"])
     found: dict[str, Any] = {"key": item.key}
     try:
         with begun(marks, item.key):
@@ -78,7 +79,8 @@ def look_at(row: Row, fps: str | None, marks: Path) -> Row:
 
 def read_unit(row: Row, job: Job) -> Row:
     """Decode the clips of a unit; one that fails leaves a gap."""
-    unit, fps = Unit.from_json(row["unit"]), None if job.fps is None else Fraction(job.fps)
+    unit: Unit = pickle.loads(row["unit"])
+    fps = None if job.fps is None else Fraction(job.fps)
     size, told_of, why = unit.bucket, list[Any](), list[str | None]()
     pixels = np.zeros((len(unit.items), size.frames, size.height, size.width, 3), np.uint8)
     for place, item, wanted in zip(pixels, unit.items, unit.wanted, strict=True):
@@ -198,7 +200,8 @@ def write_unit(row: Row, job: Job) -> Row:
     """Write the items of a unit, each to a file of its own."""
     import torch
 
-    unit, read, made = Unit.from_json(row["unit"]), json.loads(row["read"]), json.loads(row["made"])
+    unit: Unit = pickle.loads(row["unit"])
+    read, made = json.loads(row["read"]), json.loads(row["made"])
     results: list[dict[str, Any]] = []
     for number, (item, wanted) in enumerate(zip(unit.items, unit.wanted, strict=True)):
         if not wanted:

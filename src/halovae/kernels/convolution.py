@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from halovae.kernels.cpu.packed import Geometry, convolve, prepared
-from halovae.kernels.cpu.pieces import Line, line_of
-from halovae.kernels.cpu.slabs import WINDOW_BYTES
+from halovae.kernels.cpu.pieces import WINDOW_BYTES, Line, line_of
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import convolutions
-from halovae.kernels.kept import derived, make_room
+from halovae.kernels.kept import derived
 from halovae.kernels.lazy.chain import Chain
 from halovae.kernels.lazy.deferred import Deferred, plain
 from halovae.kernels.lazy.joined import Joined, joined_in
@@ -36,8 +35,8 @@ class Convolution:
     dilation: Sequence[int]
     first_tap: int = 0
     """Taps in time before this one meet zeros alone and are left out."""
-    made: dict[bytes | None, Tensor] = field(default_factory=dict[bytes | None, Tensor])
-    """What was made of the weight for pieces of the picture, by the order in which it is packed."""
+    made: dict[Geometry, Tensor] = field(default_factory=dict[Geometry, Tensor])
+    """What was made of the weight for the last piece of the picture."""
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
         """The weight that is in use, in a dtype."""
@@ -83,7 +82,6 @@ def _on_cpu(joined: Joined, window: Convolution) -> Tensor:
         len(window.weight),
         *(window.out_size(size, i) for i, size in enumerate(joined.shape[2:])),
     ]
-    make_room(prod(shape) * joined.dtype.itemsize)
     line = line_of(joined, shape, window.stride, [window.reach(i) for i in range(len(shape) - 2)])
     if work == joined.dtype and _is_alone(joined) and (not joined.halo or _is_same_size(joined, window, line)):
         return _inside_first(joined, window, line, work)
@@ -133,7 +131,7 @@ def _by_library(source: Tensor, window: Convolution, padding: Sequence[int]) -> 
     if result.is_meta:  # where torch knows nothing of the library's order
         result = result.as_strided(result.shape, strides_of(tuple(result.shape), channels_last=True))
     wide = derived(bias, "wide", lambda: bias.float().view(-1, *[1] * (source.ndim - 2)))
-    return Deferred(Chain(result, result.dtype).plus(wide, frozenset((1,))))
+    return Deferred(Chain(result, result.dtype).plus(wide))
 
 
 def _is_alone(joined: Joined) -> bool:

@@ -16,7 +16,7 @@ from halovae.kernels.convolution import convolution
 from halovae.kernels.fast_rules import fits, has_kernels, rule
 from halovae.kernels.gpu import fused
 from halovae.kernels.lazy import shuffled, tokens
-from halovae.kernels.lazy.chain import Chain, MeanSquare, Seen, Step, uncut_by
+from halovae.kernels.lazy.chain import Chain, MeanSquare, Seen, Step, varies_along
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import copy_of, read
 from halovae.kernels.lazy.shuffled import Shuffled
@@ -293,7 +293,7 @@ def _sum(one: Any, other: Any) -> Tensor | None:
 
 
 def _with_parameter(one: Any, other: Any, how: str) -> Any:
-    """Go on with a pending chain, by a number or by parameters that broadcast along the dimensions to be cut."""
+    """Go on with a pending chain, by a number or by parameters that vary along one dimension."""
     if not isinstance(recipe_of(one), Chain):
         one, other = other, one
     chain = recipe_of(one)
@@ -303,18 +303,17 @@ def _with_parameter(one: Any, other: Any, how: str) -> Any:
         return Deferred(chain.with_picture(how, repeated)) if fit else None
     if not isinstance(chain, Chain) or isinstance(other, (Deferred, bool)):
         return None
-    uncut: frozenset[int] = frozenset()
     if isinstance(other, Tensor):
         other = alike(other, chain.base)
         widens = other.ndim > 0 and torch.promote_types(one.dtype, other.dtype) != one.dtype
         if widens or other.is_complex() or other.ndim > one.ndim or other.device != one.device:
             return None
-        uncut = uncut_by(other, one.ndim)
-        if len(uncut) > 1 or any(other.numel() != one.shape[dim] for dim in uncut):
+        along = varies_along(other, one.ndim)
+        if len(along) > 1 or any(other.numel() != one.shape[dim] for dim in along):
             return None
     elif not isinstance(other, (int, float)):
         return None
-    return Deferred(getattr(chain, how)(other, uncut))
+    return Deferred(getattr(chain, how)(other))
 
 
 @rule(*(f for f in named("neg", "negative") if not writes(f)))

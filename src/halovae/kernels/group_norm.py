@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.gpu import fused, support
+from halovae.kernels.gpu import fused, operators, support
 from halovae.kernels.lazy.chain import Chain, Seen
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.lazy.joined import read
@@ -38,7 +38,7 @@ def group_norm(picture: Tensor, groups: int, weight: Tensor | None, bias: Tensor
 def moments(picture: Tensor, groups: int) -> Tensor:
     """`[3, N, groups]`, in float32 or better: count, mean, sum of squared deviations of `[N, C, ...]`."""
     if on_gpu(picture):
-        return fused.merged_moments(_parts(_source(picture), groups), groups)
+        return operators.merged(_parts(_source(picture), groups), groups)
     picture = plain(picture)
     wide = torch.float64 if picture.dtype == torch.float64 else torch.float32
     rows = picture.shape[1] // groups
@@ -108,7 +108,7 @@ def _seen(seen: Seen) -> Chain | None:
     for view in seen.views:
         base = view(base)
     found = Chain(base, chain.dtype)
-    return found if bias is None else found.plus(bias.view(-1, *[1] * (len(shape) - 2)), frozenset((1,)))
+    return found if bias is None else found.plus(bias.view(-1, *[1] * (len(shape) - 2)))
 
 
 def _shift(source: Chain) -> Any:
@@ -129,6 +129,5 @@ def _parts(source: Chain, groups: int) -> Tensor:
 
 def _scaled(source: Chain, picture: Tensor, affine: Tensor) -> Tensor:
     factor, term = (each.reshape(*each.shape, *[1] * (source.base.ndim - 2)) for each in affine.unbind())
-    varies = frozenset((0, 1))
-    scaled = source.times(factor, varies).plus(term, varies)
+    scaled = source.times(factor).plus(term)
     return Deferred(scaled) if picture.ndim > 3 else scaled.compute().squeeze(-1)

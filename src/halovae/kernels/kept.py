@@ -2,7 +2,8 @@
 
 What is made of weights is made once in a call and used many times: converted, summed or packed for what convolves. A
 weight may change between any two calls, in all elements or in one, so nothing of it is kept beyond a call: to make it
-anew takes a small part of a call. Within a call, changes that torch counts are seen.
+anew takes a small part of a call. Within a call, changes that torch counts are seen. On a CPU nothing is kept: beside
+its convolutions, what is made of weights takes no time.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ class Kept:
 
     weights: dict[int, MadeOfWeight] = field(default_factory=dict[int, MadeOfWeight])
     """By the id of the weight."""
-    room: int = 0
-    """Bytes of host memory for what is made of weights."""
     rooms: dict[tuple[str, tuple[int, ...]], tuple[Extent, ...]] = field(
         default_factory=dict[tuple[str, tuple[int, ...]], tuple[Extent, ...]]
     )
@@ -66,12 +65,14 @@ def kept() -> Kept:
 @contextmanager
 def apart() -> Iterator[None]:
     """Within it nothing made of weights is there at first, and nothing stays: a prediction leaves no trace."""
-    with replace(_current.get(), weights={}, room=0).in_use():
+    with replace(_current.get(), weights={}).in_use():
         yield
 
 
 def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, or what it gave before for the same weight and kind. In host memory it is kept if there is room."""
+    """`make()`, or what it gave before for the same weight and kind. On a CPU it is made anew each time."""
+    if device_type(weight.device) == "cpu":
+        return make()
     weights, key, place = kept().weights, id(weight), _place(weight)
     before = weights.get(key)
     if before is None or before.weight() is not weight or before.place != place:
@@ -80,7 +81,7 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
     elif kind in before.by_kind:
         return before.by_kind[kind]
     made = make()
-    if made is not weight and (device_type(made.device) != "cpu" or kept_bytes() + made.nbytes <= kept().room):
+    if made is not weight:
         weights.setdefault(key, before).by_kind[kind] = made
     return made
 
@@ -88,22 +89,6 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tenso
 @outside_modes
 def _place(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, changes(weight)
-
-
-def make_room(picture_bytes: int) -> None:
-    """Let what is kept of all weights take as much host memory as a picture of this size, or as the largest so far.
-
-    Beside large weights and small pictures, copies of weights would be most of the memory that a call takes.
-    """
-    store = kept()
-    store.room = max(store.room, picture_bytes)
-
-
-def kept_bytes() -> int:
-    """The host memory that is taken by what is kept."""
-    # Lists, since a weight that is collected meanwhile takes an entry away.
-    made = [tensor for entry in list(kept().weights.values()) for tensor in list(entry.by_kind.values())]
-    return sum(tensor.nbytes for tensor in made if device_type(tensor.device) == "cpu")
 
 
 def end_call() -> None:

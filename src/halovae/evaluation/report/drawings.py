@@ -6,7 +6,6 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,41 +24,22 @@ _HEAT = ((8, 8, 22), (62, 18, 92), (150, 34, 102), (223, 82, 60), (250, 164, 46)
 """From no difference to the largest, each step brighter than the one before, so that it reads without colour too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Triple:
-    """One frame on the page; pictures are data URIs."""
-
-    frame: int
-    reference: str
-    result: str
-    difference: str
-    words: str
-    """Its numbers."""
+Drawn = dict[str, Any]
+"""What the template of the page reads by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeatMap:
-    """Where the difference is, over all frames."""
-
-    picture: str
-    height: int
-    width: int
-    largest: float
-    """Levels that the brightest colour stands for."""
-
-
-def triples(reference: Frames, result: Frames, found: ClipComparison) -> list[Triple]:
-    """The frames to show, the worst one among them."""
+def triples(reference: Frames, result: Frames, found: ClipComparison) -> list[Drawn]:
+    """The frames to show, the worst one among them: pictures as data URIs, and numbers in words."""
     factor = gain(reference, result)
     shown = chosen(len(found.frames), found.worst)
     return [
-        Triple(
-            frame=number,
-            reference=_uri(one),
-            result=_uri(other),
-            difference=_uri(np.abs(_gap(one, other)) * factor),
-            words=_words(found, number),
-        )
+        {
+            "frame": number,
+            "reference": _uri(one),
+            "result": _uri(other),
+            "difference": _uri(np.abs(_gap(one, other)) * factor),
+            "words": _words(found, number),
+        }
         for number, (one, other) in enumerate(zip(reference, result, strict=True))
         if number in shown
     ]
@@ -89,14 +69,14 @@ def gain(reference: Frames, result: Frames) -> float:
     return max(unit * factor for factor in (1, 2, 5) if unit * factor <= most)
 
 
-def heat_map(energy: Map) -> HeatMap:
-    """The root of the mean squared difference of each position, as colours."""
+def heat_map(energy: Map) -> Drawn:
+    """The root of the mean squared difference of each position, as colours; the brightest stands for the `largest`."""
     levels = np.sqrt(energy)
     largest = float(np.quantile(levels, 0.999)) or float(levels.max())
     shares = np.clip(levels / largest, 0, 1) if largest else levels
     stops = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(shares, stops, [colour[i] for colour in _HEAT]) for i in range(3)], axis=2)
-    return HeatMap(picture=_uri(colours), height=energy.shape[0], width=energy.shape[1], largest=largest)
+    return {"picture": _uri(colours), "height": energy.shape[0], "width": energy.shape[1], "largest": largest}
 
 
 def heat_scale() -> str:
@@ -135,34 +115,7 @@ _FLAT = 1e-3
 """Values that differ by a smaller share than this are drawn as the same: their noise is of no account."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurveLine:
-    """One line of a plot; it has gaps where a value is missing."""
-
-    name: str
-    """Of its colour; empty for the only one."""
-    pieces: tuple[str, ...]
-    """Points as SVG has them, "x,y x,y"; one piece from gap to gap."""
-    dots: tuple[tuple[float, float], ...]
-    """Values that have no neighbour to be joined to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One plot."""
-
-    title: str
-    unit: str
-    lines: tuple[CurveLine, ...]
-    ticks: tuple[tuple[float, str], ...]
-    """Place from the top, and the number that stands there."""
-    count: int
-    """How many frames."""
-    words: str
-    """What the plot shows, for who can't see it."""
-
-
-def clip_curves(found: ClipComparison) -> list[Curve]:
+def clip_curves(found: ClipComparison) -> list[Drawn]:
     """PSNR, SSIM, mean difference, flicker and colour shift of every frame."""
     frames = found.frames
     shifts = {name: [s.colour_shift[i] for s in frames] for i, name in enumerate(("red", "green", "blue"))}
@@ -176,16 +129,16 @@ def clip_curves(found: ClipComparison) -> list[Curve]:
     return [plot for plot in curves if plot is not None]
 
 
-def latent_curves(found: LatentComparison) -> list[Curve]:
+def latent_curves(found: LatentComparison) -> list[Drawn]:
     """Relative L2 of every latent frame."""
     values = [None if math.isinf(value) else value for value in found.frames]
     plot = curve("Relative L2", "", {"": values}, with_zero=True)
     return [] if plot is None else [plot]
 
 
-def curve(title: str, unit: str, series: Mapping[str, Values], with_zero: bool = False) -> Curve | None:
+def curve(title: str, unit: str, series: Mapping[str, Values], with_zero: bool = False) -> Drawn | None:
     """A plot of lines, by the name of their colour, over frames; None where nothing is to be seen: one frame, or no
-    value."""
+    value. Its `ticks` are places from the top with their numbers, its `words` are for who can't see it."""
     known = [value for values in series.values() for value in values if value is not None]
     count = max(map(len, series.values()))
     if count < 2 or not known:
@@ -198,17 +151,16 @@ def curve(title: str, unit: str, series: Mapping[str, Values], with_zero: bool =
         return 100 * (top - value) / (top - bottom)
 
     digits = max(0, -math.floor(math.log10(numbers[1] - numbers[0]) + 1e-9))
-    return Curve(
-        title=title,
-        unit=unit,
-        lines=tuple(_line(name, values, place) for name, values in series.items()),
-        ticks=tuple((round(place(n), 2), _label(n, digits)) for n in numbers),
-        count=count,
-        words=f"{title} over {count} frames, from {min(known):.4g} to {max(known):.4g} {unit}".rstrip(),
-    )
+    return {
+        "title": title, "unit": unit, "count": count,
+        "lines": [_line(name, values, place) for name, values in series.items()],
+        "ticks": [(round(place(n), 2), _label(n, digits)) for n in numbers],
+        "words": f"{title} over {count} frames, from {min(known):.4g} to {max(known):.4g} {unit}".rstrip(),
+    }  # fmt: skip
 
 
-def _line(name: str, values: Values, place: Callable[[float], float]) -> CurveLine:
+def _line(name: str, values: Values, place: Callable[[float], float]) -> Drawn:
+    """Points as SVG has them, one piece from gap to gap; dots for values that have no neighbour."""
     step = 100 / (len(values) - 1)
     pieces: list[list[tuple[float, float]]] = [[]]
     for index, value in enumerate(values):
@@ -216,8 +168,8 @@ def _line(name: str, values: Values, place: Callable[[float], float]) -> CurveLi
             pieces.append([])
         else:
             pieces[-1].append((round(index * step, 3), round(place(value), 3)))
-    joined = tuple(" ".join(f"{x},{y}" for x, y in piece) for piece in pieces if len(piece) > 1)
-    return CurveLine(name=name, pieces=joined, dots=tuple(piece[0] for piece in pieces if len(piece) == 1))
+    joined = [" ".join(f"{x},{y}" for x, y in piece) for piece in pieces if len(piece) > 1]
+    return {"name": name, "pieces": joined, "dots": [piece[0] for piece in pieces if len(piece) == 1]}
 
 
 def _label(number: float, digits: int) -> str:

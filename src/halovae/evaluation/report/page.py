@@ -56,7 +56,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({name: getattr(figures, name) for name in _FILTERS}, props=vars)
+    environment.filters.update({name: getattr(figures, name) for name in _FILTERS})
     return environment.get_template("page.html.j2").render(
         report=report,
         clips=[_drawn(section) for section in report.clips],
@@ -79,7 +79,7 @@ def _drawn(section: ClipSection) -> dict[str, Any]:
         "gain": factor,
         "drawn": figures.drawn_words(factor, section.found.largest),
         "frames": frames,
-        "worst": next(frame for frame in frames if frame.frame == section.found.frames[section.found.worst].frame),
+        "worst": next(frame for frame in frames if frame["frame"] == section.found.frames[section.found.worst].frame),
         "figures": figures.clip_figures(section.found),
         "curves": clip_curves(section.found),
         "heat": heat_map(section.found.energy),

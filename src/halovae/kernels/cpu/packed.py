@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,9 +17,6 @@ from halovae.kernels.shapes_only import device_type
 
 LIGHT = 8
 """A picture with as many times fewer elements than the weight is convolved faster than the weight is packed."""
-
-KEEP_BELOW = 1 << 14
-"""Weights are kept in packed order for calls of fewer positions than this; for more, packing is lost in the noise."""
 
 PACKED_CONVOLUTION = "mkldnn._convolution_pointwise.default"
 """The operator that takes packed weights; by its name, since it is not in every torch."""
@@ -66,13 +62,10 @@ class Geometry:
     dilation: tuple[int, ...]
 
     @property
-    def positions(self) -> int:
-        return self.source[0] * prod(self.source[2:])
-
-    @property
     def is_light(self) -> bool:
         """Whether the picture is small beside the weight."""
-        return LIGHT * self.positions * sum(self.weight[:2]) < prod(self.weight)
+        positions = self.source[0] * prod(self.source[2:])
+        return LIGHT * positions * sum(self.weight[:2]) < prod(self.weight)
 
     def pack(self, weight: Tensor) -> Tensor:
         if weight.is_meta:
@@ -86,35 +79,23 @@ def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def prepared(
-    weight: Tensor, kind: Hashable, make: Callable[[], Tensor], geometry: Geometry, made: dict[bytes | None, Tensor]
+    weight: Tensor, kind: Hashable, make: Callable[[], Tensor], geometry: Geometry, made: dict[Geometry, Tensor]
 ) -> Tensor:
     """`make()`, a weight in the working dtype, in the order that this convolution asks for.
 
-    One in the order that another convolution asks for would do, but can take many times as long. For most sizes of
-    picture it is the same order. Where the picture is small beside the weight, that is left as it is.
+    One in the order that another convolution asks for would do, but can take many times as long. Where the picture is
+    small beside the weight, that is left as it is.
 
     Args:
-        kind: says what `make` does with it. The result is kept for small pictures, if there is room.
+        kind: says what `make` does with it.
         make: converts it, or cuts off what is not needed.
-        made: what was made for other pieces of the same picture.
+        made: what was made for the piece before, of the same picture.
     """
-    packs = _packs(weight, geometry.dtype)
-    order = order_of(geometry, torch.get_num_threads()) if packs else None
-    if order not in made:
-
-        def ordered() -> Tensor:
-            return geometry.pack(make()) if packs else make().contiguous(memory_format=memory_format(weight.ndim, True))
-
-        once = packs and geometry.positions >= KEEP_BELOW
-        if packs and geometry.is_light:
-            made[order] = make()
+    if geometry not in made:
+        made.clear()
+        if _packs(weight, geometry.dtype):
+            made[geometry] = make() if geometry.is_light else geometry.pack(make())
         else:
-            made[order] = ordered() if once else derived(weight, (kind, order), ordered)
-    return made[order]
-
-
-@functools.lru_cache(maxsize=4096)
-def order_of(geometry: Geometry, threads: int) -> bytes:
-    """The order as the library writes it down. It tells by a weight that it packs; there is no way just to ask."""
-    operation: Any = torch.ops.mkldnn._get_mkldnn_serialized_md
-    return bytes(operation(geometry.pack(torch.empty(geometry.weight, dtype=geometry.dtype, device="cpu"))).tolist())
+            last = memory_format(weight.ndim, True)
+            made[geometry] = derived(weight, kind, lambda: make().contiguous(memory_format=last))
+    return made[geometry]

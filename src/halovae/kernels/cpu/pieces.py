@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from halovae.base.geometry import Extent
 from halovae.kernels.lazy.joined import Joined
 
+WINDOW_BYTES = 1 << 23
+"""Bytes of a piece of a convolution's input, per thread: small beside the picture, large beside the rows it shares."""
+
 MANY = 16
 """With fewer inner rows or columns than that, nothing is computed while the halo is under way."""
 

@@ -1,9 +1,9 @@
-"""Chains of steps, norms, tokens and attention: one pass each where a kernel has that form."""
+"""Chains of steps, norms and attention: one pass each where a kernel has that form."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from halovae.base.private_torch import without_functions
 from halovae.kernels.gpu import operators, support
 from halovae.kernels.gpu.room_around import with_room
-from halovae.kernels.memory_format import memory_format
+from halovae.kernels.memory_format import is_channels_last, memory_format
 from halovae.kernels.precision import LOW
 from halovae.kernels.shapes_only import alike
 
@@ -40,14 +40,19 @@ def chain(
     The result may be asked for in another shape, whose positions follow each other in the same order.
     """
     if (form := _one_pass(base, wide, steps)) is None:
-        work = base.to(wide, copy=True)
-        for step in steps:
-            step.run(work)
-        found = work.to(dtype)
+        found = step_by_step(base, dtype, wide, steps)
         if shape is None:
             return found
         return found.movedim(1, -1).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return _run_chain(base, with_room(shape or base.shape, dtype, base.device), form)
+
+
+def step_by_step(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any]) -> Tensor:
+    """The same by torch's functions, one after the other, in one memory."""
+    work = base.to(wide, copy=True, memory_format=memory_format(base.ndim, is_channels_last(base)))
+    for step in steps:
+        step.run(work)
+    return work.to(dtype)
 
 
 def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[Any], other: Tensor) -> Tensor | None:
@@ -60,59 +65,10 @@ def sum_of(base: Tensor, dtype: torch.dtype, wide: torch.dtype, steps: Sequence[
     return _run_chain(base, out, {**form, "other": flat_positions(other)})
 
 
-def add_and_norm(
-    tokens: Tensor, *, other: Tensor | None = None, scale: Tensor | None = None, total: Tensor | None = None,
-    normed: Tensor | None = None, weight: Tensor | None = None, eps: float = 0.0,
-) -> None:  # fmt: skip
-    """As `triton_tokens.add_and_norm`, of dense tokens `[..., C]`."""
-    from halovae.kernels.gpu import triton_tokens
-
-    rows = (None if t is None else t.view(-1, t.shape[-1]) for t in (tokens, other, total, normed))
-    positions, term, together, divided = rows
-    assert positions is not None
-    triton_tokens.add_and_norm(
-        positions, other=term, scale=scale, total=together, normed=divided, weight=weight, eps=eps
-    )
-
-
-def rotate(
-    tokens: Tensor, out: Tensor, *, cosines: Tensor, sines: Tensor, normed: bool = False, weight: Tensor | None = None,
-    eps: float = 0.0,
-) -> None:  # fmt: skip
-    """As `triton_tokens.rotate`, of dense tokens `[N, places, heads, C]`."""
-    from halovae.kernels.gpu import triton_tokens
-
-    heads, channels = tokens.shape[-2:]
-    triton_tokens.rotate(
-        tokens.view(-1, channels), out.view(-1, channels), cosines=cosines, sines=sines, heads=heads, normed=normed,
-        weight=weight, eps=eps,
-    )  # fmt: skip
-
-
-def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
-    """As `triton_tokens.gate`, of tokens `[..., C]` that step alike."""
-    from halovae.kernels.gpu import triton_tokens
-
-    triton_tokens.gate(*(t.view(-1, t.shape[-1]) for t in (tokens, gates, out)))
-
-
 def moments(picture: Tensor, groups: int, shift: Tensor | None) -> Tensor:
-    """As `triton_norms.moments`, of a picture."""
-    positions = _positions_of_each(picture)
-    if positions.is_meta:
-        return operators.moments(positions, groups, shift)
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.moments(positions, groups, shift)
-
-
-def merged_moments(parts: Tensor, groups: int) -> Tensor:
-    """As `triton_norms.merged`."""
-    if parts.is_meta:
-        return operators.merged(parts, groups)
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.merged(parts, groups)
+    """As `triton_norms.moments`, of pictures."""
+    last = picture.contiguous(memory_format=memory_format(picture.ndim, True)).movedim(1, -1)
+    return operators.moments(last.reshape(len(picture), -1, picture.shape[1]), groups, shift)
 
 
 def affine(
@@ -120,11 +76,7 @@ def affine(
 ) -> Tensor:  # fmt: skip
     """As `triton_norms.affine`."""
     weight, bias = (None if p is None else alike(p, parts).contiguous() for p in (weight, bias))
-    if parts.is_meta:
-        return operators.affine(parts, groups, channels, weight, bias, eps)
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.affine(parts, groups, channels, weight, bias, eps)
+    return operators.affine(parts, groups, channels, weight, bias, eps)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
@@ -167,7 +119,7 @@ def _run_chain(base: Tensor, out: Tensor, form: dict[str, Any]) -> Tensor:
     else:
         height, width = out.shape[-2:]
         frames = (out.shape[2], out.stride(0), out.stride(2)) if out.ndim == 5 else (len(out), 0, out.stride(0))
-        room = Places(height, width, *frames, out.stride(-2))
+        room = (height, width, *frames, out.stride(-2))
         triton_chain.run(flat_positions(base), out, **form, room=room)
     return out
 
@@ -177,53 +129,15 @@ def flat_positions(picture: Tensor) -> Tensor:
     return picture.movedim(1, -1).reshape(-1, picture.shape[1])
 
 
-def _positions_of_each(pictures: Tensor) -> Tensor:
-    """Pictures as `[N, positions, C]`, dense."""
-    last = pictures.contiguous(memory_format=memory_format(pictures.ndim, True)).movedim(1, -1)
-    return last.reshape(len(pictures), -1, pictures.shape[1])
-
-
-class Spread(NamedTuple):
-    """How positions of a video stand for those of a larger one."""
-
-    frames: int
-    """Of the larger one, as the next two."""
-    height: int
-    width: int
-    small_frames: int
-    first: bool
-    """Whether the first frame stands for one only."""
-    time: int
-    """The binary logarithm of the repeats in time, and so on."""
-    down: int
-    across: int
-
-
-class Places(NamedTuple):
-    """Where the positions of pictures lie in memory that has room around them."""
-
-    height: int
-    """Of a picture, as the next one."""
-    width: int
-    length: int
-    """Of a video, in pictures."""
-    video: int
-    """Elements from the beginning of one video to that of the next."""
-    frame: int
-    """Elements from the beginning of one picture to that of the next."""
-    row: int
-    """Likewise of rows."""
-
-
 _SLOTS = (
     ("shift", {"plus"}), ("normalize", {"normalize", "rms"}), ("times", {"times"}), ("plus", {"plus"}),
     ("by", {"times picture"}), ("more", {"plus picture"}), ("silu", {"silu"}),
 )  # fmt: skip
-"""Arguments of `gpu_chain.run` in the order in which it uses them, and the kind of step that each of them is."""
+"""Arguments of `triton_chain.run` in the order in which it uses them, and the kind of step that each of them is."""
 
 
 def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str, Any] | None:
-    """Arguments for `gpu_chain.run`; None where it does something else than these steps, or in another order."""
+    """Arguments for `triton_chain.run`; None where it does something else than these steps, or in another order."""
     if wide != torch.float32 or base.shape[1] == 1:
         return None
     form: dict[str, Any] = {}
@@ -240,7 +154,7 @@ def _one_pass(base: Tensor, wide: torch.dtype, steps: Sequence[Any]) -> dict[str
             value = True
         elif step.kind.endswith("picture"):
             (frames, height, width), (time, down, across) = value.shape[2:], value.shifts
-            spread = Spread(frames, height, width, value.base.shape[2], value.first, time, down, across)
+            spread = (frames, height, width, value.base.shape[2], value.first, time, down, across)
             if form.setdefault("spread", spread) != spread:
                 return None
             value = flat_positions(value.base.contiguous(memory_format=memory_format(base.ndim, True)))

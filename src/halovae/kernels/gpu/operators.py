@@ -70,37 +70,33 @@ def copy(pictures: Tensor, out: Tensor) -> None:
     triton_copy.run(pictures.movedim(1, -1), out.movedim(1, -1))
 
 
+def _of_norms(name: str, schema: str, shape: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A function of `triton_norms`: by the operator on shapes, else by itself."""
+
+    def launch(*args: Any) -> Tensor:
+        from halovae.kernels.gpu import triton_norms
+
+        return getattr(triton_norms, name)(*args)
+
+    operator = _operator(schema, shape)(launch)
+    return lambda tensor, *more: (operator if tensor.is_meta else launch)(tensor, *more)
+
+
 def _shape_of_moments(positions: Tensor, groups: int, shift: Tensor | None) -> Tensor:
     from halovae.kernels.gpu import triton_norms
 
     return positions.new_empty(triton_norms.cut(positions.shape, groups).shape, dtype=torch.float32)
 
 
-@_operator("gpu_moments(Tensor positions, int groups, Tensor? shift) -> Tensor", _shape_of_moments)
-def moments(*args: Any) -> Tensor:
-    """As `triton_norms.moments`."""
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.moments(*args)
-
-
-@_operator(
-    "gpu_merged_moments(Tensor parts, int groups) -> Tensor",
+moments = _of_norms(
+    "moments", "gpu_moments(Tensor positions, int groups, Tensor? shift) -> Tensor", _shape_of_moments
+)  # fmt: skip
+merged = _of_norms(
+    "merged", "gpu_merged_moments(Tensor parts, int groups) -> Tensor",
     lambda parts, groups: parts.new_empty(3, parts.shape[2], groups),
-)
-def merged(*args: Any) -> Tensor:
-    """As `triton_norms.merged`."""
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.merged(*args)
-
-
-@_operator(
+)  # fmt: skip
+affine = _of_norms(
+    "affine",
     "gpu_affine(Tensor parts, int groups, int channels, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     lambda parts, groups, channels, *_: parts.new_empty(2, parts.shape[2], channels),
 )
-def affine(*args: Any) -> Tensor:
-    """As `triton_norms.affine`."""
-    from halovae.kernels.gpu import triton_norms
-
-    return triton_norms.affine(*args)

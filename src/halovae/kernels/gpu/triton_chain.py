@@ -46,9 +46,11 @@ def run(
         plus: as `shift`.
         by: `[P', C]`, positions of a smaller video; or None.
         more: likewise.
-        spread: how their positions stand for those of the video: `gpu.Spread`.
+        spread: how their positions stand for those of the video: its frames, rows and columns, their frames, whether
+            the first frame stands for one only, and the binary logarithms of the repeats in time, height and width.
         silu: whether x * sigmoid(x) follows.
-        room: rows and columns of the pictures, and how far apart in `out` videos, frames and rows begin: `gpu.Places`.
+        room: rows and columns of the pictures, pictures of a video, and how many elements apart in `out` videos,
+            pictures and rows begin.
     """
     count, channels = positions.shape
     padded = triton.next_power_of_2(channels)

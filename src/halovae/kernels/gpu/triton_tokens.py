@@ -28,15 +28,16 @@ def add_and_norm(
     In float32, each result rounded once. The norm is of the unrounded sum where `total` is None.
 
     Args:
-        tokens: `[T, C]`, dense.
+        tokens: `[..., C]`, dense.
         other: likewise; None: nothing is added.
         scale: `[C]`; None: 1.
-        total: `[T, C]`, any floating dtype; None: not wanted.
+        total: as `tokens`, any floating dtype; None: not wanted.
         normed: likewise.
         weight: `[C]`; None: 1.
         eps: added to the mean square.
     """
-    count, channels = tokens.shape
+    channels = tokens.shape[-1]
+    count = tokens.numel() // channels
     padded = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // padded)
     _add_and_norm[(triton.cdiv(count, rows),)](
@@ -47,8 +48,8 @@ def add_and_norm(
 
 
 def rotate(
-    tokens: Tensor, out: Tensor, *, cosines: Tensor, sines: Tensor, heads: int, normed: bool = False,
-    weight: Tensor | None = None, eps: float = 0.0,
+    tokens: Tensor, out: Tensor, *, cosines: Tensor, sines: Tensor, normed: bool = False, weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:  # fmt: skip
     """Write tokens turned by a rotary position embedding, in float32 and rounded once.
 
@@ -56,20 +57,20 @@ def rotate(
     `x[i] * cos[i] - x[i + R/2] * sin[i]` and `x[i + R/2] * cos[i + R/2] + x[i] * sin[i + R/2]`.
 
     Args:
-        tokens: `[T * heads, C]`, dense.
+        tokens: `[N, P, heads, C]`, dense.
         out: likewise, any floating dtype.
-        cosines: `[P, R]`, dense; T is a multiple of P, and all P have theirs in turn.
+        cosines: `[P, R]` or `[N * P, R]`, dense.
         sines: likewise.
-        heads: with the same angles.
         normed: whether tokens are first divided by their root mean square, and rounded to `out`'s dtype.
         weight: `[C]`, of the norm; None: 1.
         eps: added to the mean square.
     """
-    count, channels = tokens.shape
+    channels = tokens.shape[-1]
+    count = tokens.numel() // channels
     padded = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // padded)
     _rotate[(triton.cdiv(count, rows),)](
-        tokens, out, cosines, sines, weight, count, len(cosines), heads, eps, C=channels, R=cosines.shape[1],
+        tokens, out, cosines, sines, weight, count, len(cosines), tokens.shape[2], eps, C=channels, R=cosines.shape[1],
         PADDED=padded, ROWS=rows, NORMED=normed, WEIGHT=weight is not None, num_warps=4,
     )  # fmt: skip
 
@@ -78,14 +79,15 @@ def gate(tokens: Tensor, gates: Tensor, out: Tensor) -> None:
     """Write `tokens * silu(gates)`, in float32 and rounded once.
 
     Args:
-        tokens: `[T, C]`, dense in C.
+        tokens: `[..., C]`, dense in C, at one distance from each other.
         gates: likewise, with the same distance from token to token.
-        out: `[T, C]`, dense.
+        out: as `tokens`, dense.
     """
-    count, channels = tokens.shape
+    channels = tokens.shape[-1]
+    count = tokens.numel() // channels
     block = min(triton.next_power_of_2(channels), _ELEMENTS)
     _gate[(count, triton.cdiv(channels, block))](
-        tokens, gates, out, tokens.stride(0), C=channels, BLOCK=block, num_warps=4
+        tokens, gates, out, tokens.stride(-2), C=channels, BLOCK=block, num_warps=4
     )
 
 

@@ -1,4 +1,4 @@
-"""Chains of functions that act on each position by itself, run piece by piece while the piece is in the cache.
+"""Chains of functions that act on each position by itself, run in one memory, or by one kernel.
 
 Norms over channels, scales, shifts, activations and casts, as VAEs write them: one function after the other. In low
 precision the chain runs in float32 and is rounded once, at its end, which is nearer to the truth than rounding after
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.cpu.slabs import CHAIN_ELEMENTS, cut_out, pieces, size_of
 from halovae.kernels.gpu import fused
 from halovae.kernels.lazy.deferred import OfBase, Recipe
 from halovae.kernels.memory_format import is_channels_last, is_dense_channels_last, memory_format, memory_of, strides_of
 from halovae.kernels.precision import LOW
-from halovae.kernels.shapes_only import device_type, in_turn
+from halovae.kernels.shapes_only import device_type
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,12 @@ class Step:
         else:
             F.silu(piece, inplace=True)
 
+    def along(self, ndim: int) -> frozenset[int]:
+        """The dimensions along which it looks at several positions, or has parameters."""
+        if self.kind in ("normalize", "rms"):
+            return frozenset((self.value[0],))
+        return varies_along(self.value, ndim) if isinstance(self.value, Tensor) else frozenset()
+
     def moved(self, ndim: int, source: int, destination: int) -> Step:
         """The same of a tensor one of whose dimensions is moved."""
         if self.kind in ("normalize", "rms"):
@@ -76,8 +81,6 @@ class Chain(OfBase):
     base: Tensor
     dtype: torch.dtype
     steps: tuple[Step, ...] = ()
-    uncut: frozenset[int] = frozenset()
-    """Dimensions along which a function looks at several positions, or has parameters."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,70 +102,55 @@ class Chain(OfBase):
         return torch.float32 if self.base.dtype in LOW else self.base.dtype
 
     def cast(self, dtype: torch.dtype) -> Chain:
-        return Chain(self.base, dtype, self.steps, self.uncut)
+        return Chain(self.base, dtype, self.steps)
 
     def normalized(self, dim: int, least: float) -> Chain:
         """Divide by the Euclidean length over one dimension, or by `least` where that is more."""
-        return self._then(Step("normalize", (dim, least)), frozenset((dim,)))
+        return self._then(Step("normalize", (dim, least)))
 
     def by_rms(self, dim: int, added: float) -> Chain:
         """Divide by the root of (the mean square over one dimension + `added`)."""
-        return self._then(Step("rms", (dim, added)), frozenset((dim,)))
+        return self._then(Step("rms", (dim, added)))
 
     def moved(self, source: int, destination: int) -> Chain:
         """The same of the tensor with one dimension moved."""
-        ndim = self.base.ndim
-        order = _moved(ndim, source, destination)
-        steps = tuple(step.moved(ndim, source, destination) for step in self.steps)
-        uncut = frozenset(order.index(dim) for dim in self.uncut)
-        return Chain(self.base.movedim(source, destination), self.dtype, steps, uncut)
+        steps = tuple(step.moved(self.base.ndim, source, destination) for step in self.steps)
+        return Chain(self.base.movedim(source, destination), self.dtype, steps)
 
     def activated(self) -> Chain:
         """x * sigmoid(x)."""
         return self._then(Step("silu"))
 
-    def times(self, factor: Tensor | float, uncut: frozenset[int]) -> Chain:
+    def times(self, factor: Tensor | float) -> Chain:
         """Multiply; factors that follow each other become one."""
         factor, steps = self._widened(factor), self.steps
         if steps and steps[-1].kind == "times":
             factor, steps = factor * steps[-1].value, steps[:-1]
-        return Chain(self.base, self.dtype, (*steps, Step("times", factor)), self.uncut | uncut)
+        return Chain(self.base, self.dtype, (*steps, Step("times", factor)))
 
-    def plus(self, term: Tensor | float, uncut: frozenset[int]) -> Chain:
+    def plus(self, term: Tensor | float) -> Chain:
         if not isinstance(term, Tensor) and term == 0:
             return self
-        return self._then(Step("plus", self._widened(term)), uncut)
+        return self._then(Step("plus", self._widened(term)))
 
     def with_picture(self, how: str, picture: Recipe) -> Chain:
         """Multiply ("times") by, or add ("plus"), another picture of this shape. On accelerators only."""
-        return self._then(Step(f"{how} picture", picture), frozenset(range(self.base.ndim)))
+        return self._then(Step(f"{how} picture", picture))
 
-    def _then(self, step: Step, uncut: frozenset[int] = frozenset()) -> Chain:
-        return Chain(self.base, self.dtype, (*self.steps, step), self.uncut | uncut)
+    def _then(self, step: Step) -> Chain:
+        return Chain(self.base, self.dtype, (*self.steps, step))
 
     def _widened(self, parameter: Any) -> Any:
         return parameter.to(self.wide) if isinstance(parameter, Tensor) else parameter
 
     def compute(self) -> Tensor:
-        if device_type(self.device) != "cpu":
-            if self.uncut == frozenset((self.base.ndim - 1,)):  # channels that are last in shape too
-                return self.moved(-1, 1).compute().movedim(1, -1)
-            return fused.chain(self.base, self.dtype, self.wide, self.steps)
-        base = self.base
-        out = torch.empty(
-            self.shape, dtype=self.dtype, device=base.device, memory_format=memory_format(base.ndim, self.channels_last)
-        )
-        inner = {1} if self.channels_last else set[int]()  # a piece is one run of memory
-        cut = pieces(self.shape, self.uncut | inner, CHAIN_ELEMENTS * torch.get_num_threads())
-        for piece in in_turn(cut, base, size_of):
-            source, target = cut_out(base, piece), cut_out(out, piece)
-            # Where no rounding is due, the result's own memory is the workspace.
-            work = target.copy_(source) if self.dtype == self.wide else source.to(self.wide, copy=True)
-            for step in self.steps:
-                step.run(work)
-            if work is not target:
-                target.copy_(work)
-        return out
+        if device_type(self.device) == "cpu":
+            return fused.step_by_step(self.base, self.dtype, self.wide, self.steps)
+        last = self.base.ndim - 1
+        along = {dim for step in self.steps for dim in step.along(last + 1)}
+        if along == {last} and not self.pictures:  # channels that are last in shape too
+            return self.moved(-1, 1).compute().movedim(1, -1)
+        return fused.chain(self.base, self.dtype, self.wide, self.steps)
 
 
 @dataclass(frozen=True)
@@ -223,7 +211,7 @@ class Seen:
         return tensor
 
 
-def uncut_by(parameter: Tensor, ndim: int) -> frozenset[int]:
+def varies_along(parameter: Tensor, ndim: int) -> frozenset[int]:
     """The dimensions along which a broadcast parameter varies."""
     return frozenset(ndim - 1 - i for i, size in enumerate(reversed(parameter.shape)) if size > 1)
 

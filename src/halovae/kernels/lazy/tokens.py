@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.gpu import fused, support
+from halovae.kernels.gpu import support
 from halovae.kernels.lazy.deferred import Deferred, plain, recipe_of
 from halovae.kernels.precision import LOW
 
@@ -35,6 +35,12 @@ def are_tokens(tensor: Any) -> bool:
         and 0 < tensor.shape[-1] <= WIDEST
         and tensor.numel() > 0
     )
+
+
+def _kernels() -> Any:
+    from halovae.kernels.gpu import triton_tokens  # Not every device has Triton.
+
+    return triton_tokens
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Sum(_Tokens):
 
     def compute(self) -> Tensor:
         total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        fused.add_and_norm(self.tokens, other=self.other, scale=self.scale, total=total)
+        _kernels().add_and_norm(self.tokens, other=self.other, scale=self.scale, total=total)
         return total
 
 
@@ -103,10 +109,10 @@ class Normed(_Tokens):
         pending = recipe_of(self.tokens)
         if isinstance(self.tokens, Deferred) and isinstance(pending, Sum):
             total = torch.empty(self.shape, dtype=pending.dtype, device=self.device)
-            fused.add_and_norm(pending.tokens, other=pending.other, scale=pending.scale, total=total, **norm)
+            _kernels().add_and_norm(pending.tokens, other=pending.other, scale=pending.scale, total=total, **norm)
             self.tokens.fulfil(total)
         else:
-            fused.add_and_norm(plain(self.tokens), **norm)
+            _kernels().add_and_norm(plain(self.tokens), **norm)
         return normed
 
 
@@ -126,7 +132,7 @@ class Gated(_Tokens):
 
     def compute(self) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        fused.gate(self.tokens, self.gates, out)
+        _kernels().gate(self.tokens, self.gates, out)
         return out
 
 
@@ -178,9 +184,9 @@ class Turned(_Tokens):
         angles: dict[str, Any] = dict(zip(("cosines", "sines"), rows, strict=True))
         norm = recipe_of(self.tokens)
         if isinstance(norm, Normed) and norm.dtype == self.dtype:
-            fused.rotate(plain(norm.tokens), out, **angles, normed=True, weight=norm.weight, eps=norm.eps)
+            _kernels().rotate(plain(norm.tokens), out, **angles, normed=True, weight=norm.weight, eps=norm.eps)
         else:
-            fused.rotate(plain(self.tokens).contiguous(), out, **angles)
+            _kernels().rotate(plain(self.tokens).contiguous(), out, **angles)
         return out
 
 

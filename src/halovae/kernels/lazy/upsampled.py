@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels.cpu.slabs import WINDOW_BYTES
+from halovae.kernels.cpu.pieces import WINDOW_BYTES
 from halovae.kernels.fill import Fill
 from halovae.kernels.gpu import convolutions
 from halovae.kernels.kept import derived
