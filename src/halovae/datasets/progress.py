@@ -52,9 +52,10 @@ def progress(notes: Stages, units: Sequence[Unit]) -> Iterator[Callable[[int], N
 
     Yields what to call with the number of frames that are done more.
     """
+    items = counted(sum(len(unit.keys) for unit in units), "item")
     total, done = sum(len(unit.keys) * unit.bucket.frames for unit in units), 0
     started = said = time.perf_counter()
-    with notes.stage("encode", total, "frames") as advance:
+    with notes.stage(f"encode {items}", total, "frames") as advance:
 
         def tell(frames: int) -> None:
             nonlocal done, said
@@ -64,7 +65,7 @@ def progress(notes: Stages, units: Sequence[Unit]) -> Iterator[Callable[[int], N
             if done and now - said > _SAY_EVERY and not sys.stderr.isatty():
                 rate, said = done / (now - started), now
                 left = timedelta(seconds=round((total - done) / rate))
-                notes.note(f"{done} of {total} frames, {rate:.1f} frames/s, {left} left")
+                notes.note(f"{done} of {total} frames of {items}, {rate:.1f} frames/s, {left} left")
 
         yield tell
 
