@@ -71,6 +71,14 @@ def test_ranks_leave_a_task_together(two_ranks: Ranks) -> None:
     assert second[3:] == [2, None]
 
 
+def test_clients_are_told_of_fields_and_not_of_flags() -> None:
+    cut = worker.in_fields(
+        "the file is broken at frame 9 (the file ends early); the first 9 can be read: use --frames 0:9"
+    )
+    assert cut.endswith("; the first 9 can be read: send these alone")
+    assert worker.in_fields("--num-frames 6 and --fps 0 are wrong") == "num_frames 6 and fps 0 are wrong"
+
+
 def test_a_reader_holds_the_work_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until it has taken enough, and not for ever; one that leaves ends the work."""
     monkeypatch.setattr(worker, "AHEAD_BYTES", 10)

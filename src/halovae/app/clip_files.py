@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halovae import media
 from halovae.app.session import Advance, Half, Loaded, Session
 from halovae.base.errors import HalovaeError
+from halovae.base.options import Half as HalfName
 from halovae.media import codec
-from halovae.media.vae_limits import Fit
+from halovae.media.latents_file import LatentsInfo, scaling_of
+from halovae.media.vae_limits import Fit, Limits
 
 Take = Callable[[media.Frames], None]
 
@@ -61,28 +65,90 @@ def writing(session: Session, output: Path, fps: Fraction, **settings: Any) -> I
         session.stages.note(f"{output}: {note}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Coder:
+    """A VAE, on this rank alone or on all, that encodes and decodes clips while they are read and written."""
+
+    session: Session
+    vae: Any
+    limits: Limits
+    dtypes: Mapping[HalfName, torch.dtype]
+    """What each half gets."""
+    streams: Mapping[HalfName, Callable[..., Any]]
+    """`encode_stream` and `decode_stream` of the VAE's handle, where there is one."""
+    agree: Callable[[HalovaeError | None], None]
+    """Gets what went wrong on this rank, if anything did, and then raises on all."""
+    after: Callable[[], None] = lambda: None
+    """Called after each call of the VAE, which may be more often."""
+
+    def frames(self, film: media.Film, fit: Fit) -> Iterator[Tensor]:
+        """A clip as `encode` takes it."""
+        return codec.padded(film, fit, self.dtypes["encode"], self.session.device)
+
+    def encode(
+        self, frames: Iterator[Tensor], fit: Fit, take: Callable[[Tensor], None], at_once: int = codec.LONG
+    ) -> None:
+        """Encode a clip, whose frames are read meanwhile. Latents are handed on as soon as they are final.
+
+        Args:
+            take: gets the next latents, as `codec.encode_pieces` gives them. What it raises, all ranks raise.
+            at_once: as of `codec.encode_pieces`.
+        """
+        stream = self.streams.get("encode")
+        pieces = codec.encode_pieces(self.vae, self.limits, frames, fit.padded_frames, self.after, stream, at_once)
+        with torch.inference_mode(), closing(pieces):
+            for piece in pieces:
+                self.agree(_failure(take, piece))
+                del piece
+
+    def decode(self, latents: Tensor, fit: Fit, take: Callable[[Tensor], None]) -> None:
+        """Decode a clip, and let the first rank have its frames as soon as they are final.
+
+        Args:
+            take: gets the next frames, (3, frames, height, width) of -1 to 1, cropped. What it raises, all ranks raise.
+        """
+        count, left = 0, codec.decode_calls(self.vae, self.limits, latents)
+
+        def place(part: Tensor) -> Tensor:
+            return part.to(self.session.device, self.dtypes["decode"])
+
+        def given(piece: Tensor) -> None:
+            fit.check(fit.padded_frames, *piece.shape[2:])
+            cropped = fit.crop_piece(piece, count)
+            if cropped.shape[1]:
+                take(cropped)
+
+        def after_call() -> None:
+            nonlocal left
+            self.after()
+            left -= 1
+            is_over = self.session.is_first and not left
+            self.agree(_failure(fit.check, count, fit.padded_height, fit.padded_width) if is_over else None)
+
+        pieces = codec.decode_pieces(self.vae, self.limits, latents, after_call, self.streams.get("decode"), place)
+        with torch.inference_mode(), closing(pieces):
+            for piece in pieces:
+                self.after()
+                if self.session.is_first and (problem := _failure(given, piece)) is not None:
+                    pieces.close()  # Which ends the call on the other ranks, too.
+                    self.agree(problem)
+                count += piece.shape[1]
+                del piece
+
+
 def encode(
     session: Session, loaded: Loaded, fit: Fit, film: media.Film, handle: Any, take: Callable[[Tensor], None],
     label: str = "",
 ) -> Half:  # fmt: skip
-    """Encode a clip, whose frames are read meanwhile. Latents are handed on as soon as they are final.
+    """`Coder.encode`, with progress and an account of it.
 
     Args:
         handle: of the parallel VAE, on every rank; None for the VAE itself, on this rank alone.
-        take: gets the next latents, as `codec.encode_pieces` gives them. What it raises, all ranks raise.
         label: after the name of the stage.
     """
-    agree = _raise if handle is None else session.agree
     with session.measured(f"encode{label}", handle, fit.padded_frames) as (half, advance, after):
-        frames = codec.padded(film, fit, session.dtypes["encode"], session.device)
-        stream = None if handle is None else handle.encode_stream
-        pieces = codec.encode_pieces(
-            loaded.vae, loaded.limits, _read(frames, half, advance, after), fit.padded_frames, after, stream
-        )
-        with closing(pieces):
-            for piece in pieces:
-                agree(_failure(take, piece))
-                del piece
+        coder = _coder(session, loaded, handle, after)
+        coder.encode(_read(coder.frames(film, fit), half, advance, after), fit, take)
     return half
 
 
@@ -103,45 +169,38 @@ def decode(
     session: Session, loaded: Loaded, fit: Fit, latents: Tensor, handle: Any, take: Callable[[Tensor], None],
     label: str = "",
 ) -> Half:  # fmt: skip
-    """Decode a clip, and let the first rank have its frames as soon as they are final.
-
-    Args:
-        handle: as for `encode`.
-        take: gets the next frames, (3, frames, height, width) of -1 to 1, cropped. What it raises, all ranks raise.
-        label: after the name of the stage.
-    """
-    vae, limits, count = loaded.vae, loaded.limits, 0
-    left = codec.decode_calls(vae, limits, latents)
-    agree = _raise if handle is None else session.agree
-
-    def place(part: Tensor) -> Tensor:
-        return part.to(session.device, session.dtypes["decode"])
-
-    def given(piece: Tensor) -> None:
-        fit.check(fit.padded_frames, *piece.shape[2:])
-        cropped = fit.crop_piece(piece, count)
-        if cropped.shape[1]:
-            take(cropped)
-            advance(cropped.shape[1])
-
-    def after_call() -> None:
-        nonlocal left
-        after()
-        left -= 1
-        is_over = session.is_first and not left
-        agree(_failure(fit.check, count, fit.padded_height, fit.padded_width) if is_over else None)
-
+    """`Coder.decode`, with progress and an account of it; handle and label as for `encode`."""
     with session.measured(f"decode{label}", handle, fit.frames) as (half, advance, after):
-        stream = None if handle is None else handle.decode_stream
-        with closing(codec.decode_pieces(vae, limits, latents, after_call, stream, place)) as pieces:
-            for piece in pieces:
-                after()
-                if session.is_first and (problem := _failure(given, piece)) is not None:
-                    pieces.close()  # Which ends the call on the other ranks, too.
-                    agree(problem)
-                count += piece.shape[1]
-                del piece
+
+        def taken(frames: Tensor) -> None:
+            take(frames)
+            advance(frames.shape[1])
+
+        _coder(session, loaded, handle, after).decode(latents, fit, taken)
     return half
+
+
+def _coder(session: Session, loaded: Loaded, handle: Any, after: Callable[[], None]) -> Coder:
+    streams: dict[HalfName, Callable[..., Any]] = {}
+    if handle is not None:
+        streams = {"encode": handle.encode_stream, "decode": handle.decode_stream}
+    agree = _raise if handle is None else session.agree
+    return Coder(
+        session=session, vae=loaded.vae, limits=loaded.limits, dtypes=session.dtypes, streams=streams, agree=agree,
+        after=after,
+    )  # fmt: skip
+
+
+def latents_info(model: str, vae: Any, film: media.Film, fit: Fit) -> LatentsInfo:
+    """What is to be known of the latents of a clip."""
+    return LatentsInfo(
+        model=model,
+        model_class=type(vae).__name__,
+        scaling=scaling_of(vae.config),
+        fps=film.pace.fps,
+        times=film.pace.times,
+        **vars(fit),
+    )
 
 
 def _failure(step: Callable[..., object], *given: Any) -> HalovaeError | None:

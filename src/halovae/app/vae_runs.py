@@ -18,9 +18,7 @@ from halovae.base.errors import HalovaeError
 from halovae.base.files import write_json
 from halovae.evaluation.report import write_report
 from halovae.evaluation.scores import Frame, SquaredErrors
-from halovae.media import Film, Frames, check_still, codec, latents_file
-from halovae.media.latents_file import LatentsInfo, scaling_of
-from halovae.media.vae_limits import Fit
+from halovae.media import Frames, check_still, codec, latents_file
 
 
 def encode(session: Session, job: VaeJob) -> None:
@@ -34,21 +32,10 @@ def encode(session: Session, job: VaeJob) -> None:
         document = tables.document(session, loaded, fit, {"encode": half})
         if not session.is_first:
             return
-        writer.finish(_info(loaded, film, fit))
+        writer.finish(clip_files.latents_info(loaded.source.model, loaded.vae, film, fit))
     shape = "x".join(map(str, writer.shape))
     line = f"latents {shape} of {tables.clip_line(fit, film.pace.fps)}"
     _tell(session, loaded, job, line, document, "encode", half)
-
-
-def _info(loaded: Loaded, film: Film, fit: Fit) -> LatentsInfo:
-    return LatentsInfo(
-        model=loaded.source.model,
-        model_class=loaded.source.class_name,
-        scaling=scaling_of(loaded.vae.config),
-        fps=film.pace.fps,
-        times=film.pace.times,
-        **vars(fit),
-    )
 
 
 def _tell(

@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from halovae import media
+from halovae.app.clip_files import Coder, Take, latents_info
 from halovae.app.job import PipelineJob
 from halovae.app.session import Session
 from halovae.app.settled import settled
 from halovae.base.errors import HalovaeError, InputError
 from halovae.base.files import reason
-from halovae.comm.agreement import together
 from halovae.media import codec, latents_file
-from halovae.media.latents_file import KEY, LatentsInfo, scaling_of
-from halovae.media.vae_limits import Fit, Limits
+from halovae.media.latents_file import KEY
+from halovae.media.vae_limits import Limits
 from halovae.pipelines.generation_settings import Generation, arguments, flag, parameters
 from halovae.pipelines.grid import TokenGrid
-from halovae.pipelines.load import PipelineSource
+from halovae.pipelines.load import PipelineSource, torch_dtypes
 from halovae.pipelines.runner import Runner
 from halovae.pipelines.scheduler import check_boundary, check_steps, prepare_scheduler, shifted
 from halovae.pipelines.stages import WRITE, StageTimeline
 from halovae.serve.store import PARTS_END, STREAM, THUMBNAIL, VIDEO, around_part
 
-OnStep = Callable[[int, int | None], None]
-"""Called by all ranks together, with the number of steps done and of all."""
-OnFrames = Callable[[int], None]
-"""Called on the first rank with the number of frames that can be sent. Waits for a client that is far behind, and
-raises where there is none any more."""
 _PER_CALL = ("flow_shift", "boundary_ratio")
 """Settings of a pipeline's setup that a request may change for itself."""
 _THUMBNAIL = (320, 320)
@@ -55,6 +49,27 @@ class NoRoomError(HalovaeError):
     """The result could not be written for want of room: the task can be done again when there is."""
 
 
+class Watch(Protocol):
+    """Who is told of the work on a task, and may end it."""
+
+    def on_step(self, done: int, total: int | None) -> None:
+        """Called by all ranks together, with the number of steps done and of all."""
+        ...
+
+    def on_frames(self, count: int) -> None:
+        """Called on the first rank with the number of frames that can be sent. Waits for a client that is far behind.
+
+        Raises:
+            HalovaeError: there is none any more.
+        """
+        ...
+
+    def agree(self, problem: HalovaeError | None = None) -> None:
+        """Called by all ranks together, with what went wrong on this one; raises on all if anything did, or if the
+        client does not want the result any more."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A pipeline that is loaded and spread over the ranks."""
@@ -66,6 +81,13 @@ class Model:
     grid: TokenGrid
     limits: Limits
     """Of the VAE."""
+
+    def coder(self, session: Session, watch: Watch) -> Coder:
+        """What encodes and decodes for one task."""
+        vae, streams, dtypes = self.runner.pipeline.vae, self.runner.streams, torch_dtypes(self.job.setup)
+        return Coder(
+            session=session, vae=vae, limits=self.limits, dtypes=dtypes, streams=streams, agree=watch.agree
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +139,7 @@ def _refusal(check: Callable[[], object]) -> InputError | None:
     return None
 
 
-def make_video(
-    session: Session, model: Model, task: Task, on_step: OnStep, on_frames: OnFrames
-) -> dict[str, Any]:  # fmt: skip
+def make_video(session: Session, model: Model, task: Task, watch: Watch) -> dict[str, Any]:
     """Make a video and, on the first rank, write it meanwhile; returns what it took.
 
     Raises:
@@ -134,13 +154,14 @@ def make_video(
         given["num_frames"] = model.grid.nearest_count(seconds * fps)
     job = replace(model.job, image=task.input, generation=Generation(**given, frame_rate=fps))
     generation = settled(model.source.cls, model.runner.pipeline.components, model.grid, job)
-    with _scheduled(model, per_call):
-        on_step(0, generation.num_inference_steps)
+    with _scheduled(model, per_call), ExitStack() as stack:
+        watch.on_step(0, generation.num_inference_steps)
         timeline = StageTimeline(session.device)
-        with _Output(session, task, Fraction(fps), on_frames, crf=model.job.crf, lossless=lossless) as output:
-            result = model.runner.run(generation, on_step, output.take)
-            with timeline.stage(WRITE):
-                output.finish()
+        settings = {"crf": model.job.crf, "lossless": lossless}
+        take = stack.enter_context(_writing_video(session, task, Fraction(fps), watch, **settings))
+        result = model.runner.run(generation, watch.on_step, take)
+        with timeline.stage(WRITE):  # What of it is left.
+            stack.close()
     if not session.is_first:
         return {}
     frames, height, width = result.sizes
@@ -149,47 +170,36 @@ def make_video(
     return {**sizes, "seed": result.seed, "timings": {**result.seconds, **timeline.seconds}, "peak_memory": peak}
 
 
-class _Output:
-    """The video of a task, written on the first rank while it is made: as its result, and for who watches meanwhile."""
-
-    def __init__(
-        self, session: Session, task: Task, fps: Fraction, on_frames: OnFrames, **settings: Any
-    ) -> None:  # fmt: skip
-        self._open, self._writers, self._count = ExitStack(), list[media.Writer](), 0
-        self._task, self._on_frames = task, on_frames
+@contextmanager
+def _writing_video(session: Session, task: Task, fps: Fraction, watch: Watch, **settings: Any) -> Iterator[Take]:
+    """Within it, the first rank writes the video of a task: as its result, and for who watches meanwhile."""
+    writers, count = list[media.Writer](), 0
+    with ExitStack() as stack:
         if session.is_first:
             stream = task.output.with_name(STREAM)
             stream.unlink(missing_ok=True)  # Of an attempt before: another file, for who still reads that one.
             for path, live in ((task.output, False), (stream, True)):
-                self._writers.append(self._open.enter_context(media.Writer(path, fps, live=live, **settings)))
+                writers.append(stack.enter_context(media.Writer(path, fps, live=live, **settings)))
 
-    def take(self, frames: media.Frames) -> None:
+        def take(frames: media.Frames) -> None:
+            nonlocal count
+            with _writing():
+                for frame in frames:
+                    if not count and task.kind == VIDEO:
+                        first = Image.fromarray(frame)
+                        first.thumbnail(_THUMBNAIL)
+                        first.save(task.output.with_name(THUMBNAIL))
+                    for writer in writers:
+                        writer.put(frame)
+                    count += 1
+            watch.on_frames(count)
+
+        yield take
         with _writing():
-            for frame in frames:
-                if not self._count and self._task.kind == VIDEO:
-                    first = Image.fromarray(frame)
-                    first.thumbnail(_THUMBNAIL)
-                    first.save(self._task.output.with_name(THUMBNAIL))
-                for writer in self._writers:
-                    writer.put(frame)
-                self._count += 1
-        self._on_frames(self._count)
-
-    def finish(self) -> None:
-        """Wait until all is written."""
-        with _writing():
-            self._open.close()
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._open.__exit__(*exception)
+            stack.close()
 
 
-def encode_clip(
-    session: Session, model: Model, task: Task, on_step: OnStep, on_frames: OnFrames
-) -> dict[str, Any]:  # fmt: skip
+def encode_clip(session: Session, model: Model, task: Task, watch: Watch) -> dict[str, Any]:
     """Encode a clip to latents, as `halovae encode` does.
 
     Raises:
@@ -200,37 +210,29 @@ def encode_clip(
     watched = given.pop("stream", False)
     film = _open_clip(task.input, **given)
     fit = model.limits.fit(film.count, *film.size)
-    vae = model.runner.pipeline.vae
-    info = LatentsInfo(
-        model=model.source.model,
-        model_class=type(vae).__name__,
-        scaling=scaling_of(vae.config),
-        fps=film.pace.fps,
-        times=film.pace.times,
-        **vars(fit),
-    )
+    coder = model.coder(session, watch)
+    info = latents_info(model.source.model, coder.vae, film, fit)
     with ExitStack() as stack:
         stream = None
         if session.is_first and watched:
             stream = stack.enter_context(task.output.with_name(STREAM).open("wb"))
         writer = stack.enter_context(latents_file.LatentsWriter(task.output, model.limits.time_dim))
-        stack.enter_context(torch.inference_mode())
-        on_step(0, fit.padded_frames)
-        frames = _Counted(codec.padded(film, fit, vae.dtype, session.device))
-        encode = model.runner.streams.get("encode")
-        at_once = 0 if watched else codec.LONG
-        pieces = codec.encode_pieces(vae, model.limits, frames, fit.padded_frames, stream=encode, at_once=at_once)
-        for piece in stack.enter_context(closing(pieces)):
-            with together(session.group), _writing():
-                if session.is_first:
-                    writer.put(piece)
+
+        def take(piece: Tensor) -> None:
+            if not session.is_first:
+                return
+            with _writing():
+                writer.put(piece)
                 if stream is not None:
                     content = latents_file.content_of({KEY: piece}, info.to_metadata())
                     head, end = around_part(len(content))
                     stream.write(head + content + end)
                     stream.flush()
-                    on_frames(frames.count)
-            on_step(frames.count, fit.padded_frames)
+            if stream is not None:
+                watch.on_frames(writer.shape[model.limits.time_dim])
+
+        watch.agree()
+        coder.encode(coder.frames(film, fit), fit, take, at_once=0 if watched else codec.LONG)
         if not session.is_first:
             return {}
         with _writing():
@@ -240,21 +242,7 @@ def encode_clip(
         return {"shape": list(writer.shape)}
 
 
-class _Counted(Iterator[Tensor]):
-    """Frames, and how many were taken."""
-
-    def __init__(self, frames: Iterator[Tensor]) -> None:
-        self._frames, self.count = frames, 0
-
-    def __next__(self) -> Tensor:
-        frame = next(self._frames)
-        self.count += 1
-        return frame
-
-
-def decode_latents(
-    session: Session, model: Model, task: Task, on_step: OnStep, on_frames: OnFrames
-) -> dict[str, Any]:  # fmt: skip
+def decode_latents(session: Session, model: Model, task: Task, watch: Watch) -> dict[str, Any]:
     """Decode latents to a video, as `halovae decode` does.
 
     Raises:
@@ -266,28 +254,12 @@ def decode_latents(
     given.pop("stream", None)  # The front's affair.
     encoded, info = latents_file.load(task.input)
     _check_size(info.frames, info.height, info.width, **given)
-    vae = model.runner.pipeline.vae
-    latents_file.check_shape(encoded, info, model.limits, type(vae).__name__)
-    calls, count = codec.decode_calls(vae, model.limits, encoded), 0
-
-    def place(part: Tensor) -> Tensor:
-        return part.to(session.device, vae.dtype)
-
-    fit = Fit(**{name: getattr(info, name) for name in Fit.__dataclass_fields__})
-    made = _Output(session, task, info.fps, on_frames, times=info.times, lossless=lossless)
-    with _stepping(on_step, calls) as after, made as output:
-        stream = model.runner.streams.get("decode")
-        with closing(codec.decode_pieces(vae, model.limits, encoded, after, stream, place)) as pieces:
-            for piece in pieces:
-                if session.is_first:
-                    fit.check(fit.padded_frames, *piece.shape[2:])
-                    output.take(codec.frames_of(fit.crop_piece(piece, count)))
-                    count += piece.shape[1]
-        if not session.is_first:
-            return {}
-        fit.check(count, fit.padded_height, fit.padded_width)
-        output.finish()
-    return {"num_frames": info.frames, "height": info.height, "width": info.width}
+    coder = model.coder(session, watch)
+    latents_file.check_shape(encoded, info, model.limits, type(coder.vae).__name__)
+    watch.agree()
+    with _writing_video(session, task, info.fps, watch, times=info.times, lossless=lossless) as take:
+        coder.decode(encoded, info, lambda frames: take(codec.frames_of(frames)))
+    return {"num_frames": info.frames, "height": info.height, "width": info.width} if session.is_first else {}
 
 
 @contextmanager
@@ -320,20 +292,6 @@ def _check_size(count: int, height: int, width: int, pixels: int, frames: int) -
         raise InputError(f"the clip has more than {frames} frames: send it in parts")
     if height * width > pixels:
         raise InputError(f"the clip has frames of {width}x{height}: {pixels} pixels at most")
-
-
-@contextmanager
-def _stepping(on_step: OnStep, calls: int) -> Iterator[Callable[[], None]]:
-    done = 0
-
-    def after() -> None:
-        nonlocal done
-        done += 1
-        on_step(done, calls)
-
-    on_step(0, calls)
-    with torch.inference_mode():
-        yield after
 
 
 @contextmanager

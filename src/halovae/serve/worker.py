@@ -99,6 +99,7 @@ def _opened(session: Session, job: PipelineJob) -> Model:
 
 def in_fields(message: str) -> str:
     """A message that speaks of flags of the command line, as clients know these settings."""
+    message = re.sub(r"use --frames \S+", "send these alone", message)
     return re.sub(r"--[a-z0-9-]+", lambda found: FIELDS.get(found[0], found[0]), message)
 
 
@@ -139,7 +140,7 @@ def _alone() -> HalovaeError:
 # ---- one task --------------------------------------------------------------------------------------------------------
 
 
-class CancelledError(Exception):
+class CancelledError(HalovaeError):
     """The client does not want the result any more."""
 
 
@@ -153,10 +154,13 @@ class Attempt:
     def __init__(self, comm: Comm, cancelled: Callable[[], bool]) -> None:
         self._comm, self._cancelled, self._leaving = comm, cancelled, False
 
-    def step(self) -> None:
-        """Called by all ranks at the same places of a task, at least before what they do together begins."""
+    def step(self, problem: HalovaeError | None = None) -> None:
+        """Called by all ranks at the same places of a task, at least before what they do together begins; with what
+        went wrong on this one."""
         self._leaving = True
         with together(self._comm):
+            if problem is not None:
+                raise problem
             if self._comm.rank == 0 and self._cancelled():
                 raise CancelledError
         self._leaving = False
@@ -231,7 +235,11 @@ class Turn:
             self._session.synchronize()
 
     def _work(self) -> None:
-        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self.on_step, self.on_frames)
+        self._result = _WORK[self._task.kind](self._session, self._model, self._task, self)
+
+    def agree(self, problem: HalovaeError | None = None) -> None:
+        """As of `work.Watch`."""
+        self._attempt.step(problem)
 
     def on_frames(self, count: int) -> None:
         """Called on every rank when so many frames can be sent. Raises where the client does not want them any more."""
