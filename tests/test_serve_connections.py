@@ -89,6 +89,18 @@ def test_half_a_request_is_not_waited_for(connect: Connect, words: bytes) -> Non
     seconds, said = closed(end)
     assert 0.3 < seconds < 10
     assert (b" 200 " in said) == (b"refused" in words)
+    late = b" 408 " in said and b'"the request did not come to its end in time"' in said
+    assert late == words.startswith(b"POST / ")
+
+
+def test_a_body_that_ends_short_is_refused_at_once(connect: Connect) -> None:
+    end = connect()
+    end.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nab")
+    end.shutdown(socket.SHUT_WR)
+    seconds, said = closed(end)
+    assert seconds < 0.3
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert b'{"error":{"message":"the request did not come to its end"' in said
 
 
 def test_a_byte_now_and_then_is_no_request(connect: Connect) -> None:

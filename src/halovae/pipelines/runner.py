@@ -20,6 +20,7 @@ from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.base.options import CallReport
 from halovae.base.quiet import all_quiet
+from halovae.base.replaced import replaced
 from halovae.comm import Comm
 from halovae.comm.agreement import together
 from halovae.pipelines.generation_settings import Generation, Setup, arguments
@@ -92,7 +93,8 @@ class Runner:
     def __init__(self, pipeline: Any, setup: Setup, comm: Comm, device: torch.device) -> None:
         setup.check_ranks(comm.size)
         self.pipeline, self.setup, self.comm, self.device = pipeline, setup, comm, device
-        self._calls: list[tuple[str, CallReport]] = []
+        self._calls: list[tuple[str, CallReport]] | None = None
+        """Of the run that goes on. Those of `streams` come at any time, without an end."""
         self._timeline = StageTimeline(device)
         self._open = ExitStack()
         prepare_scheduler(pipeline, setup)
@@ -129,8 +131,8 @@ class Runner:
         generation = replace(generation, seed=agreed_seed(self.comm, generation.seed))
         assert generation.seed is not None
         chosen = arguments(type(self.pipeline), generation)
-        self._calls, self._timeline = [], StageTimeline(self.device)
-        kept: list[NDArray[np.uint8]] = []
+        calls, kept = list[tuple[str, CallReport]](), list[NDArray[np.uint8]]()
+        self._timeline = StageTimeline(self.device)
         given = _Given(on_frames or kept.append)
 
         def in_stage(pieces: Generator[Any], show: Callable[[Any], Any]) -> None:
@@ -138,7 +140,7 @@ class Runner:
                 self._give(pieces, show, given)
 
         with all_quiet(), shared_sequences(degree(self.setup)), watched(self.pipeline, self._timeline, on_step):
-            with in_pieces(self.pipeline, self.streams.get("decode"), in_stage):
+            with in_pieces(self.pipeline, self.streams.get("decode"), in_stage), replaced(self, "_calls", calls):
                 output = self._called(chosen, generation.seed)
             if not given.is_streamed:
                 self._give((pictures for pictures in [output[0]]), lambda pictures: pictures, given)
@@ -149,7 +151,7 @@ class Runner:
             seed=generation.seed,
             seconds=dict(self._timeline.seconds),
             peak_memory=dict(self._timeline.peak_memory),
-            calls=list(self._calls),
+            calls=calls,
         )
 
     def _give(self, pieces: Generator[Any], show: Callable[[Any], Any], given: _Given) -> None:
@@ -182,7 +184,8 @@ class Runner:
 
     def note(self, half: str, report: CallReport) -> None:
         """Take in the report of one parallel call of the VAE."""
-        self._calls.append((half, report))
+        if self._calls is not None:
+            self._calls.append((half, report))
         self._timeline.move(f"vae {half}", PROBE, report.phases.get("probe", 0.0))
 
 

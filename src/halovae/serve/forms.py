@@ -156,7 +156,7 @@ async def accepted_file(request: Request, kind: str, meanwhile: bool) -> StoredJ
         sent = await _body(request, faults, _FORMS[:1])
         file = sent.pop(name, None)
         if not isinstance(file, UploadFile) or not file.size:
-            what = "empty" if isinstance(file, UploadFile) else "missing"
+            what = "empty" if isinstance(file, UploadFile) else "missing, or cut short"
             faults.add(name, f"{name} is {what}: send a file, in a form")
         settings = _fields_of(FIELDS[kind], sent, faults)
         faults.check()

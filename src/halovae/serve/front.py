@@ -22,9 +22,9 @@ from halovae.base.errors import InputError
 from halovae.base.files import reason
 from halovae.serve.ranks import Ranks
 from halovae.serve.server_settings import ServeOptions
-from halovae.serve.service import Metrics, Service
+from halovae.serve.service import ApiError, Metrics, Service
 from halovae.serve.store import Store
-from halovae.serve.web import is_loopback, make_app
+from halovae.serve.web import answer_to, is_loopback, make_app
 
 HEAD_SECONDS = 10.0
 """For the line and the headers of a request, from the connection or the last answer on."""
@@ -181,7 +181,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stuck = self.loop.call_later(_TAKE_SECONDS, self._give_up, "an answer was not taken")
+        self._stuck = self.loop.call_later(_TAKE_SECONDS, self._give_up, "the answer was not taken")
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -203,11 +203,27 @@ class Connection(H11Protocol):
             seconds = _LINGER if answered else BODY_SECONDS + self._received / BODY_RATE
         else:
             return
-        self._late = self.loop.call_at(self._since + seconds, self._give_up, "a request did not come to its end")
+        self._late = self.loop.call_at(self._since + seconds, self._give_up, "the request did not come to its end")
 
     def _give_up(self, why: str) -> None:
         log_of_clients.warning("a connection was closed: %s in time", why)
-        self.transport.abort()
+        if self.conn.our_state is h11.SEND_RESPONSE:
+            self._refuse(ApiError(408, f"{why} in time"))
+        else:
+            self.transport.abort()
+
+    def eof_received(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.SEND_RESPONSE:
+            self._refuse(ApiError(400, "the request did not come to its end"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer a request whose rest is not waited for."""
+        answer = answer_to(error)
+        headers = [*answer.raw_headers, (b"connection", b"close")]
+        head = h11.Response(status_code=answer.status_code, headers=headers)
+        for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 # ---- what the server says --------------------------------------------------------------------------------------------

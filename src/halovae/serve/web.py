@@ -53,7 +53,7 @@ def make_app(service: Service) -> FastAPI:
         await service.stop()
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _response(_told(service, request, error))
+        return answer_to(_told(service, request, error))
 
     kind = {"model": Problem, "description": "Error"}
     app = FastAPI(
@@ -157,7 +157,8 @@ def _told(service: Service, request: Request, error: Exception) -> HTTPException
     return ApiError(500, "the server has failed at this request; its log says why")
 
 
-def _response(error: HTTPException) -> JSONResponse:
+def answer_to(error: HTTPException) -> JSONResponse:
+    """An error as clients get it."""
     problem = _Error(
         message=error.detail,
         type=_TYPES.get(error.status_code, "server_error" if error.status_code >= 500 else "invalid_request_error"),
@@ -213,7 +214,7 @@ class Guard:
         self._under_way += 1
         try:
             refusal = self._refusal(scope)
-            await (self._app if refusal is None else _response(refusal))(asked, limited, counted)
+            await (self._app if refusal is None else answer_to(refusal))(asked, limited, counted)
         finally:
             self._under_way -= 1
             route = getattr(asked.get("route"), "path", "(none)")
