@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -157,4 +158,9 @@ def run(rank: int, name: str, setup: dict[str, Any], alone: bool = False) -> tup
     if decode := runner.streams.get("decode"):  # Of videos that go on as they come.
         runner.streams["decode"] = functools.partial(noted, decode)
     with runner, wrapped(pipeline.vae, "decode", noted):
-        return seen, runner.run(generation(name, pipeline))
+        made = runner.run(generation(name, pipeline))
+        for _, report in made.calls[:1]:
+            known = sys.getrefcount(report)
+            runner.note("decode", report)
+            assert sys.getrefcount(report) == known, "a call beside runs is kept for good"
+    return seen, made
