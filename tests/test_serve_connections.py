@@ -99,7 +99,7 @@ def test_a_body_that_ends_short_is_refused_at_once(connect: Connect) -> None:
     end.shutdown(socket.SHUT_WR)
     seconds, said = closed(end)
     assert seconds < 0.3
-    assert said.startswith(b"HTTP/1.1 400 ")
+    assert said.startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert b'{"error":{"message":"the request did not come to its end"' in said
 
 

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -219,8 +220,8 @@ class Connection(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer a request whose rest is not waited for."""
         answer = answer_to(error)
-        headers = [*answer.raw_headers, (b"connection", b"close")]
-        head = h11.Response(status_code=answer.status_code, headers=headers)
+        headers, phrase = [*answer.raw_headers, (b"connection", b"close")], HTTPStatus(error.status_code).phrase
+        head = h11.Response(status_code=error.status_code, headers=headers, reason=phrase)
         for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
