@@ -54,20 +54,14 @@ class Watch(Protocol):
 
     def on_step(self, done: int, total: int | None) -> None:
         """Called by all ranks together, with the number of steps done and of all."""
-        ...
 
     def on_frames(self, count: int) -> None:
-        """Called on the first rank with the number of frames that can be sent. Waits for a client that is far behind.
-
-        Raises:
-            HalovaeError: there is none any more.
-        """
-        ...
+        """Called on the first rank with the number of frames that can be sent. Waits for a client that is far behind,
+        and raises where there is none any more."""
 
     def agree(self, problem: HalovaeError | None = None) -> None:
         """Called by all ranks together, with what went wrong on this one; raises on all if anything did, or if the
         client does not want the result any more."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,6 +212,7 @@ class Turn:
     def __init__(self, session: Session, model: Model, wire: Wire | None, message: Mapping[str, Any]) -> None:
         self._session, self._model, self._wire = session, model, wire
         self._attempt = Attempt(session.group, self._is_cancelled)
+        self.agree = self._attempt.step
         self._result: dict[str, Any] = {}
         self._is_unwanted, self._taken = False, 0
         path = message["input"]
@@ -236,10 +237,6 @@ class Turn:
 
     def _work(self) -> None:
         self._result = _WORK[self._task.kind](self._session, self._model, self._task, self)
-
-    def agree(self, problem: HalovaeError | None = None) -> None:
-        """As of `work.Watch`."""
-        self._attempt.step(problem)
 
     def on_frames(self, count: int) -> None:
         """Called on every rank when so many frames can be sent. Raises where the client does not want them any more."""
