@@ -46,8 +46,9 @@ def streams(rank: int, name: str) -> tuple[list[int], bool]:
 
 
 @pytest.mark.parametrize("name", [name for name in IN_TILES if name in CUTS])
-def test_pieces_are_one_call(three_ranks: Ranks, name: str) -> None:
-    for frames, equal in three_ranks.run(streams, name):
+def test_pieces_are_one_call(two_ranks: Ranks, three_ranks: Ranks, name: str) -> None:
+    """Ranks with unlike numbers of tiles come with the first two: how tiles are divided asks no VAE."""
+    for frames, equal in (three_ranks if name in ("wan21", "ltx") else two_ranks).run(streams, name):
         assert frames == IN_TILES[name][-1]
         assert equal
 
