@@ -299,7 +299,7 @@ def test_memory_does_not_grow_with_the_clip() -> None:
 
 def test_caches_of_joined_steps_go_with_the_next_part() -> None:
     """Not only when the garbage is collected, which on a GPU comes too late."""
-    vae, latent = FAMILIES["wan21"].build(), latents("wan21", 33).float()
+    vae, latent = FAMILIES["wan21"].build(), latents("wan21", 17).float()
     with halovae.optimize(vae, options=halovae.Options(frames_per_call=2)) as handle:
         engine: Any = handle._engine
         call, stream = (
