@@ -62,9 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG = (
-    "exact_families", "serve", "parts", "predict", "dataset", "docs", "stream", "tile_families", "merge", "service",
-    "agreement", "optimize", "pipelines", "generation", "graphs", "cli_ranks", "retreat", "parallel", "launch", "fit",
-    "families", "tile_run", "cli_plan", "gpu_kernels", "gpu_rules", "cli_modes", "report_browser", "accuracy",
+    "exact_families", "stream", "serve", "parts", "dataset", "graphs", "docs", "predict", "tile_stream", "service",
+    "cli_modes", "tile_families", "cli_ranks", "generation", "cli_plan", "agreement", "parallel", "merge", "pipelines",
+    "launch", "alone", "families", "retreat", "optimize", "fit", "gpu_kernels", "cli", "report_browser", "gpu_rules",
+    "link", "autocast", "groups", "tile_run", "verdicts", "room", "verify",
 )  # fmt: skip
 """The groups that take longest, which go first: a worker that finds one at the end lets the others wait."""
 

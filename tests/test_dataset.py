@@ -64,7 +64,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         context = ray.init(
             num_cpus=4, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
-            configure_logging=False, logging_level="ERROR", _system_config={"prestart_worker_first_driver": False},
+            configure_logging=False, logging_level="ERROR",
+            # Its processes would get a processor only where no other test wants one.
+            _system_config={"prestart_worker_first_driver": False, "worker_niceness": 0},
         )  # fmt: skip
         yield context.address_info["gcs_address"]
         ray.shutdown()

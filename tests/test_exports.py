@@ -53,12 +53,13 @@ def test_the_version_is_a_version() -> None:
 
 
 def test_nothing_is_imported_before_it_is_needed() -> None:
-    """Neither by the package, nor by the one of pipelines; and diffusers not by the core, either."""
+    """Neither by the package, nor by the one of pipelines; and diffusers not by the core and a dataset's readers."""
     code = """
 import sys, halovae
 import halovae.pipelines as p
 print(sorted({"torch", "diffusers", "numpy", "av"} & set(sys.modules)))
 from halovae import parallelize, sharded
+from halovae.datasets import workers
 print("diffusers" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

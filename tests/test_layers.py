@@ -7,12 +7,16 @@ from itertools import chain
 
 import rooms
 from families import FAMILIES
-from rooms import MODULES, imports, layer, own_imports
+from rooms import MODULES, imports, layer, own_imports, tree
 
 NO_TORCH = ["base.errors", "base.forks", "base.geometry", "base.options"]
 PRIVATE = ["base.private_diffusers", "base.private_torch", "comm.backends", "kernels.gpu.gluon_patches"]
 WITHOUT_MODELS = ("base", "comm", "exact")
 WITHOUT_DEVICES = ("exact", "api", "calls.target", "calls.verify")
+
+
+def teardown_module() -> None:
+    tree.cache_clear()  # The collector would walk over a million of nodes in all tests that follow.
 
 
 def room(module: str) -> str:
@@ -22,7 +26,7 @@ def room(module: str) -> str:
 def nodes(*prefixes: str) -> chain[tuple[str, ast.AST]]:
     """Every node of the modules of these rooms, with the module's name."""
     chosen = {name: path for name, path in MODULES.items() if not prefixes or name.startswith(prefixes)}
-    return chain.from_iterable(((name, n) for n in ast.walk(ast.parse(p.read_text()))) for name, p in chosen.items())
+    return chain.from_iterable(((name, n) for n in ast.walk(tree(p))) for name, p in chosen.items())
 
 
 def test_no_arrow_points_upward() -> None:
@@ -41,9 +45,7 @@ def test_no_circle_of_imports() -> None:
 
 def test_at_most_seventeen_things_at_the_top() -> None:
     assert len({room(name) for name in MODULES}) <= 17
-    assert all(
-        ast.get_docstring(ast.parse(path.read_text())) for path in MODULES.values() if path.name != "__main__.py"
-    )
+    assert all(ast.get_docstring(tree(path)) for path in MODULES.values() if path.name != "__main__.py")
 
 
 def test_a_name_stands_for_one_thing() -> None:
@@ -85,7 +87,7 @@ def test_private_names_of_libraries_have_doors() -> None:
         if name in PRIVATE:
             continue
         assert "reportPrivateUsage" not in path.read_text(), name
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 text = ast.unparse(node)
                 assert node.attr in own or text.startswith("torch.ops."), f"{name}: {text}"

@@ -55,8 +55,12 @@ def streams(rank: int, name: str, frames: int, latents: int, count: bool) -> lis
     return found
 
 
-ALONE = ("qwenimage", "wan22", "mochi", "kvae_video", "kandinsky6_sr")
-"""In a world of one: their caches are kept as those of the others are, and `test_stream` has them on shards."""
+ALONE = (
+    "qwenimage", "wan22", "mochi", "kvae_video", "kandinsky6_sr",
+    "hunyuan_video_framewise", "minimax_h3",
+)  # fmt: skip
+"""In a world of one: their caches are kept as those of the others are, or they have none. `test_stream` has them on
+shards, `test_tile_stream` the last one on ranks."""
 
 
 @pytest.mark.parametrize("name", [name for name in PIECES if name in FAMILIES])

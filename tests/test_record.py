@@ -11,6 +11,8 @@ from tiles import CUTS
 from torch import nn
 
 from halovae.base.errors import TilingError
+from halovae.calls import dataflow
+from halovae.calls.dataflow import Shapes
 from halovae.calls.record import Recorder, Recording, answering
 from halovae.tiles.tile_plan import find_chains
 
@@ -121,3 +123,22 @@ def test_feedback_is_refused() -> None:
     vae = Recurrent()
     with pytest.raises(TilingError, match="network's own output"):
         Recorder(vae, "decode", vae.decode).record((torch.randn(1, 3, 8, 8),), {})
+
+
+def test_shapes_are_found_once_by_all_recordings_together() -> None:
+    recorded("kl", "decode")
+    known = len(dataflow._known)
+    recorded("kl", "decode")
+    assert len(dataflow._known) == known > 0
+
+
+def test_a_default_dtype_that_changes_is_heard_of() -> None:
+    found: list[torch.dtype] = []
+    try:
+        for dtype in (torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            func, size = torch.ops.aten.zeros.default, {"device": torch.device("meta")}
+            found.append(Shapes().run(func, ([2],), size).dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == [torch.float64, torch.float32]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,12 @@ def page(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks) -> Path:
     return folder / "r" / "index.html"
 
 
+@pytest.fixture(scope="module")
+def views(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, bool], View]:
+    """The page in a width, light or dark: each is looked at once, for all tests."""
+    return functools.cache(lambda width, dark: look(page, tmp_path_factory.mktemp("view"), width, dark))
+
+
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter(tmp_path, monkeypatch)
@@ -129,9 +137,12 @@ def brightness(colour: str) -> float:
     return float(np.mean([int(value) for value in re.findall(r"\d+", colour)[:3]]))
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1100, False), (390, True)], ids=["desktop", "phone in the dark"])
-def test_everything_is_drawn(page: Path, in_folder: Path, width: int, dark: bool) -> None:
-    view = look(page, in_folder, width, dark)
+DESKTOP, PHONE_IN_THE_DARK = (1100, False), (390, True)
+
+
+@pytest.mark.parametrize(("width", "dark"), [DESKTOP, PHONE_IN_THE_DARK], ids=["desktop", "phone in the dark"])
+def test_everything_is_drawn(views: Callable[[int, bool], View], width: int, dark: bool) -> None:
+    view = views(width, dark)
     seen = view.seen
     assert seen["room"] == width
     assert seen["height"] < 10000
@@ -153,9 +164,9 @@ def test_everything_is_drawn(page: Path, in_folder: Path, width: int, dark: bool
     assert all(view.shows(lane["colour"], lane["box"]) for lane in seen["lanes"][::25])
 
 
-def test_colours_follow_the_system(page: Path, in_folder: Path) -> None:
-    for dark in (False, True):
-        view = look(page, in_folder, 800, dark)
+def test_colours_follow_the_system(views: Callable[[int, bool], View]) -> None:
+    for width, dark in (DESKTOP, PHONE_IN_THE_DARK):
+        view = views(width, dark)
         paper = brightness(view.seen["paper"])
         assert paper < 40 if dark else paper > 240
         assert abs(float(view.pixels[3, 3].mean()) - paper) < 2
@@ -163,14 +174,14 @@ def test_colours_follow_the_system(page: Path, in_folder: Path) -> None:
             assert abs(brightness(text["colour"]) - paper) > 90, "a text that is hard to read"
 
 
-def test_the_slider_moves_pictures_words_and_cursors(page: Path, in_folder: Path) -> None:
-    seen = look(page, in_folder, 800, False).seen
+def test_the_slider_moves_pictures_words_and_cursors(views: Callable[[int, bool], View]) -> None:
+    seen = views(*DESKTOP).seen
     assert seen["moved"]
     assert seen["frame"].startswith("Frame 0")
     assert seen["cursor"] == "0%"
 
 
-def test_without_javascript(page: Path, in_folder: Path) -> None:
+def test_without_javascript(page: Path, in_folder: Path, views: Callable[[int, bool], View]) -> None:
     """The pictures of the worst frame and the curves are there; only the slider is not."""
     assert '<input type="range" hidden' in page.read_text()
     framed = FRAME.format(page=html.escape(page.read_text()), width=1100, height=10000)
@@ -178,8 +189,7 @@ def test_without_javascript(page: Path, in_folder: Path) -> None:
     chromium(in_folder, (in_folder / "frame.html").as_uri(), "--window-size=1100,10000")
     with Image.open(in_folder / "shot.png") as image:
         pixels = np.asarray(image.convert("RGB"))
-    plain = look(page, in_folder, 1100, False)
-    for image in plain.seen["images"][:3]:
+    for image in views(*DESKTOP).seen["images"][:3]:
         box = image["box"]
         drawn = pixels[round(box[1]) : round(box[3]), round(box[0]) : round(box[2])]
         assert drawn.std() > 8

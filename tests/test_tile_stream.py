@@ -46,8 +46,9 @@ def streams(rank: int, name: str) -> tuple[list[int], bool]:
 
 
 @pytest.mark.parametrize("name", [name for name in IN_TILES if name in CUTS])
-def test_pieces_are_one_call(three_ranks: Ranks, name: str) -> None:
-    for frames, equal in three_ranks.run(streams, name):
+def test_pieces_are_one_call(two_ranks: Ranks, three_ranks: Ranks, name: str) -> None:
+    """Ranks with unlike numbers of tiles come with the first two: how tiles are divided asks no VAE."""
+    for frames, equal in (three_ranks if name in ("wan21", "ltx") else two_ranks).run(streams, name):
         assert frames == IN_TILES[name][-1]
         assert equal
 
@@ -86,11 +87,11 @@ def test_memory_does_not_grow_with_the_clip() -> None:
 
 def goes_on(rank: int) -> None:
     """A clip that is encoded while it is read, sessions, streams that are left or fail; one handle each."""
-    vae, clip = build(CUTS["minimax_h3"], "encode", 39, {})
+    vae, clip = build(CUTS["minimax_h3"], "encode", 22, {})
     with torch.no_grad(), halovae.parallelize(vae) as handle:
         moments = tensor_of(vae.encode(clip))
         pieces = [tensor_of(piece) for piece in handle.encode_stream(clip.split(6, 2))]
-        assert [piece.shape[2] for piece in pieces] == [2, 5, 5]
+        assert [piece.shape[2] for piece in pieces] == [2, 5]
         assert torch.equal(torch.cat(pieces, 2), moments)
 
     vae, clip = build(CUTS["wan21"], "decode", 4, {})

@@ -7,6 +7,7 @@ import gc
 import diffusers
 import families
 import pictures  # noqa: F401
+import PIL.Image
 import pipelines  # noqa: F401
 import pytest  # noqa: F401
 import servers  # noqa: F401
@@ -16,6 +17,7 @@ import transformers
 
 import halovae.api.parallelize
 import halovae.cli.main
+import halovae.evaluation.report
 import halovae.serve.web  # noqa: F401
 
 torch.set_num_threads(1)  # Threads of a pool would not come along.
@@ -25,4 +27,5 @@ for _name in ("WanImageToVideoPipeline", "WanPipeline", "WanTransformer3DModel",
     getattr(diffusers, _name)
 for _name in ("UMT5EncoderModel", "AutoTokenizer"):
     getattr(transformers, _name)
+PIL.Image.init()
 gc.freeze()

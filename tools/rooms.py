@@ -42,10 +42,17 @@ def layer(module: str) -> int:
     return found[0]
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    """A module as it is written."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Full names of imported modules, wherever the import stands."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,7 +92,7 @@ def lines(room: str) -> int:
 
 def sentence(room: str) -> str:
     """What a room is, in the first words of its docstring."""
-    said = ast.get_docstring(ast.parse(MODULES[room].read_text())) or ""
+    said = ast.get_docstring(tree(MODULES[room])) or ""
     return " ".join(said.split("\n\n")[0].split())
 
 

@@ -21,15 +21,16 @@ _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view whose schema doesn't say so."""
 
 
+_known: dict[Any, Any] = {}
+"""Results of operators by shapes of their arguments. One for the whole process: most are asked for in several runs, and
+many operators find their shapes in Python, which takes longer than all else here."""
+_MOST = 2**14
+
+
 class Shapes:
-    """Runs operators on the meta device: it finds shapes, computes and allocates nothing.
+    """Runs operators on the meta device: it finds shapes, computes and allocates nothing."""
 
-    Args:
-        known: results of operators by shapes of their arguments; it may outlive this.
-    """
-
-    def __init__(self, known: dict[Any, Any]) -> None:
-        self._known = known
+    def __init__(self) -> None:
         self._makes: dict[Any, bool] = {}
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -38,10 +39,14 @@ class Shapes:
             if not kwargs and args[0].is_meta and all(type(value) in _NUMBERS for value in args[1:]):
                 return func(*args)
             return func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
-        key = func, key_of(args), key_of(kwargs)
-        if key not in self._known:
-            self._known[key] = func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
-        return fresh(self._known[key])
+        key = func, torch.get_default_dtype(), key_of(args), key_of(kwargs)
+        found = _known.get(key)
+        if found is None:
+            found = func(*mapped(to_meta, args), **mapped(to_meta, kwargs))
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[key] = found
+        return fresh(found)
 
     def makes(self, func: Any) -> bool:
         """Whether an operator only makes new tensors: it runs once for arguments of equal shapes."""
@@ -83,7 +88,7 @@ class Remembered(OnShapes):
 
     def __init__(self) -> None:
         super().__init__()
-        self._shapes = Shapes({})
+        self._shapes = Shapes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,9 +98,6 @@ class Remembered(OnShapes):
 class Dataflow(OnShapes):
     """Every operator that meets a meta tensor runs on meta tensors: it finds shapes, computes and allocates nothing.
 
-    Args:
-        known: results of operators by shapes of their arguments, which outlive this mode.
-
     Attributes:
         reads: ids of the followed tensors that operators read since it was cleared.
         draws: the random draws since it was cleared.
@@ -103,14 +105,14 @@ class Dataflow(OnShapes):
         met: whether an operator has read one of those.
     """
 
-    def __init__(self, known: dict[Any, Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.reads: set[int] = set()
         self.draws: list[Draw] = []
         self.watched: dict[int, Tensor] = {}
         self.met = False
         self._origins: dict[int, tuple[Tensor, Origin]] = {}
-        self._shapes = Shapes(known)
+        self._shapes = Shapes()
 
     def follow(self, tensor: Tensor, origin: Origin) -> None:
         """Remember where a tensor comes from; the tensor is kept, so that its id stays its own."""
@@ -156,7 +158,7 @@ def key_of(value: Any) -> Any:
         return tuple([key_of(item) for item in items])
     if isinstance(value, dict):
         return tuple([(name, key_of(item)) for name, item in cast("dict[str, Any]", value).items()])
-    return type(value), value
+    return type(value), None if isinstance(value, torch.Generator) else value
 
 
 def fresh(result: Any) -> Any:

@@ -98,7 +98,6 @@ class Recorder:
         self._facts = ModuleFacts(vae)
         self._state = ModuleState(getattr(vae, NETWORKS[half]))
         self._effects: dict[Any, _Effect] = {}
-        self._known: dict[Any, Any] = {}
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
         """Run the VAE's own method on shapes alone.
@@ -123,7 +122,7 @@ class Recorder:
         with torch.inference_mode(False):  # Else they don't tell whether they are written.
             args, kwargs = on_meta((args, kwargs))
         given = tensors_in((args, kwargs))
-        listener = _Listener(network, self._state, self._effects, Dataflow(self._known), given)
+        listener = _Listener(network, self._state, self._effects, Dataflow(), given)
         listener.flow.watched = {id(tensor): tensor for tensor in watched}
         answers = answering(self._vae, self._half, listener)
         with torch.no_grad(), as_written(), stands_for, autocast.Autocast(), answers, listener.flow:

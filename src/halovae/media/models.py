@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -169,6 +168,8 @@ def _component(model: str, index: Mapping[str, Any]) -> tuple[str, str]:
 
 def _autoencoder(class_name: str) -> Any:
     """The class of diffusers of that name if it can encode and decode, else None."""
+    import diffusers  # Takes long, and readers of a dataset know no VAE.
+
     cls: Any = getattr(diffusers, class_name, None) if re.fullmatch(r"\w+", class_name) else None
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         return None

@@ -36,7 +36,7 @@ class Costs:
     def __init__(self, speed: Speed) -> None:
         self.device = speed.device
         self._speed = speed
-        self.shapes = Shapes({})
+        self.shapes = Shapes()
         self._known: dict[Any, tuple[Any, Cost]] = {}
         self._views: dict[Any, Cost] = {}
 
