@@ -21,13 +21,15 @@ from halovae.base.errors import InputError
 from halovae.base.files import first_line
 from halovae.base.memory import free_bytes
 
-_QUIET = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # What fails is told by what it returns.
     # Each of its processes would measure itself all the time.
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
+    # As this process: by Ray's own 15, devices would wait for their readers wherever anything else runs.
+    "RAY_worker_niceness": "0",
 }
 _ANSWER = 10.0
 """Seconds that a cluster gets to answer."""
@@ -53,7 +55,7 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
     if ray.is_initialized():
         yield
         return
-    os.environ |= {name: value for name, value in _QUIET.items() if name not in os.environ}
+    os.environ |= {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     folder = None
     if address is None:
