@@ -6,6 +6,8 @@ Run by a test, since Triton decides at its import whether it interprets or compi
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,10 +15,12 @@ from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from diffusers import AutoencoderKL
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from halovae.calls import compile_kernels
@@ -47,8 +51,13 @@ class Device:
 
 
 @triton.jit
-def strange(x):  # pyright: ignore
-    pass
+def inner(x):  # pyright: ignore
+    return x
+
+
+@triton.jit
+def strange(x, FUNCTION: tl.constexpr):  # pyright: ignore
+    tl.store(x, FUNCTION(0.0))
 
 
 def found(launch: Callable[[], Any]) -> list[tuple[str, bool]]:
@@ -72,11 +81,18 @@ def others_compile_and_nothing_is_launched() -> None:
         functools.partial(triton_chain.run, source[:30], out, silu=True),  # the same kernel again
     ]
     assert not compiled_ahead.are_compiled(CALL)
-    with compiled_ahead.compiled_ahead(CPU, 2, CALL):
-        for launch in launches:
-            assert found(launch) == []
-        assert found(lambda: strange[(1,)](out)) == [("strange", False)]  # Kernels of others are theirs.
-    compiled_ahead.wait()
+    with patch.object(CompiledKernel, "run", None):  # What passes arguments on to a kernel takes a device.
+        with compiled_ahead.compiled_ahead(CPU, 2) as asked:
+            for launch in launches:
+                assert found(launch) == []
+            asked.name = CALL
+        threads = [threading.Thread(target=compiled_ahead.wait) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    # Kernels of others, whose constants may be anything, have nothing to do with it.
+    assert found(lambda: strange[(1,)](out, inner)) == [("strange", False)]
     assert compiled_ahead.are_compiled(CALL)
     assert not out.any()
     assert [*map(found, launches)] == [[], [], []]
@@ -86,10 +102,11 @@ def others_compile_and_nothing_is_launched() -> None:
 def only_noted(jobs: Jobs) -> Iterator[None]:
     """Instead of being compiled, kernels are taken note of."""
 
-    def note(kernel: Any, data: str) -> None:
-        jobs.add((kernel.__name__, data))
+    def note(compile_fn: Callable[[], Any], _: Any) -> None:
+        source = inspect.getclosurevars(compile_fn).nonlocals["src"]
+        jobs.add((source.name, source.hash()))
 
-    with patch.object(compiled_ahead, "_compile", note), patch.object(compiled_ahead, "_mark"), Kept().in_use():
+    with patch.object(compiled_ahead, "_compile", note), Kept().in_use():
         yield
         compiled_ahead.wait()
 
@@ -102,7 +119,7 @@ def a_small_picture_asks_for_the_kernels_of_a_large_one(half: str, picture: Tens
     with only_noted(small):
         compile_kernels.compile_kernels(target, half, 0, plan, lambda: ratio, (picture,), {})
     mesh = Mesh(compile_kernels._Absent(0, ranks), plan.shape)
-    with only_noted(large), compiled_ahead.compiled_ahead(CPU, 1, CALL):
+    with only_noted(large), compiled_ahead.compiled_ahead(CPU, 1):
         run_sharded(mesh, functools.partial(target.run_untiled, half), (picture,), {}, plan.bounds)
     assert {"_chain", "_moments", "_merge"} <= {name for name, _ in large}
     assert large <= small, large - small

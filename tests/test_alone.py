@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from recorder import recorder
 from torch import Tensor, nn
 
 import halovae
+from halovae.api import caller
 from halovae.base import verdicts
 from halovae.base.errors import InputError, RankFailedError
 from halovae.calls import contest
@@ -219,6 +221,11 @@ def failing(rank: int, mode: str) -> None:
         with pytest.raises(ValueError if rank else RankFailedError, match="bad weather"):
             right()
         assert found_alone(handle, right, 1) == [True]
+        # One that fails before it knows what kind of call this is asks the others no less than they ask it.
+        fails = patch.object(caller, "PeakMemory", Mock(side_effect=bad)) if rank else nullcontext()
+        with fails, pytest.raises(ValueError if rank else RankFailedError, match="bad weather"):
+            vae.decode(torch.cat([z, z], -1))
+        assert found_alone(handle, right)[-1]  # Where one of them has not seen the call, all find out anew.
         # One that has too little memory alone lets all go back to shards, at once and for good.
         if rank:
             Fault(vae, 1, short)

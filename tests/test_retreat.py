@@ -314,3 +314,18 @@ def test_what_a_failed_attempt_drew_is_drawn_again() -> None:
         fail_otherwise(torch.rand(1), torch.rand(1, generator=given))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(given.get_state(), before[1])
+
+
+@torch.no_grad()
+def test_autocast_makes_a_picture_of_another_number_format_right() -> None:
+    vae, latent = FAMILIES["kl"].build().float(), FAMILIES["kl"].latent().bfloat16()
+    refusals = iter([halovae.NotExactError("an operator can't be sharded")])
+
+    def refuse(module: Any, args: Any) -> None:
+        if not args[0].is_meta and (refusal := next(refusals, None)):
+            raise refusal
+
+    vae.decoder.register_forward_pre_hook(refuse)
+    with halovae.parallelize(vae, mode="auto", verify=False) as handle, torch.autocast("cpu", torch.bfloat16):
+        vae.decode(latent)
+        assert last(handle).mode == "tile"

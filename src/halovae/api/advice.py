@@ -15,6 +15,7 @@ from halovae.base.options import NETWORKS
 from halovae.base.trees import is_picture, map_tensors, pictures_in
 from halovae.calls.record import Recorder
 from halovae.calls.target import Target
+from halovae.kernels.shapes_only import standing_in
 from halovae.tiles.blend import Blends
 from halovae.tiles.tile_plan import Planner
 
@@ -107,9 +108,11 @@ def _takes(target: Target, half: str, args: tuple[Any, ...], kwargs: dict[str, A
         shape, dtype = change((tuple(tensor.shape), tensor.dtype))
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    device = pictures_in((args, kwargs))[0].device
     try:
         recorder = Recorder(target.vae, half, functools.partial(target.run_untiled, half))
-        recorder.record(map_tensors(changed, args), map_tensors(changed, kwargs))
+        with standing_in(device):  # Autocast is of a device.
+            recorder.record(map_tensors(changed, args), map_tensors(changed, kwargs))
     except Exception:  # Whatever it says, or what can't be followed on shapes.
         return False
     return True

@@ -126,16 +126,18 @@ class AutoEngine(Engine):
                 picture = next(iter(pictures_in((args, kwargs))), None)
                 key = None if picture is None else self._key(half, picture)
                 choice = self._choices.get(key)
-                everyone = self._comm.all_gather_object((choice, said, is_out))
-                problems = {rank: problem for rank, (_, problem, _) in enumerate(everyone) if problem}
-                if picture is None or choice is None or any(other != choice or out for other, _, out in everyone):
+                engine = self._ways[choice.way] if choice else None
+                contest = engine.contest if isinstance(engine, ExactEngine) else None
+                mine = choice, said, is_out, contest is not None and contest.is_at_risk
+                everyone = self._comm.all_gather_object(mine)
+                problems = {rank: problem for rank, (_, problem, *_) in enumerate(everyone) if problem}
+                if picture is None or choice is None or any(other != choice or out for other, _, out, _ in everyone):
                     return False
                 kinds = {kind for kind, _ in problems.values()}
                 if not kinds or _OTHER in kinds:
                     return False
-                engine = self._ways[choice.way]
-                if _SHORT in kinds and isinstance(engine, ExactEngine) and engine.contest and engine.contest.give_up():
-                    return True
+                if _SHORT in kinds and contest and all(risk for *_, risk in everyone):
+                    return contest.give_up()
                 next_ways = self._tiles if _REFUSED in kinds else self._leaner
                 way = next(next_ways(choice.way, half, args, kwargs), None)
         except Exception:  # A rank has died: the first error says more.

@@ -138,14 +138,16 @@ class ExactEngine(Engine):
 
     def retreat(self, half: str, given: Given, error: BaseException, is_out: bool = False) -> bool:
         self.free()
-        if self.contest is None or not self.contest.is_at_risk:
+        if self.contest is None:
             return False
+        # All ranks ask, whatever they know: one that failed before its contest began still knows of the last call's.
+        mine = is_shortage(error), self.contest.is_at_risk
         try:
             with one_call(self.comm):
-                is_short = any(self.comm.all_gather_object(is_shortage(error)))
+                short, at_risk = zip(*self.comm.all_gather_object(mine), strict=True)
         except Exception:  # A rank has died: the first error says more.
             return False
-        return is_short and self.contest.give_up()
+        return any(short) and all(at_risk) and self.contest.give_up()
 
     def compression(self, half: str, picture: Tensor) -> int:
         """Pixels per latent for encode, 1 for decode."""

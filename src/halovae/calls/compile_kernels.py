@@ -60,11 +60,13 @@ def compile_kernels(
         probe = shrunk((down, across), args, kwargs)
         mesh = Mesh(_Absent(rank, prod(plan.shape)), plan.shape)
         call = functools.partial(target.run_untiled, half)
-        with compiled_ahead(device, threads, name), apart():
+        with compiled_ahead(device, threads) as asked, apart():
             for size in (support.as_if_large(), nullcontext()):  # Some layers of a large picture have few positions.
                 run = functools.partial(run_sharded, mesh, call, *probe.fresh(), probe.bounds)
-                with suppress(Exception), size:  # It may fail: what it computes is of no use.
+                # It may fail, as what it computes is of no use: then others may ask for more.
+                with suppress(Exception), size:
                     tried(target.vae, device, run)
+                    asked.name = name
     except Exception as error:  # Whatever fails: kernels are compiled when they are launched.
         LOG.debug("kernels of %s of %s are not compiled ahead: %s", half, target.name, error)
 

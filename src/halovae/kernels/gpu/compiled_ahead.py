@@ -8,11 +8,12 @@ Python's lock, so threads are enough. Where one fails, the kernel is compiled wh
 from __future__ import annotations
 
 import functools
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass, field
 from importlib import import_module
 from threading import Lock
 from typing import Any
@@ -21,13 +22,26 @@ import torch
 
 _MARK = "halovae"
 """File in a folder of Triton's cache."""
-
 _MOST = 8
 """Threads: with more of them the one that goes on meanwhile hardly gets Python's lock."""
 
-_launcher: defaultdict[Any, Lock] = defaultdict(Lock)
-_noted: ContextVar[dict[Any, tuple[Any, str]] | None] = ContextVar("_noted", default=None)
-_at_work: set[Future[None]] = set()
+
+@dataclass(eq=False)
+class Asked:
+    """Kernels of one kind of call.
+
+    Attributes:
+        name: of that kind in hexadecimal digits, once all its kernels were asked for.
+    """
+
+    name: str = ""
+    kernels: list[Future[None]] = field(default_factory=list[Future[None]])
+
+
+_at_work: set[Asked] = set()
+_launcher: defaultdict[str, Lock] = defaultdict(Lock)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_at_work.clear)  # Its threads are not there.
 
 
 def is_possible() -> bool:
@@ -36,63 +50,42 @@ def is_possible() -> bool:
 
 
 @contextmanager
-def compiled_ahead(device: torch.device, threads: int, name: str) -> Iterator[None]:
+def compiled_ahead(device: torch.device, threads: int) -> Iterator[Asked]:
     """Within it, this thread launches no kernel that is not compiled yet, so that what it computes is of no use.
 
     At its end, other threads begin to compile the kernels that were to be launched: `wait` for them.
-
-    Args:
-        name: of the kind of call that has these kernels, in hexadecimal digits.
     """
-    _take_note()
-    noted: dict[Any, tuple[Any, str]] = {}
-    token = _noted.set(noted)
-    try:
-        yield
-    finally:
-        _noted.reset(token)
-    # What takes longest begins first.
-    jobs = sorted(noted.values(), key=lambda job: -len(job[0].src))
+    asked, compilations = Asked(), dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]]()
+
+    class Noted(import_module("triton").AsyncCompileMode):
+        """Of the mode in which Triton compiles in threads, what asks for a kernel: it gets none."""
+
+        def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
+            compilations[key] = compile_fn, finalize_fn
+
+    with Noted(None):
+        yield asked
     set_device = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     pool = ThreadPoolExecutor(min(threads, _MOST), "halovae compiles", set_device)
-    made = [pool.submit(_compile, kernel, data) for kernel, data in jobs]
-    _at_work.update(made, [pool.submit(_mark, name)])
+    asked.kernels += [pool.submit(_compile, *functions) for functions in compilations.values()]
+    _at_work.add(asked)
     pool.shutdown(wait=False)
 
 
-@functools.cache
-def _take_note() -> None:
-    """Have Triton ask before it compiles: for the rest of the process, since other threads ask as well."""
-    knobs = import_module("triton").knobs
-    before = knobs.runtime.jit_cache_hook
-
-    def note(*, key: Any, fn: Any, compile: dict[str, Any], **others: Any) -> Any:
-        noted = _noted.get()
-        if noted is None or not fn.module.startswith(f"{__package__}."):
-            return before and before(key=key, fn=fn, compile=compile, **others)
-        noted[fn.module, fn.name, key] = fn.jit_function, compile["specialization_data"]
-        return True  # It is neither compiled nor launched.
-
-    knobs.runtime.jit_cache_hook = note
-
-
-def _compile(kernel: Any, data: str) -> None:
-    compiled = kernel.preload(data)
-    with _launcher[kernel]:
-        _ = compiled.run  # The program in C that launches it is compiled when it is asked for; most have the same one.
-
-
-def _mark(name: str) -> None:
-    _folder(name).put("", _MARK, binary=False)
+def _compile(compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
+    kernel = compile_fn()
+    finalize_fn(kernel)
+    with _launcher[kernel.name]:
+        _ = kernel.run  # The program in C that launches it is compiled when it is asked for; most have the same one.
 
 
 def wait() -> None:
     """Until the kernels are compiled, or have failed to be: whoever launches those will see."""
-    while _at_work:
-        future = next(iter(_at_work), None)
-        if future is not None:
-            future.exception()
-            _at_work.discard(future)
+    for asked in tuple(_at_work):
+        failed = [kernel for kernel in asked.kernels if kernel.exception()]
+        if asked.name and not failed:
+            _folder(asked.name).put("", _MARK, binary=False)
+        _at_work.discard(asked)
 
 
 def are_compiled(name: str) -> bool:
