@@ -111,7 +111,9 @@ def rows_of(name: str, counts: list[int], repeats: int) -> list[dict[str, Any]]:
                 port += 1
                 with tempfile.TemporaryDirectory() as empty:
                     cache = f"{kept}/{ranks}" if way == "filled" else empty
-                    found[way, ranks].append(run(name, way, ranks, cache, port))
+                    seconds = run(name, way, ranks, cache, port)
+                found[way, ranks].append(seconds)
+                print(f"{name}, {way}, ranks {ranks}: {seconds['first calls']:.2f} s", flush=True)
     medians = {
         way: {part: statistics.median(each[part] for each in runs) for part in runs[0]} for way, runs in found.items()
     }
