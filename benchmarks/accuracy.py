@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -218,7 +219,8 @@ def write_table(found: Sequence[dict[str, Any]], video: dict[str, Any]) -> None:
     )
     path = MEDIA.parent / "docs" / "accuracy.md"
     before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{short(found)}\n\n{moved}\n\n{notes}\n{END}{rest.split(END)[1]}")
+    below = "\n\n".join(fill(text, 120, break_on_hyphens=False) for text in (moved, notes))
+    path.write_text(f"{before}{BEGIN}\n{short(found)}\n\n{below}\n{END}{rest.split(END)[1]}")
 
 
 def _digits(value: float | None, digits: int) -> str:

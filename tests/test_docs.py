@@ -95,8 +95,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
     layout.write(Item(key="clip.mp4", path="clip.mp4"), Bucket(64, 96, 5), done, torch.randn(1, 16, 2, 8, 12))
     write_json(folder / "latents" / "manifest.json", vars(layout))
     (folder / "media").mkdir()
+    shutil.copy(folder / "clip.mp4", folder / "media" / "bigbuckbunny.mp4")
     Image.open(ROOT / "media" / "coffee.png").resize((96, 64)).save(folder / "media" / "coffee.png")
-    for name in ("cup.png", "in.jpg", "cherry_blossom.jpg"):
+    for name in ("in.jpg", "cherry_blossom.jpg"):
         Image.open(folder / "media" / "coffee.png").convert("RGB").save(folder / name)
     return folder
 

@@ -56,11 +56,12 @@ def test_online_is_offline(
 def test_the_published_client_gets_its_video(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Line by line as it stands, but for the address."""
     enter(tmp_path, monkeypatch)
-    picture(height=64, width=96).save("cup.png")
+    Path("media").mkdir()
+    picture(height=64, width=96).save("media/coffee.png")
     page = Path(__file__).parents[1] / "docs" / "serving.md"
     code = page.read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(compile(code.replace("http://127.0.0.1:8000", server.address), str(page), "exec"), names)
     names["client"].videos.delete(names["video"].id)
     names["client"].close()
-    assert read(Path("cup.mp4")).frames.shape == (17, 128, 192, 3)
+    assert read(Path("coffee.mp4")).frames.shape == (17, 128, 192, 3)
