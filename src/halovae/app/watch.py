@@ -20,13 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
+from typing import NoReturn
 
 from halovae.base.errors import HalovaeError, InputError, NotExactError, RankFailedError
 from halovae.base.files import remove_partial
 from halovae.base.forks import owned_here
 
 GRACE = 2.0
-"""Seconds between a signal and the end of the process."""
+"""Seconds between a signal and the end of the process, unless it needs more."""
 REPORT_FD = "HALOVAE_REPORT_FD"
 """Environment: file descriptor of the pipe on which a rank tells the launcher why it failed."""
 LAUNCHER_FD = "HALOVAE_LAUNCHER_FD"
@@ -91,12 +92,26 @@ def report(failure: Failure) -> bool:
     return True
 
 
+def end_on_ctrl_c() -> None:
+    """From here on, and wherever nothing else is asked for, Ctrl-C ends this process at once. A library that is being
+    imported may swallow a KeyboardInterrupt, and go on half imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Who ignores it was told to.
+        signal.signal(signal.SIGINT, lambda signum, frame: _end(signum, ""))
+
+
+def _end(signum: int, then: str) -> NoReturn:
+    remove_partial()
+    restore_terminal()
+    os.write(2, interruption(then).encode())
+    os._exit(128 + signum)
+
+
 @contextmanager
-def guarded(then: str = "") -> Iterator[None]:
-    """Within it, the first signal raises `Interrupted` in the main thread, and the process is gone `GRACE` seconds
-    later at the latest. So does the end of the launcher. `then` is what a user can do after it, for the line that
-    tells."""
-    guard = _Guard(then)
+def guarded(then: str = "", grace: float | None = None) -> Iterator[None]:
+    """Within it, the first signal raises `Interrupted` in the main thread, and the process is gone `grace` (`GRACE`)
+    seconds later at the latest. So does the end of the launcher. `then` is what a user can do after it, for the line
+    that tells."""
+    guard = _Guard(then, GRACE if grace is None else grace)
     try:
         yield
     finally:
@@ -106,7 +121,7 @@ def guarded(then: str = "") -> Iterator[None]:
 class _Guard:
     """Handlers of signals, and the thread that ends the process where they are of no use."""
 
-    def __init__(self, then: str) -> None:
+    def __init__(self, then: str, grace: float) -> None:
         self._wakeup_read, self._wakeup_write = os.pipe()
         os.set_blocking(self._wakeup_write, False)
         self._over, self._inherited = threading.Event(), False
@@ -120,7 +135,7 @@ class _Guard:
         self._handlers = {signum: signal.signal(signum, interrupt) for signum in _SIGNALS}
         # Written by the C handler at once, also while the main thread is in native code.
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
-        arguments = self._wakeup_read, self._over, then
+        arguments = self._wakeup_read, self._over, then, grace
         self._thread = threading.Thread(target=_watch, args=arguments, name="halovae-watch", daemon=True)
         self._thread.start()
         owned_here(self, _Guard._disown)
@@ -160,7 +175,7 @@ def restore_terminal() -> None:
         os.write(sys.stderr.fileno(), b"\r\x1b[K\x1b[?25h")
 
 
-def _watch(wakeup: int, over: threading.Event, then: str) -> None:
+def _watch(wakeup: int, over: threading.Event, then: str, grace: float) -> None:
     launcher = int(os.environ.get(LAUNCHER_FD, "-1"))
     sources = [wakeup] if launcher < 0 else [wakeup, launcher]
     while True:
@@ -174,9 +189,6 @@ def _watch(wakeup: int, over: threading.Event, then: str) -> None:
             return
         if received[0] not in _SIGNALS:
             continue
-        if not over.wait(GRACE):
-            remove_partial()
-            restore_terminal()
-            os.write(2, interruption(then).encode())
-            os._exit(128 + received[0])
+        if not over.wait(grace):
+            _end(received[0], then)
         return

@@ -254,6 +254,10 @@ def warm_up(context: typer.Context, *, height: int, width: int, num_frames: int,
     return _run(context.obj, RunOptions(**how), lambda session: _on_rank().warm_up(session, sizes))
 
 
+_TO_END_RAY = 8.0
+"""Seconds that its processes get to end in."""
+
+
 @flags.takes("encode-dataset")
 def encode_dataset(
     context: typer.Context, *, dry_run: bool, json: Path | None, report: Path | None, **given: Any
@@ -261,14 +265,14 @@ def encode_dataset(
     """Encode a dataset of videos and images to latents, once each, however often it is interrupted."""
     if not given["bucket"] and not given["bucket_area"]:
         raise InputError("--bucket is missing: give one or more, such as --bucket 480x832x81, or --bucket-area")
-    try:
-        import ray.data as _data  # pyright: ignore[reportUnusedImport]  # Before signals are taken care of: it takes some.
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"halovae encode-dataset needs {error.name}: in a checkout, pip install '.[dataset]'"
-        ) from error
-    del _data
-    with guarded("the same command goes on from there"):
+    with guarded("the same command goes on from there", _TO_END_RAY):
+        try:
+            import ray.data as _data  # pyright: ignore[reportUnusedImport]
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"halovae encode-dataset needs {error.name}: in a checkout, pip install '.[dataset]'"
+            ) from error
+        del _data
         from halovae.datasets.progress import summary
         from halovae.datasets.run_dataset import Asked, DatasetRun
 

@@ -11,7 +11,7 @@ import typer
 
 from halovae import __version__
 from halovae.app import launch
-from halovae.app.watch import Interrupted, failure_of, interruption, report
+from halovae.app.watch import Interrupted, end_on_ctrl_c, failure_of, interruption, report
 from halovae.cli import commands
 from halovae.cli.flags import USAGE_ERROR, Command, CommandGroup, one_line
 
@@ -82,8 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        result = typer.main.get_command(app).main(words, prog_name="halovae", standalone_mode=False, obj=words)
+        # By itself, as `main` of some versions of typer makes an exit code of an interruption, without a word.
+        group = typer.main.get_command(app)
+        with group.make_context("halovae", list(words), obj=words) as context:
+            result = group.invoke(context)
         return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
     except USAGE_ERROR as error:
         return _complain(one_line(error), error.exit_code)
     except KeyboardInterrupt as error:
@@ -104,10 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """Run the command line and end the process."""
+    end_on_ctrl_c()
     code = main()
     here = launch.place()
-    if code and here is not None and here.world_size > 1:
-        # A communication library may wait for the other ranks in its destructors: they would wait too.
+    if code > 128 or (code and here is not None and here.world_size > 1):
+        # A communication library may wait for the other ranks in its destructors: they would wait too. Who has had
+        # enough waits for no library.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 import torch
+from ray._private import worker
 
 from halovae.app.launch import cores
 from halovae.base.errors import InputError
@@ -70,9 +72,11 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
         }  # fmt: skip
     else:
         _check_address(address)
+    # What processes tell the driver of errors is printed whatever the options say, also after an interruption.
+    told, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
     try:
         try:
-            with _no_words():
+            with _no_words(), _signals_stay():
                 ray.init(address, **options)
         except Exception as error:  # Ray's own kinds, and those of the network.
             where = "a local Ray can't be started" if address is None else f"--ray-address {address} can't be reached"
@@ -80,6 +84,7 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
         yield
     finally:
         ray.shutdown()
+        worker.print_to_stdstream = told
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -121,6 +126,16 @@ def _no_words() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextmanager
+def _signals_stay() -> Iterator[None]:
+    """Around what takes SIGTERM for itself."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def readers(devices: int, accelerators: int) -> int:
