@@ -108,8 +108,9 @@ class TestHelp:
 BAD_USE = {
     "no command": (["bogus"], "No such command 'bogus'; see halovae --help"),
     "no flag": (["roundtrip", CLIP, "-o", "o.mp4", "--nope"], "; see halovae roundtrip --help"),
+    "nearly a command": (["encde"], "Did you mean 'encode'? See halovae --help"),
     "no input": (["roundtrip", "-o", "o.mp4"], "Missing argument 'INPUT'"),
-    "no output": (["roundtrip", CLIP], "Missing option '-o'"),
+    "no output": (["roundtrip", CLIP], "Missing option '-o' / '--output'; see halovae roundtrip --help"),
     "missing file": (["roundtrip", "none.mp4", "-o", "o.mp4"], "none.mp4 does not exist"),
     "empty file": (["roundtrip", "empty.mp4", "-o", "o.mp4"], "empty.mp4 is empty"),
     "not a video": (["encode", "text.mp4", "-o", "o.safetensors"], "text.mp4 can't be read"),
@@ -118,6 +119,7 @@ BAD_USE = {
     "kind of latents": (["encode", CLIP, "-o", "o.pt"], "must end with .safetensors"),
     "kind of report": (["roundtrip", CLIP, "-o", "o.mp4", "--json", "o.txt"], "must end with .json"),
     "folder of output": (["roundtrip", CLIP, "-o", "none/o.mp4"], "output folder none does not exist"),
+    "file as folder of output": (["roundtrip", CLIP, "-o", "o.png/o.mp4"], "output folder o.png is a file"),
     "read-only folder": (["roundtrip", CLIP, "-o", "/proc/o.mp4"], "can't write to folder /proc"),
     "input as output": (["roundtrip", CLIP, "-o", CLIP], "is the input"),
     "no ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--ranks", "0"], "--ranks 0: give 1 or more"),
@@ -127,7 +129,7 @@ BAD_USE = {
     "axis": (["roundtrip", CLIP, "-o", "o.mp4", "--axis", "depth"], "--axis depth: give auto, height, width"),
     "empty axis": (["roundtrip", CLIP, "-o", "o.mp4", "--axis", "0x2"], "--axis 0x2"),
     "grid without ranks": (["roundtrip", CLIP, "-o", "o.mp4", "--axis", "2x2"], "needs 4 ranks, but there are 1"),
-    "order of frames": (["roundtrip", CLIP, "-o", "o.mp4", "--frames", "9:3"], "--frames 9:3"),
+    "order of frames": (["roundtrip", CLIP, "-o", "o.mp4", "--frames", "9:3"], "--frames 9:3: give A:B with A below B"),
     "words for frames": (["roundtrip", CLIP, "-o", "o.mp4", "--frames", "all"], "--frames all: give A:B"),
     "frames beyond": (["roundtrip", "small.mp4", "-o", "o.mp4", "--frames", "3:8"], "has 5 frames"),
     "height": (["roundtrip", CLIP, "-o", "o.mp4", "--height", "0"], "--height 0: give a whole number from 1"),
@@ -138,7 +140,7 @@ BAD_USE = {
     ),
     "device": (["roundtrip", CLIP, "-o", "o.mp4", "--device", "abacus"], "--device abacus: this machine has"),
     "no model": (["roundtrip", "o.png", "-o", "p.png", "--model", "none"], "--model none: no such folder"),
-    "model without a VAE": (["roundtrip", "o.png", "-o", "p.png", "--model", "."], "has no VAE"),
+    "model without a VAE": (["roundtrip", CLIP, "-o", "p.png", "--model", "."], "has no VAE"),
     "folder named demo": (["roundtrip", "o.png", "-o", "p.png", "--model", "demo"], "./demo has no VAE"),
     "many frames, one image": (
         ["roundtrip", CLIP, "-o", "o.png", "--frames", "0:2", "--height", "36"],
@@ -318,6 +320,15 @@ class TestAlone:
         errors = capsys.readouterr().err
         assert errors.startswith("Traceback")
         assert errors.endswith("halovae: error: ZeroDivisionError: oh\n")
+
+    def test_an_interruption_is_told(
+        self, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["roundtrip", CLIP, "-o", "o.mp4", "--model", tiny]
+        for place, signum in (("halovae.app.clip_files.open_clip", signal.SIGTERM), ("halovae.media.inspect", 2)):
+            monkeypatch.setattr(place, lambda *_, by=signum: signal.raise_signal(by))
+            assert main(arguments) == 128 + signum
+            assert capsys.readouterr().err == "halovae: interrupted\n"
 
     def test_signal_handlers_are_given_back(self, tiny: str) -> None:
         before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]

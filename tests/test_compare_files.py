@@ -181,12 +181,17 @@ class TestTrim:
         assert main(["compare", *files]) == 2
         assert "use --trim" in capsys.readouterr().err
         assert main(["compare", *files, "--trim", "--max-l2", "0"]) == 0
+        assert main(["compare", files[0], save_latents("c.safetensors", values[..., :2]), "--trim"]) == 2
+        assert "differ in height or width" in capsys.readouterr().err
 
 
 PICTURE, LATENTS = "a.png", "z.safetensors"
 REFUSED = {
     "missing": (["no.mp4", PICTURE], "no.mp4 does not exist"),
-    "two kinds": ([PICTURE, LATENTS], "compare two of one kind"),
+    "two kinds": (
+        [PICTURE, LATENTS],
+        "a.png is an image and z.safetensors is a file of latents: compare two of one kind",
+    ),
     "gate of pictures": ([LATENTS, LATENTS, "--min-ssim", "0.9"], "--min-ssim is for pictures"),
     "grid of pictures": ([LATENTS, LATENTS, "--grid", "8x8"], "--grid is for pictures"),
     "gate of latents": ([PICTURE, PICTURE, "--max-l2", "1"], "--max-l2 is for latents"),

@@ -166,6 +166,11 @@ def test_kills_and_groups_give_the_same_bytes_once(
     assert re.search(r"0.0 MiB to write, about 0:00:\d\d of encoding", planned)
     assert main([*words, "--fail-fast"]) == 2
     assert "broken.mp4" in capsys.readouterr().err
+    capsys.readouterr()
+    with patch.object(run_dataset.DatasetRun, "survey", lambda *_, **__: signal.raise_signal(signal.SIGINT)):
+        assert main(words) == 130
+    assert capsys.readouterr().err == "halovae: interrupted; the same command goes on from there\n"
+    assert callable(ray_worker.print_to_stdstream)  # What `datasets.cluster` silences.
     assert main([*words, "--fps", "5"]) == 2
     assert "was made in another way (fps None, now 5)" in capsys.readouterr().err
 

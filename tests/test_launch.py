@@ -224,6 +224,23 @@ def test_who_has_no_time_to_unwind_tells_of_the_interruption_too() -> None:
     assert (process.returncode, errors) == (130, "halovae: interrupted; the same command goes on\n")
 
 
+SWALLOWED = """
+import signal
+from halovae.app import watch
+watch.end_on_ctrl_c()
+try:
+    signal.raise_signal(signal.SIGINT)
+except BaseException:
+    pass
+print("went on")
+"""
+
+
+def test_who_swallows_an_interruption_does_not_go_on() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "halovae: interrupted\n")
+
+
 @pytest.mark.parametrize("behaviour", ["works", "waits", "stuck"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_within_5_seconds(tmp_path: Path, behaviour: str, signum: signal.Signals) -> None:

@@ -190,8 +190,9 @@ def bad_input(rank: int) -> None:
 
     vae = kl()
     with halovae.parallelize(vae):
-        with raises(InputError, "got no picture"):
-            vae.decode(torch.zeros(3))
+        for bad, told in ((torch.zeros(3, 4, 5), r"a value of type Tensor of shape \(3, 4, 5\)"), (None, "None")):
+            with raises(InputError, f"got no picture but {told}: pass a tensor"):
+                vae.decode(bad)
         with raises(InputError, "empty tensor"):
             vae.decode(latents(rows=0))
         with raises(InputError, "smaller than one latent"):

@@ -121,9 +121,12 @@ class Caller:
             )  # fmt: skip
         return as_written()
 
-    def _check(self, half: str, pictures: list[Tensor]) -> None:
+    def _check(self, half: str, pictures: list[Tensor], given: Sequence[Any]) -> None:
         if not pictures:
-            raise InputError(f"{half} got no picture: pass a tensor (batch, channels, [frames,] height, width)")
+            passed = ", ".join(map(_named, given)) or "nothing"
+            raise InputError(
+                f"{half} got no picture but {passed}: pass a tensor (batch, channels, [frames,] height, width)"
+            )
         if 0 in pictures[0].shape:
             raise InputError(f"{half} got an empty tensor of shape {tuple(pictures[0].shape)}")
         for picture in pictures:
@@ -187,7 +190,7 @@ class Caller:
         with together(self._comm) as said:
             check()
             pictures = pictures_in((args, kwargs))
-            self._check(half, pictures)
+            self._check(half, pictures, (*args, *kwargs.values()))
             said["autocast"] = dict(autocast.state()) or "off"
             said["call"] = f"{half} number {self._calls}{how}{'' if alike else ', of each rank its own'}"
             if alike and self._comm.size > 1:
@@ -238,6 +241,14 @@ class Caller:
             target.name,
             why,
         )
+
+
+def _named(value: Any) -> str:
+    """What was passed, as a user calls it."""
+    if value is None:
+        return "None"
+    shape = f" of shape {tuple(value.shape)}" if isinstance(getattr(value, "shape", None), tuple) else ""
+    return f"a value of type {type(value).__name__}{shape}"
 
 
 def _described(value: Any) -> str:

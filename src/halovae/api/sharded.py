@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.options import AllOptions, Axis
 from halovae.base.trees import map_tensors
 from halovae.comm import Group, connect
@@ -73,5 +73,7 @@ def sharded(group: Group | None = None, *, axis: Axis = "height") -> Sharded:
     shapes = {"height": (comm.size, 1), "width": (1, comm.size), "auto": (comm.size, 1)}
     shape = shapes[axis] if isinstance(axis, str) else axis
     if shape[0] * shape[1] != comm.size:
-        raise InputError(f"axis {axis} makes {shape[0] * shape[1]} shards but the group has {comm.size} ranks")
+        raise InputError(
+            f"axis {axis} makes {shape[0] * shape[1]} shards but the group has {counted(comm.size, 'rank')}"
+        )
     return Sharded(Mesh(comm, shape))

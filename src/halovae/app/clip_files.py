@@ -17,7 +17,7 @@ from halovae import media
 from halovae.app.session import Advance, Half, Loaded, Session
 from halovae.base.errors import HalovaeError
 from halovae.base.options import Half as HalfName
-from halovae.media import codec
+from halovae.media import codec, models
 from halovae.media.latents_file import LatentsInfo, scaling_of
 from halovae.media.vae_limits import Fit, Limits
 
@@ -29,11 +29,12 @@ def open_clip(
 ) -> media.Film:
     """Look through a clip on every rank: each needs its frames, and decoding them costs less than sending them."""
     count = frames.stop - frames.start if frames is not None and frames.stop is not None else None
-    film = session.together(
-        "read",
-        lambda advance: media.Film(source, frames=frames, height=height, width=width, advance=advance),
-        count,
-    )
+
+    def step(advance: Advance) -> media.Film:
+        session.source = models.find(session.options.model)  # A clip may take long: what is wrong is told before it.
+        return media.Film(source, frames=frames, height=height, width=width, advance=advance)
+
+    film = session.together("read", step, count)
     for note in film.notes:
         session.stages.note(f"{source}: {note}")
     return film

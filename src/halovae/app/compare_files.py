@@ -74,7 +74,8 @@ def compare(job: CompareJob) -> Sequence[Gate]:
 def _is_latents(job: CompareJob) -> bool:
     one, other = (path.suffix.lower() == latents_file.SUFFIX for path in (job.one, job.other))
     if one != other:
-        raise InputError(f"{job.one} and {job.other} are latents and a picture: compare two of one kind")
+        kinds = " and ".join(f"{path} is {_kind(path)}" for path in (job.one, job.other))
+        raise InputError(f"{kinds}: compare two of one kind")
     pictures_only = {"--min-ssim": job.min_ssim, "--min-psnr": job.min_psnr, "--grid": job.grid}
     wrong = [name for name, value in pictures_only.items() if one and value is not None]
     if wrong:
@@ -82,8 +83,15 @@ def _is_latents(job: CompareJob) -> bool:
             "\n".join(f"{name} is for pictures, but {job.one} holds latents: use --max-l2" for name in wrong)
         )
     if job.max_l2 is not None and not one:
-        raise InputError(f"--max-l2 is for latents, but {job.one} is a picture: use --min-ssim or --min-psnr")
+        raise InputError(f"--max-l2 is for latents, but {job.one} is {_kind(job.one)}: use --min-ssim or --min-psnr")
     return one
+
+
+def _kind(path: Path) -> str:
+    """What a file is, in words."""
+    if path.suffix.lower() == latents_file.SUFFIX:
+        return "a file of latents"
+    return "an image" if media.inspect(path).is_image else "a video"
 
 
 def _page(
@@ -230,10 +238,10 @@ def _compare_latents(job: CompareJob, stages: Stages) -> _Found:
 
 
 def _read_latents(job: CompareJob, stages: Stages) -> tuple[Tensor, Tensor]:
-    """Both, cut to what they have in common from the start of each dimension where that was asked for.
+    """Both, cut to the length that they have in common, from the start, where that was asked for.
 
     Raises:
-        InputError: they differ in shape and it was not; or no trimming makes them alike.
+        InputError: they differ in length and it was not; or in more than that.
     """
     (reference, _), (result, _) = (latents_file.load(path) for path in (job.one, job.other))
     shapes = [tuple(tensor.shape) for tensor in (reference, result)]
@@ -242,6 +250,8 @@ def _read_latents(job: CompareJob, stages: Stages) -> tuple[Tensor, Tensor]:
         raise InputError(f"{names} hold latents of {both}: not of one VAE")
     if shapes[0] == shapes[1]:
         return reference, result
+    if reference.shape[-2:] != result.shape[-2:]:  # Latents at one place show other places of the pictures.
+        raise InputError(f"{names} differ in height or width: {both}: encode both at one size (--height, --width)")
     if not job.trim:
         raise InputError(f"{names} differ: {both}: use --trim to compare what they share")
     stages.note(f"trimmed: {both}")

@@ -102,7 +102,7 @@ def _halves(
         return []
     fit = limits.fit(sizes["frames"], sizes["height"], sizes["width"])
     workers, dtypes = setup.vae_size or ranks, torch_dtypes(setup)
-    torch.set_num_threads(max(1, launch.cores() // ranks))
+    torch.set_num_threads(launch.threads(ranks))
     ways = [Way(mode="exact", ranks=1)]
     if workers > 1:
         ways += [Way(mode="exact", ranks=workers, axis=setup.vae_axis), Way(mode="tile", ranks=workers)]

@@ -75,6 +75,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads(processes: int) -> int:
+    """Threads of each of so many processes that share this machine's cores: as OMP_NUM_THREADS says, unless torchrun
+    has set that, which knows of no cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    known = asked.isdecimal() and int(asked) > 0 and (was_launched() or place() is None)
+    return int(asked) if known else max(1, cores() // processes)
+
+
 def check_ranks(ranks: int) -> None:
     """Refuse a number of ranks that this machine can't start."""
     limit = RANKS_PER_CORE * cores()
@@ -162,7 +170,7 @@ class Processes:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": _free_port(),
             # Read when the libraries are loaded, before any code of ours can set the number of threads.
-            "OMP_NUM_THREADS": max(1, cores() // ranks),
+            "OMP_NUM_THREADS": threads(ranks),
             LAUNCHER_FD: self._life_read,
         }
         for index in range(ranks):

@@ -116,6 +116,8 @@ class Session:
     dtype: torch.dtype
     stages: Stages
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    source: models.VaeSource | None = None
+    """The VAE, where it was found before it is loaded."""
 
     @property
     def dtypes(self) -> dict[HalfName, torch.dtype]:
@@ -157,7 +159,7 @@ class Session:
         """Load the VAE that `--model` names, and learn what it takes."""
 
         def step(advance: Callable[[], None]) -> Loaded:
-            source = models.find(self.options.model)
+            source = self.source or models.find(self.options.model)
             vae = models.load(source, dtype=torch.promote_types(*self.dtypes.values()), device=self.device)
             if len(set(self.dtypes.values())) > 1:
                 HalfDtypes(vae, self.dtypes).cast()
@@ -244,7 +246,7 @@ class Session:
 @contextmanager
 def session(options: RunOptions, place: launch.Place) -> Iterator[Session]:
     """Join the group and leave it."""
-    torch.set_num_threads(max(1, launch.cores() // place.local_world_size))
+    torch.set_num_threads(launch.threads(place.local_world_size))
     device = _device(options.device, place)
     comm.init_from_env(device.type)
     opened = Session(

@@ -48,8 +48,9 @@ def described(session: Session, loaded: Loaded, half: Half) -> str:
 
 def place_of(session: Session) -> str:
     """How many ranks, and on what."""
-    threads = f", {counted(session.threads, 'thread')} each" if session.device.type == "cpu" else ""
-    return f"{counted(session.group.size, 'rank')} on {session.device.type}{threads}"
+    ranks, each = session.group.size, " each" * (session.group.size > 1)
+    threads = f", {counted(session.threads, 'thread')}{each}" if session.device.type == "cpu" else ""
+    return f"{counted(ranks, 'rank')} on {session.device.type}{threads}"
 
 
 def clip_line(fit: Fit, fps: Any) -> str:

@@ -130,6 +130,6 @@ def warm_up(session: Session, sizes: tuple[int, int, int]) -> None:
                 session.synchronize()
             if session.is_first and handle.last is not None:
                 probe = handle.last.phases.get("probe", 0.0)
-                typer.echo(f"{half}  {time.perf_counter() - started:.1f} s, {probe:.1f} s of them to find out")
+                typer.echo(f"{half}  {time.perf_counter() - started:.1f} s, {probe:.1f} s of them to set up")
     if session.is_first:
         typer.echo(f"kept: {tables.kept_verdicts()}")

@@ -18,6 +18,7 @@ from halovae.base.errors import InputError
 
 DEMO = "demo"
 """The name of the shipped VAE in `--model` and in metadata."""
+_OF_A_VAE = ("model_index.json", "config.json", "vae/config.json")
 _partial: set[Path] = set()
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
@@ -81,6 +82,8 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
 
 def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
+        if path.parent.exists():
+            raise InputError(f"output folder {path.parent} is a file: give another folder")
         raise InputError(f"output folder {path.parent} does not exist: create it first")
     try:
         # Creating a file is the only test that network mounts, quotas and read-only systems all answer truly.
@@ -112,8 +115,24 @@ def check_input(path: Path) -> None:
 
 def check_model(model: str) -> None:
     """Refuse what can't be a model, before any library is imported for it."""
-    if not Path(model).expanduser().exists() and not _HUB_ID.fullmatch(model):
+    path = Path(model).expanduser()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--model {model} is a file: give the folder of a diffusers VAE or pipeline")
+    if not path.exists() and not _HUB_ID.fullmatch(model):
         raise InputError(f"--model {model}: no such folder, and no hub id of the form owner/name")
+
+
+def check_vae(model: str) -> None:
+    """As `check_model`; and refuse a folder in which is no VAE."""
+    check_model(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in _OF_A_VAE):
+        raise no_vae(model)
+
+
+def no_vae(model: str) -> InputError:
+    """What a model is refused by that has none of the files that describe a VAE."""
+    return InputError(f"{model} has no VAE: neither {' nor '.join(_OF_A_VAE)} is there")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from halovae.base.errors import InputError
+from halovae.base.errors import InputError, counted
 from halovae.base.geometry import Extent
 
 Half = Literal["encode", "decode"]
@@ -111,12 +111,12 @@ class AllOptions(Options):
     def check_ranks(self, ranks: int) -> None:
         """Check the choices against the number of ranks in the group."""
         if self.size is not None and self.size > ranks:
-            raise InputError(f"size is {self.size} but the group has {ranks} ranks: use at most {ranks}")
+            raise InputError(f"size is {self.size} but the group has {counted(ranks, 'rank')}: use at most {ranks}")
         usable = self.size or ranks
         if not isinstance(self.axis, str) and self.axis[0] * self.axis[1] > usable:
             rows, cols = self.axis
             raise InputError(
-                f"axis asks for {rows} x {cols} = {rows * cols} shards but {usable} ranks are in use: "
+                f"axis asks for {rows} x {cols} = {rows * cols} shards but the VAE runs on {counted(usable, 'rank')}: "
                 f"choose rows * columns up to {usable}, or 'auto'"
             )
 
@@ -228,7 +228,8 @@ class CallReport:
     def __str__(self) -> str:
         rows, cols = self.shape
         together = f", {self.tiles_per_call} in one call" if self.tiles_per_call > 1 else ""
-        cut = f"{self.tiles} tiles (spread {self.spread:.2f}{together})" if self.tiles else f"{rows} x {cols} shards"
+        tiles = f"{counted(self.tiles, 'tile')} (spread {self.spread:.2f}{together})"
+        cut = tiles if self.tiles else f"{rows} x {cols} shard{'s' * (rows * cols != 1)}"
         alone = f" (each rank alone: {self.alone})" if self.alone else ""
         memory = "" if self.peak_memory is None else f", peak {self.peak_memory / 2**20:.0f} MiB"
         replayed = f", replayed: {self.recording}" if self.replayed else ""

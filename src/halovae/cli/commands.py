@@ -36,7 +36,8 @@ def _run(words: Sequence[str], options: RunOptions, body: Callable[[Session], No
     if here is None:
         launch.check_ranks(ranks)
     if busy is not None and busy > ranks:
-        raise InputError(f"--vae-patch-parallel-size {busy}: there are only {ranks} ranks; start more or ask for fewer")
+        there = f"there {'is' if ranks == 1 else 'are'} only {counted(ranks, 'rank')}"
+        raise InputError(f"--vae-patch-parallel-size {busy}: {there}; start more or ask for fewer")
     if isinstance(options.axis, tuple) and prod(options.axis) > (busy or ranks):
         needed, shape = prod(options.axis), "x".join(map(str, options.axis))
         raise InputError(f"--axis {shape} needs {needed} ranks, but there are {busy or ranks}: add --ranks")

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from halovae.app import launch
 from halovae.app.run_options import check_written, parse_axis, parse_counts, parse_grid, parse_pair
 from halovae.base.errors import Faults, InputError
-from halovae.base.files import DEMO, check_input, check_model, check_new_folder, check_output
+from halovae.base.files import DEMO, check_input, check_model, check_new_folder, check_output, check_vae
 from halovae.pipelines.generation_settings import Setup
 from halovae.serve.server_settings import parse_keep, read_key
 
@@ -132,8 +132,14 @@ def takes(command: str, **defaults: Any) -> Callable[[Callable[..., int]], Calla
 
 
 def _check_vae(model: str) -> None:
-    if model != DEMO:
-        check_model(model)
+    named = _named_vae(model)
+    if named != DEMO:
+        check_vae(named)
+
+
+def _check_config(model: str) -> None:
+    if not Path(model).expanduser().is_file():
+        _check_vae(model)
 
 
 def _named_vae(model: str) -> str:
@@ -210,8 +216,10 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DEMO, "folder", Path, "DIR", "Write here: a folder that is not there yet.", ..., check=check_new_folder),
     ),
     "Model and files": (
-        _Flag(_WHOLE, "model", str, "DIR_OR_ID", "Use this pipeline: a folder in diffusers' format, or a hub id such "
-              "as Wan-AI/Wan2.2-I2V-A14B-Diffusers.", ..., check=check_model),
+        *(_Flag(commands, "model", str, "DIR_OR_ID", "Use this pipeline: a folder in diffusers' format, or a hub id "
+                f"such as {example}.", ..., check=check_model)
+          for commands, example in ((_I2V | _SERVE, "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+                                    (_T2V, "Wan-AI/Wan2.2-T2V-A14B-Diffusers"), (_I2I, "Qwen/Qwen-Image"))),
         _Flag(_I2V | _I2I, "image", Path, "FILE", "Begin with this image.", ..., check=check_input),
         _Flag(_I2V, "last_image", Path, "FILE", "End with this image.", check=check_input),
         _Flag(_VIDEO | _DECODE | _ROUNDTRIP, "output", Path, "FILE", _AN_MP4, ..., spelled=_OUTPUT, check=_check_clip),
@@ -227,7 +235,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_DECODE, "model", str, "DIR_OR_ID", "As for encode.", shown="the one that the latents were made with",
               check=_check_vae, read=_named_vae),
         _Flag(_PLAN, "model", str, "DIR_OR_ID_OR_CONFIG", "Plan for this VAE: as for roundtrip, or the config.json of "
-              "a VAE. Only configs are read.", shown=_SHIPPED, check=_check_vae, read=_named_vae),
+              "a VAE. Only configs are read.", shown=_SHIPPED, check=_check_config, read=_named_vae),
         _Flag(_DEMO, "kind", str, "image-to-video|text-to-video|image-to-image",
               "Make a pipeline for the command of this name.", "image-to-video"),
         _Flag(_DATASET, "format", str, "safetensors|webdataset|parquet|musubi", "Write safetensors (a file for each "
@@ -339,7 +347,7 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               spelled="--vae-decode/--no-vae-decode"),
         _Flag(_ALONE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all", least=1,
               spelled="--vae-patch-parallel-size --vae_patch_parallel_size"),
-        _Flag(_WHOLE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all"),
+        _Flag(_WHOLE, "vae_patch_parallel_size", int, "N", _SIZE, shown="all", least=1),
         _Flag(_RUN, "axis", str, "CUT", "Cut the picture like this in exact mode: auto, height, width, or ROWSxCOLS "
               "such as 2x4.", "auto", read=parse_axis),
     ),
@@ -377,8 +385,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
         _Flag(_COMPARE, "grid", str, "HxW[+O]", "Tiles every H rows and W columns, overlapping by O: measure seams "
               "there.", shown="no seams are measured", read=parse_grid),
         _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different lengths or sizes share: larger "
-              "pictures are cropped around the centre, not scaled.", False),
-        _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded.", False),
+              "pictures are cropped around the centre, not scaled; latents have to be of one size.", False),
+        _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded, with exit code 2.", False),
         _Flag(_DATASET, "dry_run", bool, None, "Look at the clips, print the plan and stop: nothing is written.",
               False),
         _Flag(_MADE, "dry_run", bool, None, "Print the plan and stop: only configs are loaded, nothing is started.",
@@ -488,10 +496,11 @@ class CommandGroup(TyperGroup):
 
 
 def one_line(error: Any) -> str:
-    """What is wrong with the words of a command line, and for a word that is not known where the known ones are."""
-    told = " ".join(error.format_message().split())
-    is_unknown = told.startswith("No such ") and error.ctx
-    return f"{told.rstrip('.')}; see {error.ctx.command_path} --help" if is_unknown else told
+    """What is wrong with the words of a command line; where one is not known, or is missing, also where all are."""
+    told = " ".join(error.format_message().split()).rstrip(".")
+    if not error.ctx or not told.startswith(("No such ", "Missing ")):
+        return told
+    return f"{told}{' See' if told.endswith('?') else '; see'} {error.ctx.command_path} --help"
 
 
 def _panel(item: Any) -> str:

@@ -17,7 +17,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from halovae.app.launch import cores
+from halovae.app.launch import cores, threads
 from halovae.app.run_options import dtype_on
 from halovae.app.session import Stages, device_kind
 from halovae.app.tables import counted
@@ -120,7 +120,7 @@ class DatasetRun:
                 scaling=self._scaling,
             ),
             device=self.kind, dtype=dtype, fps=None if self.fps is None else str(self.fps),
-            threads=max(1, cores() // devices) if self.kind == "cpu" else 1,
+            threads=threads(devices) if self.kind == "cpu" else 1,
         )  # fmt: skip
         layout = self.job.layout
         settings = {

@@ -197,7 +197,8 @@ def load(path: Path) -> tuple[Tensor, LatentsInfo]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as error:
-        raise InputError(f"{path} is no safetensors file, or a damaged one: {first_line(error)}") from error
+        why = f": {reason(error)}" if isinstance(error, OSError) else ""
+        raise InputError(f"{path} holds no latents: it is no safetensors file, or a damaged one{why}") from error
     check_values(path, latents)
     return latents, info
 

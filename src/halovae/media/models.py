@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from halovae.base.errors import InputError
-from halovae.base.files import DEMO, check_model, first_line, read_json
+from halovae.base.files import DEMO, check_model, first_line, no_vae, read_json
 from halovae.base.quiet import quiet
 
 _SHIPPED = str(Path(__file__).with_name("demo_vae"))
@@ -57,7 +57,7 @@ def find(model: str | None) -> VaeSource:
             return VaeSource(model=shown, location=location, subfolder=subfolder, class_name=class_name)
     if name is _SHIPPED:
         raise InputError("this installation lacks the demonstration VAE: reinstall halovae, or name a --model")
-    raise InputError(f"{name} has no VAE: neither model_index.json nor config.json nor vae/config.json is there")
+    raise no_vae(name)
 
 
 def read_config(model: str, name: str) -> dict[str, Any] | None:
@@ -69,8 +69,6 @@ def read_config(model: str, name: str) -> dict[str, Any] | None:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return read_json(folder / name) if (folder / name).is_file() else None
-    if folder.exists():
-        raise InputError(f"--model {model} is a file: give the folder of a diffusers VAE or pipeline")
     check_model(model)
     try:
         with quiet():

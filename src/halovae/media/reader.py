@@ -32,7 +32,7 @@ class FrameRange:
 
     def __post_init__(self) -> None:
         if self.start < 0 or (self.stop is not None and self.stop <= self.start):
-            raise InputError(f"--frames {self}: A:B needs 0 <= A < B")
+            raise InputError(f"--frames {self}: give A:B with A below B, as in 0:33")
 
     @classmethod
     def parse(cls, text: str) -> FrameRange:

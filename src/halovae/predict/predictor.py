@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from halovae.base.compiled import as_written
-from halovae.base.errors import HalovaeError, InputError, TilingError
+from halovae.base.errors import HalovaeError, InputError, TilingError, counted
 from halovae.base.files import first_line
 from halovae.base.options import Axis
 from halovae.base.trees import on_meta, pictures_in, tensors_in
@@ -128,7 +128,7 @@ class Predictor:
                 call.run(schedule.calls_of(rank), args, kwargs)
                 mover.finish()
                 result = call.gather(args, kwargs)
-        cut = f"{len(schedule.chains)} tiles"
+        cut = counted(len(schedule.chains), "tile")
         return _prediction(half, "tile", ranks, cut, meter, comm, args, result)
 
     @contextmanager
