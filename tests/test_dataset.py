@@ -27,6 +27,7 @@ from clips import bars, make_video
 from command import PATIENCE, end_with_parent, enter, run, saved, start
 from PIL import Image
 from ray import cloudpickle
+from ray._private import worker as ray_worker
 from servers import disk
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from halovae.datasets.cluster import store_bytes
 from halovae.datasets.forecast import needs, plan
 from halovae.datasets.formats import Storage
 from halovae.datasets.items import Item, find_items
+from halovae.datasets.run_dataset import DatasetRun
 from halovae.datasets.shards import keys_in, pack
 from halovae.datasets.units import Job, Unit, units_of
 from halovae.media import codec, latents_file, models, vae_limits, write
@@ -167,7 +169,7 @@ def test_kills_and_groups_give_the_same_bytes_once(
     assert main([*words, "--fail-fast"]) == 2
     assert "broken.mp4" in capsys.readouterr().err
     capsys.readouterr()
-    with patch.object(run_dataset.DatasetRun, "survey", lambda *_, **__: signal.raise_signal(signal.SIGINT)):
+    with patch.object(DatasetRun, "survey", lambda *_, **__: signal.raise_signal(signal.SIGINT)):
         assert main(words) == 130
     assert capsys.readouterr().err == "halovae: interrupted; the same command goes on from there\n"
     assert callable(ray_worker.print_to_stdstream)  # What `datasets.cluster` silences.

@@ -386,7 +386,8 @@ _TABLE: dict[str, tuple[_Flag, ...]] = {
               "there.", shown="no seams are measured", read=parse_grid),
         _Flag(_COMPARE, "trim", bool, None, "Compare what two files of different lengths or sizes share: larger "
               "pictures are cropped around the centre, not scaled; latents have to be of one size.", False),
-        _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded, with exit code 2.", False),
+        _Flag(_DATASET, "fail_fast", bool, None, "Stop at the first clip that can't be encoded: exit code 2.",
+              False),
         _Flag(_DATASET, "dry_run", bool, None, "Look at the clips, print the plan and stop: nothing is written.",
               False),
         _Flag(_MADE, "dry_run", bool, None, "Print the plan and stop: only configs are loaded, nothing is started.",
