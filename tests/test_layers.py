@@ -10,7 +10,13 @@ from families import FAMILIES
 from rooms import MODULES, imports, layer, own_imports, tree
 
 NO_TORCH = ["base.errors", "base.forks", "base.geometry", "base.options"]
-PRIVATE = ["base.private_diffusers", "base.private_torch", "comm.backends", "kernels.gpu.gluon_patches"]
+PRIVATE = [
+    "base.private_diffusers",
+    "base.private_torch",
+    "comm.backends",
+    "datasets.private_ray",
+    "kernels.gpu.gluon_patches",
+]
 WITHOUT_MODELS = ("base", "comm", "exact")
 WITHOUT_DEVICES = ("exact", "api", "calls.target", "calls.verify")
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 import torch
-from ray._private import worker
 
 from halovae.app.launch import cores
 from halovae.base.errors import InputError
@@ -72,8 +71,6 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
         }  # fmt: skip
     else:
         _check_address(address)
-    # What processes tell the driver of errors is printed whatever the options say, also after an interruption.
-    told, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
     try:
         try:
             with _no_words(), _signals_stay():
@@ -84,7 +81,6 @@ def cluster(address: str | None, devices: int, accelerators: int, largest: int) 
         yield
     finally:
         ray.shutdown()
-        worker.print_to_stdstream = told
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 

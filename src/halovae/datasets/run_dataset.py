@@ -30,6 +30,7 @@ from halovae.datasets.formats import BEGUN, PACKED, Storage, check_format, check
 from halovae.datasets.groups import Encoder, release
 from halovae.datasets.items import Item, digest, find_items
 from halovae.datasets.manifest import Fault, Folder, fingerprint
+from halovae.datasets.private_ray import silent
 from halovae.datasets.progress import Done, progress
 from halovae.datasets.shards import Shards
 from halovae.datasets.units import Job, Unit, group_sizes, together, units_of
@@ -138,7 +139,7 @@ class DatasetRun:
         asked = self.asked
         largest = max(3 * bucket.pixels * together(bucket) for bucket in self.buckets)
         local = 0 if asked.ray_address else self.devices
-        with cluster(asked.ray_address, local, local if self.kind not in ("", "cpu") else 0, largest):
+        with silent(), cluster(asked.ray_address, local, local if self.kind not in ("", "cpu") else 0, largest):
             if asked.ray_address:
                 there = {name: int(count) for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")}
                 self.kind = self.kind or ("cuda" if there.get("GPU") else "cpu")
