@@ -176,7 +176,7 @@ def bad_input(rank: int) -> None:
     for options, text in (
         ({"mode": "fast"}, "mode is 'fast': allowed are 'exact'"),
         ({"axis": "depth"}, "axis is 'depth'"),
-        ({"axis": (2, 2)}, "4 shards but 2 ranks"),
+        ({"axis": (2, 2)}, "4 shards but the VAE runs on 2 ranks"),
         ({"axis": (0, 2)}, "axis is"),
         ({"axis": 2}, "axis is 2"),
         ({"size": 3}, "size is 3 but the group has 2 ranks"),
