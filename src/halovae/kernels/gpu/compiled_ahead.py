@@ -27,7 +27,7 @@ _MOST = 8
 
 
 @dataclass(eq=False)
-class Asked:
+class Compilation:
     """Kernels of one kind of call.
 
     Attributes:
@@ -38,7 +38,7 @@ class Asked:
     kernels: list[Future[None]] = field(default_factory=list[Future[None]])
 
 
-_at_work: set[Asked] = set()
+_at_work: set[Compilation] = set()
 _launcher: defaultdict[str, Lock] = defaultdict(Lock)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_at_work.clear)  # Its threads are not there.
@@ -50,12 +50,12 @@ def is_possible() -> bool:
 
 
 @contextmanager
-def compiled_ahead(device: torch.device, threads: int) -> Iterator[Asked]:
+def compiled_ahead(device: torch.device, threads: int) -> Iterator[Compilation]:
     """Within it, this thread launches no kernel that is not compiled yet, so that what it computes is of no use.
 
     At its end, other threads begin to compile the kernels that were to be launched: `wait` for them.
     """
-    asked, compilations = Asked(), dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]]()
+    asked, compilations = Compilation(), dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]]()
 
     class Noted(import_module("triton").AsyncCompileMode):
         """Of the mode in which Triton compiles in threads, what asks for a kernel: it gets none."""
