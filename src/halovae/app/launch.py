@@ -76,11 +76,11 @@ def cores() -> int:
 
 
 def threads(processes: int) -> int:
-    """Threads of each of so many processes that share this machine's cores: as OMP_NUM_THREADS says, unless torchrun
-    has set that, which knows of no cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    """Threads of each of so many processes that share this machine's cores: their share, or fewer where
+    OMP_NUM_THREADS says so. torchrun sets that itself, and knows of no cores."""
+    share, asked = max(1, cores() // processes), os.environ.get("OMP_NUM_THREADS", "")
     known = asked.isdecimal() and int(asked) > 0 and (was_launched() or place() is None)
-    return int(asked) if known else max(1, cores() // processes)
+    return min(int(asked), share) if known else share
 
 
 def check_ranks(ranks: int) -> None:
