@@ -81,7 +81,7 @@ def both_halves(rank: int, mode: str) -> None:
                 elif told.alone:
                     assert (found.numel(), told.extents) == (0, {"height": (0, 0), "width": (0, 0)})
             assert "ms, on shards" in told.alone
-            assert f"on 1 x 1 shards (each rank alone: {told.alone})" in str(told)
+            assert f"on 1 x 1 shard (each rank alone: {told.alone})" in str(told)
             assert (half, told.choice.split(":")[0]) == (half, "exact" if mode == "auto" else "")
         # Another size is another kind of call; streams and inputs of each rank go their own ways.
         assert error(vae.encode(pixels(48, 48))[0].parameters, kl().encode(pixels(48, 48))[0].parameters) <= EXACT

@@ -325,10 +325,15 @@ class TestAlone:
         self, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         arguments = ["roundtrip", CLIP, "-o", "o.mp4", "--model", tiny]
-        for place, signum in (("halovae.app.clip_files.open_clip", signal.SIGTERM), ("halovae.media.inspect", 2)):
-            monkeypatch.setattr(place, lambda *_, by=signum: signal.raise_signal(by))
-            assert main(arguments) == 128 + signum
-            assert capsys.readouterr().err == "halovae: interrupted\n"
+        # Tests that were started in the background have Ctrl-C ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            for place, signum in (("halovae.app.clip_files.open_clip", signal.SIGTERM), ("halovae.media.inspect", 2)):
+                monkeypatch.setattr(place, lambda *_, by=signum: signal.raise_signal(by))
+                assert main(arguments) == 128 + signum
+                assert capsys.readouterr().err == "halovae: interrupted\n"
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_signal_handlers_are_given_back(self, tiny: str) -> None:
         before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]

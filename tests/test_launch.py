@@ -227,6 +227,7 @@ def test_who_has_no_time_to_unwind_tells_of_the_interruption_too() -> None:
 SWALLOWED = """
 import signal
 from halovae.app import watch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Tests that were started in the background have it ignored.
 watch.end_on_ctrl_c()
 try:
     signal.raise_signal(signal.SIGINT)

@@ -133,7 +133,7 @@ class Handle(Caller):
 
         A rank runs its own input alone, with the kernels of `optimize` and without a message. An input that does not
         fit into the memory of its rank is run by all ranks together, as a call of the half is, after the others.
-        `last` tells how this rank's own was run: on 1 x 1 shards, or on several.
+        `last` tells how this rank's own was run: on one shard, or on several.
 
         Args:
             half: "encode" or "decode".
